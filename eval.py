@@ -1,0 +1,153 @@
+"""Scores a run on ScienceQA: `python eval.py --adapter_path RUN ...`, or under torchrun, which shares out the questions.
+
+Writes preds.json, generations.jsonl and scores.json into the run's folder. Adapter flags are read from the checkpoint.
+"""
+
+import argparse
+import zlib
+from pathlib import Path
+
+import torch
+
+from lavin import parallel
+from lavin.checkpoint import load_adapters, load_base, read_adapters, require_base
+from lavin.errors import UserError, one_line_errors
+from lavin.generation import generate, option_example, score_options
+from lavin.mm_adapter import AdapterConfig
+from lavin.precision import choose_device, choose_dtype
+from util.datasets import load_pictures, load_scienceqa
+from util.files import write_json, write_json_lines
+from util.flags import captions_of, check_shared, inherit, shared_flags
+from util.logging import is_first, progress, say, table
+from util.prompts import answer_text, build_prompt, parse_answer
+from util.runs import last_checkpoint
+from util.scoring import COLUMNS, score
+
+ANSWER_TOKENS = 64  # where the answer comes first; else up to --max_seq_len
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    shared = shared_flags()
+    parser = argparse.ArgumentParser("eval.py", description=__doc__.splitlines()[0], parents=[shared], epilog=(
+        "Flags of model and data that are left out are those of the training run."))
+    parser.set_defaults(**dict.fromkeys(vars(shared.parse_args([]))))
+    add = parser.add_argument
+    add("--adapter_path", help="a checkpoint, or a run's folder; left out: the untuned base")
+    add("--output_dir", help="where results go (the folder of --adapter_path)")
+    add("--tokenizer_path", help="tokenizer.model (the base model's)")
+    add("--split", default="test", help="split of pid_splits.json (test)")
+    add("--max_batch_size", default=64, type=int, help="questions answered at once (64)")
+    add("--generation_temperature", default=0.0, type=float, help="of sampling (0: the likeliest token)")
+    add("--top_p", default=0.75, type=float, help="nucleus of sampling, where the temperature is not 0 (0.75)")
+    add("--seed", default=0, type=int, help="of sampling (0)")
+    return parser
+
+
+def check_adapter_flags(args, trained: dict) -> None:
+    """Raises UserError where a flag contradicts the adapter configuration of the checkpoint."""
+    for name, value in trained.items():
+        flag = getattr(args, name, None)
+        if flag is not None and flag != value:
+            raise UserError(f"--{name} {flag} contradicts {args.adapter_path}, trained with --{name} {value}: "
+                            "leave the flag out")
+
+
+def load_model(args):
+    """Base, tokenizer, and the checkpoint's path; sets the flags that were left out to the checkpoint's."""
+    if args.llama_model_path and args.llm_model:
+        require_base(args.llama_model_path, args.llm_model)
+    path = last_checkpoint(args.adapter_path) if args.adapter_path else None
+    checkpoint = read_adapters(path) if path else {}
+    adapter = checkpoint.get("adapter_config", {})
+    check_adapter_flags(args, adapter)
+    inherit(args, checkpoint.get("flags", {}))
+    check_shared(args)
+    require_base(args.llama_model_path, args.llm_model)
+    device = choose_device(args.device, parallel.init()[2])
+    adapter = adapter or {name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__ if hasattr(args, name)}
+    model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, AdapterConfig(**adapter),
+                                 device, choose_dtype(args.precision, device), tokenizer_path=args.tokenizer_path)
+    if path:
+        load_adapters(model, checkpoint["model"], str(path))
+    return model.eval(), tokenizer, path
+
+
+def answer_batch(model, tokenizer, prompts: list[str], pictures: list, n_choices: list[int], max_new_tokens: int,
+                 args, seeds: list[int]) -> list[tuple[str, int, bool]]:
+    """Text, option index, and whether the text named it; where it did not, the likeliest option stands."""
+    n_prompt = model.adapter.n_prompt
+    examples = [tokenizer.example(prompt, None, picture, n_prompt) for prompt, picture in zip(prompts, pictures)]
+    texts = generate(model, tokenizer, examples, max_new_tokens, lambda text: parse_answer(text, 26) is not None,
+                     args.generation_temperature, args.top_p, seeds)
+    predictions = [parse_answer(text, n) for text, n in zip(texts, n_choices)]
+    failed = [i for i, prediction in enumerate(predictions) if prediction is None]
+    parsed = [prediction is not None for prediction in predictions]
+    if failed:
+        questions = [option_example(tokenizer, prompts[i], [answer_text(k) for k in range(n_choices[i])],
+                                    image=pictures[i], n_prompt=n_prompt) for i in failed]
+        for i, scores in zip(failed, score_options(model, questions)):
+            predictions[i] = scores.index(max(scores))
+    return list(zip(texts, predictions, parsed))
+
+
+def answer_questions(model, tokenizer, data, pictures: dict, args) -> list[dict]:
+    """This process's share of the questions, answered."""
+    rank, world, _ = parallel.init()
+    qids = list(data.problems)[rank::world]
+    answer_first = args.prompt_format.split("-")[1].startswith("A")
+    answers = []
+    with progress(None, "questions", total=len(qids), unit="question") as bar:
+        for start in range(0, len(qids), args.max_batch_size):
+            batch = qids[start:start + args.max_batch_size]
+            problems = [data.problems[qid] for qid in batch]
+            prompts = [build_prompt(problem, args.prompt_format, data.captions.get(qid, ""))[0]
+                       for qid, problem in zip(batch, problems)]
+            longest = ANSWER_TOKENS if answer_first else args.max_seq_len
+            results = answer_batch(model, tokenizer, prompts, [pictures.get(qid) for qid in batch],
+                                   [len(problem["choices"]) for problem in problems], longest, args,
+                                   [zlib.crc32(f"{args.seed} {qid}".encode()) for qid in batch])
+            answers += [{"qid": qid, "text": text, "prediction": prediction, "parsed": parsed,
+                         "answer": problem["answer"]}
+                        for qid, problem, (text, prediction, parsed) in zip(batch, problems, results)]
+            bar.update(len(batch))
+    return answers
+
+
+def write_results(folder: Path, answers: list[dict], data, args, path: Path | None) -> dict:
+    predictions = {answer["qid"]: answer["prediction"] for answer in answers}
+    scores = {**score(data.problems, predictions), "questions": len(answers),
+              "parse_failures": sum(not answer["parsed"] for answer in answers), "skipped": len(data.skipped),
+              "split": args.split, "checkpoint": path and path.name}
+    write_json_lines(folder / "generations.jsonl", answers)
+    write_json(folder / "preds.json", predictions)
+    write_json(folder / "scores.json", scores)
+    return scores
+
+
+def score_table(scores: dict) -> str:
+    percent = ["-" if scores[column] is None else f"{scores[column]:.2f}" for column in COLUMNS]
+    return table(["", *COLUMNS], [["accuracy %", *percent], ["questions", *scores["counts"].values()]])
+
+
+def main(args) -> None:
+    if not args.adapter_path and not args.output_dir:
+        raise UserError("without --adapter_path the untuned base is scored: say where with --output_dir")
+    torch.manual_seed(args.seed)
+    model, tokenizer, path = load_model(args)
+    data = load_scienceqa(args.data_root, args.split, captions_of(args))
+    pictures = load_pictures(data, model.vision.image_size, args.num_workers, args.skip_bad)
+
+    shares = parallel.gather(answer_questions(model, tokenizer, data, pictures, args))
+    by_qid = {answer["qid"]: answer for share in shares for answer in share}
+    if is_first():
+        folder = Path(args.output_dir) if args.output_dir else path.parent
+        scores = write_results(folder, [by_qid[qid] for qid in data.problems], data, args, path)
+        say(score_table(scores))
+        say(f"{scores['parse_failures']} answers named no option, {scores['skipped']} problems left out for their picture")
+        say(f"scores: {folder / 'scores.json'}")
+    parallel.close()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(get_args_parser().parse_args())

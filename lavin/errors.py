@@ -1,0 +1,28 @@
+"""The one kind of error that a user can mend: a line that names the file or the flag, and what to do."""
+
+import os
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake in files or flags. The message is all that the user sees."""
+
+
+@contextmanager
+def one_line_errors():
+    """Ends the program with one line on stderr, and no traceback, for what a user can mend."""
+    try:
+        yield
+        return
+    except UserError as error:
+        message = str(error)
+    except torch.OutOfMemoryError as error:
+        message = (f"not enough GPU memory ({str(error).split('. ')[0]}): lower --batch_size and raise --accum_iter, "
+                   "or add --gradient_checkpointing")
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(3)  # what every rank has to say, rank 0 says first; torchrun then ends the others
+    sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")

@@ -1,0 +1,141 @@
+"""Answers: ragged prefill into a key/value cache, batched decoding, option scoring.
+
+Notable:
+- Prefill is the packed row of training; decoding adds one row a sequence. Both give the logits of the full forward.
+- A sequence's answer does not depend on its batch mates, sampled or not: each sequence draws from its own generator.
+- The modality token needs no cache: all that it does is in `LaVIN.routing_table`.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from lavin.llama import LlamaConfig, PackedPlan
+from lavin.mm_adapter import Routing
+from lavin.model import LaVIN, pack
+from lavin.tokenizer import Example, Tokenizer
+
+
+class KVCache:
+    """Keys and values [L, B, H_kv, T, d] of B sequences, and how much of each is filled [B]."""
+
+    def __init__(self, config: LlamaConfig, batch_size: int, capacity: int, device, dtype):
+        shape = (config.n_layers, batch_size, config.kv_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+
+class PrefillPlan(PackedPlan):
+    """The prompts as a packed row whose keys and values fill the cache."""
+
+    def __init__(self, lengths: list[int], cache: KVCache):
+        super().__init__(lengths, cache.keys.device, starts=[1] * len(lengths))  # position 0: the modality token
+        self.cache = cache
+        cache.lengths += torch.tensor(lengths, device=cache.lengths.device)
+
+    def attend(self, layer, query, key, value):
+        self.cache.keys[layer][self.documents, :, self.positions - 1] = key
+        self.cache.values[layer][self.documents, :, self.positions - 1] = value
+        return super().attend(layer, query, key, value)
+
+
+class DecodePlan:
+    """One new token for every sequence of the cache."""
+
+    def __init__(self, cache: KVCache):
+        self.cache = cache
+        self.slots = cache.lengths.clone()
+        self.positions = self.slots + 1
+        self.documents = torch.arange(len(self.slots), device=self.slots.device)
+        self.mask = (torch.arange(cache.keys.shape[3], device=self.slots.device) <= self.slots[:, None])[:, None, None]
+        cache.lengths += 1
+
+    def attend(self, layer, query, key, value):
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.documents, :, self.slots] = key
+        values[self.documents, :, self.slots] = value
+        out = F.scaled_dot_product_attention(query[:, :, None], keys, values, attn_mask=self.mask,
+                                             enable_gqa=query.shape[1] != keys.shape[1])
+        return out[:, :, 0]
+
+
+@torch.no_grad()
+def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
+           choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yields the next token ids [B] of all sequences, `max_new_tokens` times; the caller may stop before.
+
+    choose: logits [B, V] float32 -> ids [B].
+    """
+    batch = pack(examples).to(model.device)
+    table = model.routing_table()
+    cache = KVCache(model.llama.config, len(examples), max(batch.lengths) + max_new_tokens, model.device, model.dtype)
+    plan = PrefillPlan(batch.lengths, cache)
+    hidden = model.llama(model.embed(batch), plan, Routing(batch.modality[plan.documents], table))
+    hidden = hidden[cache.lengths.cumsum(0) - 1]
+    for step in range(max_new_tokens):
+        ids = choose(model.llama.output(hidden).float())
+        yield ids
+        if step + 1 < max_new_tokens:
+            x = model.llama.tok_embeddings(ids)
+            hidden = model.llama(x, DecodePlan(cache), Routing(batch.modality, table))
+
+
+def sampler(temperature: float, top_p: float, seeds: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Greedy at temperature 0; else nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751), one seed a sequence."""
+    if temperature == 0:
+        return lambda logits: logits.argmax(-1)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def choose(logits):
+        probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before > top_p, 0).cpu()
+        picks = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, generators)]
+        return order.gather(1, torch.stack(picks).to(order.device))[:, 0]
+
+    return choose
+
+
+def generate(model: LaVIN, tokenizer: Tokenizer, examples: list[Example], max_new_tokens: int,
+             is_complete: Callable[[str], bool] = lambda text: False, temperature: float = 0.0, top_p: float = 1.0,
+             seeds: list[int] | None = None) -> list[str]:
+    """Continues each example to EOS, to a text that `is_complete`, or by `max_new_tokens`. Returns the new texts."""
+    model.eval()
+    written: list[list[int]] = [[] for _ in examples]
+    texts = [""] * len(examples)
+    open_ = set(range(len(examples)))
+    for ids in decode(model, examples, max_new_tokens, sampler(temperature, top_p, seeds or [0] * len(examples))):
+        for i, token in enumerate(ids.tolist()):
+            if i not in open_:
+                continue
+            if token != tokenizer.eos_id:
+                written[i].append(token)
+                texts[i] = tokenizer.decode(written[i])
+            if token == tokenizer.eos_id or is_complete(texts[i]):
+                open_.remove(i)
+        if not open_:
+            break
+    return texts
+
+
+def option_example(tokenizer: Tokenizer, prompt: str, options: list[str], **layout) -> tuple[Example, list[int]]:
+    """The longest start that all answers `options` to a prompt share, and each option's next token.
+
+    layout: image and n_prompt, as for Tokenizer.example. Raises ValueError where two options go on alike.
+    """
+    ids = [tokenizer.example(prompt, option, **layout).ids for option in options]
+    shared = next(i for i, tokens in enumerate(zip(*ids)) if len(set(tokens)) > 1)
+    tokens = [row[shared] for row in ids]
+    if len(set(tokens)) < len(tokens):
+        raise ValueError(f"options {options} are not told apart by one token")
+    return Example(ids[0][:shared], shared, layout.get("image")), tokens
+
+
+@torch.no_grad()
+def score_options(model: LaVIN, questions: list[tuple[Example, list[int]]]) -> list[list[float]]:
+    """Log-probabilities of each question's options, from one prefill. questions: see `option_example`."""
+    model.eval()
+    logits = next(decode(model, [example for example, _ in questions], 1, lambda logits: logits))
+    return [row[tokens].log_softmax(-1).tolist() for row, (_, tokens) in zip(logits, questions)]

@@ -1,0 +1,200 @@
+"""LLaMA: one decoder for training, prefill and decoding.
+
+Notable:
+- All documents of a pass lie behind one another in one *packed row* of tokens [N, D]; nothing is padded.
+- What a token attends to is not the decoder's business: every layer hands its query, key and value to the pass's
+  *plan*, which knows where documents begin (`PackedPlan`) or keeps a cache (lavin/generation.py).
+- Meta's names and layouts: rotary embeddings turn adjacent pairs, `wq wk wv wo`, `w1 w2 w3`.
+
+Touvron et al. 2023, arXiv 2302.13971; rotary embeddings: Su et al. 2021, arXiv 2104.09864.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a LLaMA, under the names of Meta's params.json."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    vocab_size: int
+    n_kv_heads: int | None = None
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+    @classmethod
+    def from_params(cls, params: dict, vocab_size: int) -> "LlamaConfig":
+        """Reads the contents of params.json; `vocab_size` is the tokenizer's, used where params.json says -1.
+
+        Raises ValueError on entries that this decoder does not know, since ignoring one would change the model.
+        """
+        unknown = set(params) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown entries {sorted(unknown)}")
+        if params.get("vocab_size", -1) < 0:
+            params = {**params, "vocab_size": vocab_size}
+        return cls(**params)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward layer: two thirds of 4 D, rounded up to `multiple_of`."""
+        hidden = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * -(-hidden // self.multiple_of)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [N, 1, head_dim / 2], float32, for integer positions [N]; the 1 spreads over heads."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float()[:, None] * theta ** -exponents
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turns the adjacent pairs of x [N, heads, head_dim] by their angles, in float32."""
+    cos, sin = rotary
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+def causal_attention(query, key, value):
+    """Causal softmax attention of one document: query [T, H, d], key and value [T, H_kv, d] -> [T, H, d]."""
+    if query.shape[0] == 1:  # a softmax over one key
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    out = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None],
+        is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+    return out[0].transpose(0, 1)
+
+
+class PackedPlan:
+    """Documents behind one another in a row; each token attends to its own document's past.
+
+    lengths: tokens of each document. starts: position of each document's first token (default 0).
+    """
+
+    def __init__(self, lengths: list[int], device, starts: list[int] | None = None):
+        self.lengths = lengths
+        starts = starts or [0] * len(lengths)
+        self.positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths)]).to(device)
+        documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        self.documents = documents.to(device)  # [N]: whose token each is
+
+    def attend(self, layer: int, query, key, value):
+        """[N, H, d], [N, H_kv, d], [N, H_kv, d] -> [N, H, d]."""
+        parts = zip(query.split(self.lengths), key.split(self.lengths), value.split(self.lengths))
+        return torch.cat([causal_attention(*part) for part in parts])
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x, rotary, plan):
+        query, key, value = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        out = plan.attend(self.layer, apply_rotary(query, rotary), apply_rotary(key, rotary), value)
+        return self.wo(out.flatten(1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """One decoder layer. Subclasses may change what attention and feed-forward read.
+
+    drop_path: probability of leaving out a residual branch for a whole document in training
+    (stochastic depth, Huang et al. 2016, arXiv 1603.09382).
+    """
+
+    def __init__(self, config: LlamaConfig, layer: int, drop_path: float = 0.0):
+        super().__init__()
+        self.drop_path = drop_path
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def attention_input(self, x, side):
+        return self.attention_norm(x)
+
+    def feed_forward_input(self, x, side):
+        return self.ffn_norm(x)
+
+    def residual(self, x, branch, plan):
+        if self.training and self.drop_path > 0:
+            keep = torch.rand(len(plan.lengths), 1, device=x.device) >= self.drop_path
+            branch = branch * (keep / (1 - self.drop_path)).to(x.dtype)[plan.documents]
+        return x + branch
+
+    def forward(self, x, rotary, plan, side=None):
+        x = self.residual(x, self.attention(self.attention_input(x, side), rotary, plan), plan)
+        return self.residual(x, self.feed_forward(self.feed_forward_input(x, side)), plan)
+
+
+class Llama(nn.Module):
+    """The decoder. `make_block(config, layer)` builds its layers."""
+
+    def __init__(self, config: LlamaConfig, make_block=Block):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(make_block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(self, x, plan, side=None):
+        """Embedded tokens [N, D] -> normalised last hidden states [N, D]; `output` turns those into logits.
+
+        plan: see PackedPlan. side: handed unread to every layer, for subclasses of Block.
+        """
+        rotary = rotary_angles(plan.positions, self.config.head_dim, self.config.rope_theta)
+        for block in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, rotary, plan, side, use_reentrant=False)
+            else:
+                x = block(x, rotary, plan, side)
+        return self.norm(x)

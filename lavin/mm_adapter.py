@@ -1,0 +1,203 @@
+"""Mixture-of-Modality Adaptation: the adapters, their router, and how both enter a decoder and a ViT.
+
+Notable:
+- Parameters are stored as the 1x1 convolutions of the published checkpoints and applied as one matrix product:
+  both experts, their mixture, their biases and the residual together are `x + u U`, with u [N, 2r + 2].
+- The decoder's router reads the two modality tokens, rows 0 and 1 of the packed row, so each layer's mixture depends
+  on the modality and the parameters alone and can be kept for generation (`Routing`).
+
+LaVIN: Luo et al. 2023, arXiv 2305.15023; RepAdapter: Luo et al. 2023, arXiv 2302.08106.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lavin.llama import Block
+
+GROUPS = 2  # of the up-projections
+# Adapters are made on the CPU, so that they are initialised even where the frozen model is only described (meta).
+HOME = "cpu"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What decides the trained parameters and their use, under the names of train.py's flags."""
+
+    adapter_type: str = "attn"
+    visual_adapter_type: str = "router"
+    adapter_dim: int = 8
+    adapter_scale: float = 1.0
+    temperature: float = 10.0
+    hidden_proj: int = 128
+    n_prompt: int = 6
+    dropout_prob: float = 0.1
+    dropout_var: float = 1.0
+    dropout_lim: float = 0.2
+
+
+def dropout_schedule(n_layers: int, prob: float, var: float, lim: float) -> list[float]:
+    """Dropout probability of each layer, first layer first.
+
+    p_1 = prob; p_i = p_(i-1) * var, or lim where that product would pass it. var 1 is constant, whatever lim.
+    Raises ValueError where the values make no schedule: a probability outside [0, 1), var not positive, or a limit on
+    the wrong side of prob.
+    """
+    if n_layers < 1:
+        raise ValueError(f"a schedule needs at least one layer, not {n_layers}")
+    if not (0 <= prob < 1 and 0 <= lim < 1):
+        raise ValueError(f"dropout_prob {prob} and dropout_lim {lim} must lie in [0, 1)")
+    if not 0 < var < float("inf"):
+        raise ValueError(f"dropout_var {var} must be positive and finite")
+    if (var > 1 and lim < prob) or (var < 1 and lim > prob):
+        side = "at or above" if var > 1 else "at or below"
+        raise ValueError(f"dropout_lim {lim} must lie {side} dropout_prob {prob} when dropout_var is {var}")
+    if var == 1:
+        return [prob] * n_layers
+    bound = min if var > 1 else max
+    schedule = [prob]
+    for _ in range(n_layers - 1):
+        schedule.append(bound(schedule[-1] * var, lim))
+    return schedule
+
+
+class RepAdapter(nn.Module):
+    """`x + s (B z + b)`, `z = dropout(A x + a)`: A D->r, B r->D in two groups; starts as the identity."""
+
+    def __init__(self, dim: int, config: AdapterConfig, dropout: float):
+        super().__init__()
+        rank = config.adapter_dim
+        if dim % GROUPS or rank % GROUPS:
+            raise ValueError(f"--adapter_dim {rank} and the width {dim} must be multiples of {GROUPS}")
+        self.scale, self.dropout = config.adapter_scale, dropout
+        self.conv_A = nn.Conv1d(dim, rank, 1, device=HOME)
+        self.conv_B = nn.Conv1d(rank, dim, 1, groups=GROUPS, device=HOME)
+        nn.init.xavier_uniform_(self.conv_A.weight)
+        for parameter in (self.conv_A.bias, self.conv_B.weight, self.conv_B.bias):
+            nn.init.zeros_(parameter)
+
+    def down(self, x):
+        """x [N, D] -> z [N, r]."""
+        z = F.linear(x, self.conv_A.weight[..., 0].to(x.dtype), self.conv_A.bias.to(x.dtype))
+        return F.dropout(z, self.dropout, self.training)
+
+    @staticmethod
+    def up_matrix(conv):
+        """The grouped convolution as a block-diagonal matrix [D, r]."""
+        return torch.block_diag(*conv.weight[..., 0].chunk(GROUPS))
+
+    def forward(self, x):
+        """x [N, D] -> [N, D]."""
+        z = self.down(x)
+        ones = torch.ones_like(z[:, :1])
+        up = torch.cat((self.up_matrix(self.conv_B), self.conv_B.bias[:, None]), 1) * self.scale
+        return torch.addmm(x, torch.cat((z, ones), 1), up.to(x.dtype).t())
+
+
+class RepAdapterRouter(RepAdapter):
+    """`x + s w0 (B z + b) + s w1 (E z + e)`, with `(w0, w1) = softmax((W h + c) / t)` given as a mixture."""
+
+    def __init__(self, dim: int, config: AdapterConfig, dropout: float):
+        super().__init__(dim, config, dropout)
+        self.temperature = config.temperature
+        self.conv_D = nn.Conv1d(config.adapter_dim, dim, 1, groups=GROUPS, device=HOME)
+        nn.init.zeros_(self.conv_D.weight)
+        nn.init.zeros_(self.conv_D.bias)
+        self.expert_weights = nn.Linear(dim, 2, device=HOME)
+
+    def mixture(self, h):
+        """Router input h [M, D] -> expert mixture [M, 2], float32."""
+        return (self.expert_weights(h.float()) / self.temperature).softmax(-1)
+
+    def forward(self, x, mixture):
+        """x [N, D], mixture [N, 2] -> [N, D]."""
+        z, w = self.down(x), mixture.to(x.dtype)
+        mixed = torch.cat((z * w[:, :1], z * w[:, 1:], w), 1)
+        up = torch.cat((self.up_matrix(self.conv_B), self.up_matrix(self.conv_D),
+                        self.conv_B.bias[:, None], self.conv_D.bias[:, None]), 1) * self.scale
+        return torch.addmm(x, mixed, up.to(x.dtype).t())
+
+
+class Routing:
+    """Gives every row of a pass its expert mixture, by modality.
+
+    modality [N]: 0 text, 1 image, for each row. Without a table, rows 0 and 1 of the pass must be the two modality
+    tokens; the mixtures they give are kept in `table`, which a later `Routing` can use in their place.
+    """
+
+    def __init__(self, modality: torch.Tensor, table: dict | None = None):
+        self.modality = modality
+        self.fixed = table is not None
+        self.table = table if self.fixed else {}
+
+    def mixture(self, adapter: RepAdapterRouter, x):
+        if not self.fixed:  # written, never read back: checkpointing runs a layer twice
+            self.table[adapter] = adapter.mixture(x[:2])
+        return self.table[adapter][self.modality]
+
+
+class AdaptedBlock(Block):
+    """A decoder layer whose attention (`attn`), and feed-forward too (`block`), read through an adapter."""
+
+    def __init__(self, config, layer: int, drop_path: float, adapter: AdapterConfig, dropout: float):
+        super().__init__(config, layer, drop_path)
+        self.adapter_attn = RepAdapterRouter(config.dim, adapter, dropout)
+        self.adapter_mlp = RepAdapterRouter(config.dim, adapter, dropout) if adapter.adapter_type == "block" else None
+
+    @staticmethod
+    def adapt(adapter, x, routing):
+        return x if adapter is None else adapter(x, routing.mixture(adapter, x))
+
+    def attention_input(self, x, routing):
+        return self.adapt(self.adapter_attn, super().attention_input(x, routing), routing)
+
+    def feed_forward_input(self, x, routing):
+        return self.adapt(self.adapter_mlp, super().feed_forward_input(x, routing), routing)
+
+
+def adapted_block(adapter: AdapterConfig, n_layers: int, drop_path: float = 0.0):
+    """`make_block` for lavin.llama.Llama: every layer with its adapters, dropout by the depth schedule."""
+    dropout = dropout_schedule(n_layers, adapter.dropout_prob, adapter.dropout_var, adapter.dropout_lim)
+    return lambda config, layer: AdaptedBlock(config, layer, drop_path, adapter, dropout[layer])
+
+
+class AdaptedNorm(nn.Module):
+    """A ViT block's norm followed by an adapter; each position of each image is routed by its own state."""
+
+    def __init__(self, norm: nn.Module, adapter: RepAdapter):
+        super().__init__()
+        self.norm, self.adapter = norm, adapter
+
+    def forward(self, x):
+        """x [I, T, D] -> [I, T, D]."""
+        x = self.norm(x)
+        rows = x.flatten(0, 1)
+        mixture = (self.adapter.mixture(rows),) if isinstance(self.adapter, RepAdapterRouter) else ()
+        return self.adapter(rows, *mixture).view_as(x)
+
+
+def adapt_vit(vit: nn.Module, adapter: AdapterConfig) -> None:
+    """Puts an adapter before attention (and, `router_block`, before the MLP) of every block of a timm ViT."""
+    kind = RepAdapter if adapter.visual_adapter_type == "normal" else RepAdapterRouter
+    dropout = dropout_schedule(len(vit.blocks), adapter.dropout_prob, adapter.dropout_var, adapter.dropout_lim)
+    for block, p in zip(vit.blocks, dropout):
+        block.norm1 = AdaptedNorm(block.norm1, kind(vit.embed_dim, adapter, p))
+        if adapter.visual_adapter_type == "router_block":
+            block.norm2 = AdaptedNorm(block.norm2, kind(vit.embed_dim, adapter, p))
+
+
+class VisualProjection(nn.Module):
+    """`adapter_proj`: CLS features [..., width] -> token embeddings [..., D], through SiLU."""
+
+    def __init__(self, width: int, hidden: int, dim: int):
+        super().__init__()
+        self.conv_A = nn.Linear(width, hidden, device=HOME)
+        self.conv_B = nn.Linear(hidden, dim, device=HOME)
+        for layer in (self.conv_A, self.conv_B):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features):
+        return self.conv_B(F.silu(self.conv_A(features)))

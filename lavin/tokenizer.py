@@ -1,0 +1,65 @@
+"""SentencePiece, and the layout of one example: BOS, image prefix, prompt, answer, EOS."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from sentencepiece import SentencePieceProcessor
+
+from lavin.errors import UserError
+
+IMAGE_SLOT = -1  # where an image embedding stands among token ids
+
+
+@dataclass(frozen=True)
+class Example:
+    """One document, without its modality token.
+
+    ids: token ids, IMAGE_SLOT for each image embedding. answer_start: index of the first answer token (the length,
+    where there is no answer). image: uint8 [3, S, S] or None.
+    """
+
+    ids: list[int]
+    answer_start: int
+    image: torch.Tensor | None = None
+
+
+class Tokenizer:
+    """LLaMA's `tokenizer.model`. Raises UserError where the file is missing or is no SentencePiece model."""
+
+    def __init__(self, path: str | Path):
+        if not Path(path).is_file():
+            raise UserError(f"no tokenizer at {path}: put LLaMA's tokenizer.model there")
+        try:
+            self.model = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path} is no SentencePiece model: copy tokenizer.model again") from error
+        self.n_words = self.model.vocab_size()
+        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        return [self.bos_id] * bos + self.model.encode(text) + [self.eos_id] * eos
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+    def example(self, prompt: str, answer: str | None = None, image: torch.Tensor | None = None,
+                n_prompt: int = 6, max_seq_len: int | None = None) -> Example:
+        """`[BOS] [Image: ] [n_prompt slots] prompt answer [EOS]`, or `[BOS] [Image: N/A] prompt answer [EOS]`.
+
+        Prompt and answer are tokenized together. Cut so that it fits max_seq_len with its modality token. Without an
+        answer the example ends with the prompt, to be continued.
+        """
+        prefix = self.encode("Image: ") + [IMAGE_SLOT] * n_prompt if image is not None else self.encode("Image: N/A")
+        text = self.encode(prompt)
+        if answer is None:
+            ids, start = text, len(text)
+        else:
+            ids = self.encode(prompt + answer, eos=True)
+            # where a piece spans both, the answer begins with it
+            start = next((i for i, (a, b) in enumerate(zip(text, ids)) if a != b), len(text))
+        ids = [self.bos_id, *prefix, *ids]
+        limit = len(ids) if max_seq_len is None else max_seq_len - 1
+        if limit <= len(prefix) + 1:
+            raise UserError(f"--max_seq_len {max_seq_len} leaves no room for text behind the image: raise it")
+        return Example(ids[:limit], min(1 + len(prefix) + start, limit), image)

@@ -1,0 +1,266 @@
+"""Compares runs: `python plot_results.py RUN [RUN ...]`; without an argument, the published eight methods.
+
+Writes figures (PNG and SVG) and a table (Markdown, CSV, LaTeX). A point is a mean over seeds, its bar a 95 % interval.
+"""
+
+import argparse
+import os
+from itertools import cycle
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+
+matplotlib.use("Agg")  # files, never a window
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lavin.errors import UserError, one_line_errors
+from lavin.mm_adapter import dropout_schedule
+from util.comparison import NAMES, Comparison, Method, beside_published, compare, published
+from util.files import write_text
+from util.lr_sched import learning_rate
+from util.scoring import COLUMNS
+from util.tables import csv_table, latex_table, markdown_table, text_table
+
+CATEGORIES = [column for column in COLUMNS if column != "Avg"]
+# Okabe & Ito's palette for all kinds of colour vision, with a darker yellow; shapes and dashes tell the lines in grey.
+COLOURS = ["#000000", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2", "#8C8C00"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p"]
+DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 2, 2))]
+LAYOUT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+          "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4.5,
+          "figure.dpi": 150, "svg.hashsalt": "lavin", "figure.constrained_layout.use": True}
+
+
+def styles(methods: list[Method]) -> dict[str, dict]:
+    """Colour, marker and dashes by name: fixed for the known methods, the next free ones for others. Published: hollow."""
+    names = dict.fromkeys([*NAMES, *(method.name.removesuffix(" (published)") for method in methods)])
+    looks = dict(zip(names, zip(cycle(COLOURS), cycle(MARKERS), cycle(DASHES))))
+    mixed = len({method.published for method in methods}) > 1
+    found = {}
+    for method in methods:
+        colour, marker, dashes = looks[method.name.removesuffix(" (published)")]
+        hollow = {"markerfacecolor": "white", "alpha": 0.6} if mixed and method.published else {}
+        found[method.name] = {"color": colour, "marker": marker, "linestyle": dashes, **hollow}
+    return found
+
+
+# Panels: each draws all methods into one set of axes.
+
+
+def draw_losses(ax: Axes, methods: list[Method]) -> None:
+    for method, style in zip(methods, styles(methods).values()):
+        losses = [run.losses for run in method.runs]
+        mean, deviation = np.mean(losses, 0), np.std(losses, 0, ddof=min(1, len(losses) - 1))
+        epochs = np.arange(1, len(mean) + 1)
+        ax.plot(epochs, mean, label=method.name, **style)
+        if len(losses) > 1:
+            ax.fill_between(epochs, np.maximum(mean - deviation, mean / 10), mean + deviation, color=style["color"],
+                            alpha=0.15, linewidth=0)
+    ax.set(title="Training loss", xlabel="epoch", ylabel="mean loss of the epoch (log scale)", yscale="log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+
+def draw_accuracy(ax: Axes, methods: list[Method], cut: bool) -> None:
+    """Avg by method, the first on top; with `cut`, points on the part of the axis where they differ, else bars from 0."""
+    look = styles(methods)
+    for y, method in enumerate(methods):
+        mean, style = method.accuracy("Avg"), look[method.name]
+        low, high = method.interval("Avg")
+        if cut:
+            ax.plot(method.accuracies("Avg"), [y] * len(method.runs), "|", color=style["color"], label="_seeds")
+        else:
+            ax.barh(y, mean, color=style["color"], alpha=style.get("alpha", 0.8) * 0.8, height=0.7)
+        ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], capsize=2.5, **({**style, "linestyle": "none"} if cut else
+                    {"color": "black", "marker": "none"}))
+        ax.annotate(f"{mean:.2f}", (high, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.set(yticks=range(len(methods)), yticklabels=[method.name for method in methods], ylim=(len(methods) - 0.4, -0.6),
+           title="Overall accuracy", xlabel="accuracy (%)")
+    ax.grid(axis="y", visible=False)
+    if cut:
+        ax.axvline(methods[0].accuracy("Avg"), color="grey", linewidth=0.8, linestyle="--", zorder=0)
+        cut_axis(ax, "x", *zip(*(method.interval("Avg") for method in methods)))
+    else:
+        ax.set_xlim(0, 100)
+
+
+def draw_categories(ax: Axes, methods: list[Method]) -> None:
+    """The eight categories side by side, in each the methods in their order."""
+    look = styles(methods)
+    offsets = np.linspace(-0.38, 0.38, len(methods)) if len(methods) > 1 else [0]
+    intervals = []
+    for offset, method in zip(offsets, methods):
+        filled = [i for i, column in enumerate(CATEGORIES) if method.counts[column]]
+        means = np.array([method.accuracy(CATEGORIES[i]) for i in filled])
+        bounds = np.array([method.interval(CATEGORIES[i]) for i in filled])
+        ax.errorbar(np.array(filled) + offset, means, yerr=[means - bounds[:, 0], bounds[:, 1] - means], capsize=1.5,
+                    elinewidth=1, label=method.name, **{**look[method.name], "linestyle": "none"})
+        intervals += bounds.tolist()
+    counts = methods[0].counts
+    ax.set(title="Accuracy by category", ylabel="accuracy (%)", xticks=range(len(CATEGORIES)), xlim=(-0.5, 7.5),
+           xticklabels=[f"{column}\nn = {counts[column]:,}" for column in CATEGORIES])
+    for edge in range(1, len(CATEGORIES)):
+        ax.axvline(edge - 0.5, color="grey", linewidth=0.6, alpha=0.5)
+    ax.tick_params(axis="x", length=0)
+    ax.grid(axis="x", visible=False)
+    cut_axis(ax, "y", *zip(*intervals))
+
+
+def cut_axis(ax: Axes, axis: str, lows: list[float], highs: list[float]) -> None:
+    """Shows the part with the intervals, and says on the axis that it does not start at 0."""
+    low, high = 2 * np.floor(min(lows) / 2) - 1, min(101, 2 * np.ceil(max(highs) / 2) + 1)
+    if low < 10:
+        low = 0
+    ax.set(**{f"{axis}lim": (low, high)})
+    if low > 0:
+        ax.set(**{f"{axis}label": f"accuracy (%), axis cut: starts at {low:g}, not 0"})
+
+
+def draw_learning_rates(ax: Axes, methods: list[Method]) -> None:
+    def rates(method):
+        args = SimpleNamespace(**method.flags)
+        epochs = np.linspace(0, args.epochs, 2001)[:-1]  # a step at the very end would be of no use
+        return epochs, np.array([learning_rate(epoch, args) for epoch in epochs])
+
+    draw_shared(ax, methods, rates)
+    ax.set(title="Learning rate", xlabel="epoch", ylabel="learning rate")
+    ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+
+def draw_dropout(ax: Axes, methods: list[Method]) -> None:
+    def probabilities(method):
+        n, flags = method.runs[0].n_layers, method.flags
+        return np.arange(1, n + 1), np.array(dropout_schedule(n, *(flags[f"dropout_{x}"] for x in ("prob", "var", "lim"))))
+
+    draw_shared(ax, methods, probabilities, drawstyle="steps-mid")
+    ax.set(title="Dropout by layer", xlabel="layer of LLaMA (the image encoder's start alike)", ylabel="dropout probability")
+    ax.set_ylim(0)
+
+
+def draw_shared(ax: Axes, methods: list[Method], curve, **kwargs) -> None:
+    """One line for all methods of the same curve, named after the first of them and their number."""
+    lines: list[tuple] = []  # x, y, methods
+    for method in methods:
+        x, y = curve(method)
+        same = next((names for _, other, names in lines if np.array_equal(other, y)), None)
+        if same is None:
+            lines.append((x, y, [method.name]))
+        else:
+            same.append(method.name)
+    look = styles(methods)
+    for x, y, names in lines:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        ax.plot(x, y, label=names[0] + more, **{**look[names[0]], "marker": "none"}, **kwargs)
+    ax.legend(fontsize=8)
+
+
+# Figures
+
+
+def single(draw, width: float = 6.4, height: float = 4.2, legend: bool = False):
+    def figure(methods: list[Method]) -> Figure:
+        fig, ax = plt.subplots(figsize=(width, height))
+        draw(ax, methods)
+        if legend:
+            fig.legend(loc="outside right center")
+        return fig
+    return figure
+
+
+def accuracy_figure(methods: list[Method]) -> Figure:
+    """Bars from 0, and beside them the same numbers where they differ."""
+    fig, (whole, part) = plt.subplots(1, 2, sharey=True, figsize=(9, 1.2 + 0.32 * len(methods)))
+    draw_accuracy(whole, methods, cut=False)
+    draw_accuracy(part, methods, cut=True)
+    part.set_title("The same, close up")
+    return fig
+
+
+def overview(methods: list[Method]) -> Figure:
+    fig = plt.figure(figsize=(11, 11.5))
+    grid = fig.add_gridspec(3, 2, height_ratios=[1.1, 1, 0.85])
+    losses, accuracy, categories, rates, dropout = map(fig.add_subplot, [grid[0, 0], grid[0, 1], grid[1, :], grid[2, 0],
+                                                                          grid[2, 1]])
+    draw_losses(losses, methods)
+    draw_accuracy(accuracy, methods, cut=True)
+    draw_categories(categories, methods)
+    draw_learning_rates(rates, methods)
+    draw_dropout(dropout, methods)
+    fig.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return fig
+
+
+FIGURES = {"overview": overview, "accuracy": accuracy_figure, "loss": single(draw_losses, legend=True),
+           "categories": single(draw_categories, 11, 4.2, legend=True),
+           "learning_rates": single(draw_learning_rates), "dropout": single(draw_dropout)}
+TABLES = {"md": markdown_table, "csv": csv_table, "tex": latex_table}
+
+
+def subtitle(comparison: Comparison) -> str:
+    """Whose runs these are, of which base model, on how many questions, with how many seeds."""
+    def line(methods, who):
+        models = sorted({str(method.flags.get("llm_model")) for method in methods})
+        seeds = sorted({len(method.runs) for method in methods})
+        return (f"{who}: base model {', '.join(models)}, {comparison.counts['Avg']:,} {methods[0].runs[0].split} questions, "
+                f"{' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} a method")
+    kinds = [("published runs", [m for m in comparison.methods if m.published]),
+             ("runs", [m for m in comparison.methods if not m.published])]
+    return "; ".join(line(methods, who) for who, methods in kinds if methods) + "; bars are 95 % intervals"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Beside its place first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    dateless = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}  # the same file from the same runs
+    figure.savefig(beside, format=path.suffix[1:], **dateless)
+    os.replace(beside, path)
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+    prefix = "published_" if all(method.published for method in comparison.methods) else ""
+    written = []
+    with plt.rc_context(LAYOUT):
+        for name, draw in FIGURES.items():
+            figure = draw(comparison.methods)
+            figure.suptitle(subtitle(comparison), fontsize=9)
+            for suffix in ("png", "svg"):
+                written.append(folder / f"{prefix}{name}.{suffix}")
+                save(figure, written[-1])
+            plt.close(figure)
+    for suffix, render in TABLES.items():
+        written.append(folder / f"{prefix}table.{suffix}")
+        write_text(written[-1], render(comparison))
+    return written
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("plot_results.py", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, or a folder of runs")
+    parser.add_argument("--base", default=None, metavar="RUN",
+                        help="the run that others are compared to; default: cosine schedule, --dropout_var 1")
+    parser.add_argument("--published", action="store_true", help="lay the published runs beside")
+    parser.add_argument("--out", default="plots", help="folder of figures and tables")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.base and not args.runs:
+        raise UserError("--base is one of the runs to compare: name these too")
+    comparison = compare(args.runs, args.base) if args.runs else published()
+    if args.runs and args.published:
+        comparison = beside_published(comparison)
+    try:
+        written = write_comparison(comparison, Path(args.out))
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot write {error.filename} ({error.strerror}): name another folder") from error
+    print(text_table(comparison), *written, sep="\n")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(get_args_parser().parse_args())

@@ -1,0 +1,232 @@
+"""Fine-tunes LaVIN on ScienceQA: `python train.py ...`, or `torchrun --nproc_per_node N train.py ...` for N GPUs.
+
+The run's folder, --output_dir, holds config.json, log.txt and checkpoint-{epoch}.pth; eval.py adds the scores.
+"""
+
+import argparse
+import math
+import os
+import resource
+import time
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
+
+import torch
+
+from lavin import parallel
+from lavin.checkpoint import load_adapters, load_base, read_adapters, require_base, save_adapters
+from lavin.errors import UserError, one_line_errors
+from lavin.mm_adapter import AdapterConfig, dropout_schedule
+from lavin.model import pack
+from lavin.precision import choose_device, choose_dtype
+from util.datasets import build_example, epoch_batches, load_pictures, load_scienceqa, steps_per_epoch
+from util.flags import captions_of, check_shared, shared_flags
+from util.logging import is_first, progress, say
+from util.lr_sched import SCHEDULES, adjust_learning_rate, check_schedule
+from util.runs import append_log, checkpoint_path, last_checkpoint, start_afresh, write_config
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("train.py", description=__doc__.splitlines()[0], parents=[shared_flags()],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data_path", default="", help="published flag; ScienceQA lies in --data_root")
+    add("--do_pretrain", action="store_true", help="instruction tuning in place of ScienceQA")
+
+    add("--drop_path", default=0.0, type=float, help="stochastic depth of LLaMA's layers")
+    add("--dropout_prob", default=0.1, type=float, help="adapter dropout of the first layer")
+    add("--dropout_var", default=1.0, type=float, help="factor of the dropout from each layer to the next")
+    add("--dropout_lim", default=0.2, type=float, help="dropout at which the growth or fall ends")
+
+    add("--batch_size", default=4, type=int, help="samples of a micro-batch on one GPU")
+    add("--accum_iter", default=1, type=int, help="micro-batches of an optimizer step")
+    add("--epochs", default=20, type=int)
+    add("--lr_schedule", default="cosine", choices=SCHEDULES)
+    add("--warmup_epochs", default=2.0, type=float, help="linear warm-up; none with --lr_schedule cyclical")
+    add("--blr", default=9e-3, type=float, help="base learning rate: lr = blr * effective batch / 256")
+    add("--lr", default=None, type=float, help="learning rate itself, in place of --blr")
+    add("--min_lr", default=0.0, type=float, help="lower end of the cosine and cyclical schedules")
+    add("--weight_decay", default=0.02, type=float, help="on matrices; biases and vectors have none")
+    add("--clip_grad", default=None, type=float, help="largest gradient norm; default: no clipping")
+    add("--loss_norm", default="batch", choices=["batch", "microbatch"],
+        help="mean over the answer tokens of the optimizer step, or of each micro-batch as published")
+    add("--gradient_checkpointing", action="store_true", help="recompute layers in the backward pass: less memory")
+
+    add("--output_dir", default="./output_dir", help="the run's folder")
+    add("--log_dir", default=None, help="folder for TensorBoard events (pip install tensorboard)")
+    add("--resume", default="", help="checkpoint-*.pth, or a run's folder, to go on from")
+    add("--seed", default=0, type=int)
+    return parser
+
+
+def check_args(args) -> None:
+    """Refuses what cannot work before anything is loaded."""
+    check_shared(args)
+    if args.do_pretrain:
+        raise UserError("--do_pretrain: instruction tuning is not there yet")
+    for flag in ("batch_size", "accum_iter"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    if not 0 <= args.drop_path < 1:
+        raise UserError(f"--drop_path {args.drop_path} must lie in [0, 1)")
+    try:
+        dropout_schedule(1, args.dropout_prob, args.dropout_var, args.dropout_lim)
+        check_schedule(args)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load_examples(args, tokenizer, image_size: int) -> list:
+    """The train split, tokenized and with its pictures."""
+    data = load_scienceqa(args.data_root, "train", captions_of(args))
+    pictures = load_pictures(data, image_size, args.num_workers, args.skip_bad)
+    examples = [build_example(data, qid, pictures.get(qid), tokenizer, args.prompt_format, args.n_prompt,
+                              args.max_seq_len) for qid in progress(data.problems, "problems")]
+    cut = sum(example.answer_start == len(example.ids) for example in examples)
+    say(f"{len(examples)} problems, {len(pictures)} with a picture, {len(data.skipped)} left out for their picture"
+        + (f", {cut} whose answer lies beyond --max_seq_len {args.max_seq_len}" if cut else ""))
+    return examples
+
+
+def make_optimizer(model, args) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+
+
+def accumulate(model, micro_batches: list, n_answer_tokens: int, scaler, loss_norm: str, n_micro: int) -> float:
+    """Adds the gradients of one process's micro-batches; returns its share of the step's loss.
+
+    n_answer_tokens: of all samples of the step, on all processes. n_micro: micro-batches of the step, likewise.
+    """
+    total = 0.0
+    for micro_batch in micro_batches:
+        n = n_answer_tokens if loss_norm == "batch" else len(micro_batch.target) * n_micro
+        loss = model(micro_batch) / max(n, 1)
+        scaler.scale(loss).backward()
+        total += loss.item()
+    return total
+
+
+def optimizer_step(optimizer, scaler, parameters, loss: float, clip_grad: float | None) -> tuple[float, bool]:
+    """Sums the gradients of all processes and steps; returns the step's loss and whether a step was made.
+
+    What is not finite is not finite on every process after the sum, so all of them leave out the same step.
+    """
+    loss, = parallel.sum_gradients(parameters, loss)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
+    finite = math.isfinite(loss) and bool(norm.isfinite())
+    if finite or scaler.is_enabled():  # the scaler leaves the step out itself, and lowers its scale
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=False)
+    return loss, finite
+
+
+def train_epoch(model, optimizer, scaler, examples, args, epoch: int, rank: int, world: int) -> dict:
+    """One pass over the examples; returns the epoch's line of log.txt."""
+    model.train()
+    torch.manual_seed((args.seed * 1_000_003 + epoch) * world + rank)  # dropout: a resumed run repeats it
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    effective = args.batch_size * args.accum_iter * world
+    n_steps = steps_per_epoch(len(examples), effective)
+    batches = epoch_batches(len(examples), args.batch_size, args.accum_iter, rank, world, args.seed, epoch)
+    bar = progress(batches, f"epoch {epoch}", total=n_steps, unit="step")
+    losses, rates, left_out, start = [], [], 0, time.perf_counter()
+    for step, (everyone, own) in enumerate(bar):
+        # the share of the epoch's samples seen so far, which no split over processes changes
+        rates.append(adjust_learning_rate(optimizer, epoch + step * effective / len(examples), args))
+        n_answer_tokens = sum(len(examples[i].ids) - examples[i].answer_start for i in everyone)
+        micro_batches = [pack([examples[i] for i in indices]).to(model.device) for indices in own]
+        loss = accumulate(model, micro_batches, n_answer_tokens, scaler, args.loss_norm,
+                          math.ceil(len(everyone) / args.batch_size))
+        loss, stepped = optimizer_step(optimizer, scaler, parameters, loss, args.clip_grad)
+        left_out += not stepped
+        losses += [loss] * stepped
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rates[-1]:.2e}", refresh=False)
+    seconds = time.perf_counter() - start
+    return {"epoch": epoch, "train_lr": sum(rates) / len(rates),
+            "train_closs": sum(losses) / len(losses) if losses else None, "steps_left_out": left_out,
+            "samples_per_s": n_steps * min(effective, len(examples)) / seconds, "seconds": seconds,
+            "peak_memory_gib": peak_memory_gib(model.device)}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def resume(model, optimizer, scaler, path: Path, args) -> int:
+    """Goes on from a checkpoint; returns the next epoch."""
+    checkpoint = read_adapters(path)
+    if "optimizer" not in checkpoint:
+        raise UserError(f"--resume {path}: it holds adapters only; name a checkpoint-*.pth that train.py wrote")
+    load_adapters(model, checkpoint["model"], f"--resume {path}")
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["epoch"] + 1 >= args.epochs:
+        say(f"{path} is of epoch {checkpoint['epoch']}, the last of --epochs {args.epochs}: nothing is left to do")
+    return checkpoint["epoch"] + 1
+
+
+def main(args) -> None:
+    rank, world, local_rank = parallel.init()
+    if args.lr is None:
+        args.lr = args.blr * args.batch_size * args.accum_iter * world / 256
+    check_args(args)
+    require_base(args.llama_model_path, args.llm_model)
+    device = choose_device(args.device, local_rank)
+    dtype = choose_dtype(args.precision, device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.manual_seed(args.seed)  # the same fresh adapters on every process
+
+    adapter = AdapterConfig(**{name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__})
+    model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, adapter, device, dtype,
+                                 args.drop_path)
+    model.set_gradient_checkpointing(args.gradient_checkpointing)
+    examples = load_examples(args, tokenizer, model.vision.image_size)
+    optimizer = make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    folder = Path(args.output_dir)
+    first_epoch = resume(model, optimizer, scaler, last_checkpoint(args.resume), args) if args.resume else 0
+    if is_first():
+        if not args.resume and start_afresh(folder):
+            say(f"{folder} held an earlier run, which this one replaces")
+        write_config(folder, vars(args), device, world)
+    say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained parameters, {dtype} on {device}, "
+        f"effective batch {args.batch_size * args.accum_iter * world}, lr {args.lr:.3g}, {args.lr_schedule}")
+    events = open_events(args.log_dir) if args.log_dir and is_first() else None
+
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None  # a step without pictures has no ViT gradients
+    for epoch in range(first_epoch, args.epochs):
+        entry = train_epoch(model, optimizer, scaler, examples, args, epoch, rank, world)
+        if is_first():
+            append_log(folder, entry)
+            save_adapters(model, checkpoint_path(folder, epoch), epoch=epoch, flags=vars(args),
+                          optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            for name in ("train_closs", "train_lr") if events else ():
+                events.add_scalar(name, entry[name] or math.nan, epoch)
+        say(f"epoch {epoch}: loss {entry['train_closs'] or math.nan:.4f}, {entry['samples_per_s']:.1f} samples/s"
+            + (f", {entry['steps_left_out']} steps left out (not finite)" if entry["steps_left_out"] else ""))
+    parallel.close()
+    say(f"run: {folder}")
+
+
+def open_events(folder: str):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--log_dir writes TensorBoard events: pip install tensorboard, or leave it out") from error
+    return SummaryWriter(folder)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(get_args_parser().parse_args())

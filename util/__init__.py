@@ -1,0 +1,1 @@
+"""What feeds and watches a run: data, prompts, schedules, scores, run folders."""

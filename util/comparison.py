@@ -1,0 +1,216 @@
+"""Methods, which are runs of the same flags but for the seed, and what they differ by.
+
+Runs that do not compare are left out with their reason; a difference comes with its interval and, where predictions
+are known, with a paired test.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from lavin.errors import UserError
+from util.files import read_json
+from util.finished_runs import Run, read_run, run_folders
+from util.statistics import holm, mcnemar, newcombe, paired_bootstrap, wilson
+
+PUBLISHED = Path(__file__).parent.parent / "assets" / "published.json"
+SCHEDULE_NAMES = {"cosine": None, "cyclical": "Cyclical LR", "step": "Step Decay", "exponential": "Exp. Decay"}
+DROPOUT_NAMES = {(0.1, 1.01, 0.2): "Inc. Drop. Prob", (0.2, 0.99, 0.1): "Dec. Drop. Prob",
+                 (0.1, 1.03, 0.2): "Inc. Drop. Prob V2", (0.2, 0.97, 0.1): "Dec. Drop. Prob V2"}
+NAMES = ["Base", *filter(None, SCHEDULE_NAMES.values()), *DROPOUT_NAMES.values()]  # in the published order
+USUAL_MIN_LR = {"cosine": 0, "cyclical": 5e-5}  # the other schedules do not use it
+# Flags that a name need not tell: those that it tells already, those that say where and how a run ran rather than what
+# it computed, and those that `lr` and `effective batch` stand for.
+UNTOLD = {"lr_schedule", "min_lr", "dropout_prob", "dropout_var", "dropout_lim",
+          "seed", "output_dir", "log_dir", "resume", "device", "num_workers", "cpu_load", "gradient_checkpointing",
+          "llama_model_path", "data_path", "data_root", "caption_file", "blr", "batch_size", "accum_iter"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Accuracies are in percent, means over the seeds."""
+
+    name: str
+    runs: list[Run]
+    published: bool = False
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.runs[0].counts
+
+    @property
+    def flags(self) -> dict:
+        return self.runs[0].flags
+
+    def correct(self, column: str) -> float:
+        return sum(run.correct[column] for run in self.runs) / len(self.runs)
+
+    def accuracies(self, column: str) -> np.ndarray:
+        """[seeds]"""
+        return np.array([100 * run.correct[column] / self.counts[column] for run in self.runs])
+
+    def accuracy(self, column: str) -> float | None:
+        """None where the column has no questions."""
+        return 100 * self.correct(column) / self.counts[column] if self.counts[column] else None
+
+    def deviation(self, column: str) -> float | None:
+        """Standard deviation over the seeds, with n - 1; None for a single one."""
+        return float(self.accuracies(column).std(ddof=1)) if len(self.runs) > 1 and self.counts[column] else None
+
+    def interval(self, column: str) -> tuple[float, float]:
+        """Wilson's, of the mean over the seeds: what the choice of the questions leaves open."""
+        low, high = wilson(self.correct(column), self.counts[column])
+        return 100 * low, 100 * high
+
+    def right(self, answers: dict[str, int]) -> np.ndarray:
+        """[seeds, questions] of 0 and 1"""
+        return np.array([[run.predictions[qid] == answer for qid, answer in answers.items()] for run in self.runs], int)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """To the base, in points of percent, with its 95 % interval; p and holm (adjusted p) only where it is paired."""
+
+    points: float
+    low: float
+    high: float
+    p: float | None = None
+    holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods on the same questions, the base (if any) first."""
+
+    methods: list[Method]
+    differences: dict[str, Difference]  # by the method's name
+    left_out: list[str]  # "RUN: reason"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.methods[0].counts
+
+
+def compare(paths: list[str], base_path: str | None = None) -> Comparison:
+    """Of the runs in the folders. Raises UserError where none is left, or where it is not plain which is the base."""
+    runs, left_out = [], []
+    for folder in run_folders(paths):
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            left_out.append(f"{folder}: {error}")
+    if not runs:
+        raise UserError("no run can be drawn. " + "; ".join(left_out))
+    base = find_base(runs, base_path)
+    runs, answers, others = same_questions(runs, base)
+    methods, repeated = group(runs, base)
+    return Comparison(methods, differences(methods, answers) if base else {}, left_out + others + repeated)
+
+
+def published() -> Comparison:
+    """The correct answers behind a percentage are the one whole number that makes it."""
+    facts = read_json(PUBLISHED, "it belongs to this code: fetch it again")
+    counts = facts["counts"]
+    methods = [Method(method["name"], published=True, runs=[
+        Run("published", {**facts["flags"], **method["changes"]}, method["train_closs"], counts,
+            {column: round(percent * counts[column] / 100) for column, percent in method["scores"].items()})])
+        for method in facts["methods"]]
+    return Comparison(methods, differences(methods, None), [])
+
+
+def beside_published(comparison: Comparison) -> Comparison:
+    """Each method followed by its published twin. Raises UserError where the questions are others."""
+    theirs = published()
+    if comparison.counts != theirs.counts:
+        raise UserError(f"--published: its scores are of {theirs.counts['Avg']} questions of ScienceQA, these runs' of "
+                        f"{comparison.counts['Avg']} others: leave it out")
+    named = {method.name: f"{method.name} (published)" for method in theirs.methods}
+    methods = comparison.methods + [replace(method, name=named[method.name]) for method in theirs.methods]
+    order = [method.name for method in comparison.methods] + NAMES
+    methods.sort(key=lambda method: order.index(method.name.removesuffix(" (published)")))
+    return Comparison(methods, comparison.differences | {named[name]: d for name, d in theirs.differences.items()},
+                      comparison.left_out)
+
+
+def method_name(flags: dict, reference: dict) -> str:
+    """`Base`, `Step Decay`, `Inc. Drop. Prob V2 + lr 0.002`; flags other than the methods' own, as against `reference`."""
+    parts = list(filter(None, [SCHEDULE_NAMES[flags["lr_schedule"]], dropout_name(flags)])) or ["Base"]
+    if flags["min_lr"] != USUAL_MIN_LR.get(flags["lr_schedule"], flags["min_lr"]):
+        parts.append(f"min_lr {flags['min_lr']:g}")
+    unused = {"warmup_epochs"} if flags["lr_schedule"] == "cyclical" else set()
+    parts += [f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}" for flag, value in flags.items()
+              if flag not in UNTOLD | unused and value != reference.get(flag, value)]
+    return " + ".join(parts)
+
+
+def dropout_name(flags: dict) -> str | None:
+    prob, var, lim = flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"]
+    if var == 1:
+        return None if prob == 0.1 else f"dropout {prob:g}"
+    return DROPOUT_NAMES.get((prob, var, lim), f"{'Inc.' if var > 1 else 'Dec.'} Drop. Prob {prob:g} x {var:g} to {lim:g}")
+
+
+def find_base(runs: list[Run], path: str | None) -> Run | None:
+    """The run at `path`, or else the one with the cosine schedule and the same dropout in every layer."""
+    if path is not None:
+        for run in runs:
+            if Path(run.folder).resolve() == Path(path).resolve():
+                return run
+        raise UserError(f"--base {path} is none of the runs that can be compared: name one of them")
+    candidates = [run for run in runs if run.flags["lr_schedule"] == "cosine" and run.flags["dropout_var"] == 1]
+    names = {method_name(run.flags, candidates[0].flags): run.folder for run in candidates}
+    if len(names) > 1:
+        raise UserError("the base may be " + " or ".join(f"{folder} ({name})" for name, folder in names.items())
+                        + ": choose with --base")
+    return candidates[0] if candidates else None
+
+
+def same_questions(runs: list[Run], base: Run | None) -> tuple[list[Run], dict[str, int] | None, list[str]]:
+    """Runs on the questions of the base (without one: of most runs), the right answers, and why others are left out."""
+    questions = {run.folder: (run.split, frozenset(run.predictions)) for run in runs}
+    split, qids = questions[base.folder] if base else Counter(questions.values()).most_common(1)[0][0]
+    answers = next((run.answers for run in [base, *runs] if run and run.answers and run.answers.keys() == qids), None)
+    kept, left_out = [], []
+    for run in runs:
+        if run.split != split:
+            reason = f"of split {run.split}, not {split}: run eval.py with --split {split}"
+        elif run.predictions.keys() != qids:
+            reason = f"its {len(run.predictions)} questions are not the others' {len(qids)}: run eval.py on the same data"
+        elif run.answers not in (None, answers):
+            reason = "its questions have other right answers: run eval.py on the same data"
+        else:
+            kept.append(run)
+            continue
+        left_out.append(f"{run.folder}: {reason}")
+    return kept, answers, left_out
+
+
+def group(runs: list[Run], base: Run | None) -> tuple[list[Method], list[str]]:
+    """Methods, the base first and then in the published order, and which runs repeat another's seed."""
+    seeds: dict[str, dict] = {}
+    left_out = []
+    reference = (base or runs[0]).flags
+    for run in runs:
+        first = seeds.setdefault(method_name(run.flags, reference), {}).setdefault(run.flags.get("seed"), run)
+        if first is not run:
+            left_out.append(f"{run.folder}: has the flags and the seed of {first.folder}")
+    base_name = base and method_name(base.flags, reference)
+    methods = [Method(name, list(by_seed.values())) for name, by_seed in seeds.items()]
+    methods.sort(key=lambda method: (method.name != base_name, [*NAMES, method.name].index(method.name)))
+    return methods, left_out
+
+
+def differences(methods: list[Method], answers: dict[str, int] | None) -> dict[str, Difference]:
+    """Of each method to the first: paired where the answers are known, else from the two counts."""
+    base, *others = methods
+    if answers is None:
+        pairs = [(newcombe(m.correct("Avg"), m.counts["Avg"], base.correct("Avg"), base.counts["Avg"]), ())
+                 for m in others]
+    else:
+        right = [method.right(answers) for method in methods]
+        p_values = [mcnemar(r, right[0]) for r in right[1:]]
+        pairs = [(paired_bootstrap(r, right[0]), p) for r, p in zip(right[1:], zip(p_values, holm(p_values)))]
+    return {method.name: Difference(method.accuracy("Avg") - base.accuracy("Avg"), 100 * low, 100 * high, *p)
+            for method, ((low, high), p) in zip(others, pairs)}

@@ -1,0 +1,46 @@
+"""Files that are either whole or not there, and JSON whose faults are named."""
+
+import json
+import os
+from pathlib import Path
+
+from lavin.errors import UserError
+
+
+def read_json(path: Path, mend: str = "put it there, or correct the path"):
+    """Raises UserError, ending in `mend`, where the file is missing, and one that names the place where it is broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): {mend}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): fetch or write it again") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside the place, then renames, so that no reader sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_json_lines(path: Path, values) -> None:
+    write_text(path, "".join(json.dumps(value) + "\n" for value in values))
+
+
+def read_json_lines(path: Path) -> list:
+    """Raises UserError as `read_json` does."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): put it there, or correct the path") from error
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path} has a line that is not valid JSON ({error}): write it again") from error

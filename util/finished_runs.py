@@ -1,0 +1,115 @@
+"""Run folders, read for a comparison: a run that is unfinished or contradicts itself raises UserError with the reason."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from lavin.errors import UserError
+from lavin.mm_adapter import dropout_schedule
+from util.files import read_json, read_json_lines
+from util.lr_sched import check_schedule
+from util.scoring import COLUMNS
+
+RUN_FILES = ("config.json", "log.txt", "scores.json", "preds.json")
+N_LAYERS = 32  # of LLaMA-7B
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of one method. Published runs have no predictions; `answers` are the right ones, None if not kept."""
+
+    folder: str
+    flags: dict  # train.py's, and "effective batch"
+    losses: list[float]  # mean training loss of each epoch
+    counts: dict[str, int]  # questions by column
+    correct: dict[str, int]
+    split: str = "test"
+    predictions: dict[str, int] | None = None
+    answers: dict[str, int] | None = None
+    n_layers: int = N_LAYERS
+
+
+@contextmanager
+def written_by_us(path: Path):
+    """Names the file whose content is not what train.py and eval.py write."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is broken ({type(error).__name__}: {error}): train or evaluate again") from error
+
+
+def run_folders(paths: list[str]) -> list[Path]:
+    """The given runs and, of a folder that is no run itself, the runs right in it; each once."""
+    found = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UserError(f"no folder {path}: name a run's --output_dir, or a folder of runs")
+        runs = [path] if is_run(path) else [child for child in sorted(path.iterdir()) if is_run(child)]
+        if not runs:
+            raise UserError(f"{path} holds no run: name a run's --output_dir, or a folder of runs")
+        found |= {folder.resolve(): folder for folder in runs}
+    return list(found.values())
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in RUN_FILES)
+
+
+def read_run(folder: Path) -> Run:
+    flags, n_layers = read_config(folder / "config.json")
+    losses = read_losses(folder / "log.txt", flags["epochs"])
+    mend = f"run eval.py --adapter_path {folder}"
+    scores, predictions = (read_json(folder / name, mend) for name in ("scores.json", "preds.json"))
+    with written_by_us(folder / "preds.json"):
+        predictions = dict(predictions)
+    with written_by_us(folder / "scores.json"):
+        counts, correct = ({column: int(scores[key][column]) for column in COLUMNS} for key in ("counts", "correct"))
+        check_scores(scores, counts, correct, len(predictions))
+        split = scores["split"]
+    answers = read_answers(folder / "generations.jsonl", predictions)
+    if answers and correct["Avg"] != sum(predictions[qid] == answer for qid, answer in answers.items()):
+        raise UserError(f"{folder / 'scores.json'} does not count the answers of preds.json: {mend}")
+    return Run(str(folder), flags, losses, counts, correct, split, predictions, answers, n_layers)
+
+
+def read_config(path: Path) -> tuple[dict, int]:
+    config = read_json(path, "train.py writes it: name the folder of a training run")
+    with written_by_us(path):
+        flags = dict(config["flags"])
+        args = SimpleNamespace(**flags)
+        check_schedule(args)
+        dropout_schedule(1, args.dropout_prob, args.dropout_var, args.dropout_lim)
+        flags["effective batch"] = args.batch_size * args.accum_iter * config["world_size"]
+        return flags, int(config.get("n_layers", N_LAYERS))
+
+
+def read_losses(path: Path, epochs: int) -> list[float]:
+    """Mean loss by epoch. Of an epoch that is logged twice, by a run that was resumed, the last line counts."""
+    lines = read_json_lines(path) if path.is_file() else []
+    with written_by_us(path):
+        losses = {line["epoch"]: float("nan" if line["train_closs"] is None else line["train_closs"]) for line in lines}
+    done = sum(epoch in losses for epoch in range(epochs))
+    if done < epochs:
+        raise UserError(f"unfinished, {done} of {epochs} epochs in {path}: train.py --resume {path.parent} goes on")
+    return [losses[epoch] for epoch in range(epochs)]
+
+
+def check_scores(scores: dict, counts: dict[str, int], correct: dict[str, int], n_predictions: int) -> None:
+    """Raises ValueError where the percentages are not those of the counts, or the counts not of the predictions."""
+    for column, n in counts.items():
+        if not (scores[column] is None if n == 0 else abs(scores[column] - 100 * correct[column] / n) < 0.006):
+            raise ValueError(f"{column} {scores[column]} is not {correct[column]} of {n}")
+    if not counts["Avg"] == n_predictions > 0:
+        raise ValueError(f"{counts['Avg']} questions, {n_predictions} in preds.json")
+
+
+def read_answers(path: Path, predictions: dict[str, int]) -> dict[str, int] | None:
+    """The right answers, which eval.py keeps beside its texts."""
+    if not path.is_file():
+        return None
+    lines = read_json_lines(path)
+    with written_by_us(path):
+        if {line["qid"]: line["prediction"] for line in lines} != predictions:
+            raise ValueError("its predictions are not those of preds.json")
+        return {line["qid"]: line["answer"] for line in lines}

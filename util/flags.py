@@ -1,0 +1,66 @@
+"""Flags that train.py, eval.py and demo.py share: the base, the adapters, the data. A run's checkpoint keeps them."""
+
+import argparse
+
+from lavin.errors import UserError
+from util.prompts import PROMPT_FORMATS
+
+
+def shared_flags() -> argparse.ArgumentParser:
+    """A parser to be given to others as their parent."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("--llm_model", default="7B", help="the base model: a folder in --llama_model_path")
+    add("--llama_model_path", "--ckpt_dir", default="../data/weights/", help="where base models and tokenizer.model lie")
+    add("--vision_model", default="vit_large_patch14_clip_quickgelu_224.openai",
+        help="image encoder: a model of timm's, or a folder that timm wrote")
+    add("--cpu_load", action="store_true", help="published flag; weights are always read through host memory")
+    add("--bits", default="16bit", choices=["16bit", "8bit", "4bit", "fp8"], help="bits of the frozen weights")
+    add("--use_vicuna", action="store_true", help="Vicuna as the base")
+    add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+        help="compute type; auto: bf16, fp16 or fp32 by hardware")
+    add("--device", default=None, help="cuda or cpu; default: cuda where there is one")
+
+    add("--data_root", default="../data", help="folder of problems.json, pid_splits.json, images/")
+    add("--caption_file", default=None, help="captions.json; default: the one in --data_root")
+    add("--use_caption", action="store_true", help="put the picture's caption into the context")
+    add("--skip_bad", action="store_true", help="leave out problems whose picture is missing or broken")
+    add("--prompt_format", default="QCM-ALE", choices=PROMPT_FORMATS, help="what is asked and what is answered")
+    add("--max_seq_len", default=512, type=int, help="most tokens of prompt and answer")
+    add("--num_workers", default=4, type=int, help="threads that decode pictures")
+
+    add("--adapter_type", default="attn", choices=["attn", "block"],
+        help="adapters in LLaMA: before attention, or before the feed-forward too")
+    add("--visual_adapter_type", default="router", choices=["normal", "router", "router_block"],
+        help="adapters in the ViT")
+    add("--adapter_dim", default=8, type=int, help="rank of the adapters")
+    add("--adapter_scale", default=1.0, type=float, help="factor of the adapters' branches")
+    add("--temperature", default=10.0, type=float, help="of the router: 10 for 7B, 5 for 13B")
+    add("--hidden_proj", default=128, type=int, help="hidden width of the image projection")
+    add("--n_prompt", default=6, type=int, help="image features; must divide the ViT's depth")
+    return parser
+
+
+def inherit(args: argparse.Namespace, trained: dict) -> None:
+    """Sets shared flags that were left out (None) to those of a training run, or else to their defaults."""
+    for name, default in vars(shared_flags().parse_args([])).items():
+        if getattr(args, name) is None:
+            setattr(args, name, trained.get(name, default))
+
+
+def captions_of(args: argparse.Namespace) -> str | None:
+    """The caption file, where captions are used."""
+    return (args.caption_file or f"{args.data_root}/captions.json") if args.use_caption else None
+
+
+def check_shared(args: argparse.Namespace) -> None:
+    """Raises UserError for values of the shared flags that cannot work."""
+    if args.use_vicuna:
+        raise UserError("--use_vicuna is not there yet: leave it out")
+    if args.bits != "16bit":
+        raise UserError(f"--bits {args.bits} is not there yet: leave it at 16bit")
+    for flag in ("max_seq_len", "n_prompt", "hidden_proj", "adapter_dim"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    if not args.temperature > 0:
+        raise UserError(f"--temperature {args.temperature} must be positive")
