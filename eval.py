@@ -55,14 +55,14 @@ def check_adapter_flags(args, trained: dict) -> None:
 def load_model(args):
     """Base, tokenizer, and the checkpoint's path; sets the flags that were left out to the checkpoint's."""
     if args.llama_model_path and args.llm_model:
-        require_base(args.llama_model_path, args.llm_model)
+        require_base(args.llama_model_path, args.llm_model, args.tokenizer_path)
     path = last_checkpoint(args.adapter_path) if args.adapter_path else None
     checkpoint = read_adapters(path) if path else {}
     adapter = checkpoint.get("adapter_config", {})
     check_adapter_flags(args, adapter)
     inherit(args, checkpoint.get("flags", {}))
     check_shared(args)
-    require_base(args.llama_model_path, args.llm_model)
+    require_base(args.llama_model_path, args.llm_model, args.tokenizer_path)
     device = choose_device(args.device, parallel.init()[2])
     adapter = adapter or {name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__ if hasattr(args, name)}
     model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, AdapterConfig(**adapter),

@@ -81,9 +81,12 @@ def load_examples(args, tokenizer, image_size: int) -> list:
     """The train split, tokenized and with its pictures."""
     data = load_scienceqa(args.data_root, "train", captions_of(args))
     pictures = load_pictures(data, image_size, args.num_workers, args.skip_bad)
-    examples = [build_example(data, qid, pictures.get(qid), tokenizer, args.prompt_format, args.n_prompt,
-                              args.max_seq_len) for qid in progress(data.problems, "problems")]
+    with progress(data.problems, "problems") as bar:  # closed before an error is told
+        examples = [build_example(data, qid, pictures.get(qid), tokenizer, args.prompt_format, args.n_prompt,
+                                  args.max_seq_len) for qid in bar]
     cut = sum(example.answer_start == len(example.ids) for example in examples)
+    if cut == len(examples):
+        raise UserError(f"--max_seq_len {args.max_seq_len} leaves no answer to learn from: raise it")
     say(f"{len(examples)} problems, {len(pictures)} with a picture, {len(data.skipped)} left out for their picture"
         + (f", {cut} whose answer lies beyond --max_seq_len {args.max_seq_len}" if cut else ""))
     return examples
@@ -198,7 +201,7 @@ def main(args) -> None:
     if is_first():
         if not args.resume and start_afresh(folder):
             say(f"{folder} held an earlier run, which this one replaces")
-        write_config(folder, vars(args), device, world)
+        write_config(folder, vars(args), device, world, model.llama.config.n_layers)
     say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained parameters, {dtype} on {device}, "
         f"effective batch {args.batch_size * args.accum_iter * world}, lr {args.lr:.3g}, {args.lr_schedule}")
     events = open_events(args.log_dir) if args.log_dir and is_first() else None

@@ -39,24 +39,28 @@ def read_torch(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"no file {path}: put it there, or correct the path")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds here
         raise UserError(f"{path} cannot be read as weights ({str(error).splitlines()[0]}): fetch or copy it again"
                         ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not named weights: fetch or copy it again")
+    return content
 
 
 def read_params(llama_model_path: str, llm_model: str, vocab_size: int) -> LlamaConfig:
     path = Path(llama_model_path, llm_model, "params.json")
     try:
         return LlamaConfig.from_params(json.loads(path.read_text()), vocab_size)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not describe a LLaMA ({error}): fetch or copy it again") from error
 
 
-def require_base(llama_model_path: str, llm_model: str) -> None:
+def require_base(llama_model_path: str, llm_model: str, tokenizer_path: str | None = None) -> None:
     """Raises UserError that names the first missing file of a base model, before anything slow begins."""
     folder = Path(llama_model_path, llm_model)
-    for path in (folder / "params.json", folder / "consolidated.00.pth", find_tokenizer(llama_model_path, llm_model)):
+    tokenizer = Path(tokenizer_path or find_tokenizer(llama_model_path, llm_model))
+    for path in (folder / "params.json", folder / "consolidated.00.pth", tokenizer):
         if not path.is_file():
             raise UserError(f"missing {path}: put LLaMA's {path.name} there, "
                             "or name another place with --llama_model_path and --llm_model")

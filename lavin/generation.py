@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from lavin.errors import UserError
 from lavin.llama import LlamaConfig, PackedPlan
 from lavin.mm_adapter import Routing
 from lavin.model import LaVIN, pack
@@ -89,7 +90,7 @@ def sampler(temperature: float, top_p: float, seeds: list[int]) -> Callable[[tor
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def choose(logits):
-        probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+        probabilities, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before > top_p, 0).cpu()
         picks = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, generators)]
@@ -123,13 +124,13 @@ def generate(model: LaVIN, tokenizer: Tokenizer, examples: list[Example], max_ne
 def option_example(tokenizer: Tokenizer, prompt: str, options: list[str], **layout) -> tuple[Example, list[int]]:
     """The longest start that all answers `options` to a prompt share, and each option's next token.
 
-    layout: image and n_prompt, as for Tokenizer.example. Raises ValueError where two options go on alike.
+    layout: image and n_prompt, as for Tokenizer.example. Raises UserError where two options go on alike.
     """
     ids = [tokenizer.example(prompt, option, **layout).ids for option in options]
     shared = next(i for i, tokens in enumerate(zip(*ids)) if len(set(tokens)) > 1)
     tokens = [row[shared] for row in ids]
     if len(set(tokens)) < len(tokens):
-        raise ValueError(f"options {options} are not told apart by one token")
+        raise UserError(f"this tokenizer does not tell the options {options} apart by one token: use the base model's own")
     return Example(ids[0][:shared], shared, layout.get("image")), tokens
 
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lavin.attention import packed_attention
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -87,33 +89,27 @@ def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> 
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
-def causal_attention(query, key, value):
-    """Causal softmax attention of one document: query [T, H, d], key and value [T, H_kv, d] -> [T, H, d]."""
-    if query.shape[0] == 1:  # a softmax over one key
-        return value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-    out = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None],
-        is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
-    return out[0].transpose(0, 1)
-
-
 class PackedPlan:
     """Documents behind one another in a row; each token attends to its own document's past.
 
-    lengths: tokens of each document. starts: position of each document's first token (default 0).
+    lengths: tokens of each document. starts: rotary position of each document's first token (default 0).
     """
 
     def __init__(self, lengths: list[int], device, starts: list[int] | None = None):
         self.lengths = lengths
-        starts = starts or [0] * len(lengths)
-        self.positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths)]).to(device)
-        documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        self.longest = max(lengths)
+        counts = torch.tensor(lengths)
+        documents = torch.arange(len(lengths)).repeat_interleave(counts)
+        ends = counts.cumsum(0)
+        places = torch.arange(len(documents)) - (ends - counts)[documents]
         self.documents = documents.to(device)  # [N]: whose token each is
+        self.places = places.to(device)  # [N]: which of its document's tokens each is
+        self.positions = self.places if starts is None else (places + torch.tensor(starts)[documents]).to(device)
+        self.offsets = F.pad(ends, (1, 0)).int().to(device)  # [documents + 1]: where they begin
 
     def attend(self, layer: int, query, key, value):
         """[N, H, d], [N, H_kv, d], [N, H_kv, d] -> [N, H, d]."""
-        parts = zip(query.split(self.lengths), key.split(self.lengths), value.split(self.lengths))
-        return torch.cat([causal_attention(*part) for part in parts])
+        return packed_attention(query.device, query.dtype)(query, key, value, self)
 
 
 class Attention(nn.Module):
@@ -125,8 +121,12 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
+    def project(self, x):
+        """[N, D] -> query [N, H, d], key and value [N, H_kv, d]."""
+        return (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+
     def forward(self, x, rotary, plan):
-        query, key, value = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        query, key, value = self.project(x)
         out = plan.attend(self.layer, apply_rotary(query, rotary), apply_rotary(key, rotary), value)
         return self.wo(out.flatten(1))
 

@@ -71,7 +71,9 @@ class RepAdapter(nn.Module):
         rank = config.adapter_dim
         if dim % GROUPS or rank % GROUPS:
             raise ValueError(f"--adapter_dim {rank} and the width {dim} must be multiples of {GROUPS}")
-        self.scale, self.dropout = config.adapter_scale, dropout
+        self.scale = config.adapter_scale
+        # a tensor, so that layers of different dropout share one compiled program
+        self.register_buffer("dropout", torch.tensor(dropout, device=HOME), persistent=False)
         self.conv_A = nn.Conv1d(dim, rank, 1, device=HOME)
         self.conv_B = nn.Conv1d(rank, dim, 1, groups=GROUPS, device=HOME)
         nn.init.xavier_uniform_(self.conv_A.weight)
@@ -81,7 +83,9 @@ class RepAdapter(nn.Module):
     def down(self, x):
         """x [N, D] -> z [N, r]."""
         z = F.linear(x, self.conv_A.weight[..., 0].to(x.dtype), self.conv_A.bias.to(x.dtype))
-        return F.dropout(z, self.dropout, self.training)
+        if self.training:
+            z = z * ((torch.rand_like(z, dtype=torch.float32) >= self.dropout) / (1 - self.dropout)).to(z.dtype)
+        return z
 
     @staticmethod
     def up_matrix(conv):
@@ -123,19 +127,20 @@ class RepAdapterRouter(RepAdapter):
 class Routing:
     """Gives every row of a pass its expert mixture, by modality.
 
-    modality [N]: 0 text, 1 image, for each row. Without a table, rows 0 and 1 of the pass must be the two modality
-    tokens; the mixtures they give are kept in `table`, which a later `Routing` can use in their place.
+    modality [N]: 0 text, 1 image, for each row. table: mixtures [2, 2] by adapter; what it lacks is computed from rows 0
+    and 1, which must then be the two modality tokens, and kept in it. Without a table nothing is kept.
     """
 
     def __init__(self, modality: torch.Tensor, table: dict | None = None):
-        self.modality = modality
-        self.fixed = table is not None
-        self.table = table if self.fixed else {}
+        self.rows = F.one_hot(modality, 2).float()  # a product with it picks rows, and its gradient repeats itself
+        self.table = table
 
     def mixture(self, adapter: RepAdapterRouter, x):
-        if not self.fixed:  # written, never read back: checkpointing runs a layer twice
+        if self.table is None:
+            return self.rows @ adapter.mixture(x[:2])
+        if adapter not in self.table:
             self.table[adapter] = adapter.mixture(x[:2])
-        return self.table[adapter][self.modality]
+        return self.rows @ self.table[adapter]
 
 
 class AdaptedBlock(Block):

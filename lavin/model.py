@@ -121,6 +121,6 @@ class LaVIN(nn.Module):
     def routing_table(self) -> dict:
         """Each adapter's mixtures [2, 2] by modality, for generation: they depend on parameters alone."""
         tokens, kinds = self.modality_rows()
-        routing = Routing(kinds)
-        self.llama(tokens, PackedPlan([1] * MODALITIES, self.device), routing)
-        return routing.table
+        table = {}
+        self.llama(tokens, PackedPlan([1] * MODALITIES, self.device), Routing(kinds, table))
+        return table

@@ -100,6 +100,8 @@ def compare(paths: list[str], base_path: str | None = None) -> Comparison:
         try:
             runs.append(read_run(folder))
         except UserError as error:
+            if base_path is not None and folder.resolve() == Path(base_path).resolve():
+                raise UserError(f"--base: {error}") from error
             left_out.append(f"{folder}: {error}")
     if not runs:
         raise UserError("no run can be drawn. " + "; ".join(left_out))
@@ -128,14 +130,14 @@ def beside_published(comparison: Comparison) -> Comparison:
                         f"{comparison.counts['Avg']} others: leave it out")
     named = {method.name: f"{method.name} (published)" for method in theirs.methods}
     methods = comparison.methods + [replace(method, name=named[method.name]) for method in theirs.methods]
-    order = [method.name for method in comparison.methods] + NAMES
+    order = [comparison.methods[0].name, *NAMES, *(method.name for method in comparison.methods)]
     methods.sort(key=lambda method: order.index(method.name.removesuffix(" (published)")))
     return Comparison(methods, comparison.differences | {named[name]: d for name, d in theirs.differences.items()},
                       comparison.left_out)
 
 
 def method_name(flags: dict, reference: dict) -> str:
-    """`Base`, `Step Decay`, `Inc. Drop. Prob V2 + lr 0.002`; flags other than the methods' own, as against `reference`."""
+    """`Base`, `Step Decay`, `Inc. Drop. Prob V2 + lr 0.002`: of other flags, those that differ from `reference`."""
     parts = list(filter(None, [SCHEDULE_NAMES[flags["lr_schedule"]], dropout_name(flags)])) or ["Base"]
     if flags["min_lr"] != USUAL_MIN_LR.get(flags["lr_schedule"], flags["min_lr"]):
         parts.append(f"min_lr {flags['min_lr']:g}")
@@ -149,7 +151,8 @@ def dropout_name(flags: dict) -> str | None:
     prob, var, lim = flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"]
     if var == 1:
         return None if prob == 0.1 else f"dropout {prob:g}"
-    return DROPOUT_NAMES.get((prob, var, lim), f"{'Inc.' if var > 1 else 'Dec.'} Drop. Prob {prob:g} x {var:g} to {lim:g}")
+    direction = "Inc." if var > 1 else "Dec."
+    return DROPOUT_NAMES.get((prob, var, lim), f"{direction} Drop. Prob {prob:g} x {var:g} to {lim:g}")
 
 
 def find_base(runs: list[Run], path: str | None) -> Run | None:
@@ -158,7 +161,7 @@ def find_base(runs: list[Run], path: str | None) -> Run | None:
         for run in runs:
             if Path(run.folder).resolve() == Path(path).resolve():
                 return run
-        raise UserError(f"--base {path} is none of the runs that can be compared: name one of them")
+        raise UserError(f"--base {path} is none of the runs: name one of them")
     candidates = [run for run in runs if run.flags["lr_schedule"] == "cosine" and run.flags["dropout_var"] == 1]
     names = {method_name(run.flags, candidates[0].flags): run.folder for run in candidates}
     if len(names) > 1:
@@ -177,9 +180,9 @@ def same_questions(runs: list[Run], base: Run | None) -> tuple[list[Run], dict[s
         if run.split != split:
             reason = f"of split {run.split}, not {split}: run eval.py with --split {split}"
         elif run.predictions.keys() != qids:
-            reason = f"its {len(run.predictions)} questions are not the others' {len(qids)}: run eval.py on the same data"
+            reason = f"its {len(run.predictions)} questions are not the others' {len(qids)}: evaluate on the same"
         elif run.answers not in (None, answers):
-            reason = "its questions have other right answers: run eval.py on the same data"
+            reason = "its questions have other right answers: evaluate on the same data"
         else:
             kept.append(run)
             continue

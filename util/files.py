@@ -7,14 +7,17 @@ from pathlib import Path
 from lavin.errors import UserError
 
 
-def read_json(path: Path, mend: str = "put it there, or correct the path"):
+def read_json(path: Path, mend: str = "put it there, or correct the path") -> dict:
     """Raises UserError, ending in `mend`, where the file is missing, and one that names the place where it is broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): {mend}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch or write it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: fetch or write it again")
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

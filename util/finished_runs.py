@@ -1,4 +1,4 @@
-"""Run folders, read for a comparison: a run that is unfinished or contradicts itself raises UserError with the reason."""
+"""Run folders, read for a comparison: one that is unfinished or contradicts itself raises UserError with the reason."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,8 +61,6 @@ def read_run(folder: Path) -> Run:
     losses = read_losses(folder / "log.txt", flags["epochs"])
     mend = f"run eval.py --adapter_path {folder}"
     scores, predictions = (read_json(folder / name, mend) for name in ("scores.json", "preds.json"))
-    with written_by_us(folder / "preds.json"):
-        predictions = dict(predictions)
     with written_by_us(folder / "scores.json"):
         counts, correct = ({column: int(scores[key][column]) for column in COLUMNS} for key in ("counts", "correct"))
         check_scores(scores, counts, correct, len(predictions))
@@ -79,9 +77,10 @@ def read_config(path: Path) -> tuple[dict, int]:
         flags = dict(config["flags"])
         args = SimpleNamespace(**flags)
         check_schedule(args)
-        dropout_schedule(1, args.dropout_prob, args.dropout_var, args.dropout_lim)
+        n_layers = config.get("n_layers", N_LAYERS)
+        dropout_schedule(n_layers, args.dropout_prob, args.dropout_var, args.dropout_lim)
         flags["effective batch"] = args.batch_size * args.accum_iter * config["world_size"]
-        return flags, int(config.get("n_layers", N_LAYERS))
+        return flags, n_layers
 
 
 def read_losses(path: Path, epochs: int) -> list[float]:
@@ -89,7 +88,7 @@ def read_losses(path: Path, epochs: int) -> list[float]:
     lines = read_json_lines(path) if path.is_file() else []
     with written_by_us(path):
         losses = {line["epoch"]: float("nan" if line["train_closs"] is None else line["train_closs"]) for line in lines}
-    done = sum(epoch in losses for epoch in range(epochs))
+        done = sum(epoch in losses for epoch in range(epochs))
     if done < epochs:
         raise UserError(f"unfinished, {done} of {epochs} epochs in {path}: train.py --resume {path.parent} goes on")
     return [losses[epoch] for epoch in range(epochs)]
@@ -98,8 +97,10 @@ def read_losses(path: Path, epochs: int) -> list[float]:
 def check_scores(scores: dict, counts: dict[str, int], correct: dict[str, int], n_predictions: int) -> None:
     """Raises ValueError where the percentages are not those of the counts, or the counts not of the predictions."""
     for column, n in counts.items():
-        if not (scores[column] is None if n == 0 else abs(scores[column] - 100 * correct[column] / n) < 0.006):
-            raise ValueError(f"{column} {scores[column]} is not {correct[column]} of {n}")
+        percent = scores[column]
+        same = percent is None if n == 0 else percent is not None and abs(percent - 100 * correct[column] / n) < 0.006
+        if not same:
+            raise ValueError(f"{column} {percent} is not {correct[column]} of {n}")
     if not counts["Avg"] == n_predictions > 0:
         raise ValueError(f"{counts['Avg']} questions, {n_predictions} in preds.json")
 

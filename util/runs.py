@@ -43,11 +43,13 @@ def git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def write_config(folder: Path, flags: dict, device: torch.device, world: int) -> None:
+def write_config(folder: Path, flags: dict, device: torch.device, world: int, n_layers: int) -> None:
+    """config.json; n_layers: of LLaMA, over which the dropout schedule runs."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
     write_json(folder / "config.json", {"flags": flags, "versions": versions, "git_commit": git_commit(),
-                                        "device": f"{device.type}: {name}", "world_size": world})
+                                        "device": f"{device.type}: {name}", "world_size": world,
+                                        "n_layers": n_layers})
 
 
 def start_afresh(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A comparison as a table: aligned text, Markdown, LaTeX (rounded, with notes) and CSV (unrounded, one number a cell)."""
+"""A comparison as a table: aligned text, Markdown, LaTeX (rounded, with notes), CSV (unrounded, one number a cell)."""
 
 import csv
 import io
@@ -9,8 +9,9 @@ from util.scoring import COLUMNS
 from util.statistics import DRAWS
 
 NONE = "–"
-LATEX = str.maketrans({"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "<": "$<$",
-                       "±": r"$\pm$", "−": "$-$", "–": "--"})
+LATEX = str.maketrans({"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
+                       "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$", "±": r"$\pm$",
+                       "−": "$-$", "–": "--"})
 
 
 def text_table(comparison: Comparison) -> str:
@@ -38,8 +39,9 @@ def csv_table(comparison: Comparison) -> str:
     """Percent and points with four decimals; a cell is empty where there is no such number."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
-    write(["method", "published", "seeds", "n", *COLUMNS, "Avg_low", "Avg_high", *(f"{column}_sd" for column in COLUMNS),
-           "difference", "difference_low", "difference_high", "p_mcnemar", "p_holm"])
+    write(["method", "published", "seeds", "n", *COLUMNS, "Avg_low", "Avg_high",
+           *(f"{column}_sd" for column in COLUMNS), "difference", "difference_low", "difference_high",
+           "p_mcnemar", "p_holm"])
     for method in comparison.methods:
         d = comparison.differences.get(method.name)
         numbers = [*map(method.accuracy, COLUMNS), *method.interval("Avg"), *map(method.deviation, COLUMNS),
@@ -86,23 +88,24 @@ def notes(comparison: Comparison) -> list[str]:
     """What the numbers mean, and what they do not cover."""
     published = any(method.published for method in comparison.methods)
     most_seeds = max(len(method.runs) for method in comparison.methods)
-    own = [d for method in comparison.methods if not method.published and (d := comparison.differences.get(method.name))]
+    own = [comparison.differences[method.name] for method in comparison.methods
+           if not method.published and method.name in comparison.differences]
     found = [f"Accuracy in % of {comparison.counts['Avg']:,} questions. Intervals are Wilson's, from n alone, and not "
              "adjusted for the number of methods."]
-    if most_seeds > 1:
-        found.append("±: standard deviation over the seeds; all else is of their mean.")
     if own and own[0].p is not None:
-        found.append(f"vs. base: on the same questions; exact McNemar test{' of the means over seeds' * (most_seeds > 1)}, "
-                     f"p adjusted after Holm for {len(own)} methods; interval by paired bootstrap, {DRAWS:,} draws"
-                     f"{' of questions and seeds' * (most_seeds > 1)}.")
+        found.append("vs. base: on the same questions; exact McNemar test, p adjusted after Holm for "
+                     f"{len(own)} method{'s' * (len(own) > 1)}; interval by paired bootstrap, {DRAWS:,} draws.")
     elif own:
         found.append("No run kept generations.jsonl, which has the right answers: differences are unpaired (Newcombe's "
                      "interval) and untested.")
     elif len(comparison.methods) > 1 and not comparison.differences:
-        found.append("No run is the base (cosine schedule, --dropout_var 1): choose one with --base to see differences.")
+        found.append("No run is the base (cosine schedule, --dropout_var 1): for differences, choose one with --base.")
+    if most_seeds > 1:
+        found.append("±: standard deviation over the seeds; all else is of their mean. The bootstrap draws seeds as "
+                     "well as questions, the test is about the questions alone.")
     if published:
-        found.append("The published figures come without predictions: their differences are unpaired (Newcombe's interval) "
-                     "and untested. Their counts by category are the only ones that make every percentage.")
+        found.append("The published figures come without predictions: their differences are unpaired (Newcombe's "
+                     "interval) and untested. Their counts by category are the only ones that make every percentage.")
     if any(len(method.runs) == 1 for method in comparison.methods):
         found.append("Methods with one seed: what another seed would give is in no interval and no test.")
     return found + [f"Left out: {reason}" for reason in comparison.left_out]

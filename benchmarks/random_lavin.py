@@ -1,0 +1,59 @@
+"""Random weights and random samples at real sizes: what the benchmarks run on."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+
+from lavin.llama import LlamaConfig
+from lavin.mm_adapter import AdapterConfig
+from lavin.model import LaVIN
+from lavin.tokenizer import IMAGE_SLOT, Example
+from lavin.vision import timm
+
+SIZES = {  # LLaMA, ViT
+    "7B": (LlamaConfig(4096, 32, 32, 32000, norm_eps=1e-6), {"model_name": "vit_large_patch14_clip_quickgelu_224"}),
+    "tiny": (LlamaConfig(64, 2, 4, 320, multiple_of=32),
+             {"model_name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6,
+              "num_heads": 4}),
+}
+TEXT_PREFIX, IMAGE_PREFIX = 5, 3  # tokens of "Image: N/A" and "Image: " in LLaMA's vocabulary
+
+
+def random_lavin(size: str, device, dtype, dropout: float = 0.1) -> LaVIN:
+    """LaVIN whose weights were drawn on `device`; the adapters' up-projections are not zero."""
+    config, vit = SIZES[size]
+    with torch.device("meta"):
+        model = LaVIN(config, timm.create_model(num_classes=0, **vit), AdapterConfig(dropout_prob=dropout))
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kept = torch.float32 if parameter.device.type == "cpu" else dtype  # the adapters are made on the CPU
+            drawn = torch.empty(parameter.shape, device=device, dtype=kept).normal_(0, 0.02)
+            drawn += float("norm" in type(module).__name__.lower())  # a norm's gains are about 1
+            setattr(module, name, torch.nn.Parameter(drawn, parameter.requires_grad))
+    return model.to(device)
+
+
+def length_rows() -> list[tuple[int, int, int]]:
+    """[prompt tokens with BOS, all tokens with BOS and EOS, has image] of 150 real problems."""
+    return json.loads(Path(__file__).with_name("token_lengths.json").read_text())["rows"]
+
+
+def random_examples(model: LaVIN, n: int, seed: int, max_seq_len: int = 512, full: bool = False, answers: bool = True
+                    ) -> list[Example]:
+    """n samples of real lengths (or, `full`, all cut at max_seq_len with a picture), tokens and pixels random."""
+    draw = random.Random(seed)
+    size, vocab = model.vision.image_size, model.llama.config.vocab_size
+    examples = []
+    for prompt, total, has_image in draw.choices(length_rows(), k=n):
+        if full:
+            total, has_image = max_seq_len, 1
+        n_prefix = IMAGE_PREFIX if has_image else TEXT_PREFIX
+        token = lambda count: [draw.randrange(3, vocab) for _ in range(count)]  # noqa: E731
+        ids = token(1 + n_prefix) + [IMAGE_SLOT] * (model.adapter.n_prompt * has_image)
+        start = len(ids) + prompt - 1
+        ids += token((total if answers else prompt) - 1)
+        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8) if has_image else None
+        examples.append(Example(ids[:max_seq_len - 1], min(start, max_seq_len - 1), image))
+    return examples

@@ -1,0 +1,133 @@
+"""What many tests need, made once a session: a tokenizer, a base in the real formats, a small ScienceQA, a run."""
+
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project, whatever the working directory
+
+from lavin.llama import Llama, LlamaConfig  # noqa: E402
+from lavin.tokenizer import Tokenizer  # noqa: E402
+from tiny import IMAGE_SIZE, problem, sharpen, tiny_vit  # noqa: E402
+
+torch.set_num_threads(1)  # with models this small, threads would only wait for one another
+
+REAL = Path(__file__).parents[2] / "shared" / "scienceqa"
+
+
+@pytest.fixture(scope="session")
+def real_scienceqa():
+    """Folder of the 150 real problems, which are not part of the project."""
+    if not REAL.is_dir():
+        pytest.skip(f"no {REAL}")
+    return REAL
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory):
+    """A SentencePiece BPE with LLaMA's options and ids, trained on invented lines."""
+    import sentencepiece
+    rng = random.Random(0)
+    nouns = "pond river magnet lizard cloud bridge teacher sentence map island".split()
+    verbs = "reaches pulls warms crosses names follows".split()
+    lines = [f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} on day {rng.randrange(100)}."
+             for _ in range(250)]
+    lines += [f"Question: Which {rng.choice(nouns)} {rng.choice(verbs)} first?\\nContext: N/A\\nOptions: (A) one (B) two"
+              f" (C) three\\nResponse:The answer is {rng.choice('ABCDE')}. BECAUSE: it is." for _ in range(150)]
+    lines += ["Image: N/A", "Image: "] * 20
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "lines.txt").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "lines.txt"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=480,
+        byte_fallback=True, bos_id=1, eos_id=2, unk_id=0, pad_id=-1, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, split_digits=True, allow_whitespace_only_pieces=True, minloglevel=2)
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file):
+    return Tokenizer(tokenizer_file)
+
+
+@dataclass
+class Base:
+    weights: Path  # tokenizer.model, tiny/params.json, tiny/consolidated.00.pth
+    vision: Path  # config.json, model.safetensors
+
+    @property
+    def flags(self) -> list[str]:
+        return ["--llama_model_path", str(self.weights), "--llm_model", "tiny", "--vision_model", str(self.vision)]
+
+
+def write_base(folder: Path, tokenizer_file: Path) -> Base:
+    from safetensors.torch import save_file
+    torch.manual_seed(0)
+    base = Base(folder / "weights", folder / "vit")
+    (base.weights / "tiny").mkdir(parents=True)
+    (base.weights / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "norm_eps": 1e-6,
+              "vocab_size": -1}
+    (base.weights / "tiny" / "params.json").write_text(json.dumps(params))
+    llama = Llama(LlamaConfig.from_params(params, Tokenizer(tokenizer_file).n_words))
+    sharpen(llama)
+    torch.save({**llama.state_dict(), "rope.freqs": torch.zeros(4)}, base.weights / "tiny" / "consolidated.00.pth")
+    base.vision.mkdir()
+    (base.vision / "config.json").write_text(json.dumps({
+        "architecture": "vit_tiny_patch16_224", "num_classes": 0, "num_features": 24,
+        "model_args": {"img_size": IMAGE_SIZE, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 2},
+        "pretrained_cfg": {"input_size": [3, IMAGE_SIZE, IMAGE_SIZE], "num_classes": 0}}))
+    save_file(tiny_vit().state_dict(), base.vision / "model.safetensors")
+    return base
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer_file) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"), tokenizer_file)
+
+
+def invented_problems() -> dict[str, dict]:
+    """12 for training, 6 for testing: all subjects, with and without hint and picture, 2 to 4 choices."""
+    subjects = ("natural science", "social science", "language science")
+    problems = {}
+    for i in range(18):
+        choices = [f"the {word} pond" for word in ("north", "south", "old", "new")[:2 + i % 3]]
+        problems[str(100 + i)] = problem(
+            question=f"Which pond did walk {i} reach first?", choices=choices, answer=i % len(choices),
+            hint="The walk began in the north." if i % 4 == 1 else "", image="image.png" if i % 2 else None,
+            grade=f"grade{1 + i % 12}", subject=subjects[i % 3], split="train" if i < 12 else "test")
+    return problems
+
+
+def write_scienceqa(root: Path) -> Path:
+    problems = invented_problems()
+    root.mkdir(exist_ok=True)
+    (root / "problems.json").write_text(json.dumps(problems))
+    splits = {split: [qid for qid, p in problems.items() if p["split"] == split] for split in ("train", "test")}
+    (root / "pid_splits.json").write_text(json.dumps(splits))
+    (root / "captions.json").write_text(json.dumps({"captions": {qid: "A pond seen from above." for qid in problems}}))
+    rng = random.Random(1)
+    for qid, p in problems.items():
+        if p["image"]:
+            folder = root / "images" / p["split"] / qid
+            folder.mkdir(parents=True)
+            picture = Image.effect_noise((20, 30), 80).convert("RGB")
+            picture.paste(tuple(rng.randrange(256) for _ in range(3)), (0, 0, rng.randrange(1, 20), 30))
+            picture.save(folder / p["image"])
+    return root
+
+
+@pytest.fixture(scope="session")
+def scienceqa(tmp_path_factory) -> Path:
+    """Not to be written to; `own_scienceqa` is."""
+    return write_scienceqa(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def own_scienceqa(tmp_path) -> Path:
+    return write_scienceqa(tmp_path / "data")

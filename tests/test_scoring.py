@@ -1,0 +1,35 @@
+"""The nine accuracies against problems counted by hand."""
+
+import pytest
+
+from tiny import problem
+from util.scoring import COLUMNS, score
+
+NATURAL, SOCIAL, LANGUAGE = "natural science", "social science", "language science"
+PROBLEMS = {
+    "a": problem(subject=NATURAL, hint="Look up.", image="image.png", grade="grade1", answer=0),
+    "b": problem(subject=NATURAL, hint="", image="image.png", grade="grade6", answer=1),
+    "c": problem(subject=SOCIAL, hint="", image=None, grade="grade7", answer=0),
+    "d": problem(subject=LANGUAGE, hint="Read it.", image=None, grade="grade12", answer=1),
+    "e": problem(subject=LANGUAGE, hint="", image=None, grade="grade10", answer=1),
+    "f": problem(subject=LANGUAGE, hint="", image=None, grade="grade2", answer=0),
+}
+
+
+def test_nine_accuracies():
+    """Right: a, c, d, f. Wrong: b, e."""
+    result = score(PROBLEMS, {"a": 0, "b": 0, "c": 0, "d": 1, "e": 0, "f": 0})
+    assert result["counts"] == {"NAT": 2, "SOC": 1, "LAN": 3, "TXT": 2, "IMG": 2, "NO": 3, "G1-6": 3, "G7-12": 3,
+                                "Avg": 6}
+    assert result["correct"] == {"NAT": 1, "SOC": 1, "LAN": 2, "TXT": 2, "IMG": 1, "NO": 2, "G1-6": 2, "G7-12": 2,
+                                 "Avg": 4}
+    assert [result[column] for column in COLUMNS] == pytest.approx(
+        [50, 100, 200 / 3, 100, 50, 200 / 3, 200 / 3, 200 / 3, 200 / 3])
+    assert list(COLUMNS) == ["NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg"]
+
+
+def test_empty_categories_have_no_accuracy():
+    result = score(PROBLEMS, {"c": 1})  # only what was answered counts
+    assert {column: result[column] for column in COLUMNS} == {
+        "NAT": None, "SOC": 0, "LAN": None, "TXT": None, "IMG": None, "NO": 0, "G1-6": None, "G7-12": 0, "Avg": 0}
+    assert all(score(PROBLEMS, {})[column] is None for column in COLUMNS)

@@ -1,0 +1,81 @@
+"""Tiny models, examples and problems that the tests share. All texts are invented."""
+
+import torch
+
+from lavin.llama import LlamaConfig
+from lavin.mm_adapter import AdapterConfig
+from lavin.model import LaVIN
+from lavin.tokenizer import IMAGE_SLOT, Example
+from lavin.vision import timm
+
+VOCABULARY = 50
+IMAGE_SIZE = 16
+# depth 6 gives six features; CLIP's ViT has a norm before its blocks, no patch bias, and QuickGELU
+VITS = {"plain": "vit_tiny_patch16_224", "clip": "vit_base_patch16_clip_quickgelu_224"}
+VARIANTS = [("attn", "normal"), ("attn", "router"), ("block", "router_block")]  # adapter_type, visual_adapter_type
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    return LlamaConfig(**{"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": VOCABULARY,
+                          "multiple_of": 16, **changes})
+
+
+def tiny_vit(kind: str = "plain"):
+    vit = timm.create_model(VITS[kind], img_size=IMAGE_SIZE, patch_size=8, embed_dim=24, depth=6, num_heads=2,
+                            num_classes=0)
+    for name, parameter in vit.named_parameters():
+        if parameter.ndim == 1:  # norms and biases begin at 1 and 0, where a mistake would not show
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        elif "embed" in name or "token" in name:
+            parameter.data.normal_()
+    return vit
+
+
+def sharpen(llama) -> None:
+    """Random norms and attention far from uniform, so that a mistake in either shows."""
+    for name, parameter in llama.named_parameters():
+        if "adapter" not in name:
+            if parameter.ndim == 1:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+            elif "wq" in name or "wk" in name:
+                parameter.data *= 3
+
+
+def randomise_adapters(model) -> None:
+    """Adapters as they are after training: nothing is zero any more."""
+    for name, parameter in model.named_parameters():
+        if "adapter" in name:
+            parameter.data = 0.3 * torch.randn_like(parameter)
+
+
+def tiny_model(seed: int = 0, trained: bool = True, vit: str = "plain", llama: dict = {}, **adapter) -> LaVIN:
+    """A model in evaluation mode with rank 4, scale 0.7 and temperature 2, unless `adapter` says otherwise."""
+    torch.manual_seed(seed)
+    adapter = {"adapter_dim": 4, "adapter_scale": 0.7, "temperature": 2.0, "hidden_proj": 8, **adapter}
+    model = LaVIN(tiny_config(**llama), tiny_vit(vit), AdapterConfig(**adapter))
+    sharpen(model.llama)
+    if trained:
+        randomise_adapters(model)
+    return model.eval()
+
+
+def tiny_example(seed: int, prompt: int, answer: int = 3, image: bool = False) -> Example:
+    """Random tokens in the layout of Tokenizer.example; `answer` 0 is a prompt to be continued."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(3, VOCABULARY, (2 + prompt + answer,), generator=generator).tolist()
+    ids = [1, *words[:2], *[IMAGE_SLOT] * (6 * image), *words[2:]]
+    picture = torch.randint(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), generator=generator, dtype=torch.uint8)
+    return Example(ids, len(ids) - answer, picture if image else None)
+
+
+def mixed_examples(answer: int = 3) -> list[Example]:
+    """Ragged lengths, with and without pictures."""
+    return [tiny_example(1, 5, answer), tiny_example(2, 9, answer, image=True), tiny_example(3, 2, answer),
+            tiny_example(4, 7, answer, image=True)]
+
+
+def problem(**changes) -> dict:
+    return {"question": "Which pond is deeper?", "choices": ["the north pond", "the south pond"], "answer": 1,
+            "hint": "", "image": None, "task": "closed choice", "grade": "grade3", "subject": "natural science",
+            "topic": "ponds", "category": "Ponds", "skill": "Compare ponds", "lecture": "Depth is measured down.",
+            "solution": "The south pond goes down further.", "split": "train", **changes}

@@ -1,0 +1,123 @@
+"""Writes the mini ScienceQA: invented problems in ScienceQA's layout, and pictures that must be looked at.
+
+    python tools/make_mini_scienceqa.py [--out data/mini] [--seed 0]
+
+problems.json, pid_splits.json, captions.json and images/{split}/{id}/image.png, as in ScienceQA (Lu et al. 2022,
+arXiv 2209.09513). The same seed gives the same problems and pixels. No problem of one split is in another.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from mini_pictures import Canvas
+from mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Problem, Skill, make_problem
+from tqdm import tqdm
+
+SIZES = {"train": 2000, "val": 120, "test": 400}
+WITH_PICTURE = 0.45
+MINI = 0.1  # share of a split that is in its mini split
+ATTEMPTS = 1000  # to find a problem that no split has yet
+
+
+def facts_in_turn(skill: Skill, rng: Random) -> Iterator[tuple[str, str]]:
+    """All facts, in an order that changes from round to round: each is asked about equally often."""
+    while True:
+        yield from rng.sample(skill.facts, len(skill.facts))
+
+
+def new_problems(skill: Skill, n: int, taken: set, rng: Random) -> list[Problem]:
+    """n problems whose keys are not in `taken`, which grows by theirs.
+
+    Raises ValueError where the skill's tables do not hold so many.
+    """
+    found, facts = [], facts_in_turn(skill, rng)
+    for _ in range(n):
+        fact = next(facts)
+        candidates = (make_problem(skill, fact, rng) for _ in range(ATTEMPTS))
+        problem = next((problem for problem in candidates if problem.key not in taken), None)
+        if problem is None:
+            raise ValueError(f"{skill.name}: no new problem about {fact} after {len(found)}; ask for fewer")
+        taken.add(problem.key)
+        found.append(problem)
+    return found
+
+
+def shares(n: int, parts: int) -> list[int]:
+    """n in `parts` whole numbers that differ by one at most."""
+    return [(n * (i + 1)) // parts - (n * i) // parts for i in range(parts)]
+
+
+def make_problems(sizes: dict[str, int], seed: int) -> dict[str, tuple[str, Problem]]:
+    """id -> (split, problem), ids in order; splits lie mixed."""
+    rng, taken, everything = Random(seed), set(), []
+    for split, size in sizes.items():
+        n_pictures = round(WITH_PICTURE * size)
+        for skills, n in ((PICTURE_SKILLS, n_pictures), (TEXT_SKILLS, size - n_pictures)):
+            for skill, share in zip(skills, shares(n, len(skills))):
+                everything += [(split, problem) for problem in new_problems(skill, share, taken, rng)]
+    rng.shuffle(everything)
+    return {str(i): item for i, item in enumerate(everything, 1)}
+
+
+def record(split: str, problem: Problem) -> dict:
+    """The 14 fields of problems.json."""
+    skill = problem.skill
+    return {"question": problem.question, "choices": list(problem.choices), "answer": problem.answer,
+            "hint": problem.hint, "image": "image.png" if skill.draw else None, "task": skill.task,
+            "grade": problem.grade, "subject": skill.subject, "topic": skill.topic, "category": skill.category,
+            "skill": skill.name, "lecture": problem.lecture, "solution": problem.solution, "split": split}
+
+
+def split_ids(problems: dict[str, tuple[str, Problem]], sizes: dict[str, int]) -> dict[str, list[str]]:
+    """pid_splits.json: ids of every split, of trainval, and of the mini splits."""
+    splits = {name: [qid for qid, (split, _) in problems.items() if split == name] for name in sizes}
+    splits["trainval"] = splits["train"] + splits["val"]
+    return splits | {f"mini{name}": splits[name][:max(1, round(MINI * size))] for name, size in sizes.items()}
+
+
+def draw(problem: Problem, qid: str, seed: int):
+    canvas = Canvas(Random(f"{seed} {qid}"))
+    problem.skill.draw(canvas, **problem.scene)
+    return canvas.finish()
+
+
+def write_beside(path: Path, write) -> None:
+    """Calls `write` with a path beside `path`, then renames, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    write(beside)
+    os.replace(beside, path)
+
+
+def write_mini_scienceqa(out: Path, sizes: dict[str, int], seed: int) -> dict[str, tuple[str, Problem]]:
+    """Pictures first, problems.json last, so that what has problems.json is whole. Returns the problems."""
+    problems = make_problems(sizes, seed)
+    pictured = {qid: item for qid, item in problems.items() if item[1].skill.draw}
+    for qid, (split, problem) in tqdm(pictured.items(), "pictures", unit="picture"):
+        write_beside(out / "images" / split / qid / "image.png",
+                     lambda path: draw(problem, qid, seed).save(path, format="png"))
+    files = {"captions.json": {"captions": {qid: problem.caption for qid, (_, problem) in pictured.items()}},
+             "pid_splits.json": split_ids(problems, sizes),
+             "problems.json": {qid: record(*item) for qid, item in problems.items()}}
+    for name, content in files.items():
+        write_beside(out / name, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+    return problems
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="data/mini", type=Path, help="folder to write (data/mini)")
+    parser.add_argument("--seed", default=0, type=int)
+    args = parser.parse_args()
+    problems = write_mini_scienceqa(args.out, SIZES, args.seed)
+    pictures = sum(bool(problem.skill.draw) for _, problem in problems.values())
+    sizes = ", ".join(f"{size} {split}" for split, size in SIZES.items())
+    print(f"{args.out}: {len(problems)} problems ({sizes}), {pictures} with a picture")
+
+
+if __name__ == "__main__":
+    main()
