@@ -31,7 +31,7 @@ from util.prompts import OPTIONS, build_prompt  # noqa: E402
 VOCABULARY = 1000
 LLAMA = {"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": -1}
 LLAMA_STEPS, LLAMA_LR = 500, 4e-3
-PROMPT_WEIGHT = 0.05  # of a prompt's tokens in the lessons' loss; an answer's have 1
+PROMPT_WEIGHT, LETTER_WEIGHT = 0.02, 8.0  # of their tokens in the lessons' loss, where the reasons' have 1
 VIT_NAME = "vit_tiny_patch16_224"  # its class; every size is ours
 VIT = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "mlp_ratio": 3.0}
 VIT_EPOCHS, VIT_LR = 40, 4e-3
@@ -42,9 +42,10 @@ BATCH = 32  # lessons or pictures a step
 def train_tokenizer(data, path: Path) -> Tokenizer:
     """SentencePiece BPE with LLaMA's special tokens; digits apart, unknown characters as bytes, newlines too."""
     # no piece reaches over a tab, which stands for the newline: SentencePiece takes no newlines in
-    texts = ["".join(build_prompt(problem, "QCM-ALE")) for problem in data.problems.values()]
+    texts = ["".join(build_prompt(problem, "QCM-ALE", data.captions.get(qid, "")))
+             for qid, problem in data.problems.items()]
     SentencePieceTrainer.train(
-        sentence_iterator=(text.replace("\n", "\t") for text in [*texts, *data.captions.values()]),
+        sentence_iterator=(text.replace("\n", "\t") for text in texts),
         model_prefix=str(path.with_suffix("")), model_type="bpe", vocab_size=VOCABULARY, hard_vocab_limit=False,
         byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         user_defined_symbols=[f"▁{letter}" for letter in OPTIONS], unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
@@ -52,25 +53,25 @@ def train_tokenizer(data, path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def lesson(data, qid: str, tokenizer: Tokenizer, reasoned: bool) -> tuple[list[int], list[float]]:
-    """One problem as token ids and the weight of each in the loss. The answer follows at once, as a letter, or, where
-    the lesson is `reasoned`, after lecture and solution."""
-    problem = data.problems[qid]
-    prompt, answer = build_prompt(problem, "CQM-LEA", data.captions.get(qid, ""))
-    if not reasoned:
-        prompt, answer = prompt.replace("Response:", "Pick"), OPTIONS[problem["answer"]]
-    told, said = tokenizer.encode(prompt, bos=True), tokenizer.encode(answer, eos=True)
-    return told + said, [PROMPT_WEIGHT] * len(told) + [1.0] * len(said)
+def lesson(data, qid: str, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+    """One problem as token ids and the weight of each in the loss; the caption stands where a picture will."""
+    prompt, answer = build_prompt(data.problems[qid], "CQM-ALE")
+    told = tokenizer.encode(f"Image: {data.captions.get(qid, 'N/A')}", bos=True) + tokenizer.encode(prompt)
+    asked = len(tokenizer.encode(prompt))
+    said = tokenizer.encode(prompt + answer, eos=True)[asked:]
+    weights = [1.0] * len(said)
+    weights[len(tokenizer.encode(f"{prompt}The answer is")) - asked] = LETTER_WEIGHT
+    return told + said, [PROMPT_WEIGHT] * len(told) + weights
 
 
 def lesson_loss(model: Llama, lessons: list[tuple[list[int], list[float]]]):
-    """Weighted mean cross-entropy, and the share of right answer tokens."""
+    """Weighted mean cross-entropy, and the share of right letters."""
     lengths = [len(ids) for ids, _ in lessons]
     ids = torch.tensor([i for ids, _ in lessons for i in ids])
     weights = torch.tensor([w for _, weights in lessons for w in [*weights[1:], 0.0]])  # nothing follows the last token
     logits = model.output(model(model.tok_embeddings(ids), PackedPlan(lengths, "cpu")))
     target = ids.roll(-1)
-    right = (logits.argmax(-1) == target)[weights == 1].float().mean().item()
+    right = (logits.argmax(-1) == target)[weights == LETTER_WEIGHT].float().mean().item()
     return (F.cross_entropy(logits, target, reduction="none") * weights).sum() / weights.sum(), right
 
 
@@ -103,7 +104,7 @@ def pretrain_llama(data, tokenizer: Tokenizer, seed: int) -> Llama:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.05)
-    lessons = [lesson(data, qid, tokenizer, reasoned) for qid in data.problems for reasoned in (False, True)]
+    lessons = [lesson(data, qid, tokenizer) for qid in data.problems]
     fit(list(model.parameters()), endless(lessons, BATCH, Random(seed)), lambda batch: lesson_loss(model, batch),
         LLAMA_STEPS, LLAMA_LR, "LLaMA")
     return model
