@@ -10,7 +10,7 @@ export DATA_ROOT=data/mini WEIGHTS=weights MODEL=toy OUTPUT_ROOT=runs/quickstart
 [ -f "$WEIGHTS/$MODEL/consolidated.00.pth" ] || python tools/make_toy_base.py --data_root "$DATA_ROOT" --out "$WEIGHTS/$MODEL"
 
 FLAGS=(--vision_model "$WEIGHTS/$MODEL/vit" --device cpu
-       --batch_size 32 --accum_iter 1 --epochs 8 --warmup_epochs 1 --blr 9e-2)
+       --batch_size 32 --accum_iter 1 --epochs 2 --warmup_epochs 0.3 --blr 0.12)
 
 if [ ! -f "$OUTPUT_ROOT/untuned/scores.json" ]; then
     echo "== the untuned base"

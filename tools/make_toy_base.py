@@ -30,11 +30,11 @@ from util.prompts import OPTIONS, build_prompt  # noqa: E402
 
 VOCABULARY = 1000
 LLAMA = {"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": -1}
-LLAMA_STEPS, LLAMA_LR = 500, 4e-3
+LLAMA_STEPS, LLAMA_LR = 360, 4e-3
 PROMPT_WEIGHT, LETTER_WEIGHT = 0.02, 8.0  # of their tokens in the lessons' loss, where the reasons' have 1
 VIT_NAME = "vit_tiny_patch16_224"  # its class; every size is ours
 VIT = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "mlp_ratio": 3.0}
-VIT_EPOCHS, VIT_LR = 40, 4e-3
+VIT_EPOCHS, VIT_LR = 36, 4e-3
 SHIFT = 3  # pixels by which a picture moves, at most, from epoch to epoch
 BATCH = 32  # lessons or pictures a step
 
