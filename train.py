@@ -144,8 +144,8 @@ def train_epoch(model, optimizer, scaler, examples, args, epoch: int, rank: int,
         rates.append(adjust_learning_rate(optimizer, epoch + step * effective / len(examples), args))
         n_answer_tokens = sum(len(examples[i].ids) - examples[i].answer_start for i in everyone)
         micro_batches = [pack([examples[i] for i in indices]).to(model.device) for indices in own]
-        loss = accumulate(model, micro_batches, n_answer_tokens, scaler, args.loss_norm,
-                          math.ceil(len(everyone) / args.batch_size))
+        n_micro = sum(math.ceil(len(everyone[r::world]) / args.batch_size) for r in range(world))
+        loss = accumulate(model, micro_batches, n_answer_tokens, scaler, args.loss_norm, n_micro)
         loss, stepped = optimizer_step(optimizer, scaler, parameters, loss, args.clip_grad)
         left_out += not stepped
         losses += [loss] * stepped
@@ -168,6 +168,10 @@ def resume(model, optimizer, scaler, path: Path, args) -> int:
     checkpoint = read_adapters(path)
     if "optimizer" not in checkpoint:
         raise UserError(f"--resume {path}: it holds adapters only; name a checkpoint-*.pth that train.py wrote")
+    for name, value in checkpoint["adapter_config"].items():
+        if getattr(args, name) != value:
+            raise UserError(f"--{name} {getattr(args, name)} contradicts --resume {path}, trained with --{name} {value}: "
+                            "give that, or start afresh")
     load_adapters(model, checkpoint["model"], f"--resume {path}")
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])

@@ -5,6 +5,7 @@
 #   WEIGHTS=../data/weights   base models and tokenizer.model
 #   MODEL=7B                  the base model
 #   OUTPUT_ROOT=.             where the runs' folders go
+# Under Slurm (slurm/), all nodes of the job train together, and a requeued job goes on from its last checkpoint.
 # A script's arguments are added to its flags, and win: bash scripts/finetuning_sqa_7b_step.sh --epochs 5 --seed 1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,12 +17,14 @@ DATA_ROOT=${DATA_ROOT:-../data}
 WEIGHTS=${WEIGHTS:-../data/weights}
 MODEL=${MODEL:-7B}
 OUTPUT_ROOT=${OUTPUT_ROOT:-.}
+NODES=${SLURM_NNODES:-1}
+WORLD=$((GPUS * NODES))
 
-# The published recipe: effective batch 32, whatever the number of GPUs.
+# The published recipe: effective batch 32, on up to 16 GPUs.
 RECIPE=(
     --max_seq_len 512
     --batch_size 2
-    --accum_iter $((16 / GPUS > 0 ? 16 / GPUS : 1))
+    --accum_iter $((16 / WORLD > 0 ? 16 / WORLD : 1))
     --epochs 20
     --warmup_epochs 2
     --blr 9e-3
@@ -36,17 +39,29 @@ RECIPE=(
 )
 
 launch() {
-    if [ "$GPUS" -gt 1 ]; then torchrun --standalone --nproc_per_node "$GPUS" "$@"; else python "$@"; fi
+    if [ "$NODES" -gt 1 ]; then
+        srun --nodes "$NODES" --ntasks-per-node 1 torchrun --nnodes "$NODES" --nproc_per_node "$GPUS" \
+            --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d \
+            --rdzv_endpoint "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500" "$@"
+    elif [ "$GPUS" -gt 1 ]; then
+        torchrun --standalone --nproc_per_node "$GPUS" "$@"
+    else
+        python "$@"
+    fi
 }
 
 # finetune_and_evaluate METHOD FLAG...: trains into $OUTPUT_ROOT/LaVIN-$MODEL-METHOD (or --output_dir), then scores.
 finetune_and_evaluate() {
-    local method=$1 folder i
+    local method=$1 folder i next
     shift
     folder="$OUTPUT_ROOT/LaVIN-$MODEL-$method"
     for ((i = 1; i < $#; i++)); do
-        if [ "${!i}" = --output_dir ]; then local next=$((i + 1)); folder=${!next}; fi
+        next=$((i + 1))
+        if [ "${!i}" = --output_dir ]; then folder=${!next}; fi
     done
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && compgen -G "$folder/checkpoint-*.pth" > /dev/null; then
+        set -- "$@" --resume "$folder"
+    fi
     launch train.py --llm_model "$MODEL" --llama_model_path "$WEIGHTS" --data_root "$DATA_ROOT" \
         --output_dir "$folder" "${RECIPE[@]}" "$@"
     launch eval.py --adapter_path "$folder" --split test

@@ -2,7 +2,7 @@
 # All eight methods, one after another: skips what is finished, goes on past a failure and names it at the end.
 # SEEDS="0 1 2" repeats each; arguments go to every method; the environment is that of scripts/common.sh.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
 
 METHODS="base cyclical step exponential drop_inc drop_dec drop_inc_v2 drop_dec_v2"

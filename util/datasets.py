@@ -19,7 +19,7 @@ from lavin.errors import UserError
 from lavin.tokenizer import Example, Tokenizer
 from util.files import read_json
 from util.logging import progress
-from util.prompts import build_prompt
+from util.prompts import OPTIONS, build_prompt
 
 FIELDS = ("question", "choices", "answer", "hint", "image", "grade", "subject", "lecture", "solution")
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
@@ -70,6 +70,8 @@ def check_problem(path: Path, qid: str, problem: dict) -> None:
     missing = [name for name in FIELDS if name not in problem]
     if missing:
         raise UserError(f"{path}: problem {qid} lacks {', '.join(missing)}: fetch the file again")
+    if not 2 <= len(problem["choices"]) <= len(OPTIONS):
+        raise UserError(f"{path}: problem {qid} has {len(problem['choices'])} choices, not 2 to {len(OPTIONS)}: leave it out")
     if not 0 <= problem["answer"] < len(problem["choices"]):
         raise UserError(f"{path}: problem {qid} has no choice number {problem['answer']}: fetch the file again")
 

@@ -41,11 +41,14 @@ def shared_flags() -> argparse.ArgumentParser:
     return parser
 
 
+OF_THE_MACHINE = ("device", "precision", "num_workers", "cpu_load")  # another one may score what this one trained
+
+
 def inherit(args: argparse.Namespace, trained: dict) -> None:
     """Sets shared flags that were left out (None) to those of a training run, or else to their defaults."""
     for name, default in vars(shared_flags().parse_args([])).items():
         if getattr(args, name) is None:
-            setattr(args, name, trained.get(name, default))
+            setattr(args, name, default if name in OF_THE_MACHINE else trained.get(name, default))
 
 
 def captions_of(args: argparse.Namespace) -> str | None:

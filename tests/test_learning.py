@@ -1,0 +1,83 @@
+"""The embedded default at its real size: the toy base is weak, fine-tuning teaches it, and it looks at the pictures.
+
+The slowest test file: it builds data and base as quickstart does, and trains the base method once.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import eval as evaluation  # noqa: E402
+import make_mini_scienceqa  # noqa: E402
+import make_toy_base  # noqa: E402
+import train  # noqa: E402
+
+
+def quickstart_flags(weights: Path) -> list[str]:
+    """Those of the script itself, so that what is tested is what it runs."""
+    show = 'eval "$(sed -n "/^FLAGS=/,/)$/p" scripts/quickstart.sh)"; printf "%s\\n" "${FLAGS[@]}"'
+    env = {**os.environ, "WEIGHTS": str(weights), "MODEL": "toy"}
+    return subprocess.run(["bash", "-c", show], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+                          ).stdout.split()
+
+
+def scores(folder: Path, *flags: str) -> dict:
+    evaluation.main(evaluation.get_args_parser().parse_args([*flags, "--output_dir", str(folder)]))
+    return json.loads((folder / "scores.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    root = tmp_path_factory.mktemp("learned")
+    data, weights, run = root / "mini", root / "weights", root / "run"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    make_mini_scienceqa.write_mini_scienceqa(data, make_mini_scienceqa.SIZES, 0)
+    make_toy_base.main(Namespace(data_root=str(data), out=weights / "toy", seed=0))
+    base = ["--llm_model", "toy", "--llama_model_path", str(weights), "--data_root", str(data)]
+    train.main(train.get_args_parser().parse_args([*base, "--output_dir", str(run), *quickstart_flags(weights)]))
+    yield {"data": data, "run": run, "tuned": scores(run, "--adapter_path", str(run)),
+           "untuned": scores(root / "untuned", *base, "--vision_model", str(weights / "toy" / "vit"))}
+    torch.set_num_threads(threads)
+
+
+def shuffle_test_pictures(data: Path, out: Path) -> Path:
+    """The same data, each test picture moved to another question."""
+    out.mkdir()
+    for name in ("problems.json", "pid_splits.json", "captions.json"):
+        shutil.copy(data / name, out)
+    qids = sorted(path.name for path in (data / "images" / "test").iterdir())
+    random.Random(0).shuffle(qids)
+    for qid, other in zip(qids, qids[1:] + qids[:1]):  # round a circle: none stays where it was
+        shutil.copytree(data / "images" / "test" / other, out / "images" / "test" / qid)
+    return out
+
+
+def test_fine_tuning_reaches_what_the_toy_base_lacks(learned):
+    assert learned["tuned"]["Avg"] >= 85 and learned["tuned"]["IMG"] >= 80
+    assert learned["untuned"]["Avg"] < learned["tuned"]["Avg"] - 10
+
+
+def test_accuracy_on_pictures_falls_to_chance_when_they_are_shuffled(learned, tmp_path):
+    data = shuffle_test_pictures(learned["data"], tmp_path / "shuffled")
+    blind = scores(tmp_path / "run", "--adapter_path", str(learned["run"]), "--data_root", str(data))
+    problems = json.loads((data / "problems.json").read_text())
+    chances = [1 / len(p["choices"]) for p in problems.values() if p["split"] == "test" and p["image"]]
+    chance = sum(chances) / len(chances)
+    deviation = math.sqrt(sum(p * (1 - p) for p in chances)) / len(chances)
+    assert blind["counts"]["IMG"] == len(chances)
+    assert blind["IMG"] / 100 < chance + 3 * deviation
+    for column in ("LAN", "NO"):  # what has no picture stays as it was
+        assert blind[column] == learned["tuned"][column]
