@@ -28,13 +28,13 @@ from lavin.vision import VisionEncoder, timm  # noqa: E402
 from util.datasets import load_pictures, load_scienceqa  # noqa: E402
 from util.prompts import OPTIONS, build_prompt  # noqa: E402
 
-VOCABULARY = 1000
+VOCABULARY = 1600
 LLAMA = {"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": -1}
-LLAMA_STEPS, LLAMA_LR = 360, 4e-3
-PROMPT_WEIGHT, LETTER_WEIGHT = 0.02, 8.0  # of their tokens in the lessons' loss, where the reasons' have 1
+LLAMA_STEPS, LLAMA_LR = 520, 4e-3
+LETTER_WEIGHT = 8.0  # of the answer's letter in the lessons' loss, where other answer tokens have 1
 VIT_NAME = "vit_tiny_patch16_224"  # its class; every size is ours
 VIT = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "mlp_ratio": 3.0}
-VIT_EPOCHS, VIT_LR = 36, 4e-3
+VIT_EPOCHS, VIT_LR = 40, 4e-3
 SHIFT = 3  # pixels by which a picture moves, at most, from epoch to epoch
 BATCH = 32  # lessons or pictures a step
 
@@ -61,16 +61,16 @@ def lesson(data, qid: str, tokenizer: Tokenizer) -> tuple[list[int], list[float]
     said = tokenizer.encode(prompt + answer, eos=True)[asked:]
     weights = [1.0] * len(said)
     weights[len(tokenizer.encode(f"{prompt}The answer is")) - asked] = LETTER_WEIGHT
-    return told + said, [PROMPT_WEIGHT] * len(told) + weights
+    return told + said, [0.0] * len(told) + weights
 
 
 def lesson_loss(model: Llama, lessons: list[tuple[list[int], list[float]]]):
     """Weighted mean cross-entropy, and the share of right letters."""
-    lengths = [len(ids) for ids, _ in lessons]
     ids = torch.tensor([i for ids, _ in lessons for i in ids])
-    weights = torch.tensor([w for _, weights in lessons for w in [*weights[1:], 0.0]])  # nothing follows the last token
-    logits = model.output(model(model.tok_embeddings(ids), PackedPlan(lengths, "cpu")))
-    target = ids.roll(-1)
+    weights = torch.tensor([w for _, weights in lessons for w in weights])
+    said = weights.nonzero()[:, 0]
+    hidden = model(model.tok_embeddings(ids), PackedPlan([len(ids) for ids, _ in lessons], "cpu"))
+    logits, target, weights = model.output(hidden[said - 1]), ids[said], weights[said]
     right = (logits.argmax(-1) == target)[weights == LETTER_WEIGHT].float().mean().item()
     return (F.cross_entropy(logits, target, reduction="none") * weights).sum() / weights.sum(), right
 
@@ -100,6 +100,7 @@ def endless(items: list, size: int, rng: Random):
 
 
 def pretrain_llama(data, tokenizer: Tokenizer, seed: int) -> Llama:
+    torch.manual_seed(seed)
     model = Llama(LlamaConfig.from_params(LLAMA, tokenizer.n_words))
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -126,6 +127,7 @@ def caption_bags(captions: list[str]) -> torch.Tensor:
 def pretrain_vit(data, pictures: dict[str, torch.Tensor], seed: int) -> nn.Module:
     """CLIP's way (Radford et al. 2021, arXiv 2103.00020): which of all captions is the picture's? A caption is the sum
     of its phrases' vectors; a picture is its last CLS feature."""
+    torch.manual_seed(seed)
     vit = timm.create_model(VIT_NAME, num_classes=0, **VIT)
     side = VIT["img_size"] // VIT["patch_size"]
     # places begin as sines and cosines, from which they are told apart sooner than from random vectors
@@ -161,7 +163,6 @@ def write_beside(path: Path, write) -> None:
 def main(args) -> None:
     out = args.out
     (out / "vit").mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
     data = load_scienceqa(args.data_root, "train", f"{args.data_root}/captions.json")
     tokenizer = train_tokenizer(data, out / "tokenizer.model")
     vit = pretrain_vit(data, load_pictures(data, VIT["img_size"], 2, skip_bad=False), args.seed)
