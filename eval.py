@@ -12,6 +12,8 @@ import torch
 from lavin import parallel
 from lavin.checkpoint import load_adapters, load_base, read_adapters, require_base
 from lavin.errors import UserError, one_line_errors
+from lavin.fast import speed_up
+from lavin.frozen import check_fp8
 from lavin.generation import generate, option_example, score_options
 from lavin.mm_adapter import AdapterConfig
 from lavin.precision import choose_device, choose_dtype
@@ -36,6 +38,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", help="where results go (the folder of --adapter_path)")
     add("--tokenizer_path", help="tokenizer.model (the base model's)")
     add("--split", default="test", help="split of pid_splits.json (test)")
+    add("--decode", default="generate", choices=["generate", "score"],
+        help="let the model write its answer, or compare the letters' probabilities in one pass (generate)")
     add("--max_batch_size", default=64, type=int, help="questions answered at once (64)")
     add("--generation_temperature", default=0.0, type=float, help="of sampling (0: the likeliest token)")
     add("--top_p", default=0.75, type=float, help="nucleus of sampling, where the temperature is not 0 (0.75)")
@@ -62,39 +66,58 @@ def load_model(args):
     check_adapter_flags(args, adapter)
     inherit(args, checkpoint.get("flags", {}))
     check_shared(args)
+    if args.decode == "score" and not answers_first(args.prompt_format):
+        raise UserError(f"--decode score compares answers, and in --prompt_format {args.prompt_format} a solution comes "
+                        "first: leave --decode out")
     require_base(args.llama_model_path, args.llm_model, args.tokenizer_path)
     device = choose_device(args.device, parallel.init()[2])
+    dtype = choose_dtype(args.precision, device)
+    if args.bits == "fp8":
+        check_fp8(device, dtype)
     adapter = adapter or {name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__ if hasattr(args, name)}
     model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, AdapterConfig(**adapter),
-                                 device, choose_dtype(args.precision, device), tokenizer_path=args.tokenizer_path)
+                                 device, dtype, tokenizer_path=args.tokenizer_path)
     if path:
         load_adapters(model, checkpoint["model"], str(path))
-    return model.eval(), tokenizer, path
+    return speed_up(model, args.bits).eval(), tokenizer, path
+
+
+def score_batch(model, tokenizer, prompts: list[str], pictures: list, n_choices: list[int]) -> list[int]:
+    """The likeliest option of each question, by the first token in which its answers differ."""
+    questions = [option_example(tokenizer, prompt, [answer_text(k) for k in range(n)], image=picture,
+                                n_prompt=model.adapter.n_prompt)
+                 for prompt, picture, n in zip(prompts, pictures, n_choices)]
+    return [scores.index(max(scores)) for scores in score_options(model, questions)]
 
 
 def answer_batch(model, tokenizer, prompts: list[str], pictures: list, n_choices: list[int], max_new_tokens: int,
                  args, seeds: list[int]) -> list[tuple[str, int, bool]]:
     """Text, option index, and whether the text named it; where it did not, the likeliest option stands."""
-    n_prompt = model.adapter.n_prompt
-    examples = [tokenizer.example(prompt, None, picture, n_prompt) for prompt, picture in zip(prompts, pictures)]
+    if args.decode == "score":
+        return [(answer_text(i), i, True) for i in score_batch(model, tokenizer, prompts, pictures, n_choices)]
+    examples = [tokenizer.example(prompt, None, picture, model.adapter.n_prompt)
+                for prompt, picture in zip(prompts, pictures)]
     texts = generate(model, tokenizer, examples, max_new_tokens, lambda text: parse_answer(text, 26) is not None,
                      args.generation_temperature, args.top_p, seeds)
     predictions = [parse_answer(text, n) for text, n in zip(texts, n_choices)]
     failed = [i for i, prediction in enumerate(predictions) if prediction is None]
     parsed = [prediction is not None for prediction in predictions]
     if failed:
-        questions = [option_example(tokenizer, prompts[i], [answer_text(k) for k in range(n_choices[i])],
-                                    image=pictures[i], n_prompt=n_prompt) for i in failed]
-        for i, scores in zip(failed, score_options(model, questions)):
-            predictions[i] = scores.index(max(scores))
+        likeliest = score_batch(model, tokenizer, *([rows[i] for i in failed] for rows in (prompts, pictures, n_choices)))
+        for i, prediction in zip(failed, likeliest):
+            predictions[i] = prediction
     return list(zip(texts, predictions, parsed))
+
+
+def answers_first(prompt_format: str) -> bool:
+    return prompt_format.split("-")[1].startswith("A")
 
 
 def answer_questions(model, tokenizer, data, pictures: dict, args) -> list[dict]:
     """This process's share of the questions, answered."""
     rank, world, _ = parallel.init()
     qids = list(data.problems)[rank::world]
-    answer_first = args.prompt_format.split("-")[1].startswith("A")
+    longest = ANSWER_TOKENS if answers_first(args.prompt_format) else args.max_seq_len
     answers = []
     with progress(None, "questions", total=len(qids), unit="question") as bar:
         for start in range(0, len(qids), args.max_batch_size):
@@ -102,7 +125,6 @@ def answer_questions(model, tokenizer, data, pictures: dict, args) -> list[dict]
             problems = [data.problems[qid] for qid in batch]
             prompts = [build_prompt(problem, args.prompt_format, data.captions.get(qid, ""))[0]
                        for qid, problem in zip(batch, problems)]
-            longest = ANSWER_TOKENS if answer_first else args.max_seq_len
             results = answer_batch(model, tokenizer, prompts, [pictures.get(qid) for qid in batch],
                                    [len(problem["choices"]) for problem in problems], longest, args,
                                    [zlib.crc32(f"{args.seed} {qid}".encode()) for qid in batch])

@@ -4,6 +4,7 @@ The run's folder, --output_dir, holds config.json, log.txt and checkpoint-{epoch
 """
 
 import argparse
+import gc
 import math
 import os
 import resource
@@ -11,12 +12,15 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # no two steps are of one size
 
 import torch
 
 from lavin import parallel
 from lavin.checkpoint import load_adapters, load_base, read_adapters, require_base, save_adapters
 from lavin.errors import UserError, one_line_errors
+from lavin.fast import speed_up
+from lavin.frozen import check_fp8
 from lavin.mm_adapter import AdapterConfig, dropout_schedule
 from lavin.model import pack
 from lavin.precision import choose_device, choose_dtype
@@ -25,6 +29,11 @@ from util.flags import captions_of, check_shared, shared_flags
 from util.logging import is_first, progress, say
 from util.lr_sched import SCHEDULES, adjust_learning_rate, check_schedule
 from util.runs import append_log, checkpoint_path, last_checkpoint, start_afresh, write_config
+
+
+STEPS_SHOWN = 10  # reading a loss makes the host wait for the GPU
+TRIAL_TOKENS = 2048  # of the pass that shows how much memory a token takes
+MEMORY_SHARE = 0.9  # of the GPU's memory that passes may fill
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -96,40 +105,81 @@ def make_optimizer(model, args) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
-def accumulate(model, micro_batches: list, n_answer_tokens: int, scaler, loss_norm: str, n_micro: int) -> float:
-    """Adds the gradients of one process's micro-batches; returns its share of the step's loss.
+def answer_tokens(examples: list) -> int:
+    return sum(len(example.ids) - example.answer_start for example in examples)
+
+
+def weigh(micro_batches: list[list], n_answer_tokens: int, loss_norm: str, n_micro: int) -> list[tuple]:
+    """(example, factor in the loss) for all samples of this process.
 
     n_answer_tokens: of all samples of the step, on all processes. n_micro: micro-batches of the step, likewise.
     """
-    total = 0.0
-    for micro_batch in micro_batches:
-        n = n_answer_tokens if loss_norm == "batch" else len(micro_batch.target) * n_micro
-        loss = model(micro_batch) / max(n, 1)
+    pairs = []
+    for examples in micro_batches:
+        n = n_answer_tokens if loss_norm == "batch" else answer_tokens(examples) * n_micro
+        pairs += [(example, 1 / max(n, 1)) for example in examples]
+    return pairs
+
+
+def passes(pairs: list[tuple], most_tokens: float) -> list[list[tuple]]:
+    """The samples in order, in groups of at most `most_tokens` or of one sample: the step is the same for any split."""
+    groups, room = [], 0
+    for example, factor in pairs:
+        if len(example.ids) > room:
+            groups.append([])
+            room = most_tokens
+        groups[-1].append((example, factor))
+        room -= len(example.ids)
+    return groups
+
+
+def tokens_per_pass(model, examples: list) -> float:
+    """Most tokens whose pass fits this GPU's memory, by what a trial pass over the longest examples takes."""
+    if model.device.type != "cuda":
+        return math.inf
+    trial = passes([(example, 0.0) for example in sorted(examples, key=lambda e: -len(e.ids))], TRIAL_TOKENS)[0]
+    before = torch.cuda.memory_allocated(model.device)
+    for _ in range(2):  # compiling may take memory of its own
+        torch.cuda.reset_peak_memory_stats(model.device)
+        model.train()(pack(*zip(*trial)).to(model.device)).backward()
+    taken = torch.cuda.max_memory_allocated(model.device) - before
+    room = MEMORY_SHARE * torch.cuda.get_device_properties(model.device).total_memory - before
+    return max(room, 0) / taken * sum(len(example.ids) for example, _ in trial)
+
+
+def accumulate(model, pairs: list[tuple], most_tokens: float, scaler) -> torch.Tensor:
+    """Adds the gradients of one process's samples; returns its share of the step's loss."""
+    total = torch.zeros((), device=model.device)
+    for group in passes(pairs, most_tokens):
+        loss = model(pack(*zip(*group)).to(model.device))
         scaler.scale(loss).backward()
-        total += loss.item()
+        total += loss.detach()
     return total
 
 
-def optimizer_step(optimizer, scaler, parameters, loss: float, clip_grad: float | None) -> tuple[float, bool]:
-    """Sums the gradients of all processes and steps; returns the step's loss and whether a step was made.
+def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad: float | None) -> torch.Tensor:
+    """Sums the gradients of all processes and steps; returns the step's loss, and 1 where a step was made, else 0.
 
-    What is not finite is not finite on every process after the sum, so all of them leave out the same step.
+    What is not finite is not finite on every process after the sum, so all of them leave out the same step. Nothing
+    here waits for the GPU: a fused optimizer itself leaves out what `found_inf` marks.
     """
-    loss, = parallel.sum_gradients(parameters, loss)
+    loss = parallel.sum_gradients(parameters, loss)
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
-    finite = math.isfinite(loss) and bool(norm.isfinite())
-    if finite or scaler.is_enabled():  # the scaler leaves the step out itself, and lowers its scale
+    finite = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf).isfinite()
+    if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
+    else:
+        optimizer.found_inf = 1 - finite.float()
+        optimizer.step()
     optimizer.zero_grad(set_to_none=False)
-    return loss, finite
+    return torch.stack((loss, finite.to(loss.dtype)))
 
 
-def train_epoch(model, optimizer, scaler, examples, args, epoch: int, rank: int, world: int) -> dict:
+def train_epoch(model, optimizer, scaler, examples, args, epoch: int, rank: int, world: int, most_tokens: float) -> dict:
     """One pass over the examples; returns the epoch's line of log.txt."""
     model.train()
     torch.manual_seed((args.seed * 1_000_003 + epoch) * world + rank)  # dropout: a resumed run repeats it
@@ -138,21 +188,21 @@ def train_epoch(model, optimizer, scaler, examples, args, epoch: int, rank: int,
     n_steps = steps_per_epoch(len(examples), effective)
     batches = epoch_batches(len(examples), args.batch_size, args.accum_iter, rank, world, args.seed, epoch)
     bar = progress(batches, f"epoch {epoch}", total=n_steps, unit="step")
-    losses, rates, left_out, start = [], [], 0, time.perf_counter()
+    steps, rates, start = [], [], time.perf_counter()
     for step, (everyone, own) in enumerate(bar):
         # the share of the epoch's samples seen so far, which no split over processes changes
         rates.append(adjust_learning_rate(optimizer, epoch + step * effective / len(examples), args))
-        n_answer_tokens = sum(len(examples[i].ids) - examples[i].answer_start for i in everyone)
-        micro_batches = [pack([examples[i] for i in indices]).to(model.device) for indices in own]
         n_micro = sum(math.ceil(len(everyone[r::world]) / args.batch_size) for r in range(world))
-        loss = accumulate(model, micro_batches, n_answer_tokens, scaler, args.loss_norm, n_micro)
-        loss, stepped = optimizer_step(optimizer, scaler, parameters, loss, args.clip_grad)
-        left_out += not stepped
-        losses += [loss] * stepped
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rates[-1]:.2e}", refresh=False)
+        pairs = weigh([[examples[i] for i in indices] for indices in own], answer_tokens([examples[i] for i in everyone]),
+                      args.loss_norm, n_micro)
+        loss = accumulate(model, pairs, most_tokens, scaler)
+        steps.append(optimizer_step(optimizer, scaler, parameters, loss, args.clip_grad))
+        if step % STEPS_SHOWN == 0:
+            bar.set_postfix(loss=f"{steps[-1][0].item():.4f}", lr=f"{rates[-1]:.2e}", refresh=False)
+    losses = [loss for loss, stepped in torch.stack(steps).tolist() if stepped]
     seconds = time.perf_counter() - start
     return {"epoch": epoch, "train_lr": sum(rates) / len(rates),
-            "train_closs": sum(losses) / len(losses) if losses else None, "steps_left_out": left_out,
+            "train_closs": sum(losses) / len(losses) if losses else None, "steps_left_out": len(steps) - len(losses),
             "samples_per_s": n_steps * min(effective, len(examples)) / seconds, "seconds": seconds,
             "peak_memory_gib": peak_memory_gib(model.device)}
 
@@ -188,6 +238,8 @@ def main(args) -> None:
     require_base(args.llama_model_path, args.llm_model)
     device = choose_device(args.device, local_rank)
     dtype = choose_dtype(args.precision, device)
+    if args.bits == "fp8":
+        check_fp8(device, dtype)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(args.seed)  # the same fresh adapters on every process
@@ -195,6 +247,7 @@ def main(args) -> None:
     adapter = AdapterConfig(**{name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__})
     model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, adapter, device, dtype,
                                  args.drop_path)
+    speed_up(model, args.bits)
     model.set_gradient_checkpointing(args.gradient_checkpointing)
     examples = load_examples(args, tokenizer, model.vision.image_size)
     optimizer = make_optimizer(model, args)
@@ -210,10 +263,13 @@ def main(args) -> None:
         f"effective batch {args.batch_size * args.accum_iter * world}, lr {args.lr:.3g}, {args.lr_schedule}")
     events = open_events(args.log_dir) if args.log_dir and is_first() else None
 
+    most_tokens = tokens_per_pass(model, examples)
+    gc.collect()
+    gc.freeze()  # what loading and compiling left behind is never searched again
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None  # a step without pictures has no ViT gradients
     for epoch in range(first_epoch, args.epochs):
-        entry = train_epoch(model, optimizer, scaler, examples, args, epoch, rank, world)
+        entry = train_epoch(model, optimizer, scaler, examples, args, epoch, rank, world, most_tokens)
         if is_first():
             append_log(folder, entry)
             save_adapters(model, checkpoint_path(folder, epoch), epoch=epoch, flags=vars(args),

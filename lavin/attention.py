@@ -4,13 +4,12 @@ All take query [N, H, d], key and value [N, H_kv, d] and the plan of the pass (l
 [N, H, d].
 """
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
+FLASH = find_spec("torch.nn.attention.varlen") is not None  # from torch 2.10 on
 
 
 def causal(query, key, value):
@@ -27,13 +26,14 @@ def one_by_one(query, key, value, plan):
 
 def padded(query, key, value, plan):
     """Documents side by side, the short ones padded at their ends, where a causal mask hides the padding."""
-    side = [x.new_zeros(len(plan.lengths), plan.longest, *x.shape[1:]).index_put((plan.documents, plan.places), x)
+    side = [x.new_zeros(plan.count, plan.longest, *x.shape[1:]).index_put((plan.documents, plan.places), x)
             for x in (query, key, value)]
     return causal(*(x.transpose(1, 2) for x in side)).transpose(1, 2)[plan.documents, plan.places]
 
 
 def variable_length(query, key, value, plan):
     """Flash attention over the packed row itself (Dao 2023, arXiv 2307.08691)."""
+    from torch.nn.attention.varlen import varlen_attn  # here, since it brings torch's compiler, which takes seconds
     heads = query.shape[1] // key.shape[1]
     key, value = (x if heads == 1 else x.repeat_interleave(heads, 1) for x in (key, value))
     return varlen_attn(query, key, value, plan.offsets, plan.offsets, plan.longest, plan.longest, window_size=(-1, 0))
@@ -41,5 +41,5 @@ def variable_length(query, key, value, plan):
 
 def packed_attention(device: torch.device, dtype: torch.dtype):
     """The fastest way that the hardware has: flash kernels need Ampere (8.0) or newer and 16 bits."""
-    flash = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return variable_length if flash and varlen_attn and dtype != torch.float32 else padded
+    flash = FLASH and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return variable_length if flash and dtype != torch.float32 else padded

@@ -1,47 +1,32 @@
-"""Swaps on an unchanged model that make it fast, chosen here by hardware: fused projections, compiled blocks."""
+"""Swaps on an unchanged model that make it fast, chosen here by hardware: fused products, fp8, compiled layers."""
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from lavin.llama import Attention, FeedForward
+from lavin import frozen
 from lavin.model import LaVIN
 
 
-def fuse(linears: list[nn.Linear]) -> nn.Linear:
-    """Frozen matrices that read the same input, as one."""
-    weight = torch.cat([linear.weight for linear in linears])
-    fused = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    fused.weight = nn.Parameter(weight, requires_grad=False)
-    return fused
-
-
-class FusedAttention(Attention):
-    def project(self, x):
-        return self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, 1)
-
-
-class FusedFeedForward(FeedForward):
-    def forward(self, x):
-        gate, value = self.w13(x).chunk(2, -1)
-        return self.w2(F.silu(gate) * value)
-
-
-def fuse_projections(model: LaVIN) -> None:
+def fuse(model: LaVIN, fp8: bool = False) -> None:
+    """LLaMA's frozen matrices, layer by layer, as lavin.frozen's; the output matrix and the ViT stay as they are."""
     for block in model.llama.layers:
-        attention, feed_forward = block.attention, block.feed_forward
-        attention.heads = [w.out_features // attention.head_dim for w in (attention.wq, attention.wk, attention.wv)]
-        attention.wqkv = fuse([attention.wq, attention.wk, attention.wv])
-        feed_forward.w13 = fuse([feed_forward.w1, feed_forward.w3])
-        del attention.wq, attention.wk, attention.wv, feed_forward.w1, feed_forward.w3
-        attention.__class__, feed_forward.__class__ = FusedAttention, FusedFeedForward
+        frozen.FusedAttention.replace(block.attention, fp8)
+        frozen.FusedFeedForward.replace(block.feed_forward, fp8)
 
 
-def speed_up(model: LaVIN) -> LaVIN:
-    """In place. On a CPU the plain model is kept."""
-    if model.device.type != "cuda":
-        return model
-    fuse_projections(model)
-    for block in (*model.llama.layers, *model.vision.vit.blocks):
-        block.compile(dynamic=True)
+def compile_layers(model: LaVIN) -> None:
+    # torch 2.11's compiler cannot look into these at varying sizes; what follows it can
+    for function in (frozen.frozen_product, frozen.swiglu_products, frozen.turned_product):
+        torch.compiler.allow_in_graph(function)
+    torch._dynamo.config.recompile_limit = 32  # training, prefill, decoding, one sequence: each its own program
+    for stack in (model.llama, model.vision):
+        stack.run_blocks = torch.compile(stack.run_blocks, dynamic=True)
+
+
+def speed_up(model: LaVIN, bits: str = "16bit") -> LaVIN:
+    """In place. bits: `fp8` for frozen matrices in fp8. The fused kernels need Ampere (8.0) or newer."""
+    cuda = model.device.type == "cuda"
+    if bits == "fp8" or cuda and torch.cuda.get_device_capability(model.device) >= (8, 0):
+        fuse(model, bits == "fp8")
+    if cuda:
+        compile_layers(model)
     return model

@@ -7,6 +7,7 @@ Notable:
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,14 @@ from lavin.mm_adapter import Routing
 from lavin.model import LaVIN, pack
 from lavin.tokenizer import Example, Tokenizer
 
+STEPS_BEFORE_GRAPH = 8  # short answers end before a CUDA graph of the step would pay
+
 
 class KVCache:
     """Keys and values [L, B, H_kv, T, d] of B sequences, and how much of each is filled [B]."""
 
     def __init__(self, config: LlamaConfig, batch_size: int, capacity: int, device, dtype):
+        capacity += -capacity % 64  # what attention's kernels like best
         shape = (config.n_layers, batch_size, config.kv_heads, capacity, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -34,12 +38,22 @@ class PrefillPlan(PackedPlan):
     def __init__(self, lengths: list[int], cache: KVCache):
         super().__init__(lengths, cache.keys.device, starts=[1] * len(lengths))  # position 0: the modality token
         self.cache = cache
-        cache.lengths += torch.tensor(lengths, device=cache.lengths.device)
+        cache.lengths += self.offsets.diff()
 
-    def attend(self, layer, query, key, value):
-        self.cache.keys[layer][self.documents, :, self.positions - 1] = key
-        self.cache.values[layer][self.documents, :, self.positions - 1] = value
-        return super().attend(layer, query, key, value)
+    def of(self, layer: int):
+        return PrefillLayer(self, self.cache.keys[layer], self.cache.values[layer])
+
+
+@dataclass
+class PrefillLayer:
+    plan: PrefillPlan
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def attend(self, query, key, value):
+        self.keys[self.plan.documents, :, self.plan.places] = key
+        self.values[self.plan.documents, :, self.plan.places] = value
+        return self.plan.attend(query, key, value)
 
 
 class DecodePlan:
@@ -53,12 +67,21 @@ class DecodePlan:
         self.mask = (torch.arange(cache.keys.shape[3], device=self.slots.device) <= self.slots[:, None])[:, None, None]
         cache.lengths += 1
 
-    def attend(self, layer, query, key, value):
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.documents, :, self.slots] = key
-        values[self.documents, :, self.slots] = value
-        out = F.scaled_dot_product_attention(query[:, :, None], keys, values, attn_mask=self.mask,
-                                             enable_gqa=query.shape[1] != keys.shape[1])
+    def of(self, layer: int):
+        return DecodeLayer(self, self.cache.keys[layer], self.cache.values[layer])
+
+
+@dataclass
+class DecodeLayer:
+    plan: DecodePlan
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def attend(self, query, key, value):
+        self.keys[self.plan.documents, :, self.plan.slots] = key
+        self.values[self.plan.documents, :, self.plan.slots] = value
+        out = F.scaled_dot_product_attention(query[:, :, None], self.keys, self.values, attn_mask=self.plan.mask,
+                                             enable_gqa=query.shape[1] != key.shape[1])
         return out[:, :, 0]
 
 
@@ -74,13 +97,33 @@ def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
     cache = KVCache(model.llama.config, len(examples), max(batch.lengths) + max_new_tokens, model.device, model.dtype)
     plan = PrefillPlan(batch.lengths, cache)
     hidden = model.llama(model.embed(batch), plan, Routing(batch.modality[plan.documents], table))
-    hidden = hidden[cache.lengths.cumsum(0) - 1]
-    for step in range(max_new_tokens):
-        ids = choose(model.llama.output(hidden).float())
+    logits = model.llama.output(hidden[plan.offsets[1:] - 1]).float()
+    routing = Routing(batch.modality, table)
+
+    def step(ids):
+        return model.llama.output(model.llama(model.llama.tok_embeddings(ids), DecodePlan(cache), routing)).float()
+
+    for i in range(max_new_tokens):
+        ids = choose(logits)
         yield ids
-        if step + 1 < max_new_tokens:
-            x = model.llama.tok_embeddings(ids)
-            hidden = model.llama(x, DecodePlan(cache), Routing(batch.modality, table))
+        if i == STEPS_BEFORE_GRAPH and model.device.type == "cuda":
+            step = as_graph(step, ids)
+        if i + 1 < max_new_tokens:
+            logits = step(ids)
+
+
+def as_graph(step: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same step, launched as one CUDA graph: at small batches the host is slower than the GPU."""
+    graph, given = torch.cuda.CUDAGraph(), ids.clone()
+    with torch.cuda.graph(graph):
+        logits = step(given)
+
+    def replay(ids):
+        given.copy_(ids)
+        graph.replay()
+        return logits
+
+    return replay
 
 
 def sampler(temperature: float, top_p: float, seeds: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -2,8 +2,8 @@
 
 Notable:
 - All documents of a pass lie behind one another in one *packed row* of tokens [N, D]; nothing is padded.
-- What a token attends to is not the decoder's business: every layer hands its query, key and value to the pass's
-  *plan*, which knows where documents begin (`PackedPlan`) or keeps a cache (lavin/generation.py).
+- What a token attends to is not the decoder's business: every layer hands its query, key and value to its part of
+  the pass's *plan*, which knows where documents begin (`PackedPlan`) or keeps a cache (lavin/generation.py).
 - Meta's names and layouts: rotary embeddings turn adjacent pairs, `wq wk wv wo`, `w1 w2 w3`.
 
 Touvron et al. 2023, arXiv 2302.13971; rotary embeddings: Su et al. 2021, arXiv 2104.09864.
@@ -17,6 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lavin.attention import packed_attention
+from lavin.precision import send
+
+LAYERS_AT_ONCE = 2  # compiled as one program, which spares the host; recomputed as one with gradient checkpointing
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,18 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [N, 1, head_dim / 2], float32, for integer positions [N]; the 1 spreads over heads."""
+    """Factors [N, 1, head_dim], float32, of each entry and of its pair's other entry, for integer positions [N]."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float()[:, None] * theta ** -exponents
-    return angles.cos()[:, None], angles.sin()[:, None]
+    angles = positions.float()[:, None, None] * theta ** -exponents
+    sin = angles.sin()
+    return angles.cos().repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
 
 
 def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turns the adjacent pairs of x [N, heads, head_dim] by their angles, in float32."""
     cos, sin = rotary
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+    x32 = x.float()
+    return (x32 * cos + x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin).to(x.dtype)
 
 
 class PackedPlan:
@@ -96,26 +100,29 @@ class PackedPlan:
     """
 
     def __init__(self, lengths: list[int], device, starts: list[int] | None = None):
-        self.lengths = lengths
-        self.longest = max(lengths)
+        self.lengths, self.count, self.longest = lengths, len(lengths), max(lengths)
         counts = torch.tensor(lengths)
         documents = torch.arange(len(lengths)).repeat_interleave(counts)
         ends = counts.cumsum(0)
         places = torch.arange(len(documents)) - (ends - counts)[documents]
-        self.documents = documents.to(device)  # [N]: whose token each is
-        self.places = places.to(device)  # [N]: which of its document's tokens each is
-        self.positions = self.places if starts is None else (places + torch.tensor(starts)[documents]).to(device)
-        self.offsets = F.pad(ends, (1, 0)).int().to(device)  # [documents + 1]: where they begin
+        self.documents = send(documents, device)  # [N]: whose token each is
+        self.places = send(places, device)  # [N]: which of its document's tokens each is
+        self.positions = self.places if starts is None else send(places + torch.tensor(starts)[documents], device)
+        self.offsets = send(F.pad(ends, (1, 0)).int(), device)  # [documents + 1]: where they begin
 
-    def attend(self, layer: int, query, key, value):
+    def of(self, layer: int):
+        """What a layer needs of the plan; here that is the same for all."""
+        return self
+
+    def attend(self, query, key, value):
         """[N, H, d], [N, H_kv, d], [N, H_kv, d] -> [N, H, d]."""
         return packed_attention(query.device, query.dtype)(query, key, value, self)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
         self.wk = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
@@ -127,7 +134,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, plan):
         query, key, value = self.project(x)
-        out = plan.attend(self.layer, apply_rotary(query, rotary), apply_rotary(key, rotary), value)
+        out = plan.attend(apply_rotary(query, rotary), apply_rotary(key, rotary), value)
         return self.wo(out.flatten(1))
 
 
@@ -149,11 +156,11 @@ class Block(nn.Module):
     (stochastic depth, Huang et al. 2016, arXiv 1603.09382).
     """
 
-    def __init__(self, config: LlamaConfig, layer: int, drop_path: float = 0.0):
+    def __init__(self, config: LlamaConfig, drop_path: float = 0.0):
         super().__init__()
         self.drop_path = drop_path
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
@@ -165,7 +172,7 @@ class Block(nn.Module):
 
     def residual(self, x, branch, plan):
         if self.training and self.drop_path > 0:
-            keep = torch.rand(len(plan.lengths), 1, device=x.device) >= self.drop_path
+            keep = torch.rand(plan.count, 1, device=x.device) >= self.drop_path
             branch = branch * (keep / (1 - self.drop_path)).to(x.dtype)[plan.documents]
         return x + branch
 
@@ -174,12 +181,23 @@ class Block(nn.Module):
         return self.residual(x, self.feed_forward(self.feed_forward_input(x, side)), plan)
 
 
-class Llama(nn.Module):
-    """The decoder. `make_block(config, layer)` builds its layers."""
+def run_blocks(blocks, x, rotary, plans, sides):
+    """Some layers behind one another."""
+    for block, plan, side in zip(blocks, plans, sides):
+        x = block(x, rotary, plan, side)
+    return x
 
-    def __init__(self, config: LlamaConfig, make_block=Block):
+
+class Llama(nn.Module):
+    """The decoder. `make_block(config, layer)` builds its layers.
+
+    run_blocks: may be replaced by a faster function that does the same (lavin/fast.py).
+    """
+
+    def __init__(self, config: LlamaConfig, make_block=lambda config, layer: Block(config)):
         super().__init__()
         self.config = config
+        self.run_blocks = run_blocks
         self.gradient_checkpointing = False
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(make_block(config, layer) for layer in range(config.n_layers))
@@ -189,12 +207,16 @@ class Llama(nn.Module):
     def forward(self, x, plan, side=None):
         """Embedded tokens [N, D] -> normalised last hidden states [N, D]; `output` turns those into logits.
 
-        plan: see PackedPlan. side: handed unread to every layer, for subclasses of Block.
+        plan: see PackedPlan. side: for subclasses of Block, handed unread to every layer. Each layer gets its own
+        part of both, `.of(layer)`.
         """
         rotary = rotary_angles(plan.positions, self.config.head_dim, self.config.rope_theta)
-        for block in self.layers:
+        for first in range(0, len(self.layers), LAYERS_AT_ONCE):
+            layers = range(first, min(first + LAYERS_AT_ONCE, len(self.layers)))
+            part = ([self.layers[i] for i in layers], x, rotary, [plan.of(i) for i in layers],
+                    [side and side.of(i) for i in layers])
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rotary, plan, side, use_reentrant=False)
+                x = checkpoint(self.run_blocks, *part, use_reentrant=False)
             else:
-                x = block(x, rotary, plan, side)
+                x = self.run_blocks(*part)
         return self.norm(x)

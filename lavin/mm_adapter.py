@@ -92,12 +92,16 @@ class RepAdapter(nn.Module):
         """The grouped convolution as a block-diagonal matrix [D, r]."""
         return torch.block_diag(*conv.weight[..., 0].chunk(GROUPS))
 
+    def add(self, x, u: list, up: list):
+        """x + s u U, the columns of both filled up with zeros to a multiple of 8, which matrix units ask for."""
+        u, up = torch.cat(u, 1), torch.cat(up, 1) * self.scale
+        filling = (0, -u.shape[1] % 8)
+        return torch.addmm(x, F.pad(u, filling), F.pad(up.to(x.dtype), filling).t())
+
     def forward(self, x):
         """x [N, D] -> [N, D]."""
         z = self.down(x)
-        ones = torch.ones_like(z[:, :1])
-        up = torch.cat((self.up_matrix(self.conv_B), self.conv_B.bias[:, None]), 1) * self.scale
-        return torch.addmm(x, torch.cat((z, ones), 1), up.to(x.dtype).t())
+        return self.add(x, [z, torch.ones_like(z[:, :1])], [self.up_matrix(self.conv_B), self.conv_B.bias[:, None]])
 
 
 class RepAdapterRouter(RepAdapter):
@@ -118,54 +122,65 @@ class RepAdapterRouter(RepAdapter):
     def forward(self, x, mixture):
         """x [N, D], mixture [N, 2] -> [N, D]."""
         z, w = self.down(x), mixture.to(x.dtype)
-        mixed = torch.cat((z * w[:, :1], z * w[:, 1:], w), 1)
-        up = torch.cat((self.up_matrix(self.conv_B), self.up_matrix(self.conv_D),
-                        self.conv_B.bias[:, None], self.conv_D.bias[:, None]), 1) * self.scale
-        return torch.addmm(x, mixed, up.to(x.dtype).t())
+        return self.add(x, [z * w[:, :1], z * w[:, 1:], w],
+                        [self.up_matrix(self.conv_B), self.up_matrix(self.conv_D),
+                         self.conv_B.bias[:, None], self.conv_D.bias[:, None]])
 
 
 class Routing:
     """Gives every row of a pass its expert mixture, by modality.
 
-    modality [N]: 0 text, 1 image, for each row. table: mixtures [2, 2] by adapter; what it lacks is computed from rows 0
-    and 1, which must then be the two modality tokens, and kept in it. Without a table nothing is kept.
+    modality [N]: 0 text, 1 image, for each row. table: for every layer, mixtures [2, 2] by the adapter's name; what it
+    lacks is computed from rows 0 and 1, which must then be the two modality tokens, and kept in it. Without a table
+    nothing is kept.
     """
 
-    def __init__(self, modality: torch.Tensor, table: dict | None = None):
+    def __init__(self, modality: torch.Tensor, table: list[dict] | None = None):
         self.rows = F.one_hot(modality, 2).float()  # a product with it picks rows, and its gradient repeats itself
         self.table = table
 
-    def mixture(self, adapter: RepAdapterRouter, x):
-        if self.table is None:
+    def of(self, layer: int):
+        return LayerRouting(self.rows, self.table and self.table[layer])
+
+
+@dataclass
+class LayerRouting:
+    """One layer's part of Routing."""
+
+    rows: torch.Tensor
+    known: dict[str, torch.Tensor] | None
+
+    def mixture(self, name: str, adapter: RepAdapterRouter, x):
+        if self.known is None:
             return self.rows @ adapter.mixture(x[:2])
-        if adapter not in self.table:
-            self.table[adapter] = adapter.mixture(x[:2])
-        return self.rows @ self.table[adapter]
+        if name not in self.known:
+            self.known[name] = adapter.mixture(x[:2])
+        return self.rows @ self.known[name]
 
 
 class AdaptedBlock(Block):
     """A decoder layer whose attention (`attn`), and feed-forward too (`block`), read through an adapter."""
 
-    def __init__(self, config, layer: int, drop_path: float, adapter: AdapterConfig, dropout: float):
-        super().__init__(config, layer, drop_path)
+    def __init__(self, config, drop_path: float, adapter: AdapterConfig, dropout: float):
+        super().__init__(config, drop_path)
         self.adapter_attn = RepAdapterRouter(config.dim, adapter, dropout)
         self.adapter_mlp = RepAdapterRouter(config.dim, adapter, dropout) if adapter.adapter_type == "block" else None
 
-    @staticmethod
-    def adapt(adapter, x, routing):
-        return x if adapter is None else adapter(x, routing.mixture(adapter, x))
+    def adapt(self, name: str, x, routing):
+        adapter = getattr(self, name)
+        return x if adapter is None else adapter(x, routing.mixture(name, adapter, x))
 
     def attention_input(self, x, routing):
-        return self.adapt(self.adapter_attn, super().attention_input(x, routing), routing)
+        return self.adapt("adapter_attn", super().attention_input(x, routing), routing)
 
     def feed_forward_input(self, x, routing):
-        return self.adapt(self.adapter_mlp, super().feed_forward_input(x, routing), routing)
+        return self.adapt("adapter_mlp", super().feed_forward_input(x, routing), routing)
 
 
 def adapted_block(adapter: AdapterConfig, n_layers: int, drop_path: float = 0.0):
     """`make_block` for lavin.llama.Llama: every layer with its adapters, dropout by the depth schedule."""
     dropout = dropout_schedule(n_layers, adapter.dropout_prob, adapter.dropout_var, adapter.dropout_lim)
-    return lambda config, layer: AdaptedBlock(config, layer, drop_path, adapter, dropout[layer])
+    return lambda config, layer: AdaptedBlock(config, drop_path, adapter, dropout[layer])
 
 
 class AdaptedNorm(nn.Module):

@@ -9,11 +9,12 @@ Notable:
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lavin.llama import Llama, LlamaConfig, PackedPlan
+from lavin.loss import answer_loss
 from lavin.mm_adapter import HOME, AdapterConfig, Routing, VisualProjection, adapt_vit, adapted_block
+from lavin.precision import send
 from lavin.tokenizer import IMAGE_SLOT, Example
 from lavin.vision import VisionEncoder
 
@@ -26,7 +27,7 @@ class Batch:
 
     ids [N], 0 in image slots; lengths and modality [B], one a sample; images [I, 3, S, S] uint8, of the samples that
     have one, in order; slots [I * n_prompt]: rows of the image embeddings; source [M]: rows whose next token is to be
-    predicted; target [M]: those tokens.
+    predicted; target [M]: those tokens; factor [M] float32: of each in the loss.
     """
 
     ids: torch.Tensor
@@ -36,27 +37,29 @@ class Batch:
     slots: torch.Tensor
     source: torch.Tensor
     target: torch.Tensor
+    factor: torch.Tensor
 
     def to(self, device) -> "Batch":
-        moved = {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                 for name, value in vars(self).items()}
-        return Batch(**moved)
+        return Batch(**{name: send(value, device) if isinstance(value, torch.Tensor) else value
+                        for name, value in vars(self).items()})
 
 
-def pack(examples: list[Example]) -> Batch:
-    """Packs examples into one row."""
-    ids, source, images = [], [], []
-    for example in examples:
+def pack(examples: list[Example], factors: list[float] | None = None) -> Batch:
+    """Packs examples into one row. factors: of each example in the loss, 1 where they are left out."""
+    ids, source, images, factor = [], [], [], []
+    for example, f in zip(examples, factors or [1.0] * len(examples)):
         begin = len(ids)
         ids += example.ids
         source += range(begin + example.answer_start - 1, len(ids) - 1)
+        factor += [f] * (len(source) - len(factor))
         if example.image is not None:
             images.append(example.image)
     ids, source = torch.tensor(ids), torch.tensor(source, dtype=torch.long)
     slots = ids == IMAGE_SLOT
     return Batch(ids.masked_fill(slots, 0), [len(example.ids) for example in examples],
                  torch.tensor([int(example.image is not None) for example in examples]),
-                 torch.stack(images) if images else None, slots.nonzero()[:, 0], source, ids[source + 1])
+                 torch.stack(images) if images else None, slots.nonzero()[:, 0], source, ids[source + 1],
+                 torch.tensor(factor, dtype=torch.float32))
 
 
 class LaVIN(nn.Module):
@@ -113,14 +116,13 @@ class LaVIN(nn.Module):
         return x[MODALITIES:]
 
     def forward(self, batch: Batch):
-        """Summed cross-entropy of the answers' tokens, float32."""
-        logits = self.llama.output(self.hidden_states(batch)[batch.source])
-        return F.cross_entropy(logits.float(), batch.target, reduction="sum")
+        """Cross-entropy of the answers' tokens, each times its factor, summed, float32."""
+        return answer_loss(self.hidden_states(batch)[batch.source], self.llama.output.weight, batch.target, batch.factor)
 
     @torch.no_grad()
-    def routing_table(self) -> dict:
-        """Each adapter's mixtures [2, 2] by modality, for generation: they depend on parameters alone."""
+    def routing_table(self) -> list[dict]:
+        """Every layer's mixtures [2, 2] by modality, for generation: they depend on parameters alone."""
         tokens, kinds = self.modality_rows()
-        table = {}
+        table = [{} for _ in self.llama.layers]
         self.llama(tokens, PackedPlan([1] * MODALITIES, self.device), Routing(kinds, table))
         return table

@@ -29,14 +29,12 @@ def gather(thing) -> list:
     return things
 
 
-def sum_gradients(parameters: list[torch.nn.Parameter], *numbers: float) -> list[float]:
-    """Sums gradients, in place, and `numbers` over all processes: one message. Returns the summed numbers."""
-    device = parameters[0].device
-    flat = torch.cat([p.grad.flatten() for p in parameters] + [torch.tensor(numbers, device=device)])
+def sum_gradients(parameters: list[torch.nn.Parameter], number: torch.Tensor) -> torch.Tensor:
+    """Sums gradients, in place, and one number over all processes: one message. Returns the summed number."""
+    flat = torch.cat([p.grad.flatten() for p in parameters] + [number[None]])
     if dist.is_initialized():
         dist.all_reduce(flat)
-    sizes = [p.numel() for p in parameters] + [len(numbers)]
-    *gradients, sums = flat.split(sizes)
+    *gradients, number = flat.split([p.numel() for p in parameters] + [1])
     for p, gradient in zip(parameters, gradients):
         p.grad = gradient.view_as(p)
-    return sums.tolist()
+    return number[0]

@@ -33,3 +33,8 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def send(tensor: torch.Tensor, device) -> torch.Tensor:
+    """The tensor on `device`; from pinned memory where that is a GPU, so that the host need not wait for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)

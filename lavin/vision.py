@@ -30,10 +30,18 @@ timm = import_timm()
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: E402
 
 
+def run_blocks(blocks, x):
+    """Some layers of a ViT behind one another."""
+    for block in blocks:
+        x = block(x)
+    return x
+
+
 class VisionEncoder(nn.Module):
     """Images -> `n_features` CLS features, without final norm or projection.
 
-    vit: a timm VisionTransformer with a class token. Raises ValueError where its depth is no multiple of n_features.
+    vit: a timm VisionTransformer with a class token. run_blocks: may be replaced by a faster function that does the
+    same (lavin/fast.py). Raises ValueError where the ViT's depth is no multiple of n_features.
     """
 
     def __init__(self, vit: nn.Module, n_features: int):
@@ -41,6 +49,7 @@ class VisionEncoder(nn.Module):
         if n_features < 1 or len(vit.blocks) % n_features:
             raise ValueError(f"--n_prompt {n_features} must divide the ViT's {len(vit.blocks)} blocks")
         self.vit = vit
+        self.run_blocks = run_blocks
         self.every = len(vit.blocks) // n_features
         self.width = vit.embed_dim
         self.image_size = vit.patch_embed.img_size[0]
@@ -53,8 +62,11 @@ class VisionEncoder(nn.Module):
         x = ((images / 255 - self.mean) / self.std).to(self.vit.patch_embed.proj.weight.dtype)
         x = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(x)))
         features = []
-        for depth, block in enumerate(self.vit.blocks, 1):
-            x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x)
-            if depth % self.every == 0:
-                features.append(x[:, 0])
+        for first in range(0, len(self.vit.blocks), self.every):
+            part = [self.vit.blocks[i] for i in range(first, first + self.every)], x
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(self.run_blocks, *part, use_reentrant=False)
+            else:
+                x = self.run_blocks(*part)
+            features.append(x[:, 0])
         return torch.stack(features, 1)

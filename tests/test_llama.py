@@ -67,7 +67,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_drop_path_leaves_out_whole_documents():
     torch.manual_seed(0)
-    block = Block(tiny_config(), 0, drop_path=0.5).train()
+    block = Block(tiny_config(), drop_path=0.5).train()
     plan = PackedPlan([3] * 400, "cpu")
     out = block.residual(torch.zeros(1200, 32), torch.ones(1200, 32), plan).view(400, 96)
     assert set(out.unique().tolist()) == {0.0, 2.0}  # dropped, or kept at 1 / (1 - p): the mean stays

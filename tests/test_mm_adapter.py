@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
-from lavin.llama import Block, Llama, PackedPlan
+from lavin.llama import Llama, PackedPlan
 from lavin.mm_adapter import AdapterConfig, RepAdapter, RepAdapterRouter, Routing, dropout_schedule
 from lavin.model import pack
 from reference import adapter, router
@@ -96,7 +96,7 @@ def test_fresh_adapters_start_as_published(kind, visual):
 def test_fresh_adapters_change_nothing(kind, visual):
     """The whole model equals the plain LLaMA on embeddings whose pictures went through the plain ViT."""
     model = tiny_model(trained=False, adapter_type=kind, visual_adapter_type=visual)
-    plain = Llama(tiny_config(), Block).eval()
+    plain = Llama(tiny_config()).eval()
     plain.load_state_dict({name: w for name, w in model.llama.state_dict().items() if "adapter" not in name})
     vit = tiny_vit()
     vit.load_state_dict({name.replace("norm1.norm", "norm1").replace("norm2.norm", "norm2"): w
@@ -114,12 +114,12 @@ def test_fresh_adapters_change_nothing(kind, visual):
 
 def test_routing_reads_the_modality_rows_and_keeps_their_mixtures():
     module, p, x = random_adapter(RepAdapterRouter)
-    modality, table = torch.tensor([0, 1, 1, 0, 1, 0, 0]), {}
+    modality, table = torch.tensor([0, 1, 1, 0, 1, 0, 0]), [{}, {}]
     expected = router(p, "a", x[:2], CONFIG)[modality]
-    torch.testing.assert_close(Routing(modality).mixture(module, x), expected)
-    torch.testing.assert_close(Routing(modality, table).mixture(module, x), expected)
-    torch.testing.assert_close(table[module], router(p, "a", x[:2], CONFIG))
-    later = Routing(modality, table).mixture(module, torch.randn(7, 10))
+    torch.testing.assert_close(Routing(modality).of(1).mixture("a", module, x), expected)
+    torch.testing.assert_close(Routing(modality, table).of(1).mixture("a", module, x), expected)
+    torch.testing.assert_close(table, [{}, {"a": router(p, "a", x[:2], CONFIG)}])
+    later = Routing(modality, table).of(1).mixture("a", module, torch.randn(7, 10))
     torch.testing.assert_close(later, expected)  # the states no longer matter
 
 

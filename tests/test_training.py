@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
 import eval as evaluation
 import train
 from lavin.model import pack
+from lavin.tokenizer import Example
 from reference import loss as reference_loss
 from tiny import mixed_examples, tiny_example, tiny_model
 from util.datasets import epoch_batches, steps_per_epoch
@@ -48,11 +50,8 @@ def samples():
     return [tiny_example(i, 2 + i, answer, image=i % 2 == 0) for i, answer in enumerate((1, 9, 2, 7, 1, 1, 8, 3))]
 
 
-def answer_tokens(examples) -> int:
-    return sum(len(example.ids) - example.answer_start for example in examples)
-
-
-def one_step(batch_size: int, loss_norm: str, world: int = 1, rank: int = 0, poisoned: bool = False) -> dict:
+def one_step(batch_size: int, loss_norm: str, world: int = 1, rank: int = 0, poisoned: bool = False,
+             most_tokens: float = math.inf) -> dict:
     """The optimizer step on all samples, this process's share of it in micro-batches; its loss, gradients, parameters."""
     model = tiny_model().train()
     for module in model.modules():
@@ -65,12 +64,12 @@ def one_step(batch_size: int, loss_norm: str, world: int = 1, rank: int = 0, poi
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = torch.zeros_like(p)
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    batches = [pack(own[i:i + batch_size]) for i in range(0, len(own), batch_size)]
-    loss = train.accumulate(model, batches, answer_tokens(everyone), OFF, loss_norm,
-                            len(everyone) // batch_size)
+    optimizer = torch.optim.SGD(parameters, lr=0.1, fused=True)
+    pairs = train.weigh([own[i:i + batch_size] for i in range(0, len(own), batch_size)],
+                        train.answer_tokens(everyone), loss_norm, len(everyone) // batch_size)
+    loss = train.accumulate(model, pairs, most_tokens, OFF)
     before = torch.cat([p.detach().flatten().clone() for p in parameters])
-    loss, stepped = train.optimizer_step(optimizer, OFF, parameters, loss, None)
+    loss, stepped = train.optimizer_step(optimizer, OFF, parameters, loss, None).tolist()
     return {"loss": loss, "stepped": stepped, "step": torch.cat([p.detach().flatten() for p in parameters]) - before,
             "gradients_left": any(p.grad.any() for p in parameters)}
 
@@ -83,17 +82,35 @@ def assert_same(a: dict, b: dict) -> None:
 def test_accumulation_gives_the_same_step():
     whole = one_step(8, "batch")
     assert whole["stepped"] and whole["step"].abs().max() > 1e-3 and not whole["gradients_left"]
-    mean = reference_loss(tiny_model(), samples()).item() / answer_tokens(samples())
+    mean = reference_loss(tiny_model(), samples()).item() / train.answer_tokens(samples())
     assert whole["loss"] == pytest.approx(mean, rel=1e-5)
     for batch_size in (4, 2):
         assert_same(one_step(batch_size, "batch"), whole)
+
+
+@pytest.mark.parametrize("loss_norm", ["batch", "microbatch"])
+def test_any_regrouping_into_passes_gives_the_same_step(loss_norm):
+    """By tokens, across micro-batches and within them; the longest sample has 26 tokens."""
+    whole = one_step(2, loss_norm)
+    for most_tokens in (40, 30, 5):
+        assert_same(one_step(2, loss_norm, most_tokens=most_tokens), whole)
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), most=st.integers(1, 60))
+def test_passes_keep_order_and_limit_and_are_few(lengths, most):
+    pairs = [(Example([3] * n, n), i) for i, n in enumerate(lengths)]
+    groups = train.passes(pairs, most)
+    assert [pair for group in groups for pair in group] == pairs
+    sizes = [[len(example.ids) for example, _ in group] for group in groups]
+    assert all(sum(size) <= most or len(size) == 1 for size in sizes)
+    assert all(sum(a) + b[0] > most for a, b in zip(sizes, sizes[1:]))
 
 
 def test_microbatch_norm_is_the_published_mean_of_means():
     model = tiny_model()
     for batch_size in (8, 4, 2):
         parts = [samples()[i:i + batch_size] for i in range(0, 8, batch_size)]
-        means = [reference_loss(model, part).item() / answer_tokens(part) for part in parts]
+        means = [reference_loss(model, part).item() / train.answer_tokens(part) for part in parts]
         result = one_step(batch_size, "microbatch")
         assert result["loss"] == pytest.approx(sum(means) / len(means), rel=1e-5)
     whole, parted = one_step(8, "batch"), one_step(2, "microbatch")
@@ -157,7 +174,7 @@ def test_two_processes_give_the_published_mean_of_means(two_processes):
     """Each rank's samples, two by two: four micro-batches."""
     (_, _, first, _), (_, _, second, _) = two_processes[0]
     order = samples()[0::2] + samples()[1::2]
-    means = [reference_loss(tiny_model(), order[i:i + 2]).item() / answer_tokens(order[i:i + 2]) for i in (0, 2, 4, 6)]
+    means = [reference_loss(tiny_model(), order[i:i + 2]).item() / train.answer_tokens(order[i:i + 2]) for i in (0, 2, 4, 6)]
     assert first["loss"] == second["loss"] == pytest.approx(sum(means) / 4, rel=1e-5)
     assert torch.equal(first["step"], second["step"])
 
@@ -188,7 +205,7 @@ def test_gradients_are_clipped_at_their_common_norm():
     for clip in (None, 0.5):
         p, q = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
         p.grad, q.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
-        train.optimizer_step(torch.optim.SGD([p, q], lr=1.0), OFF, [p, q], 1.0, clip)
+        train.optimizer_step(torch.optim.SGD([p, q], lr=1.0, fused=True), OFF, [p, q], torch.tensor(1.0), clip)
         steps.append(-torch.cat((p, q)).detach())
     torch.testing.assert_close(steps[0], torch.tensor([3.0, 0, 0, 4]))
     torch.testing.assert_close(steps[1], torch.tensor([0.3, 0, 0, 0.4]))

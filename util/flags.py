@@ -60,8 +60,8 @@ def check_shared(args: argparse.Namespace) -> None:
     """Raises UserError for values of the shared flags that cannot work."""
     if args.use_vicuna:
         raise UserError("--use_vicuna is not there yet: leave it out")
-    if args.bits != "16bit":
-        raise UserError(f"--bits {args.bits} is not there yet: leave it at 16bit")
+    if args.bits not in ("16bit", "fp8"):
+        raise UserError(f"--bits {args.bits} is not there yet: choose 16bit or fp8")
     for flag in ("max_seq_len", "n_prompt", "hidden_proj", "adapter_dim"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")

@@ -1,0 +1,74 @@
+"""A chat at batch 1: the published way and ours, in one run, on random weights: first token, and tokens a second.
+
+    python benchmarks/chat_latency.py                    # 7B on this GPU
+    python benchmarks/chat_latency.py --size tiny        # seconds on a CPU: that everything works, not how fast
+"""
+
+import argparse
+import gc
+import statistics
+import time
+
+import torch
+
+from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it finds the project
+from published_recipe import published_answers
+from random_lavin import random_lavin, random_examples
+from lavin.fast import speed_up
+from lavin.generation import decode
+
+FIRST = 16  # tokens before the rate is taken: a long answer's own pace
+
+
+def answer(model, example, n_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and tokens a second after the first few."""
+    start = time.perf_counter()
+    times = []
+    for ids in decode(model, [example], n_tokens, lambda logits: logits.argmax(-1)):
+        ids.tolist()  # the chat shows each token as it comes
+        times.append(time.perf_counter() - start)
+    return times[0], (n_tokens - FIRST) / (times[-1] - times[FIRST - 1])
+
+
+def main(args) -> None:
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    bf16, fp16 = (torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.float32)
+    print(hardware(device, matmul_peak(device, bf16)), flush=True)
+    rows = []
+
+    def add(what: str, first: float, rate: float) -> None:
+        rows.append({"what": what, "first token, ms": 1000 * first, "tokens/s": rate, "GiB": peak_gib(device),
+                     "ratio": rate / rows[0]["tokens/s"] if rows else 1.0})
+        print(report(rows[-1:]), flush=True)
+
+    model = random_lavin(args.size, device, fp16).eval()
+    prompts = random_examples(model, 3 + args.repeats, 0, full=False, answers=False)
+    seconds = []
+    start_memory(device)
+    for n_tokens in (2, 1, 1 + args.tokens):  # the first only warms up
+        start = time.perf_counter()
+        published_answers(model, prompts[:1], n_tokens).cpu()
+        seconds.append(time.perf_counter() - start)
+    add("published, fp16", seconds[1], args.tokens / (seconds[2] - seconds[1]))
+
+    for bits in ("16bit", "fp8"):
+        model = None
+        gc.collect()
+        torch.compiler.reset()
+        model = speed_up(random_lavin(args.size, device, bf16), bits).eval()
+        for prompt in prompts[:3]:
+            answer(model, prompt, FIRST + 2)  # compiles
+        start_memory(device)
+        results = [answer(model, prompt, args.tokens) for prompt in prompts[3:]]
+        add(f"ours, {bits.replace('16bit', 'bf16')}", *(statistics.median(column) for column in zip(*results)))
+    print(report(rows))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="7B")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", default=144, type=int)
+    parser.add_argument("--repeats", default=5, type=int)
+    main(parser.parse_args())

@@ -1,0 +1,103 @@
+"""Answering ScienceQA's test set: the published way and ours, in one run, on random weights and real lengths.
+
+    python benchmarks/eval_throughput.py                 # 7B on this GPU
+    python benchmarks/eval_throughput.py --size tiny     # seconds on a CPU: that everything works, not how fast
+
+Random weights write no `The answer is X.`, so a stand-in for the tokenizer reads any five tokens as that: as many as
+LLaMA's tokenizer makes of it. The rest is eval.py's own code.
+"""
+
+import argparse
+import gc
+import random
+import time
+import zlib
+from types import SimpleNamespace
+
+import torch
+
+from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it finds the project
+import eval as evaluation
+from published_recipe import published_answers
+from random_lavin import IMAGE_PREFIX, TEXT_PREFIX, length_rows, random_examples, random_lavin
+from lavin.fast import speed_up
+from lavin.tokenizer import IMAGE_SLOT, Example
+
+
+class RandomTokenizer:
+    """Random tokens for a prompt, as many as the real one named in it has; `The answer is X.` is five of them."""
+
+    eos_id = -1
+
+    def __init__(self, vocab: int):
+        self.vocab = vocab
+
+    def example(self, prompt: str, answer=None, image=None, n_prompt: int = 6, max_seq_len=None) -> Example:
+        draw = random.Random(prompt)
+        rows = length_rows()
+        length, _, has_image = rows[zlib.crc32(prompt.encode()) % len(rows)]
+        prefix = [3] * (1 + (TEXT_PREFIX, IMAGE_PREFIX)[image is not None]) + [IMAGE_SLOT] * (n_prompt * (image is not None))
+        ids = prefix + [draw.randrange(3, self.vocab) for _ in range(length - 1)]
+        start = len(ids)
+        ids += [4, 5, 6, 7 + ord(answer[-2]), 8] if answer else []
+        return Example(ids, start, image)
+
+    def decode(self, ids: list[int]) -> str:
+        return "The answer is A." if len(ids) >= 5 else ""
+
+
+def questions(model, n: int, seed: int):
+    """n problems of four choices and the pictures of 45% of them."""
+    draw = random.Random(seed)
+    problems = {str(i): {"question": f"{seed} {i}", "choices": list("abcd"), "answer": 0, "hint": "", "lecture": "",
+                         "solution": ""} for i in range(n)}
+    size = model.vision.image_size
+    pictures = {qid: torch.randint(0, 256, (3, size, size), dtype=torch.uint8) for qid in problems if draw.random() < 0.45}
+    return SimpleNamespace(problems=problems, captions={}), pictures
+
+
+def main(args) -> None:
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    bf16, fp16 = (torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.float32)
+    print(hardware(device, matmul_peak(device, bf16)), flush=True)
+    rows = []
+
+    def add(what: str, n: int, seconds: float) -> None:
+        rows.append({"what": what, "questions": f"{n}", "seconds": seconds, "questions/s": n / seconds,
+                     "test set (4,241), s": 4241 * seconds / n, "GiB": peak_gib(device),
+                     "ratio": n / seconds / rows[0]["questions/s"] if rows else 1.0})
+        print(report(rows[-1:]), flush=True)
+
+    model = random_lavin(args.size, device, fp16).eval()
+    published_answers(model, random_examples(model, 2, 0, answers=False), 2)
+    start_memory(device)
+    start = time.perf_counter()
+    published_answers(model, random_examples(model, args.batch, 1, answers=False), 64).cpu()
+    add(f"published, fp16, batch {args.batch}, 64 tokens", args.batch, time.perf_counter() - start)
+
+    for bits in ("16bit", "fp8"):
+        model = None
+        gc.collect()
+        torch.compiler.reset()
+        model = speed_up(random_lavin(args.size, device, bf16), bits).eval()
+        tokenizer = RandomTokenizer(model.llama.config.vocab_size)
+        for decode in ("generate", "score"):
+            flags = argparse.Namespace(prompt_format="QCM-ALE", max_seq_len=512, max_batch_size=args.batch, seed=0,
+                                       generation_temperature=0.0, top_p=0.75, decode=decode)
+            evaluation.answer_questions(model, tokenizer, *questions(model, 2 * args.batch, 0), flags)  # compiles
+            start_memory(device)
+            asked = questions(model, args.questions, 1)
+            start = time.perf_counter()
+            evaluation.answer_questions(model, tokenizer, *asked, flags)
+            add(f"ours, {bits.replace('16bit', 'bf16')}, --decode {decode}", args.questions, time.perf_counter() - start)
+    print(report(rows))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="7B")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", default=64, type=int)
+    parser.add_argument("--questions", default=4241, type=int, help="of ours; the published way answers one batch")
+    main(parser.parse_args())
