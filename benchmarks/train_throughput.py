@@ -131,13 +131,13 @@ def main(args) -> None:
     bench.measure("ours, plain, fp16", model, our_trainer(model), 8)
     model = None
     model = bench.model(bench.fp16, "16bit")
-    bench.measure("ours, fp16", model, our_trainer(model), 32)
+    bench.measure("ours, fp16", model, our_trainer(model), args.samples)
     model = None
     model = bench.model(bench.bf16, "16bit")
     step = our_trainer(model)
-    bench.measure("ours, bf16", model, step, 32)
+    bench.measure("ours, bf16", model, step, args.samples)
     if args.profile:
-        profile(step, random_examples(model, 32, 7), bench.device)
+        profile(step, random_examples(model, args.samples, 7), bench.device)
     bench.measure("ours, bf16, 512 tokens each", model, step, 4, full=True)
     model.set_gradient_checkpointing(True)
     bench.measure("  and gradient checkpointing", model, step, 4, full=True)
@@ -145,9 +145,9 @@ def main(args) -> None:
     model = step = None
     model = bench.model(bench.bf16, "fp8")
     step = our_trainer(model)
-    bench.measure("ours, fp8", model, step, 32)
+    bench.measure("ours, fp8", model, step, args.samples)
     if args.profile:
-        profile(step, random_examples(model, 32, 7), bench.device)
+        profile(step, random_examples(model, args.samples, 7), bench.device)
     print(report(bench.rows))
 
 
@@ -155,6 +155,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="7B")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--samples", default=32, type=int, help="of a step, in one pass")
     parser.add_argument("--steps", default=10, type=int)
     parser.add_argument("--warm_up", default=4, type=int)
     parser.add_argument("--profile", action="store_true", help="list the kernels of one bf16 and one fp8 step")

@@ -1,0 +1,75 @@
+"""The benchmarks run, small; and what they measure against computes what we compute."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import chat_latency  # noqa: E402
+import eval_throughput  # noqa: E402
+import train_throughput  # noqa: E402
+from lavin.generation import decode  # noqa: E402
+from lavin.model import pack  # noqa: E402
+from published_recipe import published_answers, published_loss  # noqa: E402
+from tiny import VARIANTS, mixed_examples, tiny_model  # noqa: E402
+
+
+@pytest.mark.parametrize("kind, visual", VARIANTS)
+def test_the_published_recipe_computes_our_loss(kind, visual):
+    model = tiny_model(adapter_type=kind, visual_adapter_type=visual, llama={"n_kv_heads": None})
+    batch = pack(mixed_examples())
+    torch.testing.assert_close(published_loss(model, mixed_examples(), 24), model(batch) / len(batch.target),
+                               atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind, visual", VARIANTS)
+def test_the_published_way_writes_our_answers(kind, visual):
+    model = tiny_model(adapter_type=kind, visual_adapter_type=visual, llama={"n_kv_heads": None})
+    examples = mixed_examples(answer=0)
+    theirs = published_answers(model, examples, 5)
+    ours = torch.stack(list(decode(model, examples, 5, lambda logits: logits.argmax(-1))), 1)
+    for row, example, answer in zip(theirs, examples, ours):
+        start = 1 + len(example.ids)
+        assert row[start:start + 5].tolist() == answer.tolist()
+
+
+def rows_of(benchmark, capsys, **flags) -> dict[str, list[str]]:
+    """The last table that a benchmark prints."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    benchmark.main(argparse.Namespace(size="tiny", device="cpu", **flags))
+    torch.use_deterministic_algorithms(deterministic)
+    lines = capsys.readouterr().out.splitlines()
+    start = max(i for i, line in enumerate(lines) if line.startswith("what"))
+    return {line.split("  ")[0]: line.split("  ")[1:] for line in lines[start + 2:]}
+
+
+def test_train_throughput(capsys):
+    rows = rows_of(train_throughput, capsys, samples=3, steps=1, warm_up=1, profile=False)
+    assert list(rows) == ["published recipe, fp16", "ours, plain, fp16", "ours, fp16", "ours, bf16",
+                          "ours, bf16, 512 tokens each", "", "ours, fp8"]
+    assert rows["published recipe, fp16"][-1].strip() == "1"
+
+
+def test_eval_throughput(capsys):
+    rows = rows_of(eval_throughput, capsys, batch=4, questions=8)
+    assert list(rows) == ["published, fp16, batch 4, 64 tokens", *(f"ours, {bits}, --decode {decode}"
+                          for bits in ("bf16", "fp8") for decode in ("generate", "score"))]
+
+
+def test_chat_latency(capsys):
+    assert list(rows_of(chat_latency, capsys, tokens=20, repeats=1)) == ["published, fp16", "ours, bf16", "ours, fp8"]
+
+
+def test_arithmetic_that_nothing_can_leave_out():
+    """4 x frozen parameters x tokens, by hand for the tiny size: LLaMA 2 layers of width 64, hidden 192."""
+    model = train_throughput.random_lavin("tiny", "cpu", torch.float32)
+    weights = train_throughput.frozen_weights(model)
+    assert weights["layers"] == 2 * (4 * 64 * 64 + 3 * 64 * 192) and weights["head"] == 64 * 320
+    batch = pack(train_throughput.random_examples(model, 1, 0, full=True))
+    n, answers = len(batch.ids), len(batch.target)
+    assert train_throughput.frozen_flops(weights, 17, batch) == 4 * (
+        weights["layers"] * n + weights["head"] * answers + weights["vit"] * 17)
