@@ -160,6 +160,20 @@ def accumulate(model, pairs: list[tuple], most_tokens: float, scaler) -> torch.T
     return total
 
 
+def accumulate_in_memory(model, pairs: list[tuple], most_tokens: float, scaler) -> tuple[torch.Tensor, float]:
+    """`accumulate` in passes of half the size, again and again, where memory does not do; also the size that did."""
+    while True:
+        try:
+            return accumulate(model, pairs, most_tokens, scaler), most_tokens
+        except torch.OutOfMemoryError:
+            if len(passes(pairs, most_tokens)) == len(pairs):  # one sample a pass, and no less is possible
+                raise
+        most_tokens = min(most_tokens, sum(len(example.ids) for example, _ in pairs)) / 2
+        for p in model.parameters():
+            if p.requires_grad:
+                p.grad.zero_()
+
+
 def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad: float | None) -> torch.Tensor:
     """Sums the gradients of all processes and steps; returns the step's loss, and 1 where a step was made, else 0.
 
@@ -195,7 +209,7 @@ def train_epoch(model, optimizer, scaler, examples, args, epoch: int, rank: int,
         n_micro = sum(math.ceil(len(everyone[r::world]) / args.batch_size) for r in range(world))
         pairs = weigh([[examples[i] for i in indices] for indices in own], answer_tokens([examples[i] for i in everyone]),
                       args.loss_norm, n_micro)
-        loss = accumulate(model, pairs, most_tokens, scaler)
+        loss, most_tokens = accumulate_in_memory(model, pairs, most_tokens, scaler)
         steps.append(optimizer_step(optimizer, scaler, parameters, loss, args.clip_grad))
         if step % STEPS_SHOWN == 0:
             bar.set_postfix(loss=f"{steps[-1][0].item():.4f}", lr=f"{rates[-1]:.2e}", refresh=False)

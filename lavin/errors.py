@@ -21,8 +21,8 @@ def one_line_errors():
     except UserError as error:
         message = str(error)
     except torch.OutOfMemoryError as error:
-        message = (f"not enough GPU memory ({str(error).split('. ')[0]}): lower --batch_size and raise --accum_iter, "
-                   "or add --gradient_checkpointing")
+        message = (f"not enough GPU memory ({str(error).split('. ')[0]}): train with --gradient_checkpointing or fewer "
+                   "--bits, answer with a lower --max_batch_size")
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(3)  # what every rank has to say, rank 0 says first; torchrun then ends the others
     sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")

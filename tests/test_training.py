@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 
 import eval as evaluation
 import train
-from lavin.model import pack
+from lavin.model import LaVIN, pack
 from lavin.tokenizer import Example
 from reference import loss as reference_loss
 from tiny import mixed_examples, tiny_example, tiny_model
@@ -94,6 +94,34 @@ def test_any_regrouping_into_passes_gives_the_same_step(loss_norm):
     whole = one_step(2, loss_norm)
     for most_tokens in (40, 30, 5):
         assert_same(one_step(2, loss_norm, most_tokens=most_tokens), whole)
+
+
+def test_too_large_a_pass_is_halved_and_the_step_is_the_same(monkeypatch):
+    """A model whose memory holds 45 tokens; where not even one sample fits, the error stands."""
+    limit, forward = 45, LaVIN.forward
+
+    def small_memory(model, batch):
+        loss = forward(model, batch)
+        if len(batch.ids) > limit:
+            loss.backward()  # what is half done must not count
+            raise torch.OutOfMemoryError
+        return loss
+    model, pairs = tiny_model(), [(example, 0.1) for example in samples()]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    whole = train.accumulate(model, pairs, math.inf, OFF)
+    expected = [p.grad.clone() for p in parameters]
+    monkeypatch.setattr(LaVIN, "forward", small_memory)
+    for p in parameters:
+        p.grad.zero_()
+    loss, most = train.accumulate_in_memory(model, pairs, math.inf, OFF)
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5) and most < 60
+    for p, gradient in zip(parameters, expected):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-4)
+    limit = 5
+    with pytest.raises(torch.OutOfMemoryError):
+        train.accumulate_in_memory(model, pairs, math.inf, OFF)
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), most=st.integers(1, 60))
