@@ -141,6 +141,15 @@ def test_unparsed_answers_become_the_likeliest_option(finished, scienceqa, base)
         assert losses[line["prediction"]] == pytest.approx(min(losses), abs=1e-5)
 
 
+def test_answers_by_score_are_the_likeliest_options(finished, tmp_path):
+    """The tiny model writes no answer, so generation falls back on the same likeliest option; text and counts are full."""
+    run_eval("--adapter_path", finished, "--output_dir", tmp_path, "--decode", "score")
+    assert read(tmp_path / "preds.json") == read(finished / "preds.json")
+    lines = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == [f"The answer is {'ABCDE'[line['prediction']]}." for line in lines]
+    assert read(tmp_path / "scores.json")["parse_failures"] == 0 < read(finished / "scores.json")["parse_failures"]
+
+
 @pytest.mark.parametrize("sampling", [[], ["--generation_temperature", "2"]])
 def test_answers_do_not_depend_on_the_batch_size(finished, tmp_path, sampling):
     for size in (1, 4, 64):
@@ -177,12 +186,13 @@ def test_a_new_run_replaces_the_old_ones_results(base, scienceqa, own_run):
     assert len((own_run / "log.txt").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_trains_alike(base, scienceqa, tmp_path, precision):
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+def test_fewer_bits_train_alike(base, scienceqa, tmp_path, precision):
     """Each epoch's loss within one percent of float32's, and every step made."""
     losses = {}
     for name in ("fp32", precision):
-        run_train(base, scienceqa, tmp_path / name, "--precision", name, "--lr", "1e-2", "--dropout_prob", "0")
+        flags = ["--bits", "fp8"] if name == "fp8" else ["--precision", name]
+        run_train(base, scienceqa, tmp_path / name, *flags, "--lr", "1e-2", "--dropout_prob", "0")
         lines = [json.loads(line) for line in (tmp_path / name / "log.txt").read_text().splitlines()]
         losses[name] = [line["train_closs"] for line in lines]
         assert [line["steps_left_out"] for line in lines] == [0, 0]
@@ -268,7 +278,8 @@ def test_flags_that_cannot_work(base, scienceqa, tmp_path, flags, words):
     (["--use_caption", "--caption_file", "nowhere.json"], "nowhere.json"),
     (["--tokenizer_path", "nowhere.model"], "nowhere.model"), (["--n_prompt", "3"], "--n_prompt 6"),
     (["--adapter_dim", "8"], "--adapter_dim 8"), (["--temperature", "10"], "--temperature 10.0"),
-    (["--adapter_type", "attn"], "--adapter_type attn"), (["--hidden_proj", "128"], "--hidden_proj 128")])
+    (["--adapter_type", "attn"], "--adapter_type attn"), (["--hidden_proj", "128"], "--hidden_proj 128"),
+    (["--decode", "score", "--prompt_format", "QCM-LEA"], "leave --decode out")])
 def test_eval_flags_that_cannot_work(own_run, flags, words):
     message = error(run_eval, "--adapter_path", own_run / "checkpoint-1.pth", *flags)
     assert words in message
