@@ -1,4 +1,5 @@
-"""A ScienceQA problem as prompt and answer, in the formats of Lu et al. 2022 (arXiv 2209.09513), `INPUT-OUTPUT`.
+"""A ScienceQA problem as prompt and answer, in the formats of Lu et al. 2022 (arXiv 2209.09513), `INPUT-OUTPUT`;
+an instruction as prompt.
 
 Letters: Q question, C context, M multiple options, L lecture, E explanation (the field `solution`), A answer.
 """
@@ -51,6 +52,11 @@ def build_answer(problem: dict, output: str) -> str:
     if output.startswith("A"):
         return tidy(f"{verdict} BECAUSE: {reason}" if reason.strip() else verdict)
     return tidy(f"{reason} {verdict}")
+
+
+def instruction_prompt(instruction: str, input: str = "") -> str:
+    """The prompt of instruction tuning (Alpaca's and LLaVA-Instruct's records), of the chat and of MME."""
+    return tidy(f"Instruction: {instruction} {input}") + "\nResponse:"
 
 
 def answer_text(index: int) -> str:
