@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import demo
 import lavin.streaming
 from eval import get_args_parser, load_model
 from lavin.checkpoint import load_base, save_adapters
@@ -232,3 +233,21 @@ def test_bad_pictures_are_told_in_a_line(tmp_path):
         with pytest.raises(UserError, match=f"^{name}.png .*{reason}") as caught:
             open_picture(tmp_path / f"{name}.png")
         assert "\n" not in str(caught.value)
+
+
+def test_the_terminal(runs, monkeypatch, capsys):
+    lines = iter(["/runs", QUESTION, "/options north | south", QUESTION, "/compare 1 2", "/image none.png", "/run 9",
+                  "/run 2", "/new", QUESTION, "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    args = demo.get_args_parser().parse_args(["--runs", str(runs), "--device", "cpu", "--cli", "--max_new_tokens", "9"])
+    demo.main(args)
+    printed = capsys.readouterr().out
+    bot, asked = demo.load_chatbot(args), Question(QUESTION, options=("north", "south"))
+    (first, choice), (second, other) = ([list(bot.answer(run, [], question, Settings(9)))[-1] for question in
+                                         (Question(QUESTION), asked)] for run in ("plain", "scaled"))
+    at = 0
+    for part in ("wide is left out", "  3  third", first.text, choice.text,
+                 f"(A) north  {100 * choice.probabilities[0]:9.1f} %", "\nplain:\n", choice.text, "\nscaled:\n", other.text,
+                 "no file none.png", "give numbers from 1 to 3", second.text):
+        assert part in printed[at:], part
+        at = printed.index(part, at) + len(part)

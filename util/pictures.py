@@ -25,6 +25,8 @@ def open_picture(path: str | Path) -> Image.Image:
         raise too_large(name) from error
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name} is not a picture: send a JPEG, PNG, GIF, WebP, BMP or TIFF file") from error
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}: correct the path") from error
     except PICTURE_ERRORS as error:
         raise UserError(f"{name} is broken ({str(error).splitlines()[0]}): send it again, or another picture") from error
 

@@ -1,0 +1,57 @@
+"""Talk to finished runs, in the browser or (--cli) in the terminal: `python demo.py --runs FOLDER`.
+
+The frozen base is loaded once; which run answers is chosen from question to question.
+"""
+
+import argparse
+
+from eval import load_model
+from lavin.errors import UserError, one_line_errors
+from util.chat import Chatbot, Settings, find_runs
+from util.flags import shared_flags
+from util.logging import say
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    shared = shared_flags()
+    parser = argparse.ArgumentParser("demo.py", description=__doc__.splitlines()[0], parents=[shared], epilog=(
+        "Flags of model and data that are left out are those of the runs."))
+    parser.set_defaults(**dict.fromkeys(vars(shared.parse_args([]))))
+    add = parser.add_argument
+    add("--runs", default=".", help="folder of finished runs, or one of them (.)")
+    add("--cli", action="store_true", help="in the terminal")
+    add("--share", action="store_true", help="a public link through gradio.live; else this machine alone can connect")
+    add("--port", type=int, help="of http://127.0.0.1 (the first free one from 7860)")
+    add("--tokenizer_path", help="tokenizer.model (the base model's)")
+    add("--generation_temperature", default=0.0, type=float, help="of sampling, to begin with (0: the likeliest token)")
+    add("--top_p", default=0.75, type=float, help="nucleus of sampling, to begin with (0.75)")
+    add("--max_new_tokens", default=128, type=int, help="longest answer, to begin with (128)")
+    return parser
+
+
+def load_chatbot(args) -> Chatbot:
+    """The base of the runs in args.runs, and those of them that can share it; says which cannot."""
+    runs, left_out = find_runs(args.runs)
+    for line in left_out:
+        say(line)
+    args.adapter_path = str(next(iter(runs.values())))
+    model, tokenizer, _ = load_model(args)
+    return Chatbot(model, tokenizer, runs, args.max_seq_len)
+
+
+def main(args) -> None:
+    settings = Settings(args.max_new_tokens, args.generation_temperature, args.top_p)
+    if args.cli:
+        from util.terminal_chat import talk
+        talk(load_chatbot(args), settings)
+        return
+    try:
+        from util.web_chat import serve
+    except ImportError as error:
+        raise UserError("the page needs Gradio: pip install -r requirements-demo.txt, or take --cli") from error
+    serve(load_chatbot(args), settings, args.data_root, args.port, args.share)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(get_args_parser().parse_args())
