@@ -31,9 +31,10 @@ MOST_UPLOADED = "20mb"
 CSS = """
 main.app {max-width: 1240px !important; width: 100%}
 #title h1 {margin: 0} #title p {margin: 0; opacity: .7}
-.answer {white-space: pre-wrap}
+.answer {font-size: 14px; line-height: 1.45}
 .note {opacity: .6; font-size: 12px}
-.options {margin-top: 8px; min-width: 260px}
+#chat [aria-label=Share] {display: none}
+.options {margin: 8px 0 4px; min-width: 200px}
 .option {display: grid; grid-template-columns: minmax(0, 1fr) 90px 52px; gap: 10px; align-items: center; font-size: 13px}
 .option u {height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden; display: block}
 .option i {display: block; height: 100%; background: var(--color-accent)}
@@ -233,8 +234,8 @@ def build(bot: Chatbot, settings: Settings, data_root: str) -> gr.Blocks:
                     with gr.Row(equal_height=True):
                         run = gr.Dropdown(runs, value=runs[0], label="Variant", container=False, scale=4)
                         new = gr.Button("New conversation", size="md", scale=1, min_width=150)
-                    shown = gr.Chatbot(height=440, show_label=False, buttons=[], placeholder=(
-                        "**Ask anything.**<br>A picture stays with the conversation until another one comes."))
+                    shown = gr.Chatbot(elem_id="chat", height=460, show_label=False, buttons=[], allow_file_downloads=False,
+                                       placeholder="**Ask anything.**<br>A picture stays until another one comes.")
                     message = message_box("Ask, or drop a picture here")
                     show_examples(examples, [message, context, options])
                 with gr.Tab("Compare"):

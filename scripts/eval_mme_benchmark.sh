@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Scores a run on MME, whose subtasks lie in MME_ROOT (DATA_ROOT/mme): bash scripts/eval_mme_benchmark.sh RUN [FLAG...]
+source "$(dirname "$0")/common.sh"
+if [ $# -eq 0 ]; then
+    echo "name a run: bash scripts/eval_mme_benchmark.sh LaVIN-13B-VLIT" >&2
+    exit 1
+fi
+run=$1
+shift
+launch eval_mme.py --adapter_path "$run" --mme_root "${MME_ROOT:-$DATA_ROOT/mme}" --max_batch_size 16 "$@"
