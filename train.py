@@ -26,6 +26,7 @@ from lavin.model import pack
 from lavin.precision import choose_device, choose_dtype
 from util.datasets import build_example, epoch_batches, load_pictures, load_scienceqa, steps_per_epoch
 from util.flags import captions_of, check_shared, shared_flags
+from util.instructions import load_instructions, with_pictures
 from util.logging import is_first, progress, say
 from util.lr_sched import SCHEDULES, adjust_learning_rate, check_schedule
 from util.runs import append_log, checkpoint_path, last_checkpoint, start_afresh, write_config
@@ -40,8 +41,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("train.py", description=__doc__.splitlines()[0], parents=[shared_flags()],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data_path", default="", help="published flag; ScienceQA lies in --data_root")
-    add("--do_pretrain", action="store_true", help="instruction tuning in place of ScienceQA")
+    add("--data_path", default="", help="all_data.json of --do_pretrain, by default the one in --data_root; else not read")
+    add("--do_pretrain", action="store_true", help="instruction tuning in place of ScienceQA (tools/data_processing.py)")
 
     add("--drop_path", default=0.0, type=float, help="stochastic depth of LLaMA's layers")
     add("--dropout_prob", default=0.1, type=float, help="adapter dropout of the first layer")
@@ -72,8 +73,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_args(args) -> None:
     """Refuses what cannot work before anything is loaded."""
     check_shared(args)
-    if args.do_pretrain:
-        raise UserError("--do_pretrain: instruction tuning is not there yet")
     for flag in ("batch_size", "accum_iter"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")
@@ -87,7 +86,9 @@ def check_args(args) -> None:
 
 
 def load_examples(args, tokenizer, image_size: int) -> list:
-    """The train split, tokenized and with its pictures."""
+    """The train split, tokenized and with its pictures; with --do_pretrain, the records of instruction tuning."""
+    if args.do_pretrain:
+        return load_instructions(args, tokenizer, image_size)
     data = load_scienceqa(args.data_root, "train", captions_of(args))
     pictures = load_pictures(data, image_size, args.num_workers, args.skip_bad)
     with progress(data.problems, "problems") as bar:  # closed before an error is told
@@ -140,7 +141,8 @@ def tokens_per_pass(model, examples: list) -> float:
     """Most tokens whose pass fits this GPU's memory, by what a trial pass over the longest examples takes."""
     if model.device.type != "cuda":
         return math.inf
-    trial = passes([(example, 0.0) for example in sorted(examples, key=lambda e: -len(e.ids))], TRIAL_TOKENS)[0]
+    longest = passes([(example, 0.0) for example in sorted(examples, key=lambda e: -len(e.ids))], TRIAL_TOKENS)[0]
+    trial = [(example, 0.0) for example in with_pictures([example for example, _ in longest])]
     before = torch.cuda.memory_allocated(model.device)
     for _ in range(2):  # compiling may take memory of its own
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -207,8 +209,8 @@ def train_epoch(model, optimizer, scaler, examples, args, epoch: int, rank: int,
         # the share of the epoch's samples seen so far, which no split over processes changes
         rates.append(adjust_learning_rate(optimizer, epoch + step * effective / len(examples), args))
         n_micro = sum(math.ceil(len(everyone[r::world]) / args.batch_size) for r in range(world))
-        pairs = weigh([[examples[i] for i in indices] for indices in own], answer_tokens([examples[i] for i in everyone]),
-                      args.loss_norm, n_micro)
+        micro_batches = [with_pictures([examples[i] for i in indices], args.num_workers) for indices in own]
+        pairs = weigh(micro_batches, answer_tokens([examples[i] for i in everyone]), args.loss_norm, n_micro)
         loss, most_tokens = accumulate_in_memory(model, pairs, most_tokens, scaler)
         steps.append(optimizer_step(optimizer, scaler, parameters, loss, args.clip_grad))
         if step % STEPS_SHOWN == 0:

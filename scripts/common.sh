@@ -50,9 +50,9 @@ launch() {
     fi
 }
 
-# finetune_and_evaluate METHOD FLAG...: trains into $OUTPUT_ROOT/LaVIN-$MODEL-METHOD (or --output_dir), then scores.
-finetune_and_evaluate() {
-    local method=$1 folder i next
+# train METHOD FLAG...: trains into $OUTPUT_ROOT/LaVIN-$MODEL-METHOD (or --output_dir), which $folder then names.
+train() {
+    local method=$1 i next
     shift
     folder="$OUTPUT_ROOT/LaVIN-$MODEL-$method"
     for ((i = 1; i < $#; i++)); do
@@ -64,5 +64,15 @@ finetune_and_evaluate() {
     fi
     launch train.py --llm_model "$MODEL" --llama_model_path "$WEIGHTS" --data_root "$DATA_ROOT" \
         --output_dir "$folder" "${RECIPE[@]}" "$@"
+}
+
+# finetune_and_evaluate METHOD FLAG...: trains, then scores.
+finetune_and_evaluate() {
+    train "$@"
     launch eval.py --adapter_path "$folder" --split test
+}
+
+# instruction_tuning FLAG...: on $DATA_ROOT/all_data.json, as published for 13B.
+instruction_tuning() {
+    train VLIT --do_pretrain --epochs 15 --warmup_epochs 0.2 --temperature 5 "$@"
 }

@@ -138,3 +138,37 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(place):
     (run / "checkpoint-0.pth").touch()
     assert "--resume" not in place.run("scripts/finetuning_sqa_7b.sh")[2]  # a new run, asked for by hand
     assert place.run("scripts/finetuning_sqa_7b.sh", SLURM_RESTART_COUNT="1")[4].endswith("--resume ./LaVIN-7B-base")
+
+
+@pytest.mark.parametrize("script, model", [("vl_instruction_tuning_13b", "13B"),
+                                           ("vl_instruction_tuning_vicuna_13b", "vicuna_13B")])
+def test_instruction_tuning_has_the_published_recipe(place, script, model):
+    train, = place.run(f"scripts/{script}.sh", "--seed", "1", GPUS="8")
+    assert train.startswith(f"torchrun --standalone --nproc_per_node 8 train.py --llm_model {model} "
+                            f"--llama_model_path ../data/weights --data_root ../data --output_dir ./LaVIN-{model}-VLIT ")
+    assert "--batch_size 2 --accum_iter 2 " in train and "--blr 9e-3" in train  # 2 x 2 x 8 GPUs = 32
+    assert train.endswith("--do_pretrain --epochs 15 --warmup_epochs 0.2 --temperature 5 --seed 1")
+
+
+def test_mme_scores_the_run_that_is_named(place):
+    score, = place.run("scripts/eval_mme_benchmark.sh", "LaVIN-13B-VLIT", "--seed", "1", DATA_ROOT="d")
+    assert score == ("torchrun --standalone --nproc_per_node 4 eval_mme.py --adapter_path LaVIN-13B-VLIT --mme_root d/mme "
+                     "--max_batch_size 16 --seed 1")
+    place.run("scripts/eval_mme_benchmark.sh", code=1)
+    assert "name a run" in place.errors
+
+
+def test_the_demo_takes_quickstarts_runs_or_those_of_the_environment(place):
+    (place.folder / "calls").touch()
+    place.run("scripts/demo.sh", code=1)
+    assert "run 'bash scripts/quickstart.sh' first" in place.errors
+    (place.folder / "requirements-demo.txt").touch()
+    (place.folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(place.folder / "bin" / "python", place.folder / ".venv" / "bin" / "python")
+    for run in ("runs/quickstart/LaVIN-toy-base-seed0", "LaVIN-7B-base"):
+        (place.folder / run).mkdir(parents=True)
+        (place.folder / run / "checkpoint-0.pth").touch()
+    assert place.run("scripts/demo.sh", "--cli")[-1] == (
+        "python demo.py --runs runs/quickstart --llama_model_path weights --llm_model toy --data_root data/mini --cli")
+    assert place.run("scripts/demo.sh", MODEL="7B")[-1] == (
+        "python demo.py --runs . --llama_model_path ../data/weights --llm_model 7B --data_root ../data")
