@@ -79,7 +79,8 @@ def test_both_layouts_are_read(tmp_path):
     assert pairs[3].questions == ("Is pond d old? Please answer yes or no.", "Is it new? Please answer yes or no.")
 
 
-@pytest.mark.parametrize("text", ["One?\tYes\n", "One?\tYes\nTwo?\tPerhaps\n", "One? Yes\nTwo? No\n", "a\tYes\nb\tNo\nc\tNo\n"])
+@pytest.mark.parametrize("text", ["One?\tYes\n", "One?\tYes\nTwo?\tPerhaps\n", "One? Yes\nTwo? No\n",
+                                  "a\tYes\nb\tNo\nc\tNo\n"])
 def test_a_malformed_text_is_named(tmp_path, text):
     write_mme(tmp_path)
     (tmp_path / "color" / "b.txt").write_text(text)

@@ -169,7 +169,8 @@ class Chatbot:
                                self.model.adapter.n_prompt, self.max_seq_len, settings.max_new_tokens)
         answer = Answer(prompt, dropped=dropped)
         room = min(settings.max_new_tokens, self.max_seq_len - 1 - len(example.ids))
-        for text in stream(self.model, self.tokenizer, example, room, settings.temperature, settings.top_p, settings.seed):
+        for text in stream(self.model, self.tokenizer, example, room, settings.temperature, settings.top_p,
+                           settings.seed):
             answer = replace(answer, text=text)
             yield answer
         if question.options:

@@ -79,8 +79,8 @@ def load_instructions(args, tokenizer: Tokenizer, image_size: int) -> list[Examp
     cut = sum(example.answer_start == len(example.ids) for example in examples)
     if cut == len(examples):
         raise UserError(f"--max_seq_len {args.max_seq_len} leaves no answer to learn from: raise it")
-    say(f"{len(examples)} records, {sum(bool(r['image']) for r in kept)} with a picture, {len(records) - len(kept)} left out "
-        "for their picture" + (f", {cut} whose answer lies beyond --max_seq_len {args.max_seq_len}" if cut else ""))
+    say(f"{len(examples)} records, {sum(bool(r['image']) for r in kept)} with a picture, {len(records) - len(kept)} left "
+        "out for their picture" + (f", {cut} whose answer lies beyond --max_seq_len {args.max_seq_len}" if cut else ""))
     return examples
 
 

@@ -44,7 +44,8 @@ def load_mme(root: str) -> list[Pair]:
             texts = pictures = folder
         pairs += [read_pair(subtask, path, pictures) for path in sorted(texts.glob("*.txt"))]
     if not pairs:
-        raise UserError(f"{root} has none of MME's subtasks ({', '.join(SUBTASKS[:3])}, ...): name its folder with --mme_root")
+        raise UserError(f"{root} has none of MME's subtasks ({', '.join(SUBTASKS[:3])}, ...): "
+                        "name its folder with --mme_root")
     return pairs
 
 

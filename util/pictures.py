@@ -19,7 +19,8 @@ def open_picture(path: str | Path) -> Image.Image:
     name = Path(path).name
     try:
         with Image.open(path, formats=FORMATS) as image:
-            check_size(name, image)
+            if image.width * image.height > MOST_PIXELS:
+                raise too_large(name)
             return ImageOps.exif_transpose(image).convert("RGB")
     except Image.DecompressionBombError as error:  # Pillow's own limit, before we see the size
         raise too_large(name) from error
@@ -28,12 +29,7 @@ def open_picture(path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise UserError(f"no file {path}: correct the path") from error
     except PICTURE_ERRORS as error:
-        raise UserError(f"{name} is broken ({str(error).splitlines()[0]}): send it again, or another picture") from error
-
-
-def check_size(name: str, image: Image.Image) -> None:
-    if image.width * image.height > MOST_PIXELS:
-        raise too_large(name)
+        raise UserError(f"{name} is broken ({error}): send it again, or another picture") from error
 
 
 def too_large(name: str) -> UserError:

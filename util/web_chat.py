@@ -35,13 +35,15 @@ main.app {max-width: 1240px !important; width: 100%}
 .note {opacity: .6; font-size: 12px}
 #chat [aria-label=Share] {display: none}
 .options {margin: 8px 0 4px; min-width: 200px}
-.option {display: grid; grid-template-columns: minmax(0, 1fr) 90px 52px; gap: 10px; align-items: center; font-size: 13px}
+.option {display: grid; grid-template-columns: minmax(0, 1fr) 90px 52px; gap: 10px; align-items: center;
+         font-size: 13px}
 .option u {height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden; display: block}
 .option i {display: block; height: 100%; background: var(--color-accent)}
 .option b {text-align: right; font-weight: 400; font-variant-numeric: tabular-nums}
 .gallery {display: grid !important; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 8px}
 .gallery-item {height: 66px} .gallery-item span {width: 100%}
-.gallery-item .container {display: flex !important; flex-wrap: nowrap; justify-content: space-between; align-items: center}
+.gallery-item .container {display: flex !important; flex-wrap: nowrap; justify-content: space-between;
+                          align-items: center}
 .gallery-item p {text-align: left; font-size: 13px; line-height: 1.35; max-width: none !important}
 .gallery-item img {height: 50px !important; width: 50px !important; object-fit: cover; flex: none}
 .cards {display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; margin-top: 10px}
@@ -82,7 +84,7 @@ class Page:
         return question, picture
 
     def ask(self, message, context, options, shown, conversation, request: gr.Request):
-        """Puts a message into the conversation and empties its fields, which stay as they are where it cannot be asked."""
+        """Puts a message into the conversation and empties its fields; what cannot be asked stays in them."""
         self.stopped.discard(request.session_hash)
         conversation.question = None
         try:
@@ -170,15 +172,22 @@ def as_html(text: str) -> str:
 
 def question_html(question: Question) -> str:
     options = [f"({letter}) {option}" for letter, option in zip(OPTIONS, question.options)]
-    return f"<div class='answer'>{as_html(chr(10).join(filter(None, [question.text, question.context, *options])))}</div>"
+    lines = filter(None, [question.text, question.context, *options])
+    return "<div class='answer'>" + "<br>".join(map(as_html, lines)) + "</div>"
 
 
 def answer_html(answer: Answer, question: Question, notes: list[str] = []) -> str:
-    bars = "".join(f"<div class='option'><span>({letter}) {as_html(option)}</span><u><i style='width: {100 * p:.1f}%'></i>"
-                   f"</u><b>{100 * p:.1f} %</b></div>"
-                   for letter, option, p in zip(OPTIONS, question.options, answer.probabilities))
-    return (f"<div class='answer'>{as_html(answer.text) or '…'}</div>" + (f"<div class='options'>{bars}</div>" if bars else "")
-            + (f"<div class='note'>{as_html(' · '.join(notes))}</div>" if notes else ""))
+    parts = [f"<div class='answer'>{as_html(answer.text) or '…'}</div>"]
+    if answer.probabilities:
+        parts += ["<div class='options'>", *map(option_html, OPTIONS, question.options, answer.probabilities), "</div>"]
+    if notes:
+        parts.append(f"<div class='note'>{as_html(' · '.join(notes))}</div>")
+    return "".join(parts)
+
+
+def option_html(letter: str, option: str, p: float) -> str:
+    return (f"<div class='option'><span>({letter}) {as_html(option)}</span><u><i style='width: {100 * p:.1f}%'></i></u>"
+            f"<b>{100 * p:.1f} %</b></div>")
 
 
 def cards(texts: dict[str, str]) -> str:
@@ -196,7 +205,7 @@ def ready():
 
 
 def find_examples(data_root: str) -> list[list]:
-    """Message, context and options of test questions on as many topics, with and without pictures; none without data."""
+    """Message, context and options of test questions of different skills, with pictures and without; none without data."""
     try:
         data = load_scienceqa(data_root, "test")
     except UserError:
@@ -234,16 +243,18 @@ def build(bot: Chatbot, settings: Settings, data_root: str) -> gr.Blocks:
                     with gr.Row(equal_height=True):
                         run = gr.Dropdown(runs, value=runs[0], label="Variant", container=False, scale=4)
                         new = gr.Button("New conversation", size="md", scale=1, min_width=150)
-                    shown = gr.Chatbot(elem_id="chat", height=460, show_label=False, buttons=[], allow_file_downloads=False,
+                    shown = gr.Chatbot(elem_id="chat", height="48vh", min_height=300, show_label=False, buttons=[],
+                                       allow_file_downloads=False,
                                        placeholder="**Ask anything.**<br>A picture stays until another one comes.")
                     message = message_box("Ask, or drop a picture here")
                     show_examples(examples, [message, context, options])
                 with gr.Tab("Compare"):
-                    several = gr.Dropdown(runs, value=runs[:2], multiselect=True, max_choices=MOST_RUNS, container=False)
+                    several = gr.Dropdown(runs, value=runs[:2], multiselect=True, max_choices=MOST_RUNS,
+                                          label="Variants", container=False)
                     question = message_box(f"One question to 2, 3 or {MOST_RUNS} variants")
                     with gr.Row():
-                        picture = gr.Image(show_label=False, visible=False, height=THUMBNAIL, buttons=[], interactive=False,
-                                           container=False, scale=0, min_width=THUMBNAIL)
+                        picture = gr.Image(show_label=False, visible=False, height=THUMBNAIL, buttons=[],
+                                           interactive=False, container=False, scale=0, min_width=THUMBNAIL)
                         asked_text = gr.HTML()
                     answers = gr.HTML()
                     show_examples(examples, [question, context, options])
@@ -254,8 +265,8 @@ def build(bot: Chatbot, settings: Settings, data_root: str) -> gr.Blocks:
                     greedy = gr.Checkbox(settings.temperature == 0, label="Greedy: always the likeliest token")
                     temperature = gr.Slider(0.05, 2, settings.temperature or 0.7, step=0.05, label="Temperature")
                     top_p = gr.Slider(0.05, 1, settings.top_p, step=0.05, label="Top-p")
-                    longest = gr.Slider(1, max(bot.max_seq_len // 2, 2), min(settings.max_new_tokens, bot.max_seq_len // 2),
-                                        step=1, label="Most tokens")
+                    most = max(bot.max_seq_len // 2, 2)  # the conversation has the rest
+                    longest = gr.Slider(1, most, min(settings.max_new_tokens, most), step=1, label="Most tokens")
 
         conversation, asked = gr.State(Conversation()), gr.State()
         sampling = [longest, greedy, temperature, top_p]
