@@ -41,8 +41,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("train.py", description=__doc__.splitlines()[0], parents=[shared_flags()],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data_path", default="", help="all_data.json of --do_pretrain, by default the one in --data_root; else not read")
-    add("--do_pretrain", action="store_true", help="instruction tuning in place of ScienceQA (tools/data_processing.py)")
+    add("--data_path", default="", help="all_data.json of --do_pretrain (the one in --data_root)")
+    add("--do_pretrain", action="store_true", help="instruction tuning in place of ScienceQA: tools/data_processing.py")
 
     add("--drop_path", default=0.0, type=float, help="stochastic depth of LLaMA's layers")
     add("--dropout_prob", default=0.1, type=float, help="adapter dropout of the first layer")

@@ -2,10 +2,12 @@
 
     python tools/data_processing.py [--data_root ../data] [--out ../data/all_data.json]
 
-Reads alpaca_data.json, complex_reasoning_77k.json, detail_23k.json and conversation_58k.json, those that are there. A
-record is `instruction` (the whole prompt), `answer`, `image` (None, or a file's name in COCO), `image_source` and `qid`,
-under `all`, as published. Each question of a conversation is a record of its own. Malformed records are named, counted
-and left out. Alpaca: Taori et al. 2023; LLaVA-Instruct: Liu et al. 2023, arXiv 2304.08485.
+Reads alpaca_data.json, complex_reasoning_77k.json, detail_23k.json and conversation_58k.json, those that are there.
+A record is `instruction` (the whole prompt), `answer`, `image` (None, or a file's name in COCO), `image_source` and
+`qid`, under `all`, as published. Each question of a
+conversation is a record of its own. Malformed records are named, counted and left out.
+
+Alpaca: Taori et al. 2023; LLaVA-Instruct: Liu et al. 2023, arXiv 2304.08485.
 """
 
 import argparse
@@ -32,8 +34,8 @@ def record(qid: str, question: str, answer: str, image: str | None, context: str
             raise ValueError(f"its {name} is no text")
     if not question.strip() or not answer.strip():
         raise ValueError("its question or answer is empty")
-    return {"instruction": instruction_prompt(question.strip(), context.strip()), "answer": answer.strip(), "image": image,
-            "image_source": image and "mscoco", "qid": qid}
+    return {"instruction": instruction_prompt(question.strip(), context.strip()), "answer": answer.strip(),
+            "image": image, "image_source": image and "mscoco", "qid": qid}
 
 
 def alpaca_records(item: dict, number: int) -> list[dict]:
@@ -79,8 +81,8 @@ def process(data_root: Path, out: Path) -> tuple[int, list[str]]:
     """Writes `out`; returns the number of its records, and a line on each record left out."""
     paths = [path for name in (ALPACA, *LLAVA) if (path := data_root / name).is_file()]
     if not paths:
-        raise UserError(f"{data_root} has none of {', '.join((ALPACA, *LLAVA))}: put them there, or name their folder with "
-                        "--data_root")
+        raise UserError(f"{data_root} has none of {', '.join((ALPACA, *LLAVA))}: put them there, "
+                        "or name their folder with --data_root")
     everything, wrong = [], []
     for path in paths:
         before = len(everything), len(wrong)

@@ -1,12 +1,14 @@
 """Instruction tuning from all_data.json (tools/data_processing.py): texts in memory, pictures decoded step by step.
 
-The 80,000 pictures of LLaVA-Instruct would take 12 GB decoded. They are decoded once before the first step, to know of a
-bad file then, and again by a few threads for the step that needs them.
+The 80,000 pictures of LLaVA-Instruct would take 12 GB decoded. They are decoded once before the first step, to know of
+a bad file then, and again by a few threads for the step that needs them.
 """
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from lavin.errors import UserError
 from lavin.tokenizer import Example, Tokenizer
@@ -24,9 +26,12 @@ class Picture:
     path: Path
     size: int
 
+    def decode(self) -> torch.Tensor:
+        return load_picture(self.path, self.size)
+
     def fault(self) -> str | None:
         try:
-            load_picture(self.path, self.size)
+            self.decode()
         except FileNotFoundError:
             return "is missing"
         except PICTURE_ERRORS as error:
@@ -69,18 +74,19 @@ def load_instructions(args, tokenizer: Tokenizer, image_size: int) -> list[Examp
     faults = check_pictures(list(pictures.values()), args.num_workers)
     if faults and not args.skip_bad:
         picture, fault = next(iter(faults.items()))
-        raise UserError(f"picture {picture.path} {fault}; {len(faults)} of {len(pictures)} are so: put COCO's train2014 "
-                        "there, or leave such records out with --skip_bad")
+        raise UserError(f"picture {picture.path} {fault}; {len(faults)} of {len(pictures)} are so: put COCO's "
+                        "train2014 there, or leave such records out with --skip_bad")
     kept = [r for r in records if not r["image"] or pictures[r["image"]] not in faults]
     if not kept:
         raise UserError(f"no record is left: all pictures in {args.data_root}/images/train2014 are missing or broken")
-    examples = [tokenizer.example(r["instruction"], r["answer"], pictures.get(r["image"]), args.n_prompt, args.max_seq_len)
-                for r in progress(kept, "records")]
+    examples = [tokenizer.example(r["instruction"], r["answer"], pictures.get(r["image"]), args.n_prompt,
+                                  args.max_seq_len) for r in progress(kept, "records")]
     cut = sum(example.answer_start == len(example.ids) for example in examples)
     if cut == len(examples):
         raise UserError(f"--max_seq_len {args.max_seq_len} leaves no answer to learn from: raise it")
-    say(f"{len(examples)} records, {sum(bool(r['image']) for r in kept)} with a picture, {len(records) - len(kept)} left "
-        "out for their picture" + (f", {cut} whose answer lies beyond --max_seq_len {args.max_seq_len}" if cut else ""))
+    say(f"{len(examples)} records, {sum(bool(r['image']) for r in kept)} with a picture, "
+        f"{len(records) - len(kept)} left out for their picture"
+        + (f", {cut} whose answer lies beyond --max_seq_len {args.max_seq_len}" if cut else ""))
     return examples
 
 
@@ -90,5 +96,5 @@ def with_pictures(examples: list[Example], threads: int = 4) -> list[Example]:
     if not waiting:
         return examples
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        decoded = dict(zip(waiting, pool.map(lambda picture: load_picture(picture.path, picture.size), waiting.values())))
+        decoded = dict(zip(waiting, pool.map(Picture.decode, waiting.values())))
     return [replace(example, image=decoded.get(i, example.image)) for i, example in enumerate(examples)]

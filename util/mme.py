@@ -1,7 +1,7 @@
 """MME (Fu et al. 2023, arXiv 2306.13394): its folders, its rule for reading an answer, its scores.
 
-Each picture has two questions, one whose answer is yes and one whose answer is no. Of a subtask, accuracy is the percentage
-of questions answered right, accuracy+ that of pictures with both right, and the score their sum, at most 200.
+Each picture has two questions, one whose answer is yes and one whose answer is no. Of a subtask, accuracy is the
+percentage of questions answered right, accuracy+ that of pictures with both right, and the score their sum.
 """
 
 from dataclasses import dataclass

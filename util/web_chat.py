@@ -205,7 +205,7 @@ def ready():
 
 
 def find_examples(data_root: str) -> list[list]:
-    """Message, context and options of test questions of different skills, with pictures and without; none without data."""
+    """Message, context and options of test questions, each of another skill, with pictures and without."""
     try:
         data = load_scienceqa(data_root, "test")
     except UserError:
