@@ -66,9 +66,6 @@ def load_model(args):
     check_adapter_flags(args, adapter)
     inherit(args, checkpoint.get("flags", {}))
     check_shared(args)
-    if args.decode == "score" and not answers_first(args.prompt_format):
-        raise UserError(f"--decode score compares answers, and in --prompt_format {args.prompt_format} a solution comes "
-                        "first: leave --decode out")
     require_base(args.llama_model_path, args.llm_model, args.tokenizer_path)
     device = choose_device(args.device, parallel.init()[2])
     dtype = choose_dtype(args.precision, device)
@@ -156,6 +153,9 @@ def main(args) -> None:
         raise UserError("without --adapter_path the untuned base is scored: say where with --output_dir")
     torch.manual_seed(args.seed)
     model, tokenizer, path = load_model(args)
+    if args.decode == "score" and not answers_first(args.prompt_format):
+        raise UserError(f"--decode score compares answers, and in --prompt_format {args.prompt_format} a solution comes "
+                        "first: leave --decode out")
     data = load_scienceqa(args.data_root, args.split, captions_of(args))
     pictures = load_pictures(data, model.vision.image_size, args.num_workers, args.skip_bad)
 
