@@ -34,7 +34,7 @@ def load_chatbot(args) -> Chatbot:
     runs, left_out = find_runs(args.runs)
     for line in left_out:
         say(line)
-    args.adapter_path, args.decode = str(next(iter(runs.values()))), "generate"  # flags of eval.py's
+    args.adapter_path = str(next(iter(runs.values())))
     model, tokenizer, _ = load_model(args)
     return Chatbot(model, tokenizer, runs, args.max_seq_len)
 
