@@ -66,14 +66,14 @@ def load_model(args):
     check_adapter_flags(args, adapter)
     inherit(args, checkpoint.get("flags", {}))
     check_shared(args)
-    require_base(args.llama_model_path, args.llm_model, args.tokenizer_path)
+    require_base(args.llama_model_path, args.llm_model, args.tokenizer_path, args.use_vicuna)
     device = choose_device(args.device, parallel.init()[2])
     dtype = choose_dtype(args.precision, device)
     if args.bits == "fp8":
         check_fp8(device, dtype)
     adapter = adapter or {name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__ if hasattr(args, name)}
     model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, AdapterConfig(**adapter),
-                                 device, dtype, tokenizer_path=args.tokenizer_path)
+                                 device, dtype, tokenizer_path=args.tokenizer_path, use_vicuna=args.use_vicuna)
     if path:
         load_adapters(model, checkpoint["model"], str(path))
     return speed_up(model, args.bits).eval(), tokenizer, path

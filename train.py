@@ -251,7 +251,7 @@ def main(args) -> None:
     if args.lr is None:
         args.lr = args.blr * args.batch_size * args.accum_iter * world / 256
     check_args(args)
-    require_base(args.llama_model_path, args.llm_model)
+    require_base(args.llama_model_path, args.llm_model, use_vicuna=args.use_vicuna)
     device = choose_device(args.device, local_rank)
     dtype = choose_dtype(args.precision, device)
     if args.bits == "fp8":
@@ -262,7 +262,7 @@ def main(args) -> None:
 
     adapter = AdapterConfig(**{name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__})
     model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, adapter, device, dtype,
-                                 args.drop_path)
+                                 args.drop_path, use_vicuna=args.use_vicuna)
     speed_up(model, args.bits)
     model.set_gradient_checkpointing(args.gradient_checkpointing)
     examples = load_examples(args, tokenizer, model.vision.image_size)

@@ -1,26 +1,26 @@
-"""Weights: LLaMA's files and the ViT in; adapters in and out, under the names of the published checkpoints.
+"""The frozen base put together, and adapters in and out under the names of the published checkpoints.
 
-Every file is read with `weights_only=True`, memory-mapped, and written beside its place before it is renamed.
+The model is first only described, on the meta device; then its frozen weights are placed one at a time, each read,
+converted to the compute type and sent to the device before the next. What is written stands beside its place before it
+is renamed.
 """
 
 import dataclasses
-import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from lavin.base_weights import base_folder, find_tokenizer, open_base, require_base  # noqa: F401, for train.py
 from lavin.errors import UserError
-from lavin.llama import LlamaConfig
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
+from lavin.tensor_files import read_torch
 from lavin.tokenizer import Tokenizer
-from lavin.vision import timm
-
-# dimension on which the shards of Meta's files join; the norms are copies
-SHARD_DIMS = {"tok_embeddings": 1, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
-IGNORED = ("rope.freqs",)  # in Meta's files, computed here
+from lavin.vision_weights import open_vit
 
 # (ours, published), prefixes of parameter names
 RENAMED = (("llama.layers.", "layers."),
@@ -28,101 +28,68 @@ RENAMED = (("llama.layers.", "layers."),
 NORM_ADAPTERS = {"norm1.adapter": "adapter_attn", "norm2.adapter": "adapter_mlp"}
 
 
-def find_tokenizer(llama_model_path: str, llm_model: str) -> Path:
-    """tokenizer.model beside the weights, where a model brings its own, or above them."""
-    own = Path(llama_model_path, llm_model, "tokenizer.model")
-    return own if own.is_file() else Path(llama_model_path, "tokenizer.model")
-
-
-def read_torch(path: Path) -> dict:
-    """A torch file, memory-mapped. Raises UserError where it is missing, broken, or holds more than tensors."""
-    if not path.is_file():
-        raise UserError(f"no file {path}: put it there, or correct the path")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds here
-        raise UserError(f"{path} cannot be read as weights ({str(error).splitlines()[0]}): fetch or copy it again"
-                        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not named weights: fetch or copy it again")
-    return content
-
-
-def read_params(llama_model_path: str, llm_model: str, vocab_size: int) -> LlamaConfig:
-    path = Path(llama_model_path, llm_model, "params.json")
-    try:
-        return LlamaConfig.from_params(json.loads(path.read_text()), vocab_size)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not describe a LLaMA ({error}): fetch or copy it again") from error
-
-
-def require_base(llama_model_path: str, llm_model: str, tokenizer_path: str | None = None) -> None:
-    """Raises UserError that names the first missing file of a base model, before anything slow begins."""
-    folder = Path(llama_model_path, llm_model)
-    tokenizer = Path(tokenizer_path or find_tokenizer(llama_model_path, llm_model))
-    for path in (folder / "params.json", folder / "consolidated.00.pth", tokenizer):
-        if not path.is_file():
-            raise UserError(f"missing {path}: put LLaMA's {path.name} there, "
-                            "or name another place with --llama_model_path and --llm_model")
-
-
-def read_llama(llama_model_path: str, llm_model: str) -> dict:
-    """Meta's shards, joined: name -> tensor."""
-    paths = sorted(Path(llama_model_path, llm_model).glob("consolidated.*.pth"))
-    shards = [read_torch(path) for path in paths]
-    weights = {}
-    for name in shards[0]:
-        parts = [shard[name] for shard in shards]
-        dim = next((SHARD_DIMS[part] for part in name.split(".") if part in SHARD_DIMS), None)
-        weights[name] = parts[0] if len(parts) == 1 or dim is None else torch.cat(parts, dim)
-    return {name: tensor for name, tensor in weights.items() if name not in IGNORED}
-
-
-def load_vit(vision_model: str) -> torch.nn.Module:
-    """A timm ViT: a folder that timm wrote (config.json, model.safetensors), or a name on timm's hub."""
-    local = Path(vision_model, "config.json").is_file()
-    if not local and ("/" in vision_model or os.path.exists(vision_model)):
-        raise UserError(f"--vision_model {vision_model}: no config.json there; name a folder that timm wrote, "
-                        "or one of timm's models")
-    try:
-        vit = timm.create_model(f"local-dir:{vision_model}" if local else vision_model, pretrained=True, num_classes=0)
-    except Exception as error:  # no network, no such model, broken file: timm and its hub raise many kinds
-        raise UserError(f"--vision_model {vision_model} does not load ({str(error).splitlines()[0]}): where there is no "
-                        "network, copy the model's config.json and model.safetensors and name their folder") from error
-    return vit
-
-
 def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter: AdapterConfig, device, dtype,
-              drop_path: float = 0.0, tokenizer_path: str | None = None) -> tuple[LaVIN, Tokenizer]:
+              drop_path: float = 0.0, tokenizer_path: str | None = None, use_vicuna: bool = False
+              ) -> tuple[LaVIN, Tokenizer]:
     """The frozen base with fresh adapters, on `device`, frozen parameters in `dtype`.
 
     Raises UserError for files that are missing, broken, or of another model.
     """
     tokenizer = Tokenizer(tokenizer_path or find_tokenizer(llama_model_path, llm_model))
-    config = read_params(llama_model_path, llm_model, tokenizer.n_words)
-    vit = load_vit(vision_model)
+    base = open_base(base_folder(llama_model_path, llm_model), tokenizer.n_words, use_vicuna)
+    vit, vit_tensors = open_vit(vision_model)
     try:
-        with torch.device("meta"):  # described, not allocated: the weights come from the file
-            model = LaVIN(config, vit, adapter, drop_path)
+        with torch.device("meta"):  # described, not allocated
+            model = LaVIN(base.config, vit, adapter, drop_path)
     except ValueError as error:
         raise UserError(str(error)) from error
-    weights = {f"llama.{name}": tensor for name, tensor in read_llama(llama_model_path, llm_model).items()}
-    expected = {name: p for name, p in model.named_parameters() if name.startswith("llama.") and "adapter" not in name}
-    check_tensors(expected, weights, f"{Path(llama_model_path, llm_model)}/consolidated.*.pth")
-    model.load_state_dict(weights, strict=False, assign=True)
-    return model.freeze_in(device, dtype), tokenizer
+    llama_places, vit_places = frozen_places(model.llama), frozen_places(model.vision.vit)
+    # Here, between description and weights, is where parts of the model may be swapped (see place_tensor).
+    place_weights(model.llama, llama_places, base.tensors, base.where, device, dtype)
+    place_weights(model.vision.vit, vit_places, vit_tensors, f"--vision_model {vision_model}", device, dtype)
+    if tokenizer.n_words > base.config.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.n_words} pieces and {base.where} {base.config.vocab_size}: "
+                        "it belongs to another model")
+    return model.to(device), tokenizer
 
 
-def check_tensors(expected: dict, found: dict, where: str) -> None:
-    """Raises UserError that names tensors which are missing, unknown, or of another shape."""
-    for kind, names in (("lacks", expected.keys() - found.keys()), ("holds unknown", found.keys() - expected.keys())):
+def frozen_places(module: nn.Module) -> dict[str, tuple[str, torch.Size]]:
+    """Name in the files of a frozen parameter -> its name here, inside adapted norms too, and its shape."""
+    return {re.sub(r"\.(norm[12])\.norm\.", r".\1.", name): (name, p.shape)
+            for name, p in module.named_parameters() if "adapter" not in name}
+
+
+def place_weights(module: nn.Module, places: dict, tensors: Mapping[str, torch.Tensor], where: str, device, dtype
+                  ) -> None:
+    """Fills all places; a tensor is read when its turn comes. Raises UserError for tensors of another model."""
+    check_names(places.keys(), tensors.keys(), where)
+    for name, (place, shape) in places.items():
+        tensor = tensors[name]
+        check_shape(name, shape, tensor, where)
+        owner, _, parameter = place.rpartition(".")
+        place_tensor(module.get_submodule(owner), parameter, tensor, device, dtype)
+
+
+def place_tensor(owner: nn.Module, name: str, tensor: torch.Tensor, device, dtype) -> None:
+    """Gives one frozen weight, whole, to the module it belongs to: a copy, so that the file may go.
+
+    A module that keeps weights in a form of its own is to take it here.
+    """
+    setattr(owner, name, nn.Parameter(tensor.to(device).to(dtype, copy=True), requires_grad=False))
+
+
+def check_names(expected: set, found: set, where: str) -> None:
+    """Raises UserError that names tensors which are missing or unknown."""
+    for kind, names in (("lacks", expected - found), ("holds unknown", found - expected)):
         if names:
             some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             raise UserError(f"{where} {kind} {len(names)} tensors ({some}): it belongs to another model")
-    for name, tensor in found.items():
-        if expected[name].shape != tensor.shape:
-            raise UserError(f"{where}: {name} is {list(tensor.shape)} and the model has {list(expected[name].shape)}: "
-                            "it belongs to another model")
+
+
+def check_shape(name: str, expected: torch.Size, tensor: torch.Tensor, where: str) -> None:
+    if expected != tensor.shape:
+        raise UserError(f"{where}: {name} is {list(tensor.shape)} and the model has {list(expected)}: "
+                        "it belongs to another model")
 
 
 def published_name(name: str) -> str:
@@ -153,13 +120,15 @@ def read_adapters(path: Path) -> dict:
     if not isinstance(checkpoint.get("model"), dict):
         raise UserError(f"{path} is no adapter checkpoint (it has no entry 'model'): name a checkpoint-*.pth of a run")
     checkpoint["model"] = {name.removeprefix("module."): tensor for name, tensor in checkpoint["model"].items()}
-    return checkpoint
+    # what else the published code keeps is of its own optimizer and flags
+    return checkpoint if "adapter_config" in checkpoint else {"model": checkpoint["model"]}
 
 
 def load_adapters(model: LaVIN, tensors: dict, where: str) -> None:
     """Copies the tensors of a checkpoint's `model` entry into the model."""
     own = adapter_parameters(model)
-    check_tensors(own, tensors, where)
+    check_names(own.keys(), tensors.keys(), where)
     with torch.no_grad():
         for name, parameter in own.items():
+            check_shape(name, parameter.shape, tensors[name], where)
             parameter.copy_(tensors[name])

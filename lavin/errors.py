@@ -12,6 +12,11 @@ class UserError(Exception):
     """A mistake in files or flags. The message is all that the user sees."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for a line of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def one_line_errors():
     """Ends the program with one line on stderr, and no traceback, for what a user can mend."""

@@ -9,6 +9,7 @@ Notable:
 Touvron et al. 2023, arXiv 2302.13971; rotary embeddings: Su et al. 2021, arXiv 2104.09864.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -23,8 +24,19 @@ LAYERS_AT_ONCE = 2  # compiled as one program, which spares the host; recomputed
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's longer rotary waves (Dubey et al. 2024, arXiv 2407.21783): those that do not turn `high_freq_factor`
+    times within the first training's context become `factor` times as long, below `low_freq_factor` turns in full."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a LLaMA, under the names of Meta's params.json."""
+    """Shape of a LLaMA, under the names of Meta's params.json; below those, what only other formats may say."""
 
     dim: int
     n_layers: int
@@ -35,6 +47,9 @@ class LlamaConfig:
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    d_head: int | None = None  # width of a head, where it is not dim / n_heads
+    d_ff: int | None = None  # width of the feed-forward layer, where multiple_of does not make it
 
     @classmethod
     def from_params(cls, params: dict, vocab_size: int) -> "LlamaConfig":
@@ -42,16 +57,22 @@ class LlamaConfig:
 
         Raises ValueError on entries that this decoder does not know, since ignoring one would change the model.
         """
-        unknown = set(params) - {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)} - {"rope_scaling", "d_head", "d_ff"}
+        unknown = set(params) - known - {"use_scaled_rope", "rope_scaling_factor"}
         if unknown:
             raise ValueError(f"unknown entries {sorted(unknown)}")
-        if params.get("vocab_size", -1) < 0:
-            params = {**params, "vocab_size": vocab_size}
-        return cls(**params)
+        shape = {name: value for name, value in params.items() if name in known}
+        if shape.get("vocab_size", -1) < 0:
+            shape["vocab_size"] = vocab_size
+        if params.get("use_scaled_rope"):
+            # Meta's files leave the factor to the code: 8 in Llama 3.1 and 3.3, 32 in the small models of 3.2
+            factor = params.get("rope_scaling_factor", 8 if shape.get("dim", 0) >= 4096 else 32)
+            shape["rope_scaling"] = RopeScaling(factor)
+        return cls(**shape)
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.d_head or self.dim // self.n_heads
 
     @property
     def kv_heads(self) -> int:
@@ -60,6 +81,8 @@ class LlamaConfig:
     @property
     def hidden_dim(self) -> int:
         """Width of the feed-forward layer: two thirds of 4 D, rounded up to `multiple_of`."""
+        if self.d_ff is not None:
+            return self.d_ff
         hidden = int(2 * 4 * self.dim / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
@@ -78,10 +101,21 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype) * self.weight
 
 
-def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
+    """Radians a position by which each pair of a head turns [head_dim / 2], float32."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequencies = config.rope_theta ** -exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return frequencies / scaling.factor + kept.clamp(0, 1) * (frequencies - frequencies / scaling.factor)
+
+
+def rotary_angles(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors [N, 1, head_dim], float32, of each entry and of its pair's other entry, for integer positions [N]."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float()[:, None, None] * theta ** -exponents
+    angles = positions.float()[:, None, None] * frequencies
     sin = angles.sin()
     return angles.cos().repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
 
@@ -210,7 +244,7 @@ class Llama(nn.Module):
         plan: see PackedPlan. side: for subclasses of Block, handed unread to every layer. Each layer gets its own
         part of both, `.of(layer)`.
         """
-        rotary = rotary_angles(plan.positions, self.config.head_dim, self.config.rope_theta)
+        rotary = rotary_angles(plan.positions, rotary_frequencies(self.config, plan.positions.device))
         for first in range(0, len(self.layers), LAYERS_AT_ONCE):
             layers = range(first, min(first + LAYERS_AT_ONCE, len(self.layers)))
             part = ([self.layers[i] for i in layers], x, rotary, [plan.of(i) for i in layers],

@@ -87,12 +87,6 @@ class LaVIN(nn.Module):
     def set_gradient_checkpointing(self, on: bool) -> None:
         self.llama.gradient_checkpointing = self.vision.gradient_checkpointing = on
 
-    def freeze_in(self, device, dtype) -> "LaVIN":
-        """Moves the model: frozen parameters in `dtype`, trained ones in float32."""
-        for name, parameter in self.named_parameters():
-            parameter.data = parameter.data.to(device, torch.float32 if "adapter" in name else dtype)
-        return self.to(device)
-
     def embed(self, batch: Batch):
         """Token and image embeddings of the samples [N, D]."""
         x = self.llama.tok_embeddings(batch.ids)

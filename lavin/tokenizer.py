@@ -1,4 +1,4 @@
-"""SentencePiece, and the layout of one example: BOS, image prefix, prompt, answer, EOS."""
+"""SentencePiece or a tokenizer.json, and the layout of one example: BOS, image prefix, prompt, answer, EOS."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from lavin.errors import UserError
+from lavin.tensor_files import read_json
 
 IMAGE_SLOT = -1  # where an image embedding stands among token ids
 
@@ -24,18 +25,60 @@ class Example:
     image: torch.Tensor | None = None
 
 
-class Tokenizer:
-    """LLaMA's `tokenizer.model`. Raises UserError where the file is missing or is no SentencePiece model."""
+class SentencePiece:
+    """LLaMA's `tokenizer.model`."""
 
-    def __init__(self, path: str | Path):
-        if not Path(path).is_file():
-            raise UserError(f"no tokenizer at {path}: put LLaMA's tokenizer.model there")
+    def __init__(self, path: Path):
         try:
             self.model = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{path} is no SentencePiece model: copy tokenizer.model again") from error
-        self.n_words = self.model.vocab_size()
-        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
+            raise UserError(f"{path} is no SentencePiece model: copy tokenizer.model again; Llama 3's is of another "
+                            "kind: put its tokenizer.json from Hugging Face in its place") from error
+        self.n_words, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
+        self.encode, self.decode = self.model.encode, self.model.decode
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`; BOS and EOS are those of tokenizer_config.json, or else of config.json, beside it."""
+
+    def __init__(self, path: Path):
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise UserError(f"{path} is read by Hugging Face's tokenizers: pip install tokenizers") from error
+        try:
+            self.model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exceptions
+            raise UserError(f"{path} is no tokenizer ({error}): fetch or copy it again") from error
+        self.n_words = self.model.get_vocab_size()
+        self.bos_id, self.eos_id = (self.special_id(path, name) for name in ("bos", "eos"))
+
+    def special_id(self, path: Path, name: str) -> int:
+        for file, key in (("tokenizer_config.json", f"{name}_token"), ("config.json", f"{name}_token_id")):
+            value = read_json(path.with_name(file)).get(key) if path.with_name(file).is_file() else None
+            value = value.get("content") if isinstance(value, dict) else value[0] if isinstance(value, list) else value
+            token_id = self.model.token_to_id(value) if isinstance(value, str) else value
+            if token_id is not None:
+                return token_id
+        raise UserError(f"{path}: neither tokenizer_config.json nor config.json beside it names a {name.upper()} "
+                        "token: copy them there")
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+
+class Tokenizer:
+    """LLaMA's `tokenizer.model`, or a `tokenizer.json`. Raises UserError where the file is missing or broken."""
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"no tokenizer at {path}: put LLaMA's tokenizer.model there")
+        self.model = (HuggingFaceTokenizer if path.suffix == ".json" else SentencePiece)(path)
+        self.n_words, self.bos_id, self.eos_id = self.model.n_words, self.model.bos_id, self.model.eos_id
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         return [self.bos_id] * bos + self.model.encode(text) + [self.eos_id] * eos

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lavin.attention import one_by_one, padded
-from lavin.llama import Block, Llama, LlamaConfig, PackedPlan
+from lavin.llama import Block, Llama, LlamaConfig, PackedPlan, rotary_frequencies
 from tiny import VOCABULARY, sharpen, tiny_config
 
 
@@ -89,5 +89,21 @@ def test_params_json():
     assert (config.vocab_size, config.norm_eps, config.rope_theta, config.kv_heads) == (321, 1e-6, 10000.0, 4)
     config = LlamaConfig.from_params({**params, "vocab_size": 99, "rope_theta": 5e5, "n_kv_heads": 2}, 321)
     assert (config.vocab_size, config.rope_theta, config.kv_heads) == (99, 5e5, 2)
-    with pytest.raises(ValueError, match="use_scaled_rope"):
-        LlamaConfig.from_params({**params, "use_scaled_rope": True}, 321)
+    with pytest.raises(ValueError, match="vision_chunk_size"):
+        LlamaConfig.from_params({**params, "vision_chunk_size": 448}, 321)
+
+
+@pytest.mark.parametrize("dim, entries, factor", [(4096, {}, 8), (2048, {}, 32),
+                                                  (2048, {"rope_scaling_factor": 16}, 16)])
+def test_scaled_rope_of_metas_files(dim, entries, factor):
+    """Llama 3.1 8B and 3.2 1B, held against transformers' frequencies for the configuration published there."""
+    from transformers import LlamaConfig as HFConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    rope = {"rope_type": "llama3", "factor": float(factor), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_theta": 5e5}
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](HFConfig(hidden_size=dim, num_attention_heads=32, rope_parameters=rope),
+                                                "cpu")
+    params = {"dim": dim, "n_layers": 1, "n_heads": 32, "rope_theta": 5e5, "use_scaled_rope": True, **entries}
+    config = LlamaConfig.from_params(params, 321)
+    torch.testing.assert_close(rotary_frequencies(config), expected, rtol=1e-5, atol=0)
+    assert rotary_frequencies(LlamaConfig.from_params({**params, "use_scaled_rope": False}, 321))[-1] > 2 * expected[-1]

@@ -10,13 +10,15 @@ def shared_flags() -> argparse.ArgumentParser:
     """A parser to be given to others as their parent."""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
-    add("--llm_model", default="7B", help="the base model: a folder in --llama_model_path")
+    add("--llm_model", default="7B",
+        help="the base model: a folder in --llama_model_path, or a path; Meta's files or Hugging Face's")
     add("--llama_model_path", "--ckpt_dir", default="../data/weights/", help="where base models and tokenizer.model lie")
     add("--vision_model", default="vit_large_patch14_clip_quickgelu_224.openai",
-        help="image encoder: a model of timm's, or a folder that timm wrote")
+        help="image encoder: OpenAI's ViT-L-14.pt, a folder or file of Hugging Face's or timm's, or timm's name of it")
     add("--cpu_load", action="store_true", help="published flag; weights are always read through host memory")
     add("--bits", default="16bit", choices=["16bit", "8bit", "4bit", "fp8"], help="bits of the frozen weights")
-    add("--use_vicuna", action="store_true", help="Vicuna as the base")
+    add("--use_vicuna", action="store_true",
+        help="Vicuna: adds its v0 delta, the folder vicuna_NAME beside --llm_model NAME; full weights need no delta")
     add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
         help="compute type; auto: bf16, fp16 or fp32 by hardware")
     add("--device", default=None, help="cuda or cpu; default: cuda where there is one")
@@ -58,8 +60,6 @@ def captions_of(args: argparse.Namespace) -> str | None:
 
 def check_shared(args: argparse.Namespace) -> None:
     """Raises UserError for values of the shared flags that cannot work."""
-    if args.use_vicuna:
-        raise UserError("--use_vicuna is not there yet: leave it out")
     if args.bits not in ("16bit", "fp8"):
         raise UserError(f"--bits {args.bits} is not there yet: choose 16bit or fp8")
     for flag in ("max_seq_len", "n_prompt", "hidden_proj", "adapter_dim"):
