@@ -86,6 +86,10 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
 
+    def prefix(self, n_slots: int) -> list[int]:
+        """`[BOS] [Image: ]` and slots for an image's embeddings, or `[BOS] [Image: N/A]` where there are none."""
+        return self.encode("Image: ", bos=True) + [IMAGE_SLOT] * n_slots if n_slots else self.encode("Image: N/A", bos=True)
+
     def example(self, prompt: str, answer: str | None = None, image: torch.Tensor | None = None,
                 n_prompt: int = 6, max_seq_len: int | None = None) -> Example:
         """`[BOS] [Image: ] [n_prompt slots] prompt answer [EOS]`, or `[BOS] [Image: N/A] prompt answer [EOS]`.
@@ -93,7 +97,7 @@ class Tokenizer:
         Prompt and answer are tokenized together. Cut so that it fits max_seq_len with its modality token. Without an
         answer the example ends with the prompt, to be continued.
         """
-        prefix = self.encode("Image: ") + [IMAGE_SLOT] * n_prompt if image is not None else self.encode("Image: N/A")
+        prefix = self.prefix(0 if image is None else n_prompt)
         text = self.encode(prompt)
         if answer is None:
             ids, start = text, len(text)
@@ -101,8 +105,8 @@ class Tokenizer:
             ids = self.encode(prompt + answer, eos=True)
             # where a piece spans both, the answer begins with it
             start = next((i for i, (a, b) in enumerate(zip(text, ids)) if a != b), len(text))
-        ids = [self.bos_id, *prefix, *ids]
+        ids = [*prefix, *ids]
         limit = len(ids) if max_seq_len is None else max_seq_len - 1
-        if limit <= len(prefix) + 1:
+        if limit <= len(prefix):
             raise UserError(f"--max_seq_len {max_seq_len} leaves no room for text behind the image: raise it")
-        return Example(ids[:limit], min(1 + len(prefix) + start, limit), image)
+        return Example(ids[:limit], min(len(prefix) + start, limit), image)

@@ -10,7 +10,7 @@ from lavin.frozen import scaled_product
 from lavin.generation import decode
 from lavin.llama import PackedPlan
 from lavin.model import pack
-from tiny import mixed_examples, tiny_model
+from tiny import freeze_in, mixed_examples, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
                                 reason="no GPU of compute capability 8.0 or newer")
@@ -67,7 +67,7 @@ def test_fast_model_is_the_plain_one(bits):
     torch.compiler.reset()
     shape = {"dim": 64, "n_heads": 4, "n_kv_heads": 4}
     plain = tiny_model(llama=shape)
-    fast = speed_up(tiny_model(llama=shape).freeze_in("cuda", torch.bfloat16), bits)
+    fast = speed_up(freeze_in(tiny_model(llama=shape), "cuda", torch.bfloat16), bits)
     results = []
     for model in (plain, fast):
         loss = model(pack(mixed_examples()).to(model.device))

@@ -59,6 +59,13 @@ def tiny_model(seed: int = 0, trained: bool = True, vit: str = "plain", llama: d
     return model.eval()
 
 
+def freeze_in(model: LaVIN, device, dtype) -> LaVIN:
+    """As loading leaves it: frozen parameters in `dtype`, trained ones in float32."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(device, torch.float32 if "adapter" in name else dtype)
+    return model.to(device)
+
+
 def tiny_example(seed: int, prompt: int, answer: int = 3, image: bool = False) -> Example:
     """Random tokens in the layout of Tokenizer.example; `answer` 0 is a prompt to be continued."""
     generator = torch.Generator().manual_seed(seed)
