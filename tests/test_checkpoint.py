@@ -4,11 +4,14 @@ import argparse
 import json
 import os
 import shutil
+import weakref
+from collections.abc import Mapping
 
 import pytest
 import torch
 
-from lavin.checkpoint import adapter_parameters, load_adapters, load_base, read_adapters, require_base, save_adapters
+from lavin.checkpoint import (adapter_parameters, frozen_places, load_adapters, load_base, place_weights, read_adapters,
+                              require_base, save_adapters)
 from lavin.errors import UserError
 from lavin.llama import LlamaConfig
 from lavin.mm_adapter import AdapterConfig
@@ -58,6 +61,36 @@ def test_frozen_parameters_take_the_compute_type_and_trained_ones_do_not(base):
     for name, p in model.named_parameters():
         assert p.dtype == (torch.float32 if "adapter" in name else torch.bfloat16), name
         assert p.requires_grad == ("adapter" in name)
+
+
+class Watched(Mapping):
+    """Weights that are made when asked for; while one is read, none read before it may still be held."""
+
+    def __init__(self, shapes: dict):
+        self.shapes, self.read = shapes, []
+
+    def __iter__(self):
+        return iter(self.shapes)
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def __getitem__(self, name):
+        assert not any(reference() is not None for reference in self.read[:-1])  # the last may await its replacement
+        tensor = torch.randn(self.shapes[name])
+        self.read.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_read_and_placed_one_at_a_time(dtype):
+    with torch.device("meta"):
+        llama = tiny_model().llama
+    places = frozen_places(llama)
+    tensors = Watched({name: shape for name, (_, shape) in places.items()})
+    place_weights(llama, places, tensors, "it", CPU, dtype)
+    assert len(tensors.read) == len(places)
+    assert all(p.device == CPU and p.dtype == dtype for name, p in llama.named_parameters() if "adapter" not in name)
 
 
 def test_seed_decides_the_fresh_adapters(base):

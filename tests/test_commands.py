@@ -14,8 +14,10 @@ import torch
 import eval as evaluation
 import reference
 import train
+from lavin.base_weights import open_base
 from lavin.errors import UserError, one_line_errors
 from lavin.mm_adapter import AdapterConfig
+from test_base_weights import write_hugging_face
 from util.datasets import load_pictures, load_scienceqa
 from util.prompts import answer_text, build_prompt, parse_answer
 from util.scoring import COLUMNS, score
@@ -204,6 +206,19 @@ def test_fewer_bits_train_alike(base, scienceqa, tmp_path, precision):
 def test_lr_follows_the_effective_batch(base, scienceqa, tmp_path):
     run_train(base, scienceqa, tmp_path, "--blr", "0.1", "--accum_iter", "2", "--epochs", "1", "--warmup_epochs", "0")
     assert read(tmp_path / "config.json")["flags"]["lr"] == pytest.approx(0.1 * 8 / 256)
+
+
+def test_vicuna_end_to_end(base, scienceqa, tokenizer_file, tmp_path, monkeypatch):
+    """A base named by its path, with its delta; eval.py finds both again in the run."""
+    opened = []
+    monkeypatch.setattr("lavin.checkpoint.open_base", lambda *args: opened.append(open_base(*args)) or opened[-1])
+    write_hugging_face(tmp_path / "llama", tokenizer_file, seed=1)
+    write_hugging_face(tmp_path / "vicuna_llama", tokenizer_file, seed=2)
+    run_train(base, scienceqa, tmp_path / "run", "--llm_model", tmp_path / "llama", "--use_vicuna", "--epochs", "1",
+              "--warmup_epochs", "0")
+    run_eval("--adapter_path", tmp_path / "run")
+    assert [base.where for base in opened] == [f"{tmp_path / 'llama'} + {tmp_path / 'vicuna_llama'}"] * 2
+    assert read(tmp_path / "run" / "scores.json")["questions"] == 6
 
 
 # --- the published commands ---
