@@ -292,9 +292,18 @@ def test_vicuna_as_full_weights_needs_no_delta(base, vicuna, tmp_path):
                                             ({"intermediate_size": 48}, "is [48, 32]")])
 def test_delta_of_another_model(base, vicuna, tokenizer_file, tmp_path, changes, words):
     shutil.rmtree(tmp_path / "vicuna_7B")
-    write_hugging_face(tmp_path / "vicuna_7B", tokenizer_file, **changes)
+    delta = write_hugging_face(tmp_path / "vicuna_7B", tokenizer_file, **changes)
+    delta.model.norm.weight.data.zero_()
+    delta.save_pretrained(tmp_path / "vicuna_7B")
     message = error(load, tmp_path, "7B", base.vision, use_vicuna=True)
     assert words in message and "vicuna_7B" in message
+
+
+def test_full_weights_in_the_place_of_the_delta(base, vicuna, tmp_path):
+    shutil.rmtree(tmp_path / "vicuna_7B")
+    (tmp_path / "full").rename(tmp_path / "vicuna_7B")
+    assert "vicuna_7B holds full weights" in error(load, tmp_path, "7B", base.vision, use_vicuna=True)
+    assert_same_logits(load(tmp_path, "vicuna_7B", base.vision), vicuna)
 
 
 # --- tokenizer.json ---

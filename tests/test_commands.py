@@ -213,7 +213,9 @@ def test_vicuna_end_to_end(base, scienceqa, tokenizer_file, tmp_path, monkeypatc
     opened = []
     monkeypatch.setattr("lavin.checkpoint.open_base", lambda *args: opened.append(open_base(*args)) or opened[-1])
     write_hugging_face(tmp_path / "llama", tokenizer_file, seed=1)
-    write_hugging_face(tmp_path / "vicuna_llama", tokenizer_file, seed=2)
+    delta = write_hugging_face(tmp_path / "vicuna_llama", tokenizer_file, seed=2)
+    delta.model.norm.weight.data.zero_()
+    delta.save_pretrained(tmp_path / "vicuna_llama")
     run_train(base, scienceqa, tmp_path / "run", "--llm_model", tmp_path / "llama", "--use_vicuna", "--epochs", "1",
               "--warmup_epochs", "0")
     run_eval("--adapter_path", tmp_path / "run")
