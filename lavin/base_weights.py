@@ -241,6 +241,6 @@ def add_delta(base: BaseWeights, delta: BaseWeights) -> BaseWeights:
         raise UserError(f"{delta.where} and {base.where} do not hold the same tensors ({different[0]}): "
                         "it is the delta of another model")
     if delta.tensors["norm.weight"].float().mean() > base.tensors["norm.weight"].float().mean() / 2:
-        raise UserError(f"--use_vicuna: {delta.where} holds full weights, not differences: name it with --llm_model, and "
-                        "leave the flag out")
+        raise UserError(f"--use_vicuna: {delta.where} holds full weights, not differences: name it with --llm_model "
+                        "and leave the flag out")
     return BaseWeights(base.config, SummedWeights(base, delta), f"{base.where} + {delta.where}")

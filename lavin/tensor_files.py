@@ -63,7 +63,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def hf_weight_files(folder: Path) -> list[Path]:
-    """The weights of a Hugging Face folder: one file, or all that its index names. Raises UserError if one is missing."""
+    """The weights of a Hugging Face folder: one file, or all in its index. Raises UserError where one is missing."""
     for name in HF_WEIGHTS:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():

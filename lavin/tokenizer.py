@@ -88,7 +88,7 @@ class Tokenizer:
 
     def prefix(self, n_slots: int) -> list[int]:
         """`[BOS] [Image: ]` and slots for an image's embeddings, or `[BOS] [Image: N/A]` where there are none."""
-        return self.encode("Image: ", bos=True) + [IMAGE_SLOT] * n_slots if n_slots else self.encode("Image: N/A", bos=True)
+        return self.encode("Image: " if n_slots else "Image: N/A", bos=True) + [IMAGE_SLOT] * n_slots
 
     def example(self, prompt: str, answer: str | None = None, image: torch.Tensor | None = None,
                 n_prompt: int = 6, max_seq_len: int | None = None) -> Example:

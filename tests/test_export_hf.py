@@ -26,8 +26,9 @@ PROMPT = "Question: Which pond is deeper?\nContext: N/A\nOptions: (A) one (B) tw
 @pytest.fixture(scope="module", params=["attn", "block"])
 def run(request, base, tmp_path_factory):
     """A model with trained adapters, its tokenizer, and its checkpoint."""
-    model, tokenizer = load_base(str(base.weights), "tiny", str(base.vision),
-                                 AdapterConfig(adapter_type=request.param, **ADAPTER), torch.device("cpu"), torch.float32)
+    adapter = AdapterConfig(adapter_type=request.param, **ADAPTER)
+    model, tokenizer = load_base(str(base.weights), "tiny", str(base.vision), adapter, torch.device("cpu"),
+                                 torch.float32)
     torch.manual_seed(3)
     randomise_adapters(model)
     path = tmp_path_factory.mktemp("run") / "checkpoint-0.pth"
@@ -52,9 +53,9 @@ def test_logits_and_answers_without_pictures(base, run, tmp_path):
     ids = torch.tensor(example.ids)[None]
     expected = reference.logits(model, [example])[0, 1:]  # behind the modality token
     torch.testing.assert_close(theirs(ids).logits[0], expected, atol=1e-4, rtol=1e-4)
-    new = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, ids.shape[1]:]
-    assert tokenizer.decode([i for i in new.tolist() if i != tokenizer.eos_id]) == \
-        generate(model, tokenizer, [example], 12)[0]
+    rows = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    new = tokenizer.decode([i for i in rows[0, len(example.ids):].tolist() if i != tokenizer.eos_id])
+    assert new and new == generate(model, tokenizer, [example], 12)[0]
 
 
 def test_tokenizer_beside_the_model(base, run, tmp_path):

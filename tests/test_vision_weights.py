@@ -216,7 +216,8 @@ def test_missing_models_say_where_to_get_them(name):
 
 @pytest.mark.parametrize("name, content", [
     ("config.json", "{"), ("config.json", "[]"), ("config.json", None),
-    ("config.json", '{"architecture": "no_such_model"}'), ("config.json", '{"model_type": "clip"}'), ("model.safetensors", "nothing"), ("model.safetensors", None)])
+    ("config.json", '{"architecture": "no_such_model"}'), ("config.json", '{"model_type": "clip"}'),
+    ("model.safetensors", "nothing"), ("model.safetensors", None)])
 def test_broken_folders_are_named(base, tmp_path, name, content):
     shutil.copytree(base.vision, tmp_path / "vit")
     (tmp_path / "vit" / name).unlink() if content is None else (tmp_path / "vit" / name).write_text(content)

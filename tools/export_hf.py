@@ -3,8 +3,8 @@
     python tools/export_hf.py --adapter_path RUN --out FOLDER [--precision fp16]
     python tools/export_hf.py --adapter_path RUN --out FOLDER --modality image [--pictures FILE ...]
 
-In each layer the router's mixture (w0, w1) depends on the modality alone, so for one modality an adapter is the affine map
-`y = x + s U (A x + a) + s (w0 b + w1 e)`, U = w0 B + w1 E, and what reads it, `W y`, is `(W + s W U A) x` and a bias.
+In each layer the router's mixture (w0, w1) depends on the modality alone, so for one modality an adapter is the affine
+map `y = x + s U (A x + a) + s (w0 b + w1 e)`, U = w0 B + w1 E, and what reads it, `W y`, is `(W + s W U A) x` + a bias.
 So the answers are the same up to rounding. The modality token is left out: it stands at position 0, and nothing attends
 to it; what follows then begins at 0 in place of 1, and rotary attention sees differences of positions only.
 
@@ -46,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("export_hf.py", description=__doc__.splitlines()[0], parents=[shared], epilog=(
         "Flags of model and data that are left out are those of the training run."))
     parser.set_defaults(**{**dict.fromkeys(vars(shared.parse_args([]))), "precision": "fp16", "device": "cpu",
-                           "bits": "16bit", "decode": "generate"})
+                           "bits": "16bit"})
     add = parser.add_argument
     add("--adapter_path", required=True, help="a checkpoint, or a run's folder")
     add("--tokenizer_path", help="tokenizer.model or tokenizer.json (the base model's)")
@@ -59,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 # --- folding ---
 
 def fold(adapter: RepAdapterRouter, mixture: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What reads an adapter's output, weight [O, D], as one that reads its input: weight [O, D] and bias [O], float32."""
+    """What reads an adapter's output, weight [O, D], made to read its input: weight [O, D] and bias [O], float32."""
     w0, w1 = mixture
     down, a = adapter.conv_A.weight[..., 0], adapter.conv_A.bias
     up = adapter.scale * (w0 * adapter.up_matrix(adapter.conv_B) + w1 * adapter.up_matrix(adapter.conv_D))
@@ -184,12 +184,12 @@ def main(args) -> None:
     for picture in args.pictures:
         save_file({"inputs_embeds": picture_embeddings(model, tokenizer, picture)},
                   args.out / f"{picture.stem}.safetensors")
-    config = model.llama.config
     tensors = progress(folded_tensors(model, MODALITIES.index(args.modality)), "tensors", unit="tensor")
     write_weights(args.out, tensors, model.dtype, SHARD_BYTES)
     source = Path(args.tokenizer_path or find_tokenizer(args.llama_model_path, args.llm_model))
     write_tokenizer(args.out, source, tokenizer)
-    write_json(args.out / "config.json", hf_config(config, tokenizer, model.adapter.adapter_type == "block", model.dtype))
+    block = model.adapter.adapter_type == "block"
+    write_json(args.out / "config.json", hf_config(model.llama.config, tokenizer, block, model.dtype))
     say(f"{args.out}: {path.name} for questions {'with' if args.modality == 'image' else 'without'} a picture, "
         f"{TORCH_NAMES[model.dtype]}")
 
