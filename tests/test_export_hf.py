@@ -82,7 +82,7 @@ def test_logits_with_a_picture(base, run, scienceqa, tmp_path):
     finally:
         export_hf.SHARD_BYTES = whole
     assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 2
-    start = load_file(tmp_path / "hf" / "image.safetensors")["inputs_embeds"]
+    start = load_file(tmp_path / "hf" / "image.inputs_embeds.safetensors")["inputs_embeds"]
     ids = tokenizer.encode(PROMPT)
     embedded = torch.cat((start, theirs.get_input_embeddings()(torch.tensor(ids))))[None]
     example = tokenizer.example(PROMPT, None, load_picture(picture, model.vision.image_size))
@@ -112,7 +112,9 @@ def test_shape_of_a_base_from_hugging_face_survives(base, tokenizer_file, tmp_pa
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--pictures", "a.png"], "--modality image"), (["--modality", "image", "--pictures", "no.png"], "no.png")])
+    (["--pictures", "a.png"], "--modality image"),
+    (["--modality", "image", "--pictures", "a/x.png", "b/x.png"], "same name"),
+    (["--modality", "image", "--pictures", "no.png"], "no.png")])
 def test_mistakes(base, run, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         export(base, run[2], tmp_path / "hf", *flags)

@@ -8,8 +8,8 @@ map `y = x + s U (A x + a) + s (w0 b + w1 e)`, U = w0 B + w1 E, and what reads i
 So the answers are the same up to rounding. The modality token is left out: it stands at position 0, and nothing attends
 to it; what follows then begins at 0 in place of 1, and rotary attention sees differences of positions only.
 
-Prompts are those of training: `[BOS] Image: N/A`, or with a picture what its file holds as `inputs_embeds`
-(`[BOS] Image: ` and the picture's features), followed by the embedded prompt.
+Prompts are those of training: `[BOS] Image: N/A` and the prompt, or, embedded, what NAME.inputs_embeds.safetensors holds of
+a picture (`inputs_embeds` [tokens, D]: `[BOS] Image: ` and the picture's features) and the prompt.
 """
 
 import argparse
@@ -177,13 +177,15 @@ def picture_embeddings(model: LaVIN, tokenizer: Tokenizer, path: Path) -> torch.
 def main(args) -> None:
     if args.pictures and args.modality != "image":
         raise UserError("--pictures needs --modality image")
+    if len({picture.stem for picture in args.pictures}) < len(args.pictures):
+        raise UserError("--pictures: two have the same name, and so would their files: rename one")
     if (args.out / "config.json").exists():
         raise UserError(f"--out {args.out} holds a model: name another folder")
     model, tokenizer, path = load_model(args)
     args.out.mkdir(parents=True, exist_ok=True)
     for picture in args.pictures:
         save_file({"inputs_embeds": picture_embeddings(model, tokenizer, picture)},
-                  args.out / f"{picture.stem}.safetensors")
+                  args.out / f"{picture.stem}.inputs_embeds.safetensors")
     tensors = progress(folded_tensors(model, MODALITIES.index(args.modality)), "tensors", unit="tensor")
     write_weights(args.out, tensors, model.dtype, SHARD_BYTES)
     source = Path(args.tokenizer_path or find_tokenizer(args.llama_model_path, args.llm_model))
