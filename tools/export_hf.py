@@ -8,8 +8,8 @@ map `y = x + s U (A x + a) + s (w0 b + w1 e)`, U = w0 B + w1 E, and what reads i
 So the answers are the same up to rounding. The modality token is left out: it stands at position 0, and nothing attends
 to it; what follows then begins at 0 in place of 1, and rotary attention sees differences of positions only.
 
-Prompts are those of training: `[BOS] Image: N/A` and the prompt, or, embedded, what NAME.inputs_embeds.safetensors holds of
-a picture (`inputs_embeds` [tokens, D]: `[BOS] Image: ` and the picture's features) and the prompt.
+Prompts are those of training: `[BOS] Image: N/A` and the prompt; or, embedded, a picture's NAME.inputs_embeds.safetensors
+(`inputs_embeds` [tokens, D]: `[BOS] Image: ` and the picture's features) and the prompt.
 """
 
 import argparse
