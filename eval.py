@@ -73,7 +73,8 @@ def load_model(args):
         check_fp8(device, dtype)
     adapter = adapter or {name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__ if hasattr(args, name)}
     model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, AdapterConfig(**adapter),
-                                 device, dtype, tokenizer_path=args.tokenizer_path, use_vicuna=args.use_vicuna)
+                                 device, dtype, tokenizer_path=args.tokenizer_path, use_vicuna=args.use_vicuna,
+                                 bits=args.bits)
     if path:
         load_adapters(model, checkpoint["model"], str(path))
     return speed_up(model, args.bits).eval(), tokenizer, path

@@ -262,7 +262,7 @@ def main(args) -> None:
 
     adapter = AdapterConfig(**{name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__})
     model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, adapter, device, dtype,
-                                 args.drop_path, use_vicuna=args.use_vicuna)
+                                 args.drop_path, use_vicuna=args.use_vicuna, bits=args.bits)
     speed_up(model, args.bits)
     model.set_gradient_checkpointing(args.gradient_checkpointing)
     examples = load_examples(args, tokenizer, model.vision.image_size)

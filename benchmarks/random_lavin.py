@@ -14,6 +14,7 @@ from lavin.vision import timm
 
 SIZES = {  # LLaMA, ViT
     "7B": (LlamaConfig(4096, 32, 32, 32000, norm_eps=1e-6), {"model_name": "vit_large_patch14_clip_quickgelu_224"}),
+    "13B": (LlamaConfig(5120, 40, 40, 32000, norm_eps=1e-6), {"model_name": "vit_large_patch14_clip_quickgelu_224"}),
     "tiny": (LlamaConfig(64, 2, 4, 320, multiple_of=32),
              {"model_name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6,
               "num_heads": 4}),

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lavin.base_weights import base_folder, find_tokenizer, open_base, require_base  # noqa: F401, for train.py
-from lavin.errors import UserError
+from lavin.errors import UserError, first_line
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.tensor_files import read_torch
@@ -29,9 +29,9 @@ NORM_ADAPTERS = {"norm1.adapter": "adapter_attn", "norm2.adapter": "adapter_mlp"
 
 
 def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter: AdapterConfig, device, dtype,
-              drop_path: float = 0.0, tokenizer_path: str | None = None, use_vicuna: bool = False
+              drop_path: float = 0.0, tokenizer_path: str | None = None, use_vicuna: bool = False, bits: str = "16bit"
               ) -> tuple[LaVIN, Tokenizer]:
-    """The frozen base with fresh adapters, on `device`, frozen parameters in `dtype`.
+    """The frozen base with fresh adapters, on `device`, frozen parameters in `dtype`; LLaMA's matrices in `bits`.
 
     Raises UserError for files that are missing, broken, or of another model.
     """
@@ -45,12 +45,23 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
         raise UserError(str(error)) from error
     llama_places, vit_places = frozen_places(model.llama), frozen_places(model.vision.vit)
     # Here, between description and weights, is where parts of the model may be swapped (see place_tensor).
+    if bits in ("4bit", "8bit"):
+        quantize(model, bits)
     place_weights(model.llama, llama_places, base.tensors, base.where, device, dtype)
     place_weights(model.vision.vit, vit_places, vit_tensors, f"--vision_model {vision_model}", device, dtype)
     if tokenizer.n_words > base.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.n_words} pieces and {base.where} {base.config.vocab_size}: "
                         "it belongs to another model")
     return model.to(device), tokenizer
+
+
+def quantize(model: LaVIN, bits: str) -> None:
+    try:
+        from lavin.quantization import quantize_linears  # here, since not everyone has bitsandbytes
+    except ImportError as error:
+        raise UserError(f"--bits {bits} needs bitsandbytes ({first_line(error)}): "
+                        "pip install -r requirements-lite.txt, or leave it at 16bit") from error
+    quantize_linears(model, bits)
 
 
 def frozen_places(module: nn.Module) -> dict[str, tuple[str, torch.Size]]:
@@ -73,9 +84,12 @@ def place_weights(module: nn.Module, places: dict, tensors: Mapping[str, torch.T
 def place_tensor(owner: nn.Module, name: str, tensor: torch.Tensor, device, dtype) -> None:
     """Gives one frozen weight, whole, to the module it belongs to: a copy, so that the file may go.
 
-    A module that keeps weights in a form of its own is to take it here.
+    A module that keeps weights in a form of its own takes it by its method `load` (lavin/quantization.py).
     """
-    setattr(owner, name, nn.Parameter(tensor.to(device).to(dtype, copy=True), requires_grad=False))
+    if hasattr(owner, "load"):
+        owner.load(tensor, device, dtype)
+    else:
+        setattr(owner, name, nn.Parameter(tensor.to(device).to(dtype, copy=True), requires_grad=False))
 
 
 def check_names(expected: set, found: set, where: str) -> None:

@@ -106,7 +106,7 @@ def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
     for i in range(max_new_tokens):
         ids = choose(logits)
         yield ids
-        if i == STEPS_BEFORE_GRAPH and model.device.type == "cuda":
+        if i == STEPS_BEFORE_GRAPH and model.device.type == "cuda" and model.records_graphs:
             step = as_graph(step, ids)
         if i + 1 < max_new_tokens:
             logits = step(ids)

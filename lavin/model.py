@@ -68,6 +68,7 @@ class LaVIN(nn.Module):
     def __init__(self, config: LlamaConfig, vit: nn.Module, adapter: AdapterConfig, drop_path: float = 0.0):
         super().__init__()
         self.adapter = adapter
+        self.records_graphs = True  # whether a step of decoding may become a CUDA graph
         self.llama = Llama(config, adapted_block(adapter, config.n_layers, drop_path))
         adapt_vit(vit, adapter)
         self.vision = VisionEncoder(vit, adapter.n_prompt)

@@ -16,7 +16,7 @@ def shared_flags() -> argparse.ArgumentParser:
     add("--vision_model", default="vit_large_patch14_clip_quickgelu_224.openai",
         help="image encoder: OpenAI's ViT-L-14.pt, a folder or file of Hugging Face's or timm's, or timm's name of it")
     add("--cpu_load", action="store_true", help="published flag; weights are always read through host memory")
-    add("--bits", default="16bit", choices=["16bit", "8bit", "4bit", "fp8"], help="bits of the frozen weights")
+    add("--bits", default="16bit", choices=["16bit", "8bit", "4bit", "fp8"], help="LLaMA's frozen matrices; 4bit and 8bit: pip install -r requirements-lite.txt")
     add("--use_vicuna", action="store_true",
         help="Vicuna: adds its v0 delta, the folder vicuna_NAME beside --llm_model NAME; full weights need no delta")
     add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
@@ -60,8 +60,6 @@ def captions_of(args: argparse.Namespace) -> str | None:
 
 def check_shared(args: argparse.Namespace) -> None:
     """Raises UserError for values of the shared flags that cannot work."""
-    if args.bits not in ("16bit", "fp8"):
-        raise UserError(f"--bits {args.bits} is not there yet: choose 16bit or fp8")
     for flag in ("max_seq_len", "n_prompt", "hidden_proj", "adapter_dim"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")

@@ -1,0 +1,63 @@
+"""GPU memory of LaVIN-lite: the weights, and training steps of one sample of 512 tokens with a picture.
+
+    python benchmarks/lite_memory.py --size 7B --bits 4bit     # a GPU; 13B too
+    python benchmarks/lite_memory.py --size tiny               # seconds on a CPU: that it works; memory is a GPU's
+
+Random weights, each drawn and quantized before the next, as train.py loads its files.
+"""
+
+import argparse
+
+import torch
+
+from timing import peak_gib, report, start_memory  # first: it finds the project
+from random_lavin import SIZES, random_examples
+from train_throughput import our_trainer
+from lavin.checkpoint import frozen_places, place_tensor, quantize
+from lavin.mm_adapter import AdapterConfig
+from lavin.model import LaVIN
+from lavin.quantization import weight_bytes
+from lavin.vision import timm
+
+
+def random_lite(size: str, bits: str, device, dtype) -> LaVIN:
+    """On `meta` too, where nothing is drawn, and everything has its size."""
+    config, vit = SIZES[size]
+    with torch.device("meta"):
+        model = LaVIN(config, timm.create_model(num_classes=0, **vit), AdapterConfig())
+    places = frozen_places(model)
+    if bits != "16bit":
+        quantize(model, bits)
+    for place, shape in places.values():
+        owner, _, name = place.rpartition(".")
+        drawn = torch.empty(shape, device=device, dtype=dtype).normal_(float("norm" in place), 0.02)
+        place_tensor(model.get_submodule(owner), name, drawn, device, dtype)
+    return model.to(device)
+
+
+def main(args) -> None:
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    gib = weight_bytes(random_lite(args.size, args.bits, "meta", dtype)) / 2**30
+    start_memory(device)
+    model = random_lite(args.size, args.bits, device, dtype).train()
+    rows = [{"what": "weights and adapters, counted", "GiB": gib}, {"what": "  as held", "GiB": weight_bytes(model) / 2**30},
+            {"what": "  at most while loading", "GiB": peak_gib(device)}]
+    for recompute in (True, False):
+        start_memory(device)
+        model.set_gradient_checkpointing(recompute)
+        step = our_trainer(model)
+        losses = [step(random_examples(model, 1, seed=0, full=True))[0].item() for _ in range(args.steps)]
+        rows.append({"what": "training" + ", gradient checkpointing" * recompute, "GiB": peak_gib(device)})
+        print(f"losses of {len(losses)} steps on one sample:", *(f"{loss:.3f}" for loss in losses))
+    print(f"{args.size}, {args.bits}, {dtype}")
+    print(report(rows))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="7B", choices=SIZES)
+    parser.add_argument("--bits", default="4bit", choices=["16bit", "8bit", "4bit"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", default=3, type=int)
+    main(parser.parse_args())
