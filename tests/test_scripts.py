@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from train import get_args_parser
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("slurm/*.sbatch")])
 METHODS = {  # the flags in which each method differs, as published
@@ -74,6 +76,19 @@ def test_each_method_trains_with_its_flags_and_is_scored(place, method):
     folder = train.split("--output_dir ")[1].split()[0]
     assert folder == f"./LaVIN-7B-{method.removeprefix('_') or 'base'}"
     assert score == f"torchrun --standalone --nproc_per_node 4 eval.py --adapter_path {folder} --split test"
+
+
+@pytest.mark.parametrize("script, model, method, flags", [
+    ("7b_lite", "7B", "lite", "--bits 4bit --gradient_checkpointing"),
+    ("13b_lite", "13B", "lite", "--temperature 5 --bits 4bit --gradient_checkpointing"),
+    ("13b", "13B", "base", "--temperature 5"),
+    ("vicuna_7b", "7B", "vicuna", "--use_vicuna"),
+    ("vicuna_13b", "13B", "vicuna", "--temperature 5 --use_vicuna")])
+def test_other_bases_train_as_the_base_method(place, script, model, method, flags):
+    train, score = place.run(f"scripts/finetuning_sqa_{script}.sh", "--seed", "1")
+    assert f"train.py --llm_model {model} " in train and train.endswith(f"{flags} {METHODS['']} --seed 1")
+    assert f"eval.py --adapter_path ./LaVIN-{model}-{method} " in score
+    assert get_args_parser().parse_args(train.split("train.py ")[1].split()).temperature == (5 if model == "13B" else 10)
 
 
 @pytest.mark.parametrize("gpus, accum", [(1, 16), (2, 8), (8, 2), (16, 1)])
