@@ -67,7 +67,7 @@ def load_model(args):
     inherit(args, checkpoint.get("flags", {}))
     check_shared(args)
     require_base(args.llama_model_path, args.llm_model, args.tokenizer_path, args.use_vicuna)
-    device = choose_device(args.device, parallel.init()[2])
+    device = choose_device(args.device, parallel.init(args.model_parallel_size)[2])
     dtype = choose_dtype(args.precision, device)
     if args.bits == "fp8":
         check_fp8(device, dtype)
@@ -113,7 +113,7 @@ def answers_first(prompt_format: str) -> bool:
 
 def answer_questions(model, tokenizer, data, pictures: dict, args) -> list[dict]:
     """This process's share of the questions, answered."""
-    rank, world, _ = parallel.init()
+    rank, world, _ = parallel.init(args.model_parallel_size)
     qids = list(data.problems)[rank::world]
     longest = ANSWER_TOKENS if answers_first(args.prompt_format) else args.max_seq_len
     answers = []

@@ -247,7 +247,7 @@ def resume(model, optimizer, scaler, path: Path, args) -> int:
 
 
 def main(args) -> None:
-    rank, world, local_rank = parallel.init()
+    rank, world, local_rank = parallel.init(args.model_parallel_size)
     if args.lr is None:
         args.lr = args.blr * args.batch_size * args.accum_iter * world / 256
     check_args(args)
@@ -279,7 +279,7 @@ def main(args) -> None:
         f"effective batch {args.batch_size * args.accum_iter * world}, lr {args.lr:.3g}, {args.lr_schedule}")
     events = open_events(args.log_dir) if args.log_dir and is_first() else None
 
-    most_tokens = tokens_per_pass(model, examples)
+    most_tokens = parallel.least(tokens_per_pass(model, examples))
     gc.collect()
     gc.freeze()  # what loading and compiling left behind is never searched again
     for p in model.parameters():

@@ -93,6 +93,11 @@ def open_base(folder: Path, vocab_size: int, use_vicuna: bool = False) -> BaseWe
 
 # --- Meta ---
 
+def shard_dim(name: str) -> int | None:
+    """Dimension along which a tensor is split over processes; None: every one has it all."""
+    return next((SHARD_DIMS[part] for part in name.split(".") if part in SHARD_DIMS), None)
+
+
 class MetaShards(Mapping):
     """consolidated.*.pth: every shard holds each tensor's part, along one dimension."""
 
@@ -105,14 +110,14 @@ class MetaShards(Mapping):
     def __len__(self):
         return sum(1 for _ in self)
 
+    def joined_on(self, name: str) -> int | None:
+        if name == "tok_embeddings.weight" and self.shards[0][name].shape[1] == self.dim:
+            return 0  # Llama 3 splits the vocabulary
+        return shard_dim(name)
+
     def __getitem__(self, name):
-        parts = [shard[name] for shard in self.shards]
-        joined = next((SHARD_DIMS[part] for part in name.split(".") if part in SHARD_DIMS), None)
-        if len(parts) == 1 or joined is None:
-            return parts[0]
-        if name == "tok_embeddings.weight" and parts[0].shape[1] == self.dim:
-            joined = 0  # Llama 3 splits the vocabulary
-        return torch.cat(parts, joined)
+        parts, joined = [shard[name] for shard in self.shards], self.joined_on(name)
+        return parts[0] if len(parts) == 1 or joined is None else torch.cat(parts, joined)
 
 
 def open_meta(folder: Path, vocab_size: int) -> BaseWeights:

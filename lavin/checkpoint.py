@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lavin import parallel
 from lavin.base_weights import base_folder, find_tokenizer, open_base, require_base  # noqa: F401, for train.py
 from lavin.errors import UserError, first_line
 from lavin.mm_adapter import AdapterConfig
@@ -43,11 +44,16 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
             model = LaVIN(base.config, vit, adapter, drop_path)
     except ValueError as error:
         raise UserError(str(error)) from error
+    # Here, between description and weights, parts of the model may be swapped (see place_tensor).
+    tensors = base.tensors
+    if parallel.model_size > 1:
+        from lavin.tensor_parallel import OwnParts, divide  # here, since few runs need fairscale
+        divide(model)
+        tensors = OwnParts(tensors)
     llama_places, vit_places = frozen_places(model.llama), frozen_places(model.vision.vit)
-    # Here, between description and weights, is where parts of the model may be swapped (see place_tensor).
     if bits in ("4bit", "8bit"):
         quantize(model, bits)
-    place_weights(model.llama, llama_places, base.tensors, base.where, device, dtype)
+    place_weights(model.llama, llama_places, tensors, base.where, device, dtype)
     place_weights(model.vision.vit, vit_places, vit_tensors, f"--vision_model {vision_model}", device, dtype)
     if tokenizer.n_words > base.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.n_words} pieces and {base.where} {base.config.vocab_size}: "

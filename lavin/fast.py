@@ -25,7 +25,7 @@ def compile_layers(model: LaVIN) -> None:
 def speed_up(model: LaVIN, bits: str = "16bit") -> LaVIN:
     """In place. bits: `fp8` for frozen matrices in fp8. The fused kernels need Ampere (8.0) or newer."""
     if not isinstance(model.llama.layers[0].attention.wq, torch.nn.Linear):
-        return model  # quantized: as it is
+        return model  # quantized, or divided among processes: as it is
     cuda = model.device.type == "cuda"
     if bits == "fp8" or cuda and torch.cuda.get_device_capability(model.device) >= (8, 0):
         fuse(model, bits == "fp8")

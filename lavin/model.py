@@ -68,6 +68,7 @@ class LaVIN(nn.Module):
     def __init__(self, config: LlamaConfig, vit: nn.Module, adapter: AdapterConfig, drop_path: float = 0.0):
         super().__init__()
         self.adapter = adapter
+        self.answer_loss = answer_loss  # may be replaced by one that does the same (lavin/tensor_parallel.py)
         self.records_graphs = True  # whether a step of decoding may become a CUDA graph
         self.llama = Llama(config, adapted_block(adapter, config.n_layers, drop_path))
         adapt_vit(vit, adapter)
@@ -112,7 +113,8 @@ class LaVIN(nn.Module):
 
     def forward(self, batch: Batch):
         """Cross-entropy of the answers' tokens, each times its factor, summed, float32."""
-        return answer_loss(self.hidden_states(batch)[batch.source], self.llama.output.weight, batch.target, batch.factor)
+        hidden = self.hidden_states(batch)[batch.source]
+        return self.answer_loss(hidden, self.llama.output.weight, batch.target, batch.factor)
 
     @torch.no_grad()
     def routing_table(self) -> list[dict]:

@@ -16,7 +16,10 @@ def shared_flags() -> argparse.ArgumentParser:
     add("--vision_model", default="vit_large_patch14_clip_quickgelu_224.openai",
         help="image encoder: OpenAI's ViT-L-14.pt, a folder or file of Hugging Face's or timm's, or timm's name of it")
     add("--cpu_load", action="store_true", help="published flag; weights are always read through host memory")
-    add("--bits", default="16bit", choices=["16bit", "8bit", "4bit", "fp8"], help="LLaMA's frozen matrices; 4bit and 8bit: pip install -r requirements-lite.txt")
+    add("--bits", default="16bit", choices=["16bit", "8bit", "4bit", "fp8"],
+        help="LLaMA's frozen matrices; 4bit and 8bit: pip install -r requirements-lite.txt")
+    add("--model_parallel_size", default=1, type=int,
+        help="neighbouring processes that share one model, for what does not fit one GPU")
     add("--use_vicuna", action="store_true",
         help="Vicuna: adds its v0 delta, the folder vicuna_NAME beside --llm_model NAME; full weights need no delta")
     add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
@@ -43,7 +46,8 @@ def shared_flags() -> argparse.ArgumentParser:
     return parser
 
 
-OF_THE_MACHINE = ("device", "precision", "num_workers", "cpu_load")  # another one may score what this one trained
+# another machine may score what this one trained
+OF_THE_MACHINE = ("device", "precision", "num_workers", "cpu_load", "model_parallel_size")
 
 
 def inherit(args: argparse.Namespace, trained: dict) -> None:
@@ -60,6 +64,9 @@ def captions_of(args: argparse.Namespace) -> str | None:
 
 def check_shared(args: argparse.Namespace) -> None:
     """Raises UserError for values of the shared flags that cannot work."""
+    if args.model_parallel_size > 1 and args.bits != "16bit":
+        raise UserError(f"--model_parallel_size {args.model_parallel_size} divides weights of 16 bits: give "
+                        f"--bits 16bit in place of {args.bits}, or leave --model_parallel_size out")
     for flag in ("max_seq_len", "n_prompt", "hidden_proj", "adapter_dim"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")

@@ -1,0 +1,236 @@
+"""One model on two processes: loss, gradients, runs and answers as on one, and each reads its part of the weights."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from conftest import write_base
+from lavin import parallel
+from lavin.base_weights import MetaShards, open_base
+from lavin.checkpoint import load_base
+from lavin.errors import UserError
+from lavin.fast import speed_up
+from lavin.generation import decode, sampler
+from lavin.mm_adapter import AdapterConfig
+from lavin.model import LaVIN, pack
+from test_base_weights import write_shards
+from test_training import load, log, run, run_flags
+from tiny import mixed_examples, randomise_adapters, tiny_config, tiny_vit
+from util.flags import check_shared
+
+tensor_parallel = pytest.importorskip("lavin.tensor_parallel")
+TESTS = Path(__file__).parent
+DROPOUT = 0.3
+
+
+def losses_gradients_answers(base, llm_model: str) -> dict:
+    """Of trained adapters on a base from its files, dropout on; as many processes as started this together."""
+    model, _ = load_base(str(base.weights), llm_model, str(base.vision), AdapterConfig(dropout_prob=DROPOUT,
+                         dropout_lim=DROPOUT, adapter_type="block"), torch.device("cpu"), torch.float32)
+    torch.manual_seed(5)
+    randomise_adapters(model)
+    loss = model.train()(pack(mixed_examples()))
+    loss.backward()
+    answers = list(decode(model.eval(), mixed_examples(0), 8, sampler(0, 1, [])))
+    return {"loss": loss.detach(), "answers": torch.stack(answers),
+            "gradients": {name: p.grad for name, p in model.named_parameters() if p.requires_grad},
+            "held": {name: list(p.shape) for name, p in model.llama.named_parameters() if "adapter" not in name}}
+
+
+WORKER = """
+import sys, torch
+sys.path[:0] = [{tests!r}, {root!r}]
+import eval, train
+from conftest import Base
+from lavin import parallel
+from pathlib import Path
+from test_tensor_parallel import losses_gradients_answers
+torch.set_num_threads(1)
+parallel.init(2)
+base = Base(Path({weights!r}), Path({vision!r}))
+rank = torch.distributed.get_rank()
+results = [losses_gradients_answers(base, name) for name in {models!r}]
+torch.save([*results, parallel.gather(rank), parallel.least(rank + 3)], "{out}/" + str(rank) + ".pt")
+close, parallel.close = parallel.close, lambda: None  # one group for both commands
+train.main(train.get_args_parser().parse_args({flags!r}))
+torch.distributed.barrier()  # the first process writes the checkpoint
+eval.main(eval.get_args_parser().parse_args(["--adapter_path", {folder!r}, "--device", "cpu", "--model_parallel_size",
+                                             "2"]))
+close()
+"""
+
+
+def start(n: int, out: Path, base, models: list[str], flags: list[str]) -> list:
+    """n processes, two of which share a model: what each returned; a run of theirs, trained and evaluated, in out/run."""
+    (out / "worker.py").write_text(WORKER.format(
+        tests=str(TESTS), root=str(TESTS.parent), weights=str(base.weights), vision=str(base.vision), models=models,
+        out=out, flags=[*flags, "--model_parallel_size", "2"], folder=str(out / "run")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+    with subprocess.Popen([*command, str(out / "worker.py")], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as workers:
+        try:
+            errors = workers.communicate(timeout=180)[1]
+        except subprocess.TimeoutExpired:
+            workers.terminate()  # torchrun ends its processes; killed, it would leave them behind
+            raise
+    assert workers.returncode == 0, errors
+    return [torch.load(out / f"{rank}.pt") for rank in range(n)]
+
+
+def add_shards(base, counts) -> list[str]:
+    """Beside the tiny base, the same in several shards, as Meta writes 13B. Returns all their names."""
+    whole = load(base.weights / "tiny" / "consolidated.00.pth")
+    names = ["tiny"]
+    for count in counts:
+        names.append(f"tiny{count}")
+        folder = base.weights / names[-1]
+        folder.mkdir(exist_ok=True)
+        shutil.copy(base.weights / "tiny" / "params.json", folder)
+        write_shards(whole, folder, count, embedding_dim=1)
+    return names
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer_file):
+    """One of our own, beside which there will be others."""
+    return write_base(tmp_path_factory.mktemp("base"), tokenizer_file)
+
+
+@pytest.fixture(scope="module")
+def two(base, scienceqa, tmp_path_factory):
+    """One model on two processes, from one file, two, and four."""
+    out = tmp_path_factory.mktemp("two")
+    flags = run_flags(base, scienceqa, out / "run", "--dropout_prob", str(DROPOUT), "--dropout_lim", str(DROPOUT))
+    return start(2, out, base, add_shards(base, (2, 4)), flags), out / "run"
+
+
+@pytest.fixture(scope="module")
+def alone(base, two):
+    return losses_gradients_answers(base, "tiny")
+
+
+@pytest.mark.parametrize("files", [0, 1, 2], ids=["one file", "a file a process", "two files a process"])
+def test_loss_and_gradients_are_those_of_one_process(two, alone, files):
+    """On both processes; dropout draws alike in both."""
+    for process in two[0]:
+        torch.testing.assert_close(process[files]["loss"], alone["loss"])
+        for name, gradient in alone["gradients"].items():
+            torch.testing.assert_close(process[files]["gradients"][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_answers_are_those_of_one_process(two, alone):
+    for process in two[0]:
+        for result in process[:3]:
+            assert torch.equal(result["answers"], alone["answers"])
+
+
+def test_each_process_holds_half_of_every_matrix(two, alone):
+    for process in two[0]:
+        for name, shape in process[0]["held"].items():
+            whole = alone["held"][name]
+            assert shape == whole if len(whole) == 1 else torch.Size(shape).numel() * 2 == torch.Size(whole).numel(), name
+
+
+def assert_same_run(folder: Path, alone: Path) -> None:
+    """Losses, adapters, and what eval.py makes of the same checkpoint."""
+    assert [line["train_closs"] for line in log(folder)] == pytest.approx(
+        [line["train_closs"] for line in log(alone)], rel=1e-4)
+    trained = load(alone / "checkpoint-2.pth")["model"]
+    for name, tensor in load(folder / "checkpoint-2.pth")["model"].items():
+        torch.testing.assert_close(tensor, trained[name], atol=2e-3, rtol=0, msg=name)
+    shutil.copy(folder / "checkpoint-2.pth", alone)
+    evaluation.main(evaluation.get_args_parser().parse_args(["--adapter_path", str(alone), "--device", "cpu"]))
+    for name in ("preds.json", "generations.jsonl", "scores.json"):
+        assert (folder / name).read_text() == (alone / name).read_text()
+
+
+def test_run_is_that_of_one_process(two, base, scienceqa, tmp_path):
+    """With dropout: processes that share a model draw alike, and as one that has it to itself."""
+    run(base, scienceqa, tmp_path, "--dropout_prob", str(DROPOUT), "--dropout_lim", str(DROPOUT))
+    assert_same_run(two[1], tmp_path)
+
+
+def test_two_models_on_two_processes_each(base, scienceqa, tmp_path):
+    """Together with data parallel: each model sees half of the samples."""
+    still = ("--dropout_prob", "0")
+    flags = run_flags(base, scienceqa, tmp_path / "run", *still)
+    for gathered, least in start(4, tmp_path, base, [], [*flags, "--batch_size", "2"]):
+        assert gathered == [0, 2] and least == 3  # one of each model; processes that share one agree
+    run(base, scienceqa, tmp_path / "alone", *still)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+
+
+# --- in this process, as if it were one of several ---
+
+@pytest.fixture
+def second_of(monkeypatch):
+    def become(size: int) -> None:
+        monkeypatch.setattr(parallel, "model_size", size)
+        monkeypatch.setattr(tensor_parallel, "get_model_parallel_rank", lambda: 1)
+    return become
+
+
+def test_a_process_reads_its_own_file_alone(base, tmp_path, second_of):
+    add_shards(base, [2])
+    tensors = open_base(base.weights / "tiny2", 480).tensors
+    own = tensors.shards[1]
+    tensors.shards[0] = {name: torch.empty_like(tensor, device="meta") for name, tensor in own.items()}  # unreadable
+    second_of(2)
+    parts = tensor_parallel.OwnParts(tensors)
+    assert len(parts) == len(own) - 1 and all(parts[name] is own[name] for name in parts)  # rope.freqs is computed
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_other_files_are_divided_as_meta_divides(base, shards, second_of):
+    name, = add_shards(base, [shards])[1:]
+    add_shards(base, [2])
+    expected = load(base.weights / "tiny2" / "consolidated.01.pth")
+    second_of(2)
+    parts = tensor_parallel.OwnParts(open_base(base.weights / name, 480).tensors)
+    assert all(torch.equal(parts[name], expected[name]) for name in parts)
+
+
+def test_a_vocabulary_that_files_divide_is_divided_by_dimensions(second_of):
+    """Llama 3."""
+    whole = torch.randn(6, 8)
+    second_of(2)
+    parts = tensor_parallel.OwnParts(MetaShards([{"tok_embeddings.weight": half} for half in whole.chunk(2)], dim=8))
+    assert torch.equal(parts["tok_embeddings.weight"], whole[:, 4:])
+
+
+def described(**llama) -> LaVIN:
+    with torch.device("meta"):
+        return LaVIN(tiny_config(**llama), tiny_vit(), AdapterConfig())
+
+
+@pytest.mark.parametrize("size, llama, what", [
+    (4, {}, "2 key and value heads"), (3, {}, "4 heads"), (2, {"vocab_size": 51}, "51 pieces"),
+    (2, {"d_ff": 45}, "45 hidden units")])
+def test_what_cannot_be_divided_is_named(second_of, size, llama, what):
+    second_of(size)
+    with pytest.raises(UserError, match=f"--model_parallel_size {size} does not divide this model's {what}"):
+        tensor_parallel.divide(described(**llama))
+
+
+def test_the_fast_path_is_not_for_divided_models(second_of):
+    second_of(2)
+    model = described()
+    tensor_parallel.divide(model)
+    assert isinstance(speed_up(model, "fp8").llama.layers[0].attention.wq, tensor_parallel.ColumnParallelLinear)
+
+
+def test_processes_and_flags_that_do_not_fit():
+    for size in (0, 2):
+        with pytest.raises(UserError, match=f"--model_parallel_size {size} does not divide the number of processes, 1"):
+            parallel.init(size)
+    with pytest.raises(UserError, match="--bits 16bit in place of fp8"):
+        check_shared(train.get_args_parser().parse_args(["--model_parallel_size", "2", "--bits", "fp8"]))
