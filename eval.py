@@ -113,7 +113,7 @@ def answers_first(prompt_format: str) -> bool:
 
 def answer_questions(model, tokenizer, data, pictures: dict, args) -> list[dict]:
     """This process's share of the questions, answered."""
-    rank, world, _ = parallel.init(args.model_parallel_size)
+    rank, world, _ = parallel.init()
     qids = list(data.problems)[rank::world]
     longest = ANSWER_TOKENS if answers_first(args.prompt_format) else args.max_seq_len
     answers = []

@@ -168,6 +168,8 @@ def accumulate_in_memory(model, pairs: list[tuple], most_tokens: float, scaler) 
         try:
             return accumulate(model, pairs, most_tokens, scaler), most_tokens
         except torch.OutOfMemoryError:
+            if parallel.model_size > 1:  # the others wait for this one in the midst of a pass
+                raise
             if len(passes(pairs, most_tokens)) == len(pairs):  # one sample a pass, and no less is possible
                 raise
         most_tokens = min(most_tokens, sum(len(example.ids) for example, _ in pairs)) / 2

@@ -17,7 +17,10 @@ model_size = 1  # processes that share a model, as told to `init`
 
 
 def init(model_parallel_size: int = 1) -> tuple[int, int, int]:
-    """Joins the processes that torchrun started. Returns data-parallel rank and size, and the rank on this machine."""
+    """Joins the processes that torchrun started. Returns data-parallel rank and size, and the rank on this machine.
+
+    Called again, it only tells these. Raises UserError where the processes cannot be grouped so.
+    """
     global model_size
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if model_parallel_size < 1 or world % model_parallel_size:

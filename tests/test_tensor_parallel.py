@@ -18,11 +18,11 @@ from lavin.base_weights import MetaShards, open_base
 from lavin.checkpoint import load_base
 from lavin.errors import UserError
 from lavin.fast import speed_up
-from lavin.generation import decode, sampler
+from lavin.generation import KVCache, decode, sampler
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN, pack
 from test_base_weights import write_shards
-from test_training import load, log, run, run_flags
+from test_training import OFF, load, log, run, run_flags
 from tiny import mixed_examples, randomise_adapters, tiny_config, tiny_vit
 from util.flags import check_shared
 
@@ -42,6 +42,7 @@ def losses_gradients_answers(base, llm_model: str) -> dict:
     answers = list(decode(model.eval(), mixed_examples(0), 8, sampler(0, 1, [])))
     return {"loss": loss.detach(), "answers": torch.stack(answers),
             "gradients": {name: p.grad for name, p in model.named_parameters() if p.requires_grad},
+            "cache": KVCache(model.llama.config, 1, 64, "cpu", torch.float32).keys.numel(),
             "held": {name: list(p.shape) for name, p in model.llama.named_parameters() if "adapter" not in name}}
 
 
@@ -132,8 +133,9 @@ def test_answers_are_those_of_one_process(two, alone):
             assert torch.equal(result["answers"], alone["answers"])
 
 
-def test_each_process_holds_half_of_every_matrix(two, alone):
+def test_each_process_holds_half_of_every_matrix_and_cache(two, alone):
     for process in two[0]:
+        assert 2 * process[0]["cache"] == alone["cache"]
         for name, shape in process[0]["held"].items():
             whole = alone["held"][name]
             assert shape == whole if len(whole) == 1 else torch.Size(shape).numel() * 2 == torch.Size(whole).numel(), name
@@ -226,6 +228,20 @@ def test_the_fast_path_is_not_for_divided_models(second_of):
     model = described()
     tensor_parallel.divide(model)
     assert isinstance(speed_up(model, "fp8").llama.layers[0].attention.wq, tensor_parallel.ColumnParallelLinear)
+
+
+def test_lack_of_memory_ends_a_shared_model(monkeypatch):
+    """Half a pass later, the others would wait for ever."""
+    monkeypatch.setattr(parallel, "model_size", 2)
+    calls = []
+
+    def model(batch):
+        calls.append(batch)
+        raise torch.OutOfMemoryError
+    model.device = "cpu"
+    with pytest.raises(torch.OutOfMemoryError):
+        train.accumulate_in_memory(model, [(example, 1.0) for example in mixed_examples()], 1e9, OFF)
+    assert len(calls) == 1
 
 
 def test_processes_and_flags_that_do_not_fit():
