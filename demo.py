@@ -40,6 +40,9 @@ def load_chatbot(args) -> Chatbot:
 
 
 def main(args) -> None:
+    if (args.model_parallel_size or 1) > 1:
+        raise UserError(f"--model_parallel_size {args.model_parallel_size}: a conversation needs the model in one "
+                        "process; make it smaller with --bits 4bit")
     settings = Settings(args.max_new_tokens, args.generation_temperature, args.top_p)
     if args.cli:
         from util.terminal_chat import talk

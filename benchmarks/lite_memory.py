@@ -41,7 +41,8 @@ def main(args) -> None:
     gib = weight_bytes(random_lite(args.size, args.bits, "meta", dtype)) / 2**30
     start_memory(device)
     model = random_lite(args.size, args.bits, device, dtype).train()
-    rows = [{"what": "weights and adapters, counted", "GiB": gib}, {"what": "  as held", "GiB": weight_bytes(model) / 2**30},
+    rows = [{"what": "weights and adapters, counted", "GiB": gib},
+            {"what": "  as held", "GiB": weight_bytes(model) / 2**30},
             {"what": "  at most while loading", "GiB": peak_gib(device)}]
     for recompute in (True, False):
         start_memory(device)

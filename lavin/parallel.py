@@ -1,7 +1,7 @@
 """Many processes, one step (torchrun): data parallel, with one all-reduce of all gradients a step.
 
-Where `--model_parallel_size` neighbouring processes share one model (lavin/tensor_parallel.py), they see the same samples
-and hold the same adapters: together they are one data-parallel process.
+Where `--model_parallel_size` neighbouring processes share one model (lavin/tensor_parallel.py), they see the same
+samples and hold the same adapters: together they are one data-parallel process.
 """
 
 import os
@@ -24,8 +24,8 @@ def init(model_parallel_size: int = 1) -> tuple[int, int, int]:
     global model_size
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if model_parallel_size < 1 or world % model_parallel_size:
-        raise UserError(f"--model_parallel_size {model_parallel_size} does not divide the number of processes, {world}: "
-                        "start others with torchrun --nproc_per_node")
+        raise UserError(f"--model_parallel_size {model_parallel_size} does not divide the number of processes, "
+                        f"{world}: start others with torchrun --nproc_per_node")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
     if model_parallel_size > 1 and model_size == 1:
@@ -61,7 +61,7 @@ def least(number: float) -> float:
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter], number: torch.Tensor) -> torch.Tensor:
-    """Sums gradients, in place, and one number over all data-parallel processes: one message. Returns the summed number.
+    """Sums gradients, in place, and one number over all data-parallel processes: one message. Returns that sum.
 
     Processes that share a model bring the same gradients, and each a part of them, so that they stay the same to the
     last bit.

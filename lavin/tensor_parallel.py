@@ -45,7 +45,8 @@ def divide(model: LaVIN) -> None:
     for what, number in {"heads": config.n_heads, "key and value heads": config.kv_heads, "pieces": config.vocab_size,
                          "hidden units": config.hidden_dim, "dimensions": config.dim}.items():
         if number % size:
-            raise UserError(f"--model_parallel_size {size} does not divide this model's {number} {what}: choose another")
+            raise UserError(f"--model_parallel_size {size} does not divide this model's {number} {what}: "
+                            "choose another")
     for block in model.llama.layers:
         attention, feed_forward = block.attention, block.feed_forward
         for linear in (attention.wq, attention.wk, attention.wv, feed_forward.w1, feed_forward.w3):

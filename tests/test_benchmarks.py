@@ -64,6 +64,17 @@ def test_chat_latency(capsys):
     assert list(rows_of(chat_latency, capsys, tokens=20, repeats=1)) == ["published, fp16", "ours, bf16", "ours, fp8"]
 
 
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_lite_memory(capsys, bits):
+    """It runs, and what it counts on meta is what it holds, to the byte."""
+    pytest.importorskip("bitsandbytes")
+    import lite_memory
+    rows_of(lite_memory, capsys, bits=bits, steps=1)
+    counted, held, exact = (lite_memory.weight_bytes(lite_memory.random_lite("tiny", kind, device, torch.float32))
+                            for kind, device in ((bits, "meta"), (bits, "cpu"), ("16bit", "meta")))
+    assert counted == held < 0.75 * exact
+
+
 def test_arithmetic_that_nothing_can_leave_out():
     """4 x frozen parameters x tokens, by hand for the tiny size: LLaMA 2 layers of width 64, hidden 192."""
     model = train_throughput.random_lavin("tiny", "cpu", torch.float32)

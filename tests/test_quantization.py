@@ -125,7 +125,8 @@ def test_model_is_that_of_the_rounded_weights(lite, bits):
         torch.testing.assert_close(loss, expected)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, of_plain[name], atol=1e-5, rtol=1e-4, msg=name)
-    answers = [torch.stack(list(decode(model.eval(), mixed_examples(0), 8, sampler(0, 1, [])))) for model in (plain, quantized)]
+    answers = [torch.stack(list(decode(model.eval(), mixed_examples(0), 8, sampler(0, 1, []))))
+               for model in (plain, quantized)]
     assert torch.equal(*answers)
 
 

@@ -88,7 +88,8 @@ def test_other_bases_train_as_the_base_method(place, script, model, method, flag
     train, score = place.run(f"scripts/finetuning_sqa_{script}.sh", "--seed", "1")
     assert f"train.py --llm_model {model} " in train and train.endswith(f"{flags} {METHODS['']} --seed 1")
     assert f"eval.py --adapter_path ./LaVIN-{model}-{method} " in score
-    assert get_args_parser().parse_args(train.split("train.py ")[1].split()).temperature == (5 if model == "13B" else 10)
+    flags = get_args_parser().parse_args(train.split("train.py ")[1].split())
+    assert flags.temperature == (5 if model == "13B" else 10)
 
 
 @pytest.mark.parametrize("gpus, accum", [(1, 16), (2, 8), (8, 2), (16, 1)])
