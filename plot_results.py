@@ -5,7 +5,6 @@ a small tick a seed; the band of a loss is its standard deviation over the seeds
 """
 
 import argparse
-import os
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
@@ -24,6 +23,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from lavin.errors import UserError, one_line_errors
 from lavin.mm_adapter import dropout_schedule
+from lavin.whole_files import whole_file
 from util.comparison import NAMES, Comparison, Method, beside_published, compare, published
 from util.files import write_text
 from util.lr_sched import learning_rate
@@ -244,12 +244,9 @@ def subtitle(comparison: Comparison) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Beside its place first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
     dateless = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}  # the same file from the same runs
-    figure.savefig(beside, format=path.suffix[1:], **dateless)
-    os.replace(beside, path)
+    with whole_file(path) as beside:
+        figure.savefig(beside, format=path.suffix[1:], **dateless)
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:

@@ -6,7 +6,6 @@ is renamed.
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from lavin.model import LaVIN
 from lavin.tensor_files import read_torch
 from lavin.tokenizer import Tokenizer
 from lavin.vision_weights import open_vit
+from lavin.whole_files import whole_file
 
 # (ours, published), prefixes of parameter names
 RENAMED = (("llama.layers.", "layers."),
@@ -129,9 +129,8 @@ def adapter_parameters(model: LaVIN) -> dict[str, torch.nn.Parameter]:
 def save_adapters(model: LaVIN, path: Path, **extra) -> None:
     """Writes `{"model": ..., "adapter_config": ..., **extra}`; extra: plain values and tensors."""
     tensors = {name: p.detach().cpu().clone() for name, p in adapter_parameters(model).items()}
-    beside = path.with_name(path.name + ".part")
-    torch.save({"model": tensors, "adapter_config": dataclasses.asdict(model.adapter), **extra}, beside)
-    os.replace(beside, path)
+    with whole_file(path) as beside:
+        torch.save({"model": tensors, "adapter_config": dataclasses.asdict(model.adapter), **extra}, beside)
 
 
 def read_adapters(path: Path) -> dict:

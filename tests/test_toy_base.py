@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -53,7 +54,7 @@ def weights(toy: Path) -> dict[str, torch.Tensor]:
 
 def pieces(toy: Path) -> list[tuple[str, float]]:
     """The tokenizer without the path under which it was trained, which SentencePiece keeps in its file."""
-    model = Tokenizer(toy / "tokenizer.model").model
+    model = SentencePieceProcessor(model_file=str(toy / "tokenizer.model"))
     return [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
 
 
@@ -78,8 +79,8 @@ def test_val_and_test_are_not_read_and_the_build_repeats(mini, toy, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_tokenizer_has_llamas_special_tokens_and_bytes(tokenizer):
-    model = tokenizer.model
+def test_tokenizer_has_llamas_special_tokens_and_bytes(toy, tokenizer):
+    model = SentencePieceProcessor(model_file=str(toy / "tokenizer.model"))
     assert (model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id()) == (0, 1, 2, -1)
     assert model.is_byte(model.piece_to_id("<0x0A>"))
     text = "Question: Where?\nContext: 372 €\nOptions: (A) here (B) 東\nResponse:"
@@ -91,7 +92,8 @@ def test_digits_stay_apart(mini, tmp_path):
     data = load_scienceqa(str(mini), "train", str(mini / "captions.json"))
     for problem in data.problems.values():
         problem["question"] += " 1984"
-    model = make_toy_base.train_tokenizer(data, tmp_path / "tokenizer.model").model
+    make_toy_base.train_tokenizer(data, tmp_path / "tokenizer.model")
+    model = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     words = [model.id_to_piece(i) for i in range(model.vocab_size()) if not model.is_byte(i)]
     assert all(len(word) == 1 for word in words if any(c.isdigit() for c in word))
 

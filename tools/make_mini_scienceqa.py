@@ -8,7 +8,7 @@ arXiv 2209.09513). The same seed gives the same problems and pixels. No problem 
 
 import argparse
 import json
-import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -16,6 +16,9 @@ from random import Random
 from mini_pictures import Canvas
 from mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Problem, Skill, make_problem
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from lavin.whole_files import whole_file  # noqa: E402
 
 SIZES = {"train": 2000, "val": 120, "test": 400}
 WITH_PICTURE = 0.45
@@ -85,26 +88,19 @@ def draw(problem: Problem, qid: str, seed: int):
     return canvas.finish()
 
 
-def write_beside(path: Path, write) -> None:
-    """Calls `write` with a path beside `path`, then renames, so that no reader sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    write(beside)
-    os.replace(beside, path)
-
-
 def write_mini_scienceqa(out: Path, sizes: dict[str, int], seed: int) -> dict[str, tuple[str, Problem]]:
     """Pictures first, problems.json last, so that what has problems.json is whole. Returns the problems."""
     problems = make_problems(sizes, seed)
     pictured = {qid: item for qid, item in problems.items() if item[1].skill.draw}
     for qid, (split, problem) in tqdm(pictured.items(), "pictures", unit="picture"):
-        write_beside(out / "images" / split / qid / "image.png",
-                     lambda path: draw(problem, qid, seed).save(path, format="png"))
+        with whole_file(out / "images" / split / qid / "image.png") as path:
+            draw(problem, qid, seed).save(path, format="png")
     files = {"captions.json": {"captions": {qid: problem.caption for qid, (_, problem) in pictured.items()}},
              "pid_splits.json": split_ids(problems, sizes),
              "problems.json": {qid: record(*item) for qid, item in problems.items()}}
     for name, content in files.items():
-        write_beside(out / name, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+        with whole_file(out / name) as path:
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return problems
 
 

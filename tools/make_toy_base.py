@@ -7,8 +7,6 @@ is right. The ViT learns to tell which caption belongs to a picture. Both are fr
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 from random import Random
@@ -25,7 +23,9 @@ from lavin.errors import one_line_errors  # noqa: E402
 from lavin.llama import Llama, LlamaConfig, PackedPlan  # noqa: E402
 from lavin.tokenizer import Tokenizer  # noqa: E402
 from lavin.vision import VisionEncoder, timm  # noqa: E402
+from lavin.whole_files import whole_file  # noqa: E402
 from util.datasets import load_pictures, load_scienceqa  # noqa: E402
+from util.files import write_json  # noqa: E402
 from util.prompts import OPTIONS, build_prompt  # noqa: E402
 
 VOCABULARY = 1600
@@ -153,13 +153,6 @@ def pretrain_vit(data, pictures: dict[str, torch.Tensor], seed: int) -> nn.Modul
     return vit
 
 
-def write_beside(path: Path, write) -> None:
-    """Calls `write` with a path beside `path`, then renames, so that no reader sees half a file."""
-    beside = path.with_name(path.name + ".part")
-    write(beside)
-    os.replace(beside, path)
-
-
 def main(args) -> None:
     out = args.out
     (out / "vit").mkdir(parents=True, exist_ok=True)
@@ -170,10 +163,12 @@ def main(args) -> None:
 
     config = {"architecture": VIT_NAME, "model_args": VIT, "num_classes": 0,
               "pretrained_cfg": {"input_size": [3, VIT["img_size"], VIT["img_size"]], "num_classes": 0}}
-    write_beside(out / "vit" / "model.safetensors", lambda path: save_file(vit.state_dict(), path))
-    write_beside(out / "vit" / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
-    write_beside(out / "params.json", lambda path: path.write_text(json.dumps(LLAMA) + "\n"))
-    write_beside(out / "consolidated.00.pth", lambda path: torch.save(llama.state_dict(), path))
+    with whole_file(out / "vit" / "model.safetensors") as path:
+        save_file(vit.state_dict(), path)
+    write_json(out / "vit" / "config.json", config)
+    write_json(out / "params.json", LLAMA)
+    with whole_file(out / "consolidated.00.pth") as path:
+        torch.save(llama.state_dict(), path)
     print(f"{out}: {tokenizer.n_words} pieces, LLaMA {sum(p.numel() for p in llama.parameters()):,} parameters, "
           f"ViT {sum(p.numel() for p in vit.parameters()):,}")
 

@@ -1,10 +1,10 @@
 """Files that are either whole or not there, and JSON whose faults are named."""
 
 import json
-import os
 from pathlib import Path
 
 from lavin.errors import UserError
+from lavin.whole_files import whole_file
 
 
 def read_json(path: Path, mend: str = "put it there, or correct the path") -> dict:
@@ -21,12 +21,8 @@ def read_json(path: Path, mend: str = "put it there, or correct the path") -> di
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes beside the place, then renames, so that no reader sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value) -> None:
