@@ -133,11 +133,13 @@ def sampler(temperature: float, top_p: float, seeds: list[int]) -> Callable[[tor
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def choose(logits):
-        probabilities, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before > top_p, 0).cpu()
-        picks = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, generators)]
-        return order.gather(1, torch.stack(picks).to(order.device))[:, 0]
+        probabilities = (logits / temperature).softmax(-1)
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0)
+        # drawn in the vocabulary's order, since rounding may swap two tokens of almost the same probability
+        kept = torch.zeros_like(probabilities).scatter(-1, order, ordered).cpu()
+        picks = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(kept, generators)]
+        return torch.cat(picks).to(logits.device)
 
     return choose
 

@@ -9,10 +9,10 @@ from lavin import frozen, kernels
 from lavin.errors import UserError
 from lavin.fast import fuse
 from lavin.frozen import FrozenLinear, check_fp8
-from lavin.llama import apply_rotary, rotary_angles
+from lavin.llama import apply_rotary, rotary_angles, rotary_frequencies
 from lavin.loss import answer_loss
 from lavin.model import pack
-from tiny import mixed_examples, tiny_model
+from tiny import mixed_examples, tiny_config, tiny_model
 
 
 def gradients(outputs, inputs, slopes):
@@ -29,7 +29,7 @@ def test_swiglu_and_its_gradient():
 
 
 def test_gradient_of_rotary():
-    cos, sin = rotary_angles(torch.tensor([0, 1, 5, 2, 9]), 8, 10000.0)
+    cos, sin = rotary_angles(torch.tensor([0, 1, 5, 2, 9]), rotary_frequencies(tiny_config(dim=32, n_heads=4)))
     rows = torch.randn(5, 6 + 3 + 3, 8, requires_grad=True)
     query, key, value = rows.split((6, 3, 3), 1)
     outputs = apply_rotary(query, (cos, sin)), apply_rotary(key, (cos, sin)), value
