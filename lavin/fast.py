@@ -17,6 +17,7 @@ def compile_layers(model: LaVIN) -> None:
     # torch 2.11's compiler cannot look into these at varying sizes; what follows it can
     for function in (frozen.frozen_product, frozen.swiglu_products, frozen.turned_product):
         torch.compiler.allow_in_graph(function)
+    torch.fx.experimental._config.use_duck_shape = False  # two sizes that are equal once need not stay so
     torch._dynamo.config.recompile_limit = 32  # training, prefill, decoding, one sequence: each its own program
     for stack in (model.llama, model.vision):
         stack.run_blocks = torch.compile(stack.run_blocks, dynamic=True)

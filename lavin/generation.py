@@ -1,13 +1,15 @@
 """Answers: ragged prefill into a key/value cache, batched decoding, option scoring.
 
 Notable:
-- Prefill is the packed row of training; decoding adds one row a sequence. Both give the logits of the full forward.
+- Prefill is training's forward pass, which fills the cache on its way; decoding adds one row a sequence. Both give the
+  logits of the full forward.
 - A sequence's answer does not depend on its batch mates, sampled or not: each sequence draws from its own generator.
-- The modality token needs no cache: all that it does is in `LaVIN.routing_table`.
+- The modality token needs no cache: all that it does is in the routing table that prefill fills in.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from lavin.errors import UserError
 from lavin.llama import LlamaConfig, PackedPlan
 from lavin.mm_adapter import Routing
-from lavin.model import LaVIN, pack
+from lavin.model import MODALITIES, LaVIN, pack
 from lavin.tokenizer import Example, Tokenizer
 
 STEPS_BEFORE_GRAPH = 8  # short answers end before a CUDA graph of the step would pay
@@ -33,12 +35,13 @@ class KVCache:
 
 
 class PrefillPlan(PackedPlan):
-    """The prompts as a packed row whose keys and values fill the cache."""
+    """The packed row of training, in which the samples' keys and values fill the cache."""
 
-    def __init__(self, lengths: list[int], cache: KVCache):
-        super().__init__(lengths, cache.keys.device, starts=[1] * len(lengths))  # position 0: the modality token
+    def __init__(self, cache: KVCache, *layout, **starts):
+        super().__init__(*layout, **starts)
         self.cache = cache
-        cache.lengths += self.offsets.diff()
+        self.sequences, self.slots = self.documents[MODALITIES:] - MODALITIES, self.places[MODALITIES:]
+        cache.lengths += self.offsets.diff()[MODALITIES:]
 
     def of(self, layer: int):
         return PrefillLayer(self, self.cache.keys[layer], self.cache.values[layer])
@@ -51,8 +54,8 @@ class PrefillLayer:
     values: torch.Tensor
 
     def attend(self, query, key, value):
-        self.keys[self.plan.documents, :, self.plan.places] = key
-        self.values[self.plan.documents, :, self.plan.places] = value
+        self.keys[self.plan.sequences, :, self.plan.slots] = key[MODALITIES:]
+        self.values[self.plan.sequences, :, self.plan.slots] = value[MODALITIES:]
         return self.plan.attend(query, key, value)
 
 
@@ -93,11 +96,10 @@ def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
     choose: logits [B, V] float32 -> ids [B].
     """
     batch = pack(examples).to(model.device)
-    table = model.routing_table()
     cache = KVCache(model.llama.config, len(examples), max(batch.lengths) + max_new_tokens, model.device, model.dtype)
-    plan = PrefillPlan(batch.lengths, cache)
-    hidden = model.llama(model.embed(batch), plan, Routing(batch.modality[plan.documents], table))
-    logits = model.llama.output(hidden[plan.offsets[1:] - 1]).float()
+    table = [{} for _ in model.llama.layers]
+    hidden = model.hidden_states(batch, partial(PrefillPlan, cache), table)
+    logits = model.llama.output(hidden[cache.lengths.cumsum(0) - 1]).float()
     routing = Routing(batch.modality, table)
 
     def step(ids):

@@ -19,8 +19,9 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def empty_rows(like: torch.Tensor, width: int, quantized: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = like.new_empty(len(like), width, dtype=FP8 if quantized else like.dtype)
-    return rows, like.new_empty(len(like) if quantized else 0, 1, dtype=torch.float32)
+    N = like.shape[0]  # len() would make the compiler take N for a constant
+    rows = like.new_empty(N, width, dtype=FP8 if quantized else like.dtype)
+    return rows, like.new_empty(N if quantized else 0, 1, dtype=torch.float32)
 
 
 def finished(x: torch.Tensor, dtype: torch.dtype, quantized: bool) -> tuple[torch.Tensor, torch.Tensor]:

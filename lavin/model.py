@@ -102,13 +102,13 @@ class LaVIN(nn.Module):
         return (self.adapter_modality_embedding.weight.to(self.dtype),
                 torch.arange(MODALITIES, device=self.device))
 
-    def hidden_states(self, batch: Batch):
-        """Last hidden states of the samples [N, D], normalised."""
+    def hidden_states(self, batch: Batch, make_plan=PackedPlan, table: list[dict] | None = None):
+        """Last hidden states of the samples [N, D], normalised. table: to be filled in, see Routing."""
         tokens, kinds = self.modality_rows()
-        plan = PackedPlan([1] * MODALITIES + batch.lengths, self.device,
-                          starts=[0] * MODALITIES + [1] * len(batch.lengths))
+        plan = make_plan([1] * MODALITIES + batch.lengths, self.device,
+                         starts=[0] * MODALITIES + [1] * len(batch.lengths))
         modality = torch.cat((kinds, batch.modality))[plan.documents]
-        x = self.llama(torch.cat((tokens, self.embed(batch))), plan, Routing(modality))
+        x = self.llama(torch.cat((tokens, self.embed(batch))), plan, Routing(modality, table))
         return x[MODALITIES:]
 
     def forward(self, batch: Batch):
@@ -118,7 +118,7 @@ class LaVIN(nn.Module):
 
     @torch.no_grad()
     def routing_table(self) -> list[dict]:
-        """Every layer's mixtures [2, 2] by modality, for generation: they depend on parameters alone."""
+        """Every layer's mixtures [2, 2] by modality: they depend on parameters alone."""
         tokens, kinds = self.modality_rows()
         table = [{} for _ in self.llama.layers]
         self.llama(tokens, PackedPlan([1] * MODALITIES, self.device), Routing(kinds, table))
