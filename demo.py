@@ -1,15 +1,19 @@
 """Talk to finished runs, in the browser or (--cli) in the terminal: `python demo.py --runs FOLDER`.
 
-The frozen base is loaded once; which run answers is chosen from question to question.
+The frozen base is loaded once; which run answers is chosen from question to question. A model too large for one GPU is
+shared by several: `torchrun --nproc_per_node 2 demo.py --model_parallel_size 2 --runs FOLDER`.
 """
 
 import argparse
+from contextlib import nullcontext
 
 from eval import load_model
+from lavin import parallel
 from lavin.errors import UserError, one_line_errors
 from util.chat import Chatbot, Settings, find_runs
 from util.flags import shared_flags
-from util.logging import say
+from util.logging import is_first, say
+from util.shared_chat import SharedChatbot
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -36,23 +40,36 @@ def load_chatbot(args) -> Chatbot:
         say(line)
     args.adapter_path = str(next(iter(runs.values())))
     model, tokenizer, _ = load_model(args)
-    return Chatbot(model, tokenizer, runs, args.max_seq_len)
+    bot = (Chatbot if parallel.model_size == 1 else SharedChatbot)(model, tokenizer, runs, args.max_seq_len)
+    if model.device.type == "cuda":
+        say("a first answer, which compiles the model ...")
+        bot.warm_up()
+    return bot
 
 
-def main(args) -> None:
-    if (args.model_parallel_size or 1) > 1:
-        raise UserError(f"--model_parallel_size {args.model_parallel_size}: a conversation needs the model in one "
-                        "process; make it smaller with --bits 4bit")
-    settings = Settings(args.max_new_tokens, args.generation_temperature, args.top_p)
+def choose_front(args):
+    """talk(bot, settings) in the terminal or on the page."""
     if args.cli:
         from util.terminal_chat import talk
-        talk(load_chatbot(args), settings)
-        return
+        return talk
     try:
         from util.web_chat import serve
     except ImportError as error:
         raise UserError("the page needs Gradio: pip install -r requirements-demo.txt, or take --cli") from error
-    serve(load_chatbot(args), settings, args.data_root, args.port, args.share)
+    return lambda bot, settings: serve(bot, settings, args.data_root, args.port, args.share)
+
+
+def main(args) -> None:
+    if parallel.init(args.model_parallel_size or 1)[1] > 1:
+        raise UserError("demo.py is one model: give --model_parallel_size the number of processes, or start one alone")
+    talk = choose_front(args)
+    bot = load_chatbot(args)
+    if not is_first():
+        bot.follow()
+    else:
+        with bot.leading() if parallel.model_size > 1 else nullcontext():
+            talk(bot, Settings(args.max_new_tokens, args.generation_temperature, args.top_p))
+    parallel.close()
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def profile(step, samples, device) -> None:
 
 
 def main(args) -> None:
-    torch.use_deterministic_algorithms(True, warn_only=True)  # as train.py
+    torch.use_deterministic_algorithms(True)  # as train.py
     torch.utils.deterministic.fill_uninitialized_memory = False
     bench = Benchmark(args)
 

@@ -24,6 +24,7 @@ from lavin.generation import KVCache, decode, sampler
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN, pack
 from test_base_weights import write_shards
+from test_chat import write_run
 from test_training import OFF, load, log, run, run_flags
 from tiny import mixed_examples, randomise_adapters, tiny_config, tiny_vit
 from util.flags import check_shared
@@ -174,6 +175,21 @@ def test_two_models_on_two_processes_each(base, scienceqa, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
+def test_a_conversation_is_that_of_one_process(base, tmp_path):
+    """Runs switched and compared, and a question that is refused, after which the processes still go together."""
+    for seed, name in enumerate(("one", "other")):
+        write_run(tmp_path / name, base, seed)
+    lines = ["Which pond is warm?", "why " * 300, "And the river?", "/options north | south", "Which pond?",
+             "/compare 1 2", "/run 2", "Which lizard?"]
+    ours = [str(Path(demo.__file__)), "--runs", str(tmp_path), "--cli", "--device", "cpu", "--max_new_tokens", "9",
+            "--max_seq_len", "120"]
+    shared = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *ours, "--model_parallel_size", "2"]
+    alone, both = (subprocess.run([sys.executable, *command], input="\n".join(lines), capture_output=True, text=True,
+                                  timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}) for command in (ours, shared))
+    assert both.returncode == 0, both.stderr
+    assert both.stdout == alone.stdout and "tokens too many" in alone.stdout and alone.stdout.count("(A) north") == 3
+
+
 # --- in this process, as if it were one of several ---
 
 @pytest.fixture
@@ -253,5 +269,3 @@ def test_processes_and_flags_that_do_not_fit():
             parallel.init(size)
     with pytest.raises(UserError, match="--bits 16bit in place of fp8"):
         check_shared(train.get_args_parser().parse_args(["--model_parallel_size", "2", "--bits", "fp8"]))
-    with pytest.raises(UserError, match="--model_parallel_size 2: a conversation needs the model in one process"):
-        demo.main(demo.get_args_parser().parse_args(["--model_parallel_size", "2", "--cli"]))

@@ -152,6 +152,11 @@ class Chatbot:
                 module.temperature = adapter.temperature
         return checkpoint["flags"]["prompt_format"]
 
+    def warm_up(self) -> None:
+        """Compiles what answers need, with and without a picture."""
+        for picture in (None, torch.zeros(3, *[self.model.vision.image_size] * 2, dtype=torch.uint8)):
+            list(Chatbot.steps(self, next(iter(self.runs)), [], Question("What is this?", picture), Settings(3)))
+
     def answer(self, run: str, turns: list[Turn], question: Question, settings: Settings) -> Iterator[Answer]:
         """The answer as it grows; ends early where another question is asked. Raises UserError as `fit` does."""
         steps = self.steps(run, turns, question, settings)
