@@ -173,9 +173,7 @@ def accumulate_in_memory(model, pairs: list[tuple], most_tokens: float, scaler) 
             if len(passes(pairs, most_tokens)) == len(pairs):  # one sample a pass, and no less is possible
                 raise
         most_tokens = min(most_tokens, sum(len(example.ids) for example, _ in pairs)) / 2
-        for p in model.parameters():
-            if p.requires_grad:
-                p.grad.zero_()
+        model.zero_grad()
 
 
 def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad: float | None) -> torch.Tensor:
@@ -193,7 +191,7 @@ def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad:
     else:
         optimizer.found_inf = 1 - finite.float()
         optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
+    optimizer.zero_grad()
     return torch.stack((loss, finite.to(loss.dtype)))
 
 
@@ -285,8 +283,7 @@ def main(args) -> None:
     most_tokens = parallel.least(tokens_per_pass(model, examples))
     gc.collect()
     gc.freeze()  # what loading and compiling left behind is never searched again
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None  # a step without pictures has no ViT gradients
+    model.zero_grad()
     for epoch in range(first_epoch, args.epochs):
         entry = train_epoch(model, optimizer, scaler, examples, args, epoch, rank, world, most_tokens)
         if is_first():

@@ -43,7 +43,7 @@ def main(args) -> None:
         print(report(rows[-1:]), flush=True)
 
     model = random_lavin(args.size, device, fp16).eval()
-    prompts = random_examples(model, 3 + args.repeats, 0, full=False, answers=False)
+    prompts = random_examples(model, max(args.repeats, 8), 0, answers=False)  # some with pictures
     seconds = []
     start_memory(device)
     for n_tokens in (2, 1, 1 + args.tokens):  # the first only warms up
@@ -57,10 +57,10 @@ def main(args) -> None:
         gc.collect()
         torch.compiler.reset()
         model = speed_up(random_lavin(args.size, device, bf16), bits).eval()
-        for prompt in prompts[:3]:
+        for prompt in (next(p for p in prompts if (p.image is None) == text) for text in (True, False)):
             answer(model, prompt, FIRST + 2)  # compiles
         start_memory(device)
-        results = [answer(model, prompt, args.tokens) for prompt in prompts[3:]]
+        results = [answer(model, prompt, args.tokens) for prompt in prompts[-args.repeats:]]
         add(f"ours, {bits.replace('16bit', 'bf16')}", *(statistics.median(column) for column in zip(*results)))
     print(report(rows))
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ def random_lavin(size: str, device, dtype, dropout: float = 0.1) -> LaVIN:
     return model.to(device)
 
 
+@cache
 def length_rows() -> list[tuple[int, int, int]]:
     """[prompt tokens with BOS, all tokens with BOS and EOS, has image] of 150 real problems."""
     return json.loads(Path(__file__).with_name("token_lengths.json").read_text())["rows"]

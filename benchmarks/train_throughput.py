@@ -35,16 +35,13 @@ def frozen_flops(weights: dict[str, int], patches: int, batch) -> float:
                 + weights["vit"] * patches * pictures)
 
 
-def gradients_at_zero(model) -> list:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    return parameters
+def trained(model) -> list:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def published_trainer(model):
     """Its own loop: fp16 with loss scaling, and a look at the loss every step."""
-    parameters = gradients_at_zero(model)
+    parameters = trained(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
 
@@ -61,7 +58,7 @@ def published_trainer(model):
 
 def our_trainer(model):
     """train.py's step."""
-    parameters = gradients_at_zero(model)
+    parameters = trained(model)
     optimizer = train.make_optimizer(model, argparse.Namespace(lr=1e-4, weight_decay=0.02))
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
 

@@ -63,10 +63,12 @@ def least(number: float) -> float:
 def sum_gradients(parameters: list[torch.nn.Parameter], number: torch.Tensor) -> torch.Tensor:
     """Sums gradients, in place, and one number over all data-parallel processes: one message. Returns that sum.
 
+    What has no gradient, as the ViT's adapters in a step without pictures, gets one of zeros.
     Processes that share a model bring the same gradients, and each a part of them, so that they stay the same to the
     last bit.
     """
-    flat = torch.cat([p.grad.flatten() for p in parameters] + [number[None]])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [number[None]])
     if dist.is_initialized():
         dist.all_reduce(flat)
         flat /= model_size

@@ -65,7 +65,7 @@ def test_flash_attention_over_the_row_equals_one_by_one():
 def test_fast_model_is_the_plain_one(bits):
     """Loss, trained gradients and greedy tokens; long answers, whose steps are one CUDA graph."""
     torch.compiler.reset()
-    shape = {"dim": 64, "n_heads": 4, "n_kv_heads": 4}
+    shape = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4}
     plain = tiny_model(llama=shape)
     fast = speed_up(freeze_in(tiny_model(llama=shape), "cuda", torch.bfloat16), bits)
     results = []
