@@ -18,6 +18,12 @@ from tiny import IMAGE_SIZE, problem, sharpen, tiny_vit  # noqa: E402
 
 torch.set_num_threads(1)  # with models this small, threads would only wait for one another
 
+
+def pytest_collection_modifyitems(items):
+    """The longest file first: other processes take the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_learning.py")
+
+
 REAL = Path(__file__).parents[2] / "shared" / "scienceqa"
 
 

@@ -14,7 +14,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
@@ -42,15 +41,12 @@ def scores(folder: Path, *flags: str) -> dict:
 def learned(tmp_path_factory):
     root = tmp_path_factory.mktemp("learned")
     data, weights, run = root / "mini", root / "weights", root / "run"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())
     make_mini_scienceqa.write_mini_scienceqa(data, make_mini_scienceqa.SIZES, 0)
     make_toy_base.main(Namespace(data_root=str(data), out=weights / "toy", seed=0))
     base = ["--llm_model", "toy", "--llama_model_path", str(weights), "--data_root", str(data)]
     train.main(train.get_args_parser().parse_args([*base, "--output_dir", str(run), *quickstart_flags(weights)]))
     yield {"data": data, "run": run, "tuned": scores(run, "--adapter_path", str(run)),
            "untuned": scores(root / "untuned", *base, "--vision_model", str(weights / "toy" / "vit"))}
-    torch.set_num_threads(threads)
 
 
 def shuffle_test_pictures(data: Path, out: Path) -> Path:
@@ -66,8 +62,8 @@ def shuffle_test_pictures(data: Path, out: Path) -> Path:
 
 
 def test_fine_tuning_reaches_what_the_toy_base_lacks(learned):
-    # 87 and 82 where this was written; another processor rounds otherwise, and a run then moves by some points
-    assert learned["tuned"]["Avg"] >= 80 and learned["tuned"]["IMG"] >= 72
+    # two bases and two seeds gave 86.5 to 90.0 and 82.8 to 85.6 where this was written; another processor rounds otherwise
+    assert learned["tuned"]["Avg"] >= 85 and learned["tuned"]["IMG"] >= 80
     assert learned["untuned"]["Avg"] < learned["tuned"]["Avg"] - 10
 
 
