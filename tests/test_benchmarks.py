@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import chat_latency  # noqa: E402
 import eval_throughput  # noqa: E402
+import scaling  # noqa: E402
 import train_throughput  # noqa: E402
 from lavin.generation import decode  # noqa: E402
 from lavin.model import pack  # noqa: E402
@@ -73,6 +74,20 @@ def test_lite_memory(capsys, bits):
     counted, held, exact = (lite_memory.weight_bytes(lite_memory.random_lite("tiny", kind, device, torch.float32))
                             for kind, device in ((bits, "meta"), (bits, "cpu"), ("16bit", "meta")))
     assert counted == held < 0.75 * exact
+
+
+def test_scaling(capsys, monkeypatch, tmp_path):
+    """Every row by this one process; torchrun itself is left out."""
+    flags = {"size": "tiny", "device": "cpu", "steps": 2, "repeats": 1, "warm_up": 1, "questions": 8}
+
+    def measure(args, processes, shared):
+        scaling.work(argparse.Namespace(**flags, out=str(tmp_path / "out.pt"), shared=1))
+        return torch.load(tmp_path / "out.pt")
+    monkeypatch.setattr(scaling, "measure", measure)
+    scaling.main(argparse.Namespace(**flags, processes=[1, 2]))
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [row[0] for row in rows] == ["1, a model each", "2, a model each", "2 share one model"]
+    assert all([float(cell) for cell in row if cell.strip()][-3:] == [0, 0, 0] for row in (row[1:] for row in rows))
 
 
 def test_arithmetic_that_nothing_can_leave_out():
