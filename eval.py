@@ -5,7 +5,9 @@ Writes preds.json, generations.jsonl and scores.json into the run's folder. Adap
 
 import argparse
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -80,31 +82,44 @@ def load_model(args):
     return speed_up(model, args.bits).eval(), tokenizer, path
 
 
-def score_batch(model, tokenizer, prompts: list[str], pictures: list, n_choices: list[int]) -> list[int]:
-    """The likeliest option of each question, by the first token in which its answers differ."""
-    questions = [option_example(tokenizer, prompt, [answer_text(k) for k in range(n)], image=picture,
-                                n_prompt=model.adapter.n_prompt)
-                 for prompt, picture, n in zip(prompts, pictures, n_choices)]
-    return [scores.index(max(scores)) for scores in score_options(model, questions)]
+class Asked(NamedTuple):
+    """A question as the model gets it; picture: uint8 [3, S, S] or None. seed: of its own, where answers are sampled."""
+
+    qid: str
+    prompt: str
+    picture: torch.Tensor | None
+    n_choices: int
+    seed: int
 
 
-def answer_batch(model, tokenizer, prompts: list[str], pictures: list, n_choices: list[int], max_new_tokens: int,
-                 args, seeds: list[int]) -> list[tuple[str, int, bool]]:
+def likeliest(model, tokenizer, batches: Iterable[list[Asked]]) -> Iterator[list[int]]:
+    """The likeliest option of each question of each batch, by the first token in which its answers differ."""
+    questions = ([option_example(tokenizer, asked.prompt, [answer_text(k) for k in range(asked.n_choices)],
+                                 image=asked.picture, n_prompt=model.adapter.n_prompt) for asked in batch]
+                 for batch in batches)
+    for batch in score_options(model, questions):
+        yield [scores.index(max(scores)) for scores in batch]
+
+
+def write_batch(model, tokenizer, batch: list[Asked], args) -> list[tuple[str, int, bool]]:
     """Text, option index, and whether the text named it; where it did not, the likeliest option stands."""
-    if args.decode == "score":
-        return [(answer_text(i), i, True) for i in score_batch(model, tokenizer, prompts, pictures, n_choices)]
-    examples = [tokenizer.example(prompt, None, picture, model.adapter.n_prompt)
-                for prompt, picture in zip(prompts, pictures)]
-    texts = generate(model, tokenizer, examples, max_new_tokens, lambda text: parse_answer(text, 26) is not None,
-                     args.generation_temperature, args.top_p, seeds)
-    predictions = [parse_answer(text, n) for text, n in zip(texts, n_choices)]
-    failed = [i for i, prediction in enumerate(predictions) if prediction is None]
+    examples = [tokenizer.example(asked.prompt, None, asked.picture, model.adapter.n_prompt) for asked in batch]
+    longest = ANSWER_TOKENS if answers_first(args.prompt_format) else args.max_seq_len
+    texts = generate(model, tokenizer, examples, longest, lambda text: parse_answer(text, 26) is not None,
+                     args.generation_temperature, args.top_p, [asked.seed for asked in batch])
+    predictions = [parse_answer(text, asked.n_choices) for text, asked in zip(texts, batch)]
     parsed = [prediction is not None for prediction in predictions]
-    if failed:
-        likeliest = score_batch(model, tokenizer, *([rows[i] for i in failed] for rows in (prompts, pictures, n_choices)))
-        for i, prediction in zip(failed, likeliest):
-            predictions[i] = prediction
-    return list(zip(texts, predictions, parsed))
+    failed = [asked for asked, named in zip(batch, parsed) if not named]
+    guesses = iter(next(likeliest(model, tokenizer, [failed])) if failed else [])
+    return [(text, prediction if named else next(guesses), named)
+            for text, prediction, named in zip(texts, predictions, parsed)]
+
+
+def answer_batches(model, tokenizer, batches: list[list[Asked]], args) -> Iterator[list[tuple[str, int, bool]]]:
+    """As `write_batch`, batch after batch."""
+    if args.decode == "score":
+        return ([(answer_text(i), i, True) for i in options] for options in likeliest(model, tokenizer, batches))
+    return (write_batch(model, tokenizer, batch, args) for batch in batches)
 
 
 def answers_first(prompt_format: str) -> bool:
@@ -114,21 +129,16 @@ def answers_first(prompt_format: str) -> bool:
 def answer_questions(model, tokenizer, data, pictures: dict, args) -> list[dict]:
     """This process's share of the questions, answered."""
     rank, world, _ = parallel.init()
-    qids = list(data.problems)[rank::world]
-    longest = ANSWER_TOKENS if answers_first(args.prompt_format) else args.max_seq_len
+    asked = [Asked(qid, build_prompt(problem, args.prompt_format, data.captions.get(qid, ""))[0], pictures.get(qid),
+                   len(problem["choices"]), zlib.crc32(f"{args.seed} {qid}".encode()))
+             for qid, problem in list(data.problems.items())[rank::world]]
+    batches = [asked[start:start + args.max_batch_size] for start in range(0, len(asked), args.max_batch_size)]
     answers = []
-    with progress(None, "questions", total=len(qids), unit="question") as bar:
-        for start in range(0, len(qids), args.max_batch_size):
-            batch = qids[start:start + args.max_batch_size]
-            problems = [data.problems[qid] for qid in batch]
-            prompts = [build_prompt(problem, args.prompt_format, data.captions.get(qid, ""))[0]
-                       for qid, problem in zip(batch, problems)]
-            results = answer_batch(model, tokenizer, prompts, [pictures.get(qid) for qid in batch],
-                                   [len(problem["choices"]) for problem in problems], longest, args,
-                                   [zlib.crc32(f"{args.seed} {qid}".encode()) for qid in batch])
-            answers += [{"qid": qid, "text": text, "prediction": prediction, "parsed": parsed,
-                         "answer": problem["answer"]}
-                        for qid, problem, (text, prediction, parsed) in zip(batch, problems, results)]
+    with progress(None, "questions", total=len(asked), unit="question") as bar:
+        for batch, results in zip(batches, answer_batches(model, tokenizer, batches, args)):
+            answers += [{"qid": asked.qid, "text": text, "prediction": prediction, "parsed": parsed,
+                         "answer": data.problems[asked.qid]["answer"]}
+                        for asked, (text, prediction, parsed) in zip(batch, results)]
             bar.update(len(batch))
     return answers
 

@@ -174,6 +174,7 @@ def accumulate_in_memory(model, pairs: list[tuple], most_tokens: float, scaler) 
                 raise
         most_tokens = min(most_tokens, sum(len(example.ids) for example, _ in pairs)) / 2
         model.zero_grad()
+        gc.collect()  # what the failed pass held
 
 
 def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad: float | None) -> torch.Tensor:

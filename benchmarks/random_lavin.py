@@ -43,6 +43,13 @@ def length_rows() -> list[tuple[int, int, int]]:
     return json.loads(Path(__file__).with_name("token_lengths.json").read_text())["rows"]
 
 
+def redrawn(model: LaVIN, examples: list[Example], seed: int) -> list[Example]:
+    """The same lengths and places of pictures, with other tokens and pixels."""
+    draw, vocab = random.Random(seed), model.llama.config.vocab_size
+    return [Example([i if i == IMAGE_SLOT else draw.randrange(3, vocab) for i in example.ids], example.answer_start,
+                    None if example.image is None else torch.randint_like(example.image, 256)) for example in examples]
+
+
 def random_examples(model: LaVIN, n: int, seed: int, max_seq_len: int = 512, full: bool = False, answers: bool = True
                     ) -> list[Example]:
     """n samples of real lengths (or, `full`, all cut at max_seq_len with a picture), tokens and pixels random."""

@@ -1,9 +1,11 @@
-"""Swaps on an unchanged model that make it fast, chosen here by hardware: fused products, fp8, compiled layers."""
+"""Swaps on an unchanged model that make it fast, chosen here by hardware: fused products, fp8, compiled layers,
+recorded passes."""
 
 import torch
 
 from lavin import frozen
 from lavin.model import LaVIN
+from lavin.recording import record_training
 
 
 def fuse(model: LaVIN, fp8: bool = False) -> None:
@@ -32,4 +34,6 @@ def speed_up(model: LaVIN, bits: str = "16bit") -> LaVIN:
         fuse(model, bits == "fp8")
     if cuda:
         compile_layers(model)
+        record_training(model)
+        model.records_graphs = True
     return model

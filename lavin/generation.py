@@ -1,131 +1,54 @@
-"""Answers: ragged prefill into a key/value cache, batched decoding, option scoring.
+"""Answers: batched decoding, sampling, option scoring.
 
-Notable:
-- Prefill is training's forward pass, which fills the cache on its way; decoding adds one row a sequence. Both give the
-  logits of the full forward.
-- A sequence's answer does not depend on its batch mates, sampled or not: each sequence draws from its own generator.
-- The modality token needs no cache: all that it does is in the routing table that prefill fills in.
+Notable: a sequence's answer does not depend on its batch mates, sampled or not: each sequence draws from its own
+generator.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 
 from lavin.errors import UserError
-from lavin.llama import LlamaConfig, PackedPlan
-from lavin.mm_adapter import Routing
-from lavin.model import MODALITIES, LaVIN, pack
+from lavin.model import LaVIN
+from lavin.precision import fetch
+from lavin.session import Session
 from lavin.tokenizer import Example, Tokenizer
 
-STEPS_BEFORE_GRAPH = 8  # short answers end before a CUDA graph of the step would pay
 
-
-class KVCache:
-    """Keys and values [L, B, H_kv, T, d] of B sequences, and how much of each is filled [B]."""
-
-    def __init__(self, config: LlamaConfig, batch_size: int, capacity: int, device, dtype):
-        capacity += -capacity % 64  # what attention's kernels like best
-        shape = (config.n_layers, batch_size, config.kv_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-
-
-class PrefillPlan(PackedPlan):
-    """The packed row of training, in which the samples' keys and values fill the cache."""
-
-    def __init__(self, cache: KVCache, *layout, **starts):
-        super().__init__(*layout, **starts)
-        self.cache = cache
-        self.sequences, self.slots = self.documents[MODALITIES:] - MODALITIES, self.places[MODALITIES:]
-        cache.lengths += self.offsets.diff()[MODALITIES:]
-
-    def of(self, layer: int):
-        return PrefillLayer(self, self.cache.keys[layer], self.cache.values[layer])
-
-
-@dataclass
-class PrefillLayer:
-    plan: PrefillPlan
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def attend(self, query, key, value):
-        self.keys[self.plan.sequences, :, self.plan.slots] = key[MODALITIES:]
-        self.values[self.plan.sequences, :, self.plan.slots] = value[MODALITIES:]
-        return self.plan.attend(query, key, value)
-
-
-class DecodePlan:
-    """One new token for every sequence of the cache."""
-
-    def __init__(self, cache: KVCache):
-        self.cache = cache
-        self.slots = cache.lengths.clone()
-        self.positions = self.slots + 1
-        self.documents = torch.arange(len(self.slots), device=self.slots.device)
-        self.mask = (torch.arange(cache.keys.shape[3], device=self.slots.device) <= self.slots[:, None])[:, None, None]
-        cache.lengths += 1
-
-    def of(self, layer: int):
-        return DecodeLayer(self, self.cache.keys[layer], self.cache.values[layer])
-
-
-@dataclass
-class DecodeLayer:
-    plan: DecodePlan
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def attend(self, query, key, value):
-        self.keys[self.plan.documents, :, self.plan.slots] = key
-        self.values[self.plan.documents, :, self.plan.slots] = value
-        out = F.scaled_dot_product_attention(query[:, :, None], self.keys, self.values, attn_mask=self.plan.mask,
-                                             enable_gqa=query.shape[1] != key.shape[1])
-        return out[:, :, 0]
+@contextmanager
+def session_for(model: LaVIN, examples: list[Example], new_tokens: int) -> Iterator[Session]:
+    """The model's latest session where it fits, else a new one; for the time being nobody else's."""
+    wanted = model, len(examples), max(len(example.ids) for example in examples) + new_tokens
+    session, model.session = model.session, None
+    if session is None or not session.fits(*wanted):
+        session = None  # makes room
+        session = Session(*wanted)
+    try:
+        yield session
+    finally:
+        model.session = session
 
 
 @torch.no_grad()
 def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
            choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yields the next token ids [B] of all sequences, `max_new_tokens` times; the caller may stop before.
+    """Yields the next token ids [B] of all sequences, on the host, `max_new_tokens` times; the caller may stop before.
 
     choose: logits [B, V] float32 -> ids [B].
     """
-    batch = pack(examples).to(model.device)
-    cache = KVCache(model.llama.config, len(examples), max(batch.lengths) + max_new_tokens, model.device, model.dtype)
-    table = [{} for _ in model.llama.layers]
-    hidden = model.hidden_states(batch, partial(PrefillPlan, cache), table)
-    logits = model.llama.output(hidden[cache.lengths.cumsum(0) - 1]).float()
-    routing = Routing(batch.modality, table)
-
-    def step(ids):
-        return model.llama.output(model.llama(model.llama.tok_embeddings(ids), DecodePlan(cache), routing)).float()
-
-    for i in range(max_new_tokens):
-        ids = choose(logits)
-        yield ids
-        if i == STEPS_BEFORE_GRAPH and model.device.type == "cuda" and model.records_graphs:
-            step = as_graph(step, ids)
-        if i + 1 < max_new_tokens:
-            logits = step(ids)
-
-
-def as_graph(step: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The same step, launched as one CUDA graph: at small batches the host is slower than the GPU."""
-    graph, given = torch.cuda.CUDAGraph(), ids.clone()
-    with torch.cuda.graph(graph):
-        logits = step(given)
-
-    def replay(ids):
-        given.copy_(ids)
-        graph.replay()
-        return logits
-
-    return replay
+    ahead = model.records_graphs and len(examples) == 1
+    with session_for(model, examples, max_new_tokens) as session:
+        logits = session.prefill(examples)
+        for i in range(max_new_tokens):
+            ids = choose(logits)
+            told, more = fetch(ids), i + 1 < max_new_tokens
+            # a single sequence's step is launched while its reader still waits for the token: where it stops is no loss
+            if ahead and more:
+                logits = session.step(ids)
+            yield told()
+            if not ahead and more:
+                logits = session.step(ids)
 
 
 def sampler(temperature: float, top_p: float, seeds: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -181,9 +104,27 @@ def option_example(tokenizer: Tokenizer, prompt: str, options: list[str], **layo
     return Example(ids[0][:shared], shared, layout.get("image")), tokens
 
 
+Question = tuple[Example, list[int]]  # see `option_example`
+
+
 @torch.no_grad()
-def score_options(model: LaVIN, questions: list[tuple[Example, list[int]]]) -> list[list[float]]:
-    """Log-probabilities of each question's options, from one prefill. questions: see `option_example`."""
+def score_options(model: LaVIN, batches: Iterable[list[Question]]) -> Iterator[list[list[float]]]:
+    """Log-probabilities of the options of each question of each batch, from one prefill a batch.
+
+    A batch is launched before the scores of the one before are read, so that the GPU has always something to do.
+    """
     model.eval()
-    logits = next(decode(model, [example for example, _ in questions], 1, lambda logits: logits))
-    return [row[tokens].log_softmax(-1).tolist() for row, (_, tokens) in zip(logits, questions)]
+    launched = None  # a batch, and its logits on their way
+    for questions in batches:
+        examples = [example for example, _ in questions]
+        with session_for(model, examples, 0) as session:
+            logits = fetch(session.prefill(examples))
+        if launched:
+            yield read_scores(*launched)
+        launched = logits, questions
+    if launched:
+        yield read_scores(*launched)
+
+
+def read_scores(logits: Callable[[], torch.Tensor], questions: list[Question]) -> list[list[float]]:
+    return [row[tokens].log_softmax(-1).tolist() for row, (_, tokens) in zip(logits(), questions)]

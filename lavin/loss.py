@@ -17,6 +17,7 @@ class AnswerLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, target, factor):
         factor = factor.float()
         loss = torch.zeros_like(factor[:1]).sum()
+        pieces = torch.arange(len(weight), device=weight.device)
         slopes = torch.empty_like(hidden) if hidden.requires_grad else None
         for start in range(0, len(hidden), ROWS):
             rows = slice(start, start + ROWS)
@@ -24,8 +25,8 @@ class AnswerLoss(torch.autograd.Function):
             index = target[rows, None]
             loss -= (logs.gather(1, index)[:, 0] * factor[rows]).sum()
             if slopes is not None:
-                errors = logs.exp_()
-                errors.scatter_(1, index, errors.gather(1, index) - 1)
+                # no scatter, which waits for the GPU where it must repeat itself
+                errors = logs.exp_().add_(pieces == index, alpha=-1)
                 slopes[rows] = errors.to(hidden.dtype) @ weight
         ctx.save_for_backward(slopes, factor)
         return loss

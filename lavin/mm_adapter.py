@@ -127,17 +127,22 @@ class RepAdapterRouter(RepAdapter):
                          self.conv_B.bias[:, None], self.conv_D.bias[:, None]])
 
 
+@dataclass
 class Routing:
     """Gives every row of a pass its expert mixture, by modality.
 
-    modality [N]: 0 text, 1 image, for each row. table: for every layer, mixtures [2, 2] by the adapter's name; what it
-    lacks is computed from rows 0 and 1, which must then be the two modality tokens, and kept in it. Without a table
-    nothing is kept.
+    rows [N, 2] float32: each row's modality, one-hot: a product with it picks mixtures, and its gradient repeats itself.
+    table: for every layer, mixtures [2, 2] by the adapter's name; what it lacks is computed from rows 0 and 1, which
+    must then be the two modality tokens, and kept in it. Without a table nothing is kept.
     """
 
-    def __init__(self, modality: torch.Tensor, table: list[dict] | None = None):
-        self.rows = F.one_hot(modality, 2).float()  # a product with it picks rows, and its gradient repeats itself
-        self.table = table
+    rows: torch.Tensor
+    table: list[dict] | None = None
+
+    @classmethod
+    def of_rows(cls, modality: torch.Tensor, table: list[dict] | None = None) -> "Routing":
+        """modality [N]: 0 text, 1 image, for each row."""
+        return cls(F.one_hot(modality, 2).float(), table)
 
     def of(self, layer: int):
         return LayerRouting(self.rows, self.table and self.table[layer])

@@ -69,7 +69,8 @@ class LaVIN(nn.Module):
         super().__init__()
         self.adapter = adapter
         self.answer_loss = answer_loss  # may be replaced by one that does the same (lavin/tensor_parallel.py)
-        self.records_graphs = True  # whether a step of decoding may become a CUDA graph
+        self.records_graphs = False  # whether answering is recorded (lavin/fast.py, lavin/recording.py)
+        self.session = None  # of the last answers (lavin/generation.py)
         self.llama = Llama(config, adapted_block(adapter, config.n_layers, drop_path))
         adapt_vit(vit, adapter)
         self.vision = VisionEncoder(vit, adapter.n_prompt)
@@ -102,13 +103,16 @@ class LaVIN(nn.Module):
         return (self.adapter_modality_embedding.weight.to(self.dtype),
                 torch.arange(MODALITIES, device=self.device))
 
-    def hidden_states(self, batch: Batch, make_plan=PackedPlan, table: list[dict] | None = None):
-        """Last hidden states of the samples [N, D], normalised. table: to be filled in, see Routing."""
+    def plan(self, lengths: list[int], make=PackedPlan):
+        """The plan of a packed row of samples behind the two modality tokens, all of which stand at position 0."""
+        return make([1] * MODALITIES + lengths, self.device, starts=[0] * MODALITIES + [1] * len(lengths))
+
+    def hidden_states(self, batch: Batch, plan: PackedPlan | None = None, table: list[dict] | None = None):
+        """Last hidden states of the samples [N, D], normalised. plan: of this batch. table: to be filled in, see Routing."""
         tokens, kinds = self.modality_rows()
-        plan = make_plan([1] * MODALITIES + batch.lengths, self.device,
-                         starts=[0] * MODALITIES + [1] * len(batch.lengths))
+        plan = plan or self.plan(batch.lengths)
         modality = torch.cat((kinds, batch.modality))[plan.documents]
-        x = self.llama(torch.cat((tokens, self.embed(batch))), plan, Routing(modality, table))
+        x = self.llama(torch.cat((tokens, self.embed(batch))), plan, Routing.of_rows(modality, table))
         return x[MODALITIES:]
 
     def forward(self, batch: Batch):
@@ -121,5 +125,5 @@ class LaVIN(nn.Module):
         """Every layer's mixtures [2, 2] by modality: they depend on parameters alone."""
         tokens, kinds = self.modality_rows()
         table = [{} for _ in self.llama.layers]
-        self.llama(tokens, PackedPlan([1] * MODALITIES, self.device), Routing(kinds, table))
+        self.llama(tokens, PackedPlan([1] * MODALITIES, self.device), Routing.of_rows(kinds, table))
         return table

@@ -1,4 +1,6 @@
-"""Device and compute type by hardware, in one place."""
+"""Device and compute type by hardware, in one place; and the ways there and back that the host need not wait for."""
+
+from collections.abc import Callable
 
 import torch
 
@@ -38,3 +40,13 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 def send(tensor: torch.Tensor, device) -> torch.Tensor:
     """The tensor on `device`; from pinned memory where that is a GPU, so that the host need not wait for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+
+
+def fetch(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begins to bring a tensor to the host, before whatever is launched after; the result waits for it and returns it."""
+    host = tensor.to("cpu", non_blocking=True)
+    if tensor.device.type != "cuda":
+        return lambda: host
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return lambda: arrived.synchronize() or host

@@ -74,7 +74,6 @@ def quantize_linears(model: LaVIN, bits: str) -> None:
         for part in (block.attention, block.feed_forward):
             for name, _ in list(part.named_children()):
                 setattr(part, name, KINDS[bits]())
-    model.records_graphs = False  # outliers are looked for by the host
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -58,7 +58,6 @@ def divide(model: LaVIN) -> None:
     model.llama.config = replace(config, n_heads=config.n_heads // size, n_kv_heads=config.kv_heads // size,
                                  d_head=config.head_dim)  # of this process, whose cache it shapes
     model.answer_loss = answer_loss
-    model.records_graphs = False  # a step waits for other processes
 
 
 def answer_loss(hidden, weight, target, factor):

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lavin.fast import compile_layers, fuse
 from lavin.generation import decode
 from lavin.model import pack
+from lavin.recording import record_training
 from tiny import mixed_examples, tiny_example, tiny_model
 
 SIZES = {"n_layers": 4, "n_kv_heads": 4}
@@ -33,15 +34,20 @@ def compiled(monkeypatch):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    plain, model = (tiny_model(llama=SIZES) for _ in range(2))
+    plain, model = (tiny_model(llama=SIZES, dropout_prob=0.0) for _ in range(2))
     fuse(model)
     compile_layers(model)
     yield plain, model, counter
     torch.compiler.reset()
 
 
-def test_training_compiles_once(compiled):
+@pytest.mark.parametrize("recorded", [False, True])
+def test_training_compiles_once(compiled, recorded):
+    """The first pass, that is, since a recorded one cannot."""
     plain, model, counter = compiled
+    plain.train(), model.train()
+    if recorded:
+        record_training(model)
     programs = []
     for examples in batches(3):
         expected, ours = loss_and_gradients(plain, examples), loss_and_gradients(model, examples)
@@ -49,15 +55,20 @@ def test_training_compiles_once(compiled):
         torch.testing.assert_close(ours[1], expected[1], rtol=1e-3, atol=1e-4)
         programs.append(counter.frame_count)
     assert programs[0] == programs[-1] > 0
+    assert not recorded or len(model.llama.forward.sizes) == 2
 
 
-def test_answering_compiles_once(compiled):
+@pytest.mark.parametrize("recorded", [False, True])
+def test_answering_compiles_once(compiled, recorded):
     plain, model, counter = compiled
+    model.records_graphs = recorded
     programs = []
-    for examples in batches(0):
+    alone = [[tiny_example(seed, 9 + 30 * seed, 0, image=seed % 2 > 0)] for seed in range(4)]
+    for examples in batches(0) + alone:
         logits = []
         for m in (plain, model):
-            list(decode(m, examples, 5, lambda seen: logits.append(seen) or seen.argmax(-1)))
-        torch.testing.assert_close(torch.stack(logits[5:]), torch.stack(logits[:5]), rtol=1e-4, atol=1e-4)
+            list(decode(m, examples, 10, lambda seen: logits.append(seen) or seen.argmax(-1)))
+        torch.testing.assert_close(torch.stack(logits[10:]), torch.stack(logits[:10]), rtol=1e-4, atol=1e-4)
         programs.append(counter.frame_count)
-    assert programs[0] == programs[-1] > 0
+    assert programs[0] == programs[2] > 0
+    assert programs[4] == programs[-1]  # one sequence has its own, with and without a picture

@@ -113,7 +113,9 @@ def test_option_scores_equal_the_full_forward(tokenizer):
     asked = [("Which pond?\nResponse:", "ABC", None), ("Which map is it? Look.\nResponse:", "ABCDE", picture)]
     questions = [option_example(tokenizer, prompt, [f"The answer is {o}." for o in letters], image=image, n_prompt=6)
                  for prompt, letters, image in asked]
-    for (prompt, letters, image), scores in zip(asked, score_options(model, questions)):
+    batches = list(score_options(model, [[questions[0]], questions]))  # of several sizes; each is read after the next began
+    assert batches[0][0] == pytest.approx(batches[1][0])
+    for (prompt, letters, image), scores in zip(asked, batches[1]):
         examples = [tokenizer.example(prompt, f"The answer is {letter}.", image) for letter in letters]
         at = len(examples[0].ids) - 3  # letter, full stop, EOS
         assert [tokenizer.decode(e.ids[at:at + 1]).strip() for e in examples] == list(letters)

@@ -10,6 +10,7 @@ from lavin.frozen import scaled_product
 from lavin.generation import decode
 from lavin.llama import PackedPlan
 from lavin.model import pack
+from test_recording import BATCHES, loss_and_gradients
 from tiny import freeze_in, mixed_examples, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
@@ -61,23 +62,51 @@ def test_flash_attention_over_the_row_equals_one_by_one():
     assert all(close(ours, theirs, 0.02) for ours, theirs in zip(*results))
 
 
-@pytest.mark.parametrize("bits", ["16bit", pytest.param("fp8", marks=HOPPER)])
-def test_fast_model_is_the_plain_one(bits):
-    """Loss, trained gradients and greedy tokens; long answers, whose steps are one CUDA graph."""
+@pytest.fixture(scope="module", params=["16bit", pytest.param("fp8", marks=HOPPER)])
+def pair(request):
+    """A plain model on the CPU, and the same one with all that makes it fast."""
     torch.compiler.reset()
     shape = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4}
-    plain = tiny_model(llama=shape)
-    fast = speed_up(freeze_in(tiny_model(llama=shape), "cuda", torch.bfloat16), bits)
-    results = []
-    for model in (plain, fast):
-        loss = model(pack(mixed_examples()).to(model.device))
-        loss.backward()
-        results.append((loss.item(), torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])))
-    assert results[1][0] == pytest.approx(results[0][0], rel=0.03)
-    assert F.cosine_similarity(results[0][1], results[1][1], 0) > (0.98 if bits == "16bit" else 0.9)
+    plain, fast = (tiny_model(llama=shape, dropout_prob=0.0).train() for _ in range(2))
+    return plain, speed_up(freeze_in(fast, "cuda", torch.bfloat16), request.param), request.param
 
-    def written(model, steps, graph_after):
+
+def test_training_passes(pair):
+    """Recorded from the second on, in all sizes; the losses before them are still held."""
+    plain, fast, bits = pair
+    losses = []
+    for examples in BATCHES:
+        theirs, ours = (loss_and_gradients(model, examples).cpu() for model in (plain, fast))
+        losses.append(fast(pack(examples).to("cuda")))
+        losses[-1].backward()
+        assert ours[0] == pytest.approx(theirs[0], rel=0.03)
+        assert F.cosine_similarity(theirs[1:], ours[1:], 0) > (0.98 if bits == "16bit" else 0.9)
+    assert len(fast.llama.forward.sizes) == 3
+
+
+def test_dropout_of_recorded_passes(pair):
+    """Drawn afresh by every launch, and again by the seed."""
+    _, fast, _ = pair
+    adapter = fast.llama.layers[0].adapter_attn
+    adapter.dropout.fill_(0.5)
+    found = []
+    for seed in (0, 0, None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        found.append(loss_and_gradients(fast, BATCHES[1]))
+    adapter.dropout.fill_(0.0)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+
+def test_answers(pair):
+    """Greedy tokens, in long answers whose steps are recorded, alone and together; twice, and unrecorded."""
+    _, fast, _ = pair
+    fast.eval()
+
+    def written(graph_after):
+        fast.session = None
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lavin.generation.STEPS_BEFORE_GRAPH", graph_after)
-            return torch.stack(list(decode(model.eval(), mixed_examples(0), steps, lambda x: x.argmax(-1)))).tolist()
-    assert written(fast, 24, 4) == written(fast, 24, 99)
+            patch.setattr("lavin.session.PLAIN_STEPS", graph_after)
+            return [torch.stack(list(decode(fast, examples, 24, lambda x: x.argmax(-1)))).tolist()
+                    for examples in [mixed_examples(0), *([e] for e in 2 * mixed_examples(0))]]
+    assert written(4) == written(4) == written(999)

@@ -116,10 +116,10 @@ def test_routing_reads_the_modality_rows_and_keeps_their_mixtures():
     module, p, x = random_adapter(RepAdapterRouter)
     modality, table = torch.tensor([0, 1, 1, 0, 1, 0, 0]), [{}, {}]
     expected = router(p, "a", x[:2], CONFIG)[modality]
-    torch.testing.assert_close(Routing(modality).of(1).mixture("a", module, x), expected)
-    torch.testing.assert_close(Routing(modality, table).of(1).mixture("a", module, x), expected)
+    torch.testing.assert_close(Routing.of_rows(modality).of(1).mixture("a", module, x), expected)
+    torch.testing.assert_close(Routing.of_rows(modality, table).of(1).mixture("a", module, x), expected)
     torch.testing.assert_close(table, [{}, {"a": router(p, "a", x[:2], CONFIG)}])
-    later = Routing(modality, table).of(1).mixture("a", module, torch.randn(7, 10))
+    later = Routing.of_rows(modality, table).of(1).mixture("a", module, torch.randn(7, 10))
     torch.testing.assert_close(later, expected)  # the states no longer matter
 
 

@@ -20,9 +20,10 @@ from lavin.base_weights import MetaShards, open_base
 from lavin.checkpoint import load_base
 from lavin.errors import UserError
 from lavin.fast import speed_up
-from lavin.generation import KVCache, decode, sampler
+from lavin.generation import decode, sampler
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN, pack
+from lavin.session import KVCache
 from test_base_weights import write_shards
 from test_chat import write_run
 from test_training import OFF, load, log, run, run_flags

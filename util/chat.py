@@ -153,9 +153,9 @@ class Chatbot:
         return checkpoint["flags"]["prompt_format"]
 
     def warm_up(self) -> None:
-        """Compiles what answers need, with and without a picture."""
-        for picture in (None, torch.zeros(3, *[self.model.vision.image_size] * 2, dtype=torch.uint8)):
-            list(Chatbot.steps(self, next(iter(self.runs)), [], Question("What is this?", picture), Settings(3)))
+        """Compiles what answers need, with and without a picture, and then records it."""
+        for picture in (None, torch.zeros(3, *[self.model.vision.image_size] * 2, dtype=torch.uint8)) * 2:
+            list(Chatbot.steps(self, next(iter(self.runs)), [], Question("What is this?", picture), Settings(16)))
 
     def answer(self, run: str, turns: list[Turn], question: Question, settings: Settings) -> Iterator[Answer]:
         """The answer as it grows; ends early where another question is asked. Raises UserError as `fit` does."""
@@ -186,4 +186,4 @@ class Chatbot:
         answers = [answer_text(i) for i in range(len(question.options))]
         asked = option_example(self.tokenizer, prompt, answers, image=question.picture,
                                n_prompt=self.model.adapter.n_prompt)
-        return tuple(torch.tensor(score_options(self.model, [asked])[0]).exp().tolist())
+        return tuple(torch.tensor(next(score_options(self.model, [[asked]]))[0]).exp().tolist())

@@ -1,0 +1,133 @@
+"""Recorded passes and sessions against plain ones. Without a GPU nothing is recorded, and all else is the same code."""
+
+import math
+
+import pytest
+import torch
+
+import train
+from lavin.generation import decode
+from lavin.model import pack
+from lavin.recording import LlamaPass, record_training, roomy
+from tiny import VARIANTS, mixed_examples, tiny_example, tiny_model
+
+# small, larger, small again with other contents, without pictures, large again: buffers grow, and sizes come back
+BATCHES = [mixed_examples(), [tiny_example(i, 40 + i, 30, image=i % 2 == 0) for i in range(6)], mixed_examples()[::-1],
+           [tiny_example(9, 7), tiny_example(8, 30)], [tiny_example(i, 41 + i, 29, image=i % 2 > 0) for i in range(10, 16)]]
+
+
+def loss_and_gradients(model, examples):
+    model.zero_grad()
+    loss = model(pack(examples).to(model.device))
+    loss.backward()
+    # a pass without pictures gives the ViT's adapters no gradient
+    return torch.cat([loss.detach()[None], *[p.grad.flatten() for p in model.parameters() if p.grad is not None]])
+
+
+@pytest.mark.parametrize("kind, visual", VARIANTS)
+def test_training_passes(kind, visual):
+    plain, ours = (tiny_model(adapter_type=kind, visual_adapter_type=visual, dropout_prob=0.0).train() for _ in range(2))
+    record_training(ours)
+    for examples in BATCHES:
+        torch.testing.assert_close(loss_and_gradients(ours, examples), loss_and_gradients(plain, examples),
+                                   rtol=1e-4, atol=1e-5)
+    llama, vision = ours.llama.forward, ours.vision.forward
+    assert llama.passes == 5 and len(llama.sizes) == 3 and vision.passes == 4 and len(vision.sizes) == 2
+    assert all(rows > sum(len(e.ids) for e in BATCHES[1]) or rows < 200 for rows, *_ in llama.sizes)  # filled up
+
+
+def test_gradients_of_passes_add_up_and_turns_are_kept():
+    ours, plain = (tiny_model(dropout_prob=0.0).train() for _ in range(2))
+    record_training(ours)
+    for model in (ours, plain):
+        for examples in BATCHES[:3]:
+            model(pack(examples)).backward()
+    for p, q in zip(ours.parameters(), plain.parameters()):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    first, second = (ours(pack(examples)) for examples in BATCHES[:2])
+    with pytest.raises(RuntimeError, match="must go backward"):
+        first.backward()
+    second.backward()
+
+
+def test_what_is_no_training_pass_stays_plain():
+    model = tiny_model(dropout_prob=0.0)
+    record_training(model)
+    with torch.no_grad():
+        model.train()(pack(mixed_examples()))
+    model.eval()(pack(mixed_examples())).backward()
+    model.train().set_gradient_checkpointing(True)
+    model(pack(mixed_examples())).backward()
+    assert model.llama.forward.passes == model.vision.forward.passes == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 2047, 2048, 2049, 9446])
+def test_roomy(n):
+    assert n <= roomy(n) <= max(n + 15, n * 33 / 32)
+    assert len({roomy(i) for i in range(n, 2 * n)}) <= 66
+
+
+def test_sessions():
+    """Questions of all lengths, one at a time and in batches, on one model; each as a fresh model answers it."""
+    ours = tiny_model(adapter_type="block")
+    ours.records_graphs = True
+    asked = [[tiny_example(i, length, 0, image=i % 3 == 0)] for i, length in enumerate((5, 60, 3, 20, 90, 480, 33, 7))]
+    asked[4:4] = [mixed_examples(0), mixed_examples(0)[::-1], asked[0]]
+    sessions = []
+    for examples in asked:
+        logits = []
+        for model in (ours, tiny_model(adapter_type="block")):
+            logits.append([])
+            list(decode(model, examples, 12, lambda seen: logits[-1].append(seen) or seen.argmax(-1)))
+        torch.testing.assert_close(torch.stack(logits[0]), torch.stack(logits[1]), rtol=1e-4, atol=1e-5)
+        sessions.append(ours.session)
+    alike = [a is b for a, b in zip(sessions, sessions[1:])]
+    assert alike == [True] * 3 + [False, True, False, True, True] + [True] * 2
+    assert [bool(p.recorded) for p in sessions[-1].prefills.values()] == [True, False, True, True]  # the first compile
+    assert sessions[0].recorded_step and sorted(sessions[0].prefills) == [(64, False), (64, True)]
+    assert sorted(sessions[-1].prefills) == [(64, False), (64, True), (128, False), (512, False)]
+
+
+def randomise_in_place(model):
+    for name, parameter in model.named_parameters():
+        if "adapter" in name:
+            parameter.data.normal_()
+
+
+def test_a_session_belongs_to_one_answer_and_to_its_adapters():
+    model = tiny_model()
+    first, second = (decode(model, [tiny_example(i, 5, 0)], 4, lambda seen: seen.argmax(-1)) for i in (1, 2))
+    alone = [list(decode(tiny_model(), [tiny_example(i, 5, 0)], 4, lambda seen: seen.argmax(-1))) for i in (1, 2)]
+    assert [[a, b] for a, b in zip(first, second)] == [[a, b] for a, b in zip(*alone)]  # in turns
+    before = model.session
+    for changed in (model, fresh := tiny_model()):  # other adapters, as the chatbot loads them
+        torch.manual_seed(1)
+        randomise_in_place(changed)
+    answers = [list(decode(m, [tiny_example(1, 5, 0)], 4, lambda seen: seen.argmax(-1))) for m in (model, fresh)]
+    assert answers[0] == answers[1] != alone[0] and model.session is before
+    model.adapter = tiny_model(adapter_scale=0.5).adapter
+    list(decode(model, [tiny_example(1, 5, 0)], 4, lambda seen: seen.argmax(-1)))
+    assert model.session is not before
+
+
+def test_a_pass_too_large_to_record_is_halved(monkeypatch):
+    plain, ours = (tiny_model(dropout_prob=0.0).train() for _ in range(2))
+    record_training(ours)
+    loss_and_gradients(ours, mixed_examples())
+    make = LlamaPass.__init__
+
+    def scarce(self, stack, size, dtype):
+        if size[0] > 40:
+            raise torch.OutOfMemoryError("none left")
+        make(self, stack, size, dtype)
+    monkeypatch.setattr(LlamaPass, "__init__", scarce)
+    pairs, scaler = [(example, 0.5) for example in 2 * mixed_examples()], torch.amp.GradScaler("cpu", enabled=False)
+    found = []
+    for model in (plain, ours):
+        model.zero_grad()
+        loss, most = train.accumulate_in_memory(model, pairs, math.inf, scaler)
+        found.append(torch.cat([loss[None], *[p.grad.flatten() for p in model.parameters() if p.grad is not None]]))
+    assert most < 40
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
