@@ -33,21 +33,16 @@ def session_for(model: LaVIN, examples: list[Example], new_tokens: int) -> Itera
 @torch.no_grad()
 def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
            choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yields the next token ids [B] of all sequences, on the host, `max_new_tokens` times; the caller may stop before.
+    """Yields the next token ids [B] of all sequences, `max_new_tokens` times; the caller may stop before.
 
     choose: logits [B, V] float32 -> ids [B].
     """
-    ahead = model.records_graphs and len(examples) == 1
     with session_for(model, examples, max_new_tokens) as session:
         logits = session.prefill(examples)
         for i in range(max_new_tokens):
             ids = choose(logits)
-            told, more = fetch(ids), i + 1 < max_new_tokens
-            # a single sequence's step is launched while its reader still waits for the token: where it stops is no loss
-            if ahead and more:
-                logits = session.step(ids)
-            yield told()
-            if not ahead and more:
+            yield ids
+            if i + 1 < max_new_tokens:
                 logits = session.step(ids)
 
 

@@ -126,7 +126,11 @@ def fill(static: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 class Stack:
-    """A module whose training passes are recorded from the second one on: the first compiles. Replaces its `forward`."""
+    """A module whose training passes are recorded, but for the first of each program, which compiles it.
+
+    Replaces the module's `forward`. Subclasses say of what `kind` its passes are, what `size` one is of, and which sizes
+    share a `program`.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device):
         self.plain, self.module, self.device = module.forward, module, device
@@ -134,16 +138,17 @@ class Stack:
                        if p.requires_grad]
         self.parameters = [getattr(*owner) for owner in self.owners]
         self.buffers = Buffers(device)
-        self.pool, self.sizes, self.passes = graph_pool(device), {}, 0
+        self.pool, self.sizes, self.passes, self.compiled = graph_pool(device), {}, 0, set()
         module.forward = self
 
     def __call__(self, x, *others):
         if not (torch.is_grad_enabled() and self.module.training) or self.module.gradient_checkpointing:
             return self.plain(x, *others)
         self.passes += 1
-        if self.passes == 1:
-            return self.plain(x, *others)
         size = self.size(x, *others)
+        if (program := self.program(size)) not in self.compiled:
+            self.compiled.add(program)
+            return self.plain(x, *others)
         if size not in self.sizes:
             self.sizes[size] = self.add(size, x.dtype)
         recorded = self.sizes[size]
@@ -193,6 +198,10 @@ class RecordedVision(Stack):
     def size(self, images):
         return images.shape
 
+    def program(self, size):
+        """The compiler may want another one for few pictures, and trying costs little here."""
+        return size
+
 
 class LlamaPass(Recorded):
     """What a pass leaves over of this size is a document behind the others."""
@@ -229,6 +238,9 @@ class RecordedLlama(Stack):
         rows, count = roomy(len(x)), plan.count + 1
         longest = max(plan.longest, rows - len(x))
         return rows, count + -count % 4, longest + -longest % 256
+
+    def program(self, size):
+        """One for all: a plain pass beside recorded ones might not find enough memory."""
 
 
 def record_training(model) -> None:

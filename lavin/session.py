@@ -98,9 +98,9 @@ class Prefill:
         self.batch = replace(batch, ids=torch.zeros(rows, dtype=torch.long, device=device), lengths=[rows])
         self.lengths = torch.zeros_like(session.cache.lengths)
         self.plan = session.plan(self.batch.lengths)  # kept, as the rest is, since a graph reads it
-        self.recorded = None
+        self.times, self.recorded = 0, None
 
-    def __call__(self, session: "Session", batch: Batch, lengths: torch.Tensor, record_it: bool) -> None:
+    def __call__(self, session: "Session", batch: Batch, lengths: torch.Tensor) -> None:
         self.lengths.copy_(lengths)
         self.batch.ids[:len(batch.ids)].copy_(batch.ids)
         self.batch.modality.copy_(batch.modality)
@@ -108,8 +108,9 @@ class Prefill:
         if batch.images is not None:
             self.batch.images.copy_(batch.images)
         run = partial(session.run_prefill, self.batch, self.plan, self.lengths)
-        if record_it and self.recorded is None:
+        if self.times == 1:  # the first may have to compile
             self.recorded = record(run, self.lengths.device, session.pool)
+        self.times += 1
         (self.recorded or run)()
 
 
@@ -125,7 +126,7 @@ class Session:
         self.ids = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.logits = torch.zeros(batch_size, config.vocab_size, device=device)
         self.routing, self.pool = None, graph_pool(device)
-        self.seen, self.prefills = set(), {}  # kinds of prefill that have run, and those recorded
+        self.prefills = {}
         self.steps, self.recorded_step = 0, None
 
     @staticmethod
@@ -158,8 +159,7 @@ class Session:
         if self.model.records_graphs and len(examples) == 1 and rows <= min(self.capacity, MOST_RECORDED):
             if (rows, kind) not in self.prefills:
                 self.prefills[rows, kind] = Prefill(self, batch, rows)
-            self.prefills[rows, kind](self, batch, lengths, kind in self.seen)  # the first of its kind compiles
-            self.seen.add(kind)
+            self.prefills[rows, kind](self, batch, lengths)
         else:
             self.run_prefill(batch, self.plan(batch.lengths), lengths)
         return self.logits.clone()

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -276,6 +278,36 @@ def test_steps_take_the_same_samples_on_any_number_of_processes(n, batch_size, a
 def test_fewer_samples_than_a_step_make_one_step():
     (everyone, own), = epoch_batches(3, 4, 2, 0, 1, 0, 0)
     assert sorted(everyone) == sorted(own[0]) == [0, 1, 2]
+
+
+def rank_one_of(launcher: int) -> int:
+    """The process of rank 1 that torchrun started."""
+    children = (Path("/proc") / str(launcher) / "task" / str(launcher) / "children").read_text().split()
+    return next(int(pid) for pid in children if b"\0RANK=1\0" in (Path("/proc") / pid / "environ").read_bytes())
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc to find the processes in")
+def test_a_killed_process_ends_the_run_which_then_resumes(base, scienceqa, tmp_path):
+    folder = tmp_path / "run"
+    flags = run_flags(base, scienceqa, folder, "--batch_size", "2", "--epochs", "1000")
+    with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           str(TESTS.parent / "train.py"), *flags], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as workers:
+        try:
+            deadline = time.monotonic() + 120
+            while not (folder / "checkpoint-1.pth").exists():
+                assert workers.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+            os.kill(rank_one_of(workers.pid), signal.SIGKILL)
+            errors = workers.communicate(timeout=60)[1]
+        finally:
+            workers.terminate()
+    assert workers.returncode != 0 and "Signal 9 (SIGKILL)" in errors and "rank      : 1" in errors
+    done = len(log(folder))
+    resumed = [*flags[:-1], str(done + 1), "--lr", "1e-2", "--batch_size", "4", "--resume", str(folder)]
+    train.main(train.get_args_parser().parse_args(resumed))
+    assert [line["epoch"] for line in log(folder)] == list(range(done + 1))
+    assert load(folder / f"checkpoint-{done}.pth")["epoch"] == done
 
 
 def run_flags(base, scienceqa, folder, *flags) -> list[str]:
