@@ -4,6 +4,7 @@ recorded passes."""
 import torch
 
 from lavin import frozen
+from lavin.attention import packed_attention, variable_length
 from lavin.model import LaVIN
 from lavin.recording import record_training
 
@@ -26,7 +27,11 @@ def compile_layers(model: LaVIN) -> None:
 
 
 def speed_up(model: LaVIN, bits: str = "16bit") -> LaVIN:
-    """In place. bits: `fp8` for frozen matrices in fp8. The fused kernels need Ampere (8.0) or newer."""
+    """In place. bits: `fp8` for frozen matrices in fp8.
+
+    The fused kernels need Ampere (8.0) or newer. Training is recorded where flash attention serves it: with other
+    attention that was never tried.
+    """
     if not isinstance(model.llama.layers[0].attention.wq, torch.nn.Linear):
         return model  # quantized, or divided among processes: as it is
     cuda = model.device.type == "cuda"
@@ -34,6 +39,7 @@ def speed_up(model: LaVIN, bits: str = "16bit") -> LaVIN:
         fuse(model, bits == "fp8")
     if cuda:
         compile_layers(model)
-        record_training(model)
         model.records_graphs = True
+    if packed_attention(model.device, model.dtype) is variable_length:
+        record_training(model)
     return model

@@ -155,7 +155,6 @@ class Stack:
         recorded.load(x, *others)
         return Launch.apply(recorded, len(x), x if recorded.inputs else None, *self.parameters)
 
-
     @contextmanager
     def aliases(self):
         """Other leaves of the same memory in the parameters' places: autograd ties a leaf to the stream where it was
@@ -244,6 +243,6 @@ class RecordedLlama(Stack):
 
 
 def record_training(model) -> None:
-    """In place."""
+    """In place: from now on training passes are recorded."""
     RecordedLlama(model.llama, model.device)
     RecordedVision(model.vision, model.device)
