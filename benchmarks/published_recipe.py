@@ -61,14 +61,14 @@ class PaddedLayerRouting:
     def __init__(self, routing: PaddedRouting, layer: int):
         self.routing, self.layer = routing, layer
 
-    def mixture(self, name, adapter, x):
+    def beside(self, name, adapter, x):
         kept, key = self.routing.kept, (self.layer, name)
         known = None if kept is None else kept.get(key)
         if known is None:
             known = adapter.mixture(x.unflatten(0, self.routing.shape)[:, 0])
         if kept is not None:
             kept[key] = known
-        return known.repeat_interleave(self.routing.shape[1], 0)
+        return known.repeat_interleave(self.routing.shape[1], 0),
 
 
 def padded(model: LaVIN, examples: list[Example], length: int):

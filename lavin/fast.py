@@ -4,7 +4,7 @@ recorded passes."""
 import torch
 
 from lavin import frozen
-from lavin.attention import packed_attention, variable_length
+from lavin.attention import flash, packed_attention
 from lavin.model import LaVIN
 from lavin.recording import record_training
 
@@ -40,6 +40,6 @@ def speed_up(model: LaVIN, bits: str = "16bit") -> LaVIN:
     if cuda:
         compile_layers(model)
         model.records_graphs = True
-    if packed_attention(model.device, model.dtype) is variable_length:
+    if packed_attention(model.device, model.dtype, model.llama.config.head_dim) is flash:
         record_training(model)
     return model

@@ -28,10 +28,6 @@ def finished(x: torch.Tensor, dtype: torch.dtype, quantized: bool) -> tuple[torc
     return quantize(x) if quantized else (x.to(dtype), x.new_empty(0, 1, dtype=torch.float32))
 
 
-def launch(kernel, rows: int, *arguments, **constants) -> None:
-    kernel[(rows,)](*arguments, **constants, num_warps=16)
-
-
 def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -45,7 +41,7 @@ def swiglu(gate_value: torch.Tensor, quantized: bool) -> tuple[torch.Tensor, tor
         return finished(F.silu(gate) * value, gate_value.dtype, quantized)
     from lavin.triton_kernels import swiglu_forward
     out, scale = empty_rows(gate_value, H, quantized)
-    launch(swiglu_forward, len(out), gate_value, out, scale, H, BLOCK=power_of_two(H), QUANTIZE=quantized)
+    swiglu_forward[(len(out),)](gate_value, out, scale, H, BLOCK=power_of_two(H), QUANTIZE=quantized, num_warps=32)
     return out, scale
 
 
@@ -66,8 +62,8 @@ def swiglu_backward(gate_value: torch.Tensor, gradient: torch.Tensor, quantized:
         return finished(torch.cat((of_gate, gradient * gate * sigmoid), 1), gate_value.dtype, quantized)
     from lavin import triton_kernels
     out, scale = empty_rows(gate_value, 2 * H, quantized)
-    launch(triton_kernels.swiglu_backward, len(out), gate_value, gradient.contiguous(), out, scale, H,
-           BLOCK=power_of_two(H), QUANTIZE=quantized)
+    triton_kernels.swiglu_backward[(len(out),)](gate_value, gradient.contiguous(), out, scale, H,
+                                                BLOCK=power_of_two(H), QUANTIZE=quantized, num_warps=32)
     return out, scale
 
 
@@ -86,9 +82,9 @@ def rotary_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         return finished(torch.cat([x.flatten(1) for x in (*turned, value.float())], 1), query.dtype, quantized)
     from lavin import triton_kernels
     out, scale = empty_rows(query, Q + 2 * K, quantized)
-    launch(triton_kernels.rotary_backward, N, query.contiguous(), key.contiguous(), value.contiguous(),
-           cos.contiguous(), sin.contiguous(), out, scale, Q, K, D=D, BLOCK_Q=power_of_two(Q), BLOCK_K=power_of_two(K),
-           QUANTIZE=quantized)
+    triton_kernels.rotary_backward[(N,)](query.contiguous(), key.contiguous(), value.contiguous(), cos.contiguous(),
+                                         sin.contiguous(), out, scale, Q, K, D=D, BLOCK_Q=power_of_two(Q),
+                                         BLOCK_K=power_of_two(K), QUANTIZE=quantized, num_warps=16)
     return out, scale
 
 

@@ -150,7 +150,7 @@ class PackedPlan:
 
     def attend(self, query, key, value):
         """[N, H, d], [N, H_kv, d], [N, H_kv, d] -> [N, H, d]."""
-        return packed_attention(query.device, query.dtype)(query, key, value, self)
+        return packed_attention(query.device, query.dtype, query.shape[-1])(query, key, value, self)
 
 
 class Attention(nn.Module):

@@ -80,28 +80,40 @@ class RepAdapter(nn.Module):
         for parameter in (self.conv_A.bias, self.conv_B.weight, self.conv_B.bias):
             nn.init.zeros_(parameter)
 
-    def down(self, x):
+    def up(self) -> list:
+        """The columns of U."""
+        return [grouped(self.conv_B), self.conv_B.bias[:, None]]
+
+    def matrices(self, dtype) -> tuple:
+        """A [r, D], a [r] and s U [D, .], whose columns are filled up with zeros to a multiple of 8, which matrix
+        units ask for."""
+        up = torch.cat(self.up(), 1) * self.scale
+        return (self.conv_A.weight[..., 0].to(dtype), self.conv_A.bias.to(dtype),
+                F.pad(up.to(dtype), (0, -up.shape[1] % 8)))
+
+    def down(self, x, weight, bias):
         """x [N, D] -> z [N, r]."""
-        z = F.linear(x, self.conv_A.weight[..., 0].to(x.dtype), self.conv_A.bias.to(x.dtype))
+        z = F.linear(x, weight, bias)
         if self.training:
             z = z * ((torch.rand_like(z, dtype=torch.float32) >= self.dropout) / (1 - self.dropout)).to(z.dtype)
         return z
 
     @staticmethod
-    def up_matrix(conv):
-        """The grouped convolution as a block-diagonal matrix [D, r]."""
-        return torch.block_diag(*conv.weight[..., 0].chunk(GROUPS))
-
-    def add(self, x, u: list, up: list):
-        """x + s u U, the columns of both filled up with zeros to a multiple of 8, which matrix units ask for."""
-        u, up = torch.cat(u, 1), torch.cat(up, 1) * self.scale
-        filling = (0, -u.shape[1] % 8)
-        return torch.addmm(x, F.pad(u, filling), F.pad(up.to(x.dtype), filling).t())
+    def add(x, u: list, up):
+        """x + s u U."""
+        u = torch.cat(u, 1)
+        return x + F.linear(F.pad(u, (0, up.shape[1] - u.shape[1])), up)
 
     def forward(self, x):
         """x [N, D] -> [N, D]."""
-        z = self.down(x)
-        return self.add(x, [z, torch.ones_like(z[:, :1])], [self.up_matrix(self.conv_B), self.conv_B.bias[:, None]])
+        *down, up = self.matrices(x.dtype)
+        z = self.down(x, *down)
+        return self.add(x, [z, torch.ones_like(z[:, :1])], up)
+
+
+def grouped(conv):
+    """The grouped convolution as a block-diagonal matrix [D, r]."""
+    return torch.block_diag(*conv.weight[..., 0].chunk(GROUPS))
 
 
 class RepAdapterRouter(RepAdapter):
@@ -119,12 +131,14 @@ class RepAdapterRouter(RepAdapter):
         """Router input h [M, D] -> expert mixture [M, 2], float32."""
         return (self.expert_weights(h.float()) / self.temperature).softmax(-1)
 
-    def forward(self, x, mixture):
-        """x [N, D], mixture [N, 2] -> [N, D]."""
-        z, w = self.down(x), mixture.to(x.dtype)
-        return self.add(x, [z * w[:, :1], z * w[:, 1:], w],
-                        [self.up_matrix(self.conv_B), self.up_matrix(self.conv_D),
-                         self.conv_B.bias[:, None], self.conv_D.bias[:, None]])
+    def up(self):
+        return [grouped(self.conv_B), grouped(self.conv_D), self.conv_B.bias[:, None], self.conv_D.bias[:, None]]
+
+    def forward(self, x, mixture, matrices=None):
+        """x [N, D], mixture [N, 2] -> [N, D]. matrices: of this adapter in x's type, where they are known."""
+        *down, up = matrices or self.matrices(x.dtype)
+        z, w = self.down(x, *down), mixture.to(x.dtype)
+        return self.add(x, [z * w[:, :1], z * w[:, 1:], w], up)
 
 
 @dataclass
@@ -132,8 +146,8 @@ class Routing:
     """Gives every row of a pass its expert mixture, by modality.
 
     rows [N, 2] float32: each row's modality, one-hot: a product with it picks mixtures, and its gradient repeats itself.
-    table: for every layer, mixtures [2, 2] by the adapter's name; what it lacks is computed from rows 0 and 1, which
-    must then be the two modality tokens, and kept in it. Without a table nothing is kept.
+    table: for every layer, by the adapter's name, mixtures [2, 2] and the adapter's matrices; what it lacks is computed
+    from rows 0 and 1, which must then be the two modality tokens, and kept in it. Without a table nothing is kept.
     """
 
     rows: torch.Tensor
@@ -153,14 +167,15 @@ class LayerRouting:
     """One layer's part of Routing."""
 
     rows: torch.Tensor
-    known: dict[str, torch.Tensor] | None
+    known: dict[str, tuple] | None
 
-    def mixture(self, name: str, adapter: RepAdapterRouter, x):
-        if self.known is None:
-            return self.rows @ adapter.mixture(x[:2])
-        if name not in self.known:
-            self.known[name] = adapter.mixture(x[:2])
-        return self.rows @ self.known[name]
+    def beside(self, name: str, adapter: RepAdapterRouter, x) -> tuple:
+        """What an adapter takes beside x: its mixture and matrices."""
+        known = {} if self.known is None else self.known
+        if name not in known:
+            known[name] = adapter.mixture(x[:2]), *adapter.matrices(x.dtype)
+        mixture, *matrices = known[name]
+        return self.rows @ mixture, matrices
 
 
 class AdaptedBlock(Block):
@@ -173,7 +188,7 @@ class AdaptedBlock(Block):
 
     def adapt(self, name: str, x, routing):
         adapter = getattr(self, name)
-        return x if adapter is None else adapter(x, routing.mixture(name, adapter, x))
+        return x if adapter is None else adapter(x, *routing.beside(name, adapter, x))
 
     def attention_input(self, x, routing):
         return self.adapt("adapter_attn", super().attention_input(x, routing), routing)

@@ -3,10 +3,12 @@
 Notable:
 - Prefill is training's forward pass, which fills the cache on its way; a step adds one row a sequence. Both give the
   logits of the full forward.
-- The modality token needs no cache: all that it does is in the routing table that prefill fills in.
+- The modality token needs no cache: all that it does is in the routing table that prefill fills in, with the adapters'
+  matrices, which a step need not prepare again.
 - All stays where it is, so that the GPU can repeat steps and short prefills as one launch (lavin/recording.py).
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -147,9 +149,9 @@ class Session:
         self.cache.lengths.copy_(lengths)
         routing = Routing.of_rows(batch.modality, table)
         if self.routing is None:
-            self.routing = routing
+            self.routing = deepcopy(routing)  # what is in 16 bits anyway would be the parameters themselves
         self.routing.rows.copy_(routing.rows)
-        torch._foreach_copy_(mixtures(self.routing), mixtures(routing))
+        torch._foreach_copy_(kept(self.routing), kept(routing))
 
     def prefill(self, examples: list[Example]) -> torch.Tensor:
         """Begins anew; returns the logits [B, V] float32 of each sequence's next token."""
@@ -178,5 +180,5 @@ class Session:
         return self.logits.clone()
 
 
-def mixtures(routing: Routing) -> list[torch.Tensor]:
-    return [mixture for layer in routing.table for mixture in layer.values()]
+def kept(routing: Routing) -> list[torch.Tensor]:
+    return [tensor for layer in routing.table for adapter in layer.values() for tensor in adapter]

@@ -55,10 +55,10 @@ def test_flash_attention_over_the_row_equals_one_by_one():
     plan = PackedPlan([1, 1, 5, 9, 3], "cuda")
     q, k, v = (torch.randn(19, h, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
     results = []
-    for way in (attention.variable_length, attention.one_by_one):
+    for way in (attention.flash, attention.one_by_one):
         out = way(q, k, v, plan)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
-    assert attention.packed_attention(q.device, q.dtype) is attention.variable_length
+    assert attention.packed_attention(q.device, q.dtype, 16) is attention.flash
     assert all(close(ours, theirs, 0.02) for ours, theirs in zip(*results))
 
 

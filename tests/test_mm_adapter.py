@@ -116,11 +116,15 @@ def test_routing_reads_the_modality_rows_and_keeps_their_mixtures():
     module, p, x = random_adapter(RepAdapterRouter)
     modality, table = torch.tensor([0, 1, 1, 0, 1, 0, 0]), [{}, {}]
     expected = router(p, "a", x[:2], CONFIG)[modality]
-    torch.testing.assert_close(Routing.of_rows(modality).of(1).mixture("a", module, x), expected)
-    torch.testing.assert_close(Routing.of_rows(modality, table).of(1).mixture("a", module, x), expected)
-    torch.testing.assert_close(table, [{}, {"a": router(p, "a", x[:2], CONFIG)}])
-    later = Routing.of_rows(modality, table).of(1).mixture("a", module, torch.randn(7, 10))
-    torch.testing.assert_close(later, expected)  # the states no longer matter
+    for kept in (None, table):
+        mixture, matrices = Routing.of_rows(modality, kept).of(1).beside("a", module, x)
+        torch.testing.assert_close(mixture, expected)
+        torch.testing.assert_close(module(x, mixture, matrices), adapter(p, "a", x, CONFIG, expected))
+    torch.testing.assert_close(table[1]["a"][0], router(p, "a", x[:2], CONFIG))
+    assert not table[0]
+    module.expert_weights.weight.data.zero_()  # what is known is not asked again, neither parameters nor states
+    later, _ = Routing.of_rows(modality, table).of(1).beside("a", module, torch.randn(7, 10))
+    torch.testing.assert_close(later, expected)
 
 
 @pytest.mark.parametrize("n, prob, var, lim, expected", [
