@@ -69,7 +69,7 @@ def flash_attention_backward(query: torch.Tensor, key: torch.Tensor, value: torc
     over_blocks(attend_backward_query, query, key, offsets, longest, query.shape[1],
                 (query, key, value, offsets, out, level, gradient, of_query, mean), BLOCK=64, STEP=32, num_stages=2)
     over_blocks(attend_backward_key_value, query, key, offsets, longest, key.shape[1],
-                (query, key, value, offsets, level, gradient, mean, of_key, of_value), BLOCK=64, STEP=64, num_stages=1)
+                (query, key, value, offsets, level, gradient, mean, of_key, of_value), BLOCK=64, STEP=32, num_stages=1)
     return of_query, of_key, of_value
 
 

@@ -84,7 +84,7 @@ def rotary_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     out, scale = empty_rows(query, Q + 2 * K, quantized)
     triton_kernels.rotary_backward[(N,)](query.contiguous(), key.contiguous(), value.contiguous(), cos.contiguous(),
                                          sin.contiguous(), out, scale, Q, K, D=D, BLOCK_Q=power_of_two(Q),
-                                         BLOCK_K=power_of_two(K), QUANTIZE=quantized, num_warps=16)
+                                         BLOCK_K=power_of_two(K), QUANTIZE=quantized, num_warps=4)
     return out, scale
 
 
