@@ -119,3 +119,11 @@ class LaVIN(nn.Module):
         """Cross-entropy of the answers' tokens, each times its factor, summed, float32."""
         hidden = self.hidden_states(batch)[batch.source]
         return self.answer_loss(hidden, self.llama.output.weight, batch.target, batch.factor)
+
+    @torch.no_grad()
+    def routing_table(self) -> list[dict]:
+        """What Routing keeps, of every layer: it depends on parameters alone."""
+        tokens, kinds = self.modality_rows()
+        table = [{} for _ in self.llama.layers]
+        self.llama(tokens, self.plan([]), Routing.of_rows(kinds, table))
+        return table

@@ -100,8 +100,7 @@ def test_mixtures_depend_on_modality_and_parameters_alone():
     assert torch.equal(first, other)
     assert first.shape == (6, 2, 2)
     assert (first[:, 0] - first[:, 1]).abs().min() > 1e-3  # text and image differ
-    table = [{} for _ in model.llama.layers]
-    model.hidden_states(pack(mixed_examples()), table=table)
+    table = model.routing_table()
     torch.testing.assert_close(
         torch.stack([known[name][0] for known in table for name in ("adapter_attn", "adapter_mlp")]), first)
     model.adapter_modality_embedding.weight.data[1] += 1

@@ -60,10 +60,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def fold(adapter: RepAdapterRouter, mixture: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What reads an adapter's output, weight [O, D], made to read its input: weight [O, D] and bias [O], float32."""
-    w0, w1 = mixture
-    down, a = adapter.conv_A.weight[..., 0], adapter.conv_A.bias
-    up = adapter.scale * (w0 * adapter.up_matrix(adapter.conv_B) + w1 * adapter.up_matrix(adapter.conv_D))
-    offset = up @ a + adapter.scale * (w0 * adapter.conv_B.bias + w1 * adapter.conv_D.bias)
+    down, a, up = adapter.matrices(torch.float32)
+    first, second, biases = up[:, :2 * len(a) + 2].split([len(a), len(a), 2], dim=1)
+    up = mixture[0] * first + mixture[1] * second
+    offset = up @ a + biases @ mixture
     weight = weight.float()
     return weight + (weight @ up) @ down, weight @ offset
 
@@ -96,7 +96,8 @@ def folded_tensors(model: LaVIN, modality: int) -> Iterator[tuple[str, torch.Ten
         if kind in readers:
             layer = int(name.split(".")[1])
             adapter = getattr(model.llama.layers[layer], readers[kind])
-            weight, bias = fold(adapter, table[layer][readers[kind]][modality], weight)
+            mixture, *_ = table[layer][readers[kind]]
+            weight, bias = fold(adapter, mixture[modality], weight)
         if kind in heads:
             weight, bias = halves(weight, heads[kind]), halves(bias, heads[kind])
         yield hf_name(name), weight
