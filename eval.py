@@ -21,7 +21,7 @@ from lavin.mm_adapter import AdapterConfig
 from lavin.precision import choose_device, choose_dtype
 from util.datasets import load_pictures, load_scienceqa
 from util.files import write_json, write_json_lines
-from util.flags import captions_of, check_shared, inherit, shared_flags
+from util.flags import captions_of, check_counts, check_shared, inherit, shared_flags
 from util.logging import is_first, progress, say, table
 from util.prompts import answer_text, build_prompt, parse_answer
 from util.runs import last_checkpoint
@@ -58,8 +58,11 @@ def check_adapter_flags(args, trained: dict) -> None:
                             "leave the flag out")
 
 
-def load_model(args):
-    """Base, tokenizer, and the checkpoint's path; sets the flags that were left out to the checkpoint's."""
+def load_model(args, fast: bool = True):
+    """Base, tokenizer, and the checkpoint's path; sets the flags that were left out to the checkpoint's.
+
+    fast: as `speed_up` makes it; else the plain model, whose parameters have the names of the base's.
+    """
     if args.llama_model_path and args.llm_model:
         require_base(args.llama_model_path, args.llm_model, args.tokenizer_path)
     path = last_checkpoint(args.adapter_path) if args.adapter_path else None
@@ -79,7 +82,7 @@ def load_model(args):
                                  bits=args.bits)
     if path:
         load_adapters(model, checkpoint["model"], str(path))
-    return speed_up(model, args.bits).eval(), tokenizer, path
+    return (speed_up(model, args.bits) if fast else model).eval(), tokenizer, path
 
 
 class Asked(NamedTuple):
@@ -108,11 +111,10 @@ def write_batch(model, tokenizer, batch: list[Asked], args) -> list[tuple[str, i
     texts = generate(model, tokenizer, examples, longest, lambda text: parse_answer(text, 26) is not None,
                      args.generation_temperature, args.top_p, [asked.seed for asked in batch])
     predictions = [parse_answer(text, asked.n_choices) for text, asked in zip(texts, batch)]
-    parsed = [prediction is not None for prediction in predictions]
-    failed = [asked for asked, named in zip(batch, parsed) if not named]
-    guesses = iter(next(likeliest(model, tokenizer, [failed])) if failed else [])
-    return [(text, prediction if named else next(guesses), named)
-            for text, prediction, named in zip(texts, predictions, parsed)]
+    # of the whole batch, for which the model's session is made
+    guesses = next(likeliest(model, tokenizer, [batch])) if None in predictions else predictions
+    return [(text, guess if prediction is None else prediction, prediction is not None)
+            for text, prediction, guess in zip(texts, predictions, guesses)]
 
 
 def answer_batches(model, tokenizer, batches: list[list[Asked]], args) -> Iterator[list[tuple[str, int, bool]]]:
@@ -162,6 +164,7 @@ def score_table(scores: dict) -> str:
 def main(args) -> None:
     if not args.adapter_path and not args.output_dir:
         raise UserError("without --adapter_path the untuned base is scored: say where with --output_dir")
+    check_counts(args, "max_batch_size")
     torch.manual_seed(args.seed)
     model, tokenizer, path = load_model(args)
     if args.decode == "score" and not answers_first(args.prompt_format):

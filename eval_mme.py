@@ -15,6 +15,7 @@ from lavin.errors import UserError, one_line_errors
 from lavin.generation import generate
 from util.datasets import PICTURE_ERRORS, load_picture
 from util.files import write_json, write_json_lines
+from util.flags import check_counts
 from util.logging import is_first, progress, say, table
 from util.mme import Pair, is_told, load_mme, read_answer, score
 from util.prompts import instruction_prompt
@@ -73,6 +74,7 @@ def score_table(scores: dict) -> str:
 def main(args) -> None:
     if not args.adapter_path and not args.output_dir:
         raise UserError("without --adapter_path the untuned base is scored: say where with --output_dir")
+    check_counts(args, "max_batch_size")
     pairs = load_mme(args.mme_root) if args.mme_root else None  # a wrong folder is known before the model is loaded
     model, tokenizer, path = evaluation.load_model(args)
     pairs = pairs or load_mme(f"{args.data_root}/mme")

@@ -25,7 +25,7 @@ from lavin.mm_adapter import AdapterConfig, dropout_schedule
 from lavin.model import pack
 from lavin.precision import choose_device, choose_dtype
 from util.datasets import build_example, epoch_batches, load_pictures, load_scienceqa, steps_per_epoch
-from util.flags import captions_of, check_shared, shared_flags
+from util.flags import captions_of, check_counts, check_shared, shared_flags
 from util.instructions import load_instructions, with_pictures
 from util.logging import is_first, progress, say
 from util.lr_sched import SCHEDULES, adjust_learning_rate, check_schedule
@@ -73,9 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_args(args) -> None:
     """Refuses what cannot work before anything is loaded."""
     check_shared(args)
-    for flag in ("batch_size", "accum_iter"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    check_counts(args, "batch_size", "accum_iter")
     if not 0 <= args.drop_path < 1:
         raise UserError(f"--drop_path {args.drop_path} must lie in [0, 1)")
     try:
@@ -137,21 +135,6 @@ def passes(pairs: list[tuple], most_tokens: float) -> list[list[tuple]]:
     return groups
 
 
-def tokens_per_pass(model, examples: list) -> float:
-    """Most tokens whose pass fits this GPU's memory, by what a trial pass over the longest examples takes."""
-    if model.device.type != "cuda":
-        return math.inf
-    longest = passes([(example, 0.0) for example in sorted(examples, key=lambda e: -len(e.ids))], TRIAL_TOKENS)[0]
-    trial = [(example, 0.0) for example in with_pictures([example for example, _ in longest])]
-    before = torch.cuda.memory_allocated(model.device)
-    for _ in range(2):  # compiling may take memory of its own
-        torch.cuda.reset_peak_memory_stats(model.device)
-        model.train()(pack(*zip(*trial)).to(model.device)).backward()
-    taken = torch.cuda.max_memory_allocated(model.device) - before
-    room = MEMORY_SHARE * torch.cuda.get_device_properties(model.device).total_memory - before
-    return max(room, 0) / taken * sum(len(example.ids) for example, _ in trial)
-
-
 def accumulate(model, pairs: list[tuple], most_tokens: float, scaler) -> torch.Tensor:
     """Adds the gradients of one process's samples; returns its share of the step's loss."""
     total = torch.zeros((), device=model.device)
@@ -175,6 +158,22 @@ def accumulate_in_memory(model, pairs: list[tuple], most_tokens: float, scaler) 
         most_tokens = min(most_tokens, sum(len(example.ids) for example, _ in pairs)) / 2
         model.zero_grad()
         gc.collect()  # what the failed pass held
+
+
+def tokens_per_pass(model, examples: list, scaler) -> float:
+    """Most tokens whose pass fits this GPU's memory, by what a trial over the longest examples takes."""
+    if model.device.type != "cuda":
+        return math.inf
+    longest = passes([(example, 0.0) for example in sorted(examples, key=lambda e: -len(e.ids))], TRIAL_TOKENS)[0]
+    trial = [(example, 0.0) for example in with_pictures([example for example, _ in longest])]
+    before = torch.cuda.memory_allocated(model.device)
+    most = TRIAL_TOKENS
+    for _ in range(2):  # compiling may take memory of its own
+        torch.cuda.reset_peak_memory_stats(model.device)
+        _, most = accumulate_in_memory(model.train(), trial, most, scaler)
+    taken = torch.cuda.max_memory_allocated(model.device) - before
+    room = MEMORY_SHARE * torch.cuda.get_device_properties(model.device).total_memory - before
+    return max(room, 0) / taken * max(sum(len(example.ids) for example, _ in group) for group in passes(trial, most))
 
 
 def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad: float | None) -> torch.Tensor:
@@ -257,7 +256,7 @@ def main(args) -> None:
     dtype = choose_dtype(args.precision, device)
     if args.bits == "fp8":
         check_fp8(device, dtype)
-    # strict, or flash attention does not repeat itself; bitsandbytes promises nothing
+    # strict, or the ViT's attention does not repeat itself; bitsandbytes promises nothing
     torch.use_deterministic_algorithms(True, warn_only=args.bits in ("4bit", "8bit"))
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(args.seed)  # the same fresh adapters on every process
@@ -281,7 +280,7 @@ def main(args) -> None:
         f"effective batch {args.batch_size * args.accum_iter * world}, lr {args.lr:.3g}, {args.lr_schedule}")
     events = open_events(args.log_dir) if args.log_dir and is_first() else None
 
-    most_tokens = parallel.least(tokens_per_pass(model, examples))
+    most_tokens = parallel.least(tokens_per_pass(model, examples, scaler))
     gc.collect()
     gc.freeze()  # what loading and compiling left behind is never searched again
     model.zero_grad()

@@ -19,7 +19,7 @@ import torch
 from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it finds the project
 import eval as evaluation
 from published_recipe import published_answers
-from random_lavin import IMAGE_PREFIX, TEXT_PREFIX, length_rows, random_examples, random_lavin
+from random_lavin import IMAGE_PREFIX, TEXT_PREFIX, length_rows, pictures, random_examples, random_lavin
 from lavin.fast import speed_up
 from lavin.tokenizer import IMAGE_SLOT, Example
 
@@ -51,9 +51,8 @@ def questions(model, n: int, seed: int):
     draw = random.Random(seed)
     problems = {str(i): {"question": f"{seed} {i}", "choices": list("abcd"), "answer": 0, "hint": "", "lecture": "",
                          "solution": ""} for i in range(n)}
-    size = model.vision.image_size
-    pictures = {qid: torch.randint(0, 256, (3, size, size), dtype=torch.uint8) for qid in problems if draw.random() < 0.45}
-    return SimpleNamespace(problems=problems, captions={}), pictures
+    picture = pictures(model, seed)
+    return SimpleNamespace(problems=problems, captions={}), {qid: picture() for qid in problems if draw.random() < 0.45}
 
 
 def main(args) -> None:

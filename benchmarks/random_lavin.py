@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -43,18 +44,23 @@ def length_rows() -> list[tuple[int, int, int]]:
     return json.loads(Path(__file__).with_name("token_lengths.json").read_text())["rows"]
 
 
+def pictures(model: LaVIN, seed: int) -> Callable[[], torch.Tensor]:
+    """A new one at each call, of a generator of its own: dropout, which moves torch's, does not change them."""
+    generator, size = torch.Generator().manual_seed(seed), model.vision.image_size
+    return lambda: torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
+
+
 def redrawn(model: LaVIN, examples: list[Example], seed: int) -> list[Example]:
     """The same lengths and places of pictures, with other tokens and pixels."""
-    draw, vocab = random.Random(seed), model.llama.config.vocab_size
+    draw, vocab, picture = random.Random(seed), model.llama.config.vocab_size, pictures(model, seed)
     return [Example([i if i == IMAGE_SLOT else draw.randrange(3, vocab) for i in example.ids], example.answer_start,
-                    None if example.image is None else torch.randint_like(example.image, 256)) for example in examples]
+                    None if example.image is None else picture()) for example in examples]
 
 
 def random_examples(model: LaVIN, n: int, seed: int, max_seq_len: int = 512, full: bool = False, answers: bool = True
                     ) -> list[Example]:
     """n samples of real lengths (or, `full`, all cut at max_seq_len with a picture), tokens and pixels random."""
-    draw = random.Random(seed)
-    size, vocab = model.vision.image_size, model.llama.config.vocab_size
+    draw, vocab, picture = random.Random(seed), model.llama.config.vocab_size, pictures(model, seed)
     examples = []
     for prompt, total, has_image in draw.choices(length_rows(), k=n):
         if full:
@@ -64,6 +70,5 @@ def random_examples(model: LaVIN, n: int, seed: int, max_seq_len: int = 512, ful
         ids = token(1 + n_prefix) + [IMAGE_SLOT] * (model.adapter.n_prompt * has_image)
         start = len(ids) + prompt - 1
         ids += token((total if answers else prompt) - 1)
-        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8) if has_image else None
-        examples.append(Example(ids[:max_seq_len - 1], min(start, max_seq_len - 1), image))
+        examples.append(Example(ids[:max_seq_len - 1], min(start, max_seq_len - 1), picture() if has_image else None))
     return examples

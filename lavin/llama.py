@@ -3,7 +3,7 @@
 Notable:
 - All documents of a pass lie behind one another in one *packed row* of tokens [N, D]; nothing is padded.
 - What a token attends to is not the decoder's business: every layer hands its query, key and value to its part of
-  the pass's *plan*, which knows where documents begin (`PackedPlan`) or keeps a cache (lavin/generation.py).
+  the pass's *plan*, which knows where documents begin (`PackedPlan`) or keeps a cache (lavin/session.py).
 - Meta's names and layouts: rotary embeddings turn adjacent pairs, `wq wk wv wo`, `w1 w2 w3`.
 
 Touvron et al. 2023, arXiv 2302.13971; rotary embeddings: Su et al. 2021, arXiv 2104.09864.

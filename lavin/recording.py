@@ -23,6 +23,9 @@ from lavin.mm_adapter import Routing
 from lavin.model import MODALITIES
 
 
+MOST_SIZES = 64  # a graph takes memory of its own, and recording one again half a second
+
+
 def graph_pool(device: torch.device):
     """Memory that graphs may share which never run between one another's launches."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -44,7 +47,7 @@ def record(run: Callable[[], None], device: torch.device, pool=None) -> Callable
 
 
 def roomy(n: int) -> int:
-    """n rounded up by at most 1/32, so that few sizes occur."""
+    """n rounded up, by at most 1/32 from 512 on and to a multiple of 16 below, so that few sizes occur."""
     step = max(16, 1 << max(n.bit_length() - 6, 0))
     return n + -n % step
 
@@ -149,9 +152,10 @@ class Stack:
         if (program := self.program(size)) not in self.compiled:
             self.compiled.add(program)
             return self.plain(x, *others)
-        if size not in self.sizes:
-            self.sizes[size] = self.add(size, x.dtype)
-        recorded = self.sizes[size]
+        recorded = self.sizes.pop(size, None) or self.add(size, x.dtype)
+        self.sizes[size] = recorded  # the latest last
+        if len(self.sizes) > MOST_SIZES:
+            del self.sizes[next(iter(self.sizes))]
         recorded.load(x, *others)
         return Launch.apply(recorded, len(x), x if recorded.inputs else None, *self.parameters)
 

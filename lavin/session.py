@@ -133,8 +133,9 @@ class Session:
 
     @staticmethod
     def what(model: LaVIN, batch_size: int) -> tuple:
-        """All that a session hangs on beside the values of parameters."""
-        return batch_size, model.adapter, model.device, model.dtype
+        """All that a session hangs on beside the values of parameters; answers know no dropout."""
+        adapter = replace(model.adapter, dropout_prob=0.0, dropout_var=1.0, dropout_lim=0.0)
+        return batch_size, adapter, model.device, model.dtype
 
     def fits(self, model: LaVIN, batch_size: int, capacity: int) -> bool:
         return self.made_for == self.what(model, batch_size) and capacity <= self.capacity

@@ -90,6 +90,20 @@ def test_scaling(capsys, monkeypatch, tmp_path):
     assert all([float(cell) for cell in row if cell.strip()][-3:] == [0, 0, 0] for row in (row[1:] for row in rows))
 
 
+def test_samples_are_those_of_their_seed():
+    """Whatever has been drawn since, such as dropout's masks: processes of a row must see the same."""
+    model = train_throughput.random_lavin("tiny", "cpu", torch.float32)
+    drawn = []
+    for _ in range(2):
+        drawn.append([*train_throughput.random_examples(model, 6, 1), *eval_throughput.questions(model, 6, 1)[1].values()])
+        drawn[-1] += train_throughput.redrawn(model, drawn[-1][:6], 2)
+        torch.rand(1)
+    for a, b in zip(*drawn):
+        a, b = (x if isinstance(x, torch.Tensor) else x.image for x in (a, b))
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+    assert sum(isinstance(x, torch.Tensor) or x.image is not None for x in drawn[0]) > 4
+
+
 def test_arithmetic_that_nothing_can_leave_out():
     """4 x frozen parameters x tokens, by hand for the tiny size: LLaMA 2 layers of width 64, hidden 192."""
     model = train_throughput.random_lavin("tiny", "cpu", torch.float32)

@@ -1,5 +1,6 @@
 """train.py and eval.py as users run them: what they leave, and the one line that each mistake ends in."""
 
+import argparse
 import json
 import os
 import shlex
@@ -16,8 +17,10 @@ import reference
 import train
 from lavin.base_weights import open_base
 from lavin.errors import UserError, one_line_errors
+from lavin.generation import generate
 from lavin.mm_adapter import AdapterConfig
 from test_base_weights import write_hugging_face
+from tiny import tiny_model
 from util.datasets import load_pictures, load_scienceqa
 from util.prompts import answer_text, build_prompt, parse_answer
 from util.scoring import COLUMNS, score
@@ -141,6 +144,24 @@ def test_unparsed_answers_become_the_likeliest_option(finished, scienceqa, base)
             at = len(example.ids) - 3  # the letter
             losses.append(-reference.logits(model, [example])[0, at].log_softmax(-1)[example.ids[at]].item())
         assert losses[line["prediction"]] == pytest.approx(min(losses), abs=1e-5)
+
+
+def test_one_failed_answer_takes_the_option_of_its_own_and_the_session_of_its_batch(tokenizer, monkeypatch):
+    model, sessions = tiny_model(llama={"vocab_size": tokenizer.n_words}), []
+
+    def half_failed(*args):
+        generate(*args)
+        sessions.append(model.session)
+        return ["The answer is B.", "no idea", "The answer is A."]
+    monkeypatch.setattr(evaluation, "generate", half_failed)
+    batch = [evaluation.Asked(str(i), f"Which pond is {word}?\nResponse:", None, 3, i)
+             for i, word in enumerate(("deep", "old", "new"))]
+    args = argparse.Namespace(prompt_format="QCM-ALE", generation_temperature=0.0, top_p=1.0)
+    for _ in range(2):
+        results = evaluation.write_batch(model, tokenizer, batch, args)
+    [[likeliest]] = evaluation.likeliest(tiny_model(llama={"vocab_size": tokenizer.n_words}), tokenizer, [batch[1:2]])
+    assert results == [("The answer is B.", 1, True), ("no idea", likeliest, False), ("The answer is A.", 0, True)]
+    assert sessions[0] is sessions[1] is model.session
 
 
 def test_answers_by_score_are_the_likeliest_options(finished, tmp_path):
@@ -296,6 +317,7 @@ def test_flags_that_cannot_work(base, scienceqa, tmp_path, flags, words):
     (["--tokenizer_path", "nowhere.model"], "nowhere.model"), (["--n_prompt", "3"], "--n_prompt 6"),
     (["--adapter_dim", "8"], "--adapter_dim 8"), (["--temperature", "10"], "--temperature 10.0"),
     (["--adapter_type", "attn"], "--adapter_type attn"), (["--hidden_proj", "128"], "--hidden_proj 128"),
+    (["--max_batch_size", "0"], "--max_batch_size 0"),
     (["--decode", "score", "--prompt_format", "QCM-LEA"], "leave --decode out")])
 def test_eval_flags_that_cannot_work(own_run, flags, words):
     message = error(run_eval, "--adapter_path", own_run / "checkpoint-1.pth", *flags)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train
+from lavin import recording
 from lavin.generation import decode
 from lavin.model import pack
 from lavin.recording import LlamaPass, record_training, roomy
@@ -34,6 +35,20 @@ def test_training_passes(kind, visual):
     llama, vision = ours.llama.forward, ours.vision.forward
     assert llama.passes == 5 and len(llama.sizes) == 3 and vision.passes == 4 and len(vision.sizes) == 2
     assert all(rows > sum(len(e.ids) for e in BATCHES[1]) or rows < 200 for rows, *_ in llama.sizes)  # filled up
+
+
+def test_the_sizes_longest_unused_are_forgotten(monkeypatch):
+    monkeypatch.setattr(recording, "MOST_SIZES", 2)
+    plain, ours = (tiny_model(dropout_prob=0.0).train() for _ in range(2))
+    record_training(ours)
+    sizes = []
+    for rows in (60, 60, 120, 60, 180, 120, 180):  # the first is not recorded
+        examples = [tiny_example(rows + i, rows // 4, rows // 4) for i in range(2)]
+        torch.testing.assert_close(loss_and_gradients(ours, examples), loss_and_gradients(plain, examples),
+                                   rtol=1e-4, atol=1e-5)
+        sizes.append([rows for rows, *_ in ours.llama.forward.sizes])
+    a, b, c = sorted({rows for seen in sizes for rows in seen})
+    assert sizes == [[], [a], [a, b], [b, a], [a, c], [c, b], [b, c]]
 
 
 def test_gradients_of_passes_add_up_and_turns_are_kept():
@@ -107,6 +122,9 @@ def test_a_session_belongs_to_one_answer_and_to_its_adapters():
         randomise_in_place(changed)
     answers = [list(decode(m, [tiny_example(1, 5, 0)], 4, lambda seen: seen.argmax(-1))) for m in (model, fresh)]
     assert answers[0] == answers[1] != alone[0] and model.session is before
+    model.adapter = tiny_model(dropout_prob=0.3, dropout_var=0.9).adapter  # of training alone
+    list(decode(model, [tiny_example(1, 5, 0)], 4, lambda seen: seen.argmax(-1)))
+    assert model.session is before
     model.adapter = tiny_model(adapter_scale=0.5).adapter
     list(decode(model, [tiny_example(1, 5, 0)], 4, lambda seen: seen.argmax(-1)))
     assert model.session is not before

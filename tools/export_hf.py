@@ -180,9 +180,11 @@ def main(args) -> None:
         raise UserError("--pictures needs --modality image")
     if len({picture.stem for picture in args.pictures}) < len(args.pictures):
         raise UserError("--pictures: two have the same name, and so would their files: rename one")
+    if args.bits != "16bit" or (args.model_parallel_size or 1) > 1:
+        raise UserError("the folder holds whole weights in 16 or 32 bits: leave --bits and --model_parallel_size out")
     if (args.out / "config.json").exists():
         raise UserError(f"--out {args.out} holds a model: name another folder")
-    model, tokenizer, path = load_model(args)
+    model, tokenizer, path = load_model(args, fast=False)
     args.out.mkdir(parents=True, exist_ok=True)
     for picture in args.pictures:
         save_file({"inputs_embeds": picture_embeddings(model, tokenizer, picture)},

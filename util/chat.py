@@ -162,7 +162,8 @@ class Chatbot:
         steps = self.steps(run, turns, question, settings)
         self.latest = me = object()
         while True:
-            with self.lock:
+            # a page answers in threads of its own, each of which begins on the first GPU
+            with self.lock, torch.cuda.device_of(self.model.adapter_modality_embedding.weight):
                 answer = next(steps, None) if self.latest is me else None
             if answer is None:
                 return

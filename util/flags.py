@@ -62,13 +62,18 @@ def captions_of(args: argparse.Namespace) -> str | None:
     return (args.caption_file or f"{args.data_root}/captions.json") if args.use_caption else None
 
 
+def check_counts(args: argparse.Namespace, *flags: str) -> None:
+    """Raises UserError for a flag below 1."""
+    for flag in flags:
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")
+
+
 def check_shared(args: argparse.Namespace) -> None:
     """Raises UserError for values of the shared flags that cannot work."""
     if args.model_parallel_size > 1 and args.bits != "16bit":
         raise UserError(f"--model_parallel_size {args.model_parallel_size} divides weights of 16 bits: give "
                         f"--bits 16bit in place of {args.bits}, or leave --model_parallel_size out")
-    for flag in ("max_seq_len", "n_prompt", "hidden_proj", "adapter_dim"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    check_counts(args, "max_seq_len", "n_prompt", "hidden_proj", "adapter_dim")
     if not args.temperature > 0:
         raise UserError(f"--temperature {args.temperature} must be positive")
