@@ -42,7 +42,7 @@ def load_chatbot(args) -> Chatbot:
     model, tokenizer, _ = load_model(args)
     bot = (Chatbot if parallel.model_size == 1 else SharedChatbot)(model, tokenizer, runs, args.max_seq_len)
     if model.device.type == "cuda":
-        say("a first answer, which compiles the model ...")
+        say("first answers, which compile and record the model ...")
         bot.warm_up()
     return bot
 

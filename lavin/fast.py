@@ -1,10 +1,13 @@
-"""Swaps on an unchanged model that make it fast, chosen here by hardware: fused products, fp8, compiled layers,
+"""Swaps on an unchanged model that make it fast, chosen here by hardware: fused products, fp8, compiled layers and loss,
 recorded passes."""
+
+from functools import partial
 
 import torch
 
 from lavin import frozen
 from lavin.attention import flash, packed_attention
+from lavin.loss import answer_loss, cross_entropy
 from lavin.model import LaVIN
 from lavin.recording import record_training
 
@@ -16,7 +19,7 @@ def fuse(model: LaVIN, fp8: bool = False) -> None:
         frozen.FusedFeedForward.replace(block.feed_forward, fp8)
 
 
-def compile_layers(model: LaVIN) -> None:
+def compile_parts(model: LaVIN) -> None:
     # torch 2.11's compiler cannot look into these at varying sizes; what follows it can
     for function in (frozen.frozen_product, frozen.swiglu_products, frozen.turned_product):
         torch.compiler.allow_in_graph(function)
@@ -24,6 +27,7 @@ def compile_layers(model: LaVIN) -> None:
     torch._dynamo.config.recompile_limit = 32  # training, prefill, decoding, one sequence: each its own program
     for stack in (model.llama, model.vision):
         stack.run_blocks = torch.compile(stack.run_blocks, dynamic=True)
+    model.answer_loss = partial(answer_loss, cross_entropy=torch.compile(cross_entropy, dynamic=True))
 
 
 def speed_up(model: LaVIN, bits: str = "16bit") -> LaVIN:
@@ -38,7 +42,7 @@ def speed_up(model: LaVIN, bits: str = "16bit") -> LaVIN:
     if bits == "fp8" or cuda and torch.cuda.get_device_capability(model.device) >= (8, 0):
         fuse(model, bits == "fp8")
     if cuda:
-        compile_layers(model)
+        compile_parts(model)
         model.records_graphs = True
     if packed_attention(model.device, model.dtype, model.llama.config.head_dim) is flash:
         record_training(model)

@@ -6,14 +6,15 @@ generator.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 
 from lavin.errors import UserError
 from lavin.model import LaVIN
 from lavin.precision import fetch
-from lavin.session import Session
-from lavin.tokenizer import Example, Tokenizer
+from lavin.session import MOST_RECORDED, PLAIN_STEPS, PREFILL_STEP, Session
+from lavin.tokenizer import IMAGE_SLOT, Example, Tokenizer
 
 
 @contextmanager
@@ -44,6 +45,23 @@ def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
             yield ids
             if i + 1 < max_new_tokens:
                 logits = session.step(ids)
+
+
+def rehearse(model: LaVIN, longest: int) -> None:
+    """Compiles and records what one sequence of at most `longest` tokens needs, whatever its length.
+
+    A first answer is then as quick as any. Does nothing where answers are not recorded.
+    """
+    if not model.records_graphs:
+        return
+    size, n_prompt = [model.vision.image_size] * 2, model.adapter.n_prompt
+    for picture in (None, torch.zeros(3, *size, dtype=torch.uint8)):
+        slots = [] if picture is None else [IMAGE_SLOT] * n_prompt
+        for rows in reversed(range(PREFILL_STEP, min(longest, MOST_RECORDED) + PREFILL_STEP, PREFILL_STEP)):
+            length = min(rows, longest)
+            example = Example(slots + [0] * (length - len(slots)), length, picture)
+            for _ in range(2):  # the second time it is recorded
+                list(islice(decode(model, [example], longest - length, lambda logits: logits.argmax(-1)), PLAIN_STEPS + 2))
 
 
 def sampler(temperature: float, top_p: float, seeds: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -68,7 +68,7 @@ class LaVIN(nn.Module):
     def __init__(self, config: LlamaConfig, vit: nn.Module, adapter: AdapterConfig, drop_path: float = 0.0):
         super().__init__()
         self.adapter = adapter
-        self.answer_loss = answer_loss  # may be replaced by one that does the same (lavin/tensor_parallel.py)
+        self.answer_loss = answer_loss  # may be replaced (lavin/fast.py, lavin/tensor_parallel.py)
         self.records_graphs = False  # whether answering is recorded (lavin/fast.py, lavin/recording.py)
         self.session = None  # of the last answers (lavin/generation.py)
         self.llama = Llama(config, adapted_block(adapter, config.n_layers, drop_path))

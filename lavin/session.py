@@ -23,6 +23,7 @@ from lavin.recording import graph_pool, record
 from lavin.tokenizer import Example
 
 PLAIN_STEPS = 8  # that a session takes before it records one: the first compile, and short answers need no more
+PREFILL_STEP = 64  # tokens; to a multiple of it a recorded prefill is filled up
 MOST_RECORDED = 1024  # tokens of a prefill to be recorded: a longer one keeps the GPU busy by itself
 
 
@@ -158,7 +159,7 @@ class Session:
         """Begins anew; returns the logits [B, V] float32 of each sequence's next token."""
         batch = pack(examples)
         lengths, rows = send(torch.tensor(batch.lengths), self.model.device), sum(batch.lengths)
-        rows, kind, batch = rows + -rows % 64, batch.images is not None, batch.to(self.model.device)
+        rows, kind, batch = rows + -rows % PREFILL_STEP, batch.images is not None, batch.to(self.model.device)
         if self.model.records_graphs and len(examples) == 1 and rows <= min(self.capacity, MOST_RECORDED):
             if (rows, kind) not in self.prefills:
                 self.prefills[rows, kind] = Prefill(self, batch, rows)

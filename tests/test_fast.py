@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lavin.fast import compile_layers, fuse
+from lavin.fast import compile_parts, fuse
 from lavin.generation import decode
 from lavin.model import pack
 from lavin.recording import record_training
@@ -36,7 +36,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     plain, model = (tiny_model(llama=SIZES, dropout_prob=0.0) for _ in range(2))
     fuse(model)
-    compile_layers(model)
+    compile_parts(model)
     yield plain, model, counter
     torch.compiler.reset()
 

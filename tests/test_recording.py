@@ -7,7 +7,7 @@ import torch
 
 import train
 from lavin import recording
-from lavin.generation import decode
+from lavin.generation import decode, rehearse
 from lavin.model import pack
 from lavin.recording import LlamaPass, record_training, roomy
 from tiny import VARIANTS, mixed_examples, tiny_example, tiny_model
@@ -103,6 +103,23 @@ def test_sessions():
     assert [bool(p.recorded) for p in sessions[-1].prefills.values()] == [True, False, False, False]  # none the first time
     assert sessions[0].recorded_step and sorted(sessions[0].prefills) == [(64, False), (64, True)]
     assert sorted(sessions[-1].prefills) == [(64, False), (64, True), (128, False), (512, False)]
+
+
+@pytest.mark.parametrize("longest", [199, 511, 1100])
+def test_after_a_rehearsal_nothing_is_recorded_any_more(longest):
+    ours = tiny_model(dropout_prob=0.0)
+    ours.records_graphs = True
+    rehearse(ours, longest)
+    session, lengths = ours.session, [(rows, kind) for rows in range(64, min(longest, 1024) + 64, 64) for kind in (0, 1)]
+    assert sorted(session.prefills) == lengths and session.recorded_step
+    assert all(prefill.recorded for prefill in session.prefills.values())
+    for n in (1, 63, 150):
+        for image in (False, True):
+            answers = [list(decode(model, [tiny_example(n, n, 0, image=image)], 3, lambda seen: seen.argmax(-1)))
+                       for model in (ours, tiny_model(dropout_prob=0.0))]
+            assert answers[0] == answers[1]
+    list(decode(ours, [tiny_example(0, 5, 0)], longest - len(tiny_example(0, 5, 0).ids), lambda seen: seen.argmax(-1)))
+    assert ours.session is session and sorted(session.prefills) == lengths
 
 
 def randomise_in_place(model):

@@ -17,7 +17,7 @@ import torch
 
 from lavin.checkpoint import load_adapters, read_adapters
 from lavin.errors import UserError
-from lavin.generation import option_example, score_options
+from lavin.generation import option_example, rehearse, score_options
 from lavin.mm_adapter import AdapterConfig, RepAdapter, RepAdapterRouter
 from lavin.model import LaVIN
 from lavin.streaming import stream
@@ -153,9 +153,10 @@ class Chatbot:
         return checkpoint["flags"]["prompt_format"]
 
     def warm_up(self) -> None:
-        """Compiles what answers need, with and without a picture, and then records it."""
-        for picture in (None, torch.zeros(3, *[self.model.vision.image_size] * 2, dtype=torch.uint8)) * 2:
+        """Compiles and records what answers need, of any length, with and without a picture."""
+        for picture in (None, torch.zeros(3, *[self.model.vision.image_size] * 2, dtype=torch.uint8)):
             list(Chatbot.steps(self, next(iter(self.runs)), [], Question("What is this?", picture), Settings(16)))
+        rehearse(self.model, self.max_seq_len - 1)  # 1: the modality token
 
     def answer(self, run: str, turns: list[Turn], question: Question, settings: Settings) -> Iterator[Answer]:
         """The answer as it grows; ends early where another question is asked. Raises UserError as `fit` does."""
