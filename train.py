@@ -24,6 +24,7 @@ from lavin.frozen import check_fp8
 from lavin.mm_adapter import AdapterConfig, dropout_schedule
 from lavin.model import pack
 from lavin.precision import choose_device, choose_dtype
+from lavin.recording import forget_recorded
 from util.datasets import build_example, epoch_batches, load_pictures, load_scienceqa, steps_per_epoch
 from util.flags import captions_of, check_counts, check_shared, shared_flags
 from util.instructions import load_instructions, with_pictures
@@ -157,6 +158,7 @@ def accumulate_in_memory(model, pairs: list[tuple], most_tokens: float, scaler) 
                 raise
         most_tokens = min(most_tokens, sum(len(example.ids) for example, _ in pairs)) / 2
         model.zero_grad()
+        forget_recorded(model)
         gc.collect()  # what the failed pass held
 
 
@@ -167,13 +169,14 @@ def tokens_per_pass(model, examples: list, scaler) -> float:
     longest = passes([(example, 0.0) for example in sorted(examples, key=lambda e: -len(e.ids))], TRIAL_TOKENS)[0]
     trial = [(example, 0.0) for example in with_pictures([example for example, _ in longest])]
     before = torch.cuda.memory_allocated(model.device)
-    most = TRIAL_TOKENS
-    for _ in range(2):  # compiling may take memory of its own
-        torch.cuda.reset_peak_memory_stats(model.device)
-        _, most = accumulate_in_memory(model.train(), trial, most, scaler)
+    accumulate(model.train(), trial[-1:], math.inf, scaler)  # compiles
+    torch.cuda.reset_peak_memory_stats(model.device)
+    _, most = accumulate_in_memory(model, trial, TRIAL_TOKENS, scaler)
+    if most < TRIAL_TOKENS:
+        return most
     taken = torch.cuda.max_memory_allocated(model.device) - before
     room = MEMORY_SHARE * torch.cuda.get_device_properties(model.device).total_memory - before
-    return max(room, 0) / taken * max(sum(len(example.ids) for example, _ in group) for group in passes(trial, most))
+    return max(room, 0) / taken * sum(len(example.ids) for example, _ in trial)
 
 
 def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad: float | None) -> torch.Tensor:
@@ -195,8 +198,9 @@ def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad:
     return torch.stack((loss, finite.to(loss.dtype)))
 
 
-def train_epoch(model, optimizer, scaler, examples, args, epoch: int, rank: int, world: int, most_tokens: float) -> dict:
-    """One pass over the examples; returns the epoch's line of log.txt."""
+def train_epoch(model, optimizer, scaler, examples, args, epoch: int, rank: int, world: int, most_tokens: float
+                ) -> tuple[dict, float]:
+    """One pass over the examples; returns the epoch's line of log.txt, and the most tokens a pass that memory did for."""
     model.train()
     torch.manual_seed((args.seed * 1_000_003 + epoch) * world + rank)  # dropout: a resumed run repeats it
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -220,7 +224,7 @@ def train_epoch(model, optimizer, scaler, examples, args, epoch: int, rank: int,
     return {"epoch": epoch, "train_lr": sum(rates) / len(rates),
             "train_closs": sum(losses) / len(losses) if losses else None, "steps_left_out": len(steps) - len(losses),
             "samples_per_s": n_steps * min(effective, len(examples)) / seconds, "seconds": seconds,
-            "peak_memory_gib": peak_memory_gib(model.device)}
+            "peak_memory_gib": peak_memory_gib(model.device)}, most_tokens
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -285,7 +289,7 @@ def main(args) -> None:
     gc.freeze()  # what loading and compiling left behind is never searched again
     model.zero_grad()
     for epoch in range(first_epoch, args.epochs):
-        entry = train_epoch(model, optimizer, scaler, examples, args, epoch, rank, world, most_tokens)
+        entry, most_tokens = train_epoch(model, optimizer, scaler, examples, args, epoch, rank, world, most_tokens)
         if is_first():
             append_log(folder, entry)
             save_adapters(model, checkpoint_path(folder, epoch), epoch=epoch, flags=vars(args),

@@ -28,7 +28,7 @@ def session_for(model: LaVIN, examples: list[Example], new_tokens: int) -> Itera
     try:
         yield session
     finally:
-        model.session = session
+        model.session = model.session or session  # another answer may have come between
 
 
 @torch.no_grad()
@@ -54,6 +54,7 @@ def rehearse(model: LaVIN, longest: int) -> None:
     """
     if not model.records_graphs:
         return
+    model.eval()
     size, n_prompt = [model.vision.image_size] * 2, model.adapter.n_prompt
     for picture in (None, torch.zeros(3, *size, dtype=torch.uint8)):
         slots = [] if picture is None else [IMAGE_SLOT] * n_prompt

@@ -23,7 +23,7 @@ from lavin.mm_adapter import Routing
 from lavin.model import MODALITIES
 
 
-MOST_SIZES = 64  # a graph takes memory of its own, and recording one again half a second
+MOST_SIZES = 128  # one takes 6 MiB of its own at 7B, and half a second to record again
 
 
 def graph_pool(device: torch.device):
@@ -68,8 +68,8 @@ class Buffers:
 class Recorded:
     """A pass of one size, `run()`, and the gradients of what it returns.
 
-    Subclasses make static tensors, those `inputs` whose gradients are wanted, and `run`, which reads them; and fill all
-    but the inputs in `load`. The two launches take turns: `forward` writes `output`; `backward` reads `slope` and
+    Subclasses make static tensors, those `inputs` whose gradients are wanted, and `prepare` the rest; `run` reads them,
+    and `load` fills all but the inputs. The two launches take turns: `forward` writes `output`; `backward` reads `slope` and
     writes `slopes`, of the inputs, and `gradients`, of the trained parameters.
     """
 
@@ -140,9 +140,13 @@ class Stack:
         self.owners = [(part, name) for part in module.modules() for name, p in part.named_parameters(recurse=False)
                        if p.requires_grad]
         self.parameters = [getattr(*owner) for owner in self.owners]
-        self.buffers = Buffers(device)
-        self.pool, self.sizes, self.passes, self.compiled = graph_pool(device), {}, 0, set()
+        self.passes, self.compiled = 0, set()
+        self.forget()
         module.forward = self
+
+    def forget(self) -> None:
+        """Gives back the memory of all that was recorded."""
+        self.buffers, self.pool, self.sizes = Buffers(self.device), graph_pool(self.device), {}
 
     def __call__(self, x, *others):
         if not (torch.is_grad_enabled() and self.module.training) or self.module.gradient_checkpointing:
@@ -150,8 +154,9 @@ class Stack:
         self.passes += 1
         size = self.size(x, *others)
         if (program := self.program(size)) not in self.compiled:
-            self.compiled.add(program)
-            return self.plain(x, *others)
+            out = self.plain(x, *others)
+            self.compiled.add(program)  # now, since memory may not do for this size
+            return out
         recorded = self.sizes.pop(size, None) or self.add(size, x.dtype)
         self.sizes[size] = recorded  # the latest last
         if len(self.sizes) > MOST_SIZES:
@@ -179,7 +184,7 @@ class Stack:
             return self.kind(self, size, dtype)
         except torch.OutOfMemoryError as error:  # the caller may try smaller passes, in the memory that this gives back
             clear_frames(error.__traceback__)
-            self.buffers, self.pool, self.sizes = Buffers(self.device), graph_pool(self.device), {}
+            self.forget()
             raise torch.OutOfMemoryError(str(error)) from None
 
 
@@ -187,9 +192,11 @@ class VisionPass(Recorded):
     def __init__(self, stack, size, dtype):
         vision = stack.module
         self.images = stack.buffers.take("images", size, dtype)
-        self.run = lambda: stack.plain(self.images)
         features = len(vision.vit.blocks) // vision.every
         self.prepare(stack, (size[0], features, vision.width), vision.vit.patch_embed.proj.weight.dtype)
+
+    def run(self):
+        return self.stack.plain(self.images)
 
     def load(self, images):
         self.images.copy_(images)
@@ -216,9 +223,11 @@ class LlamaPass(Recorded):
         self.plan.documents, self.plan.places, self.plan.positions = zeros(), zeros(), zeros()
         self.routing = Routing(torch.zeros(rows, MODALITIES, device=stack.device))
         self.inputs = [stack.buffers.take("x", [rows, dim], dtype).detach().requires_grad_()]
-        # a copy, since what is compiled for the first pass is not for views
-        self.run = lambda: stack.plain(self.inputs[0].clone(), self.plan, self.routing)
         self.prepare(stack, (rows, dim), dtype)
+
+    def run(self):
+        # a copy, since what is compiled for the first pass is not for views
+        return self.stack.plain(self.inputs[0].clone(), self.plan, self.routing)
 
     def load(self, x, plan, routing):
         n, static = len(x), self.plan
@@ -244,6 +253,13 @@ class RecordedLlama(Stack):
 
     def program(self, size):
         """One for all: a plain pass beside recorded ones might not find enough memory."""
+
+
+def forget_recorded(model) -> None:
+    """Gives back the memory of recorded training passes, if there are any."""
+    for module in (model.llama, model.vision):
+        if isinstance(module.forward, Stack):
+            module.forward.forget()
 
 
 def record_training(model) -> None:

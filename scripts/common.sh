@@ -20,7 +20,7 @@ OUTPUT_ROOT=${OUTPUT_ROOT:-.}
 NODES=${SLURM_NNODES:-1}
 WORLD=$((GPUS * NODES))
 
-# The published recipe: effective batch 32, on up to 16 GPUs.
+# The published recipe: effective batch 32, on 1, 2, 4, 8 or 16 GPUs.
 RECIPE=(
     --max_seq_len 512
     --batch_size 2

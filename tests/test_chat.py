@@ -123,6 +123,19 @@ def bot(runs):
     return Chatbot(*loaded(runs / "plain"), find_runs(str(runs))[0], max_seq_len=200)
 
 
+def test_warming_up_prepares_answers_and_changes_none(bot, runs):
+    bot.model.records_graphs = True
+    bot.warm_up()
+    session = bot.model.session
+    assert len(session.prefills) == 2 * 4 and all(prefill.recorded for prefill in session.prefills.values())
+    cold = Chatbot(*loaded(runs / "plain"), bot.runs, max_seq_len=200)
+    picture = torch.full((3, *[bot.model.vision.image_size] * 2), 200, dtype=torch.uint8)
+    for question in (Question("Which pond is deeper?"), Question("What is this?", picture)):
+        warm, expected = (list(b.answer("plain", [], question, Settings(12)))[-1].text for b in (bot, cold))
+        assert warm == expected
+    assert bot.model.session is session and len(session.prefills) == 2 * 4
+
+
 def test_runs_that_share_a_model_are_found(runs, tmp_path):
     found, left_out = find_runs(str(runs))
     assert list(found) == ["plain", "scaled", "third"]

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import train
 from lavin import attention, kernels
 from lavin.fast import speed_up
 from lavin.frozen import scaled_product
@@ -12,7 +11,7 @@ from lavin.generation import decode
 from lavin.llama import PackedPlan
 from lavin.model import pack
 from test_recording import BATCHES, loss_and_gradients
-from tiny import freeze_in, mixed_examples, tiny_example, tiny_model
+from tiny import freeze_in, mixed_examples, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
                                 reason="no GPU of compute capability 8.0 or newer")
@@ -83,22 +82,6 @@ def test_training_passes(pair):
         assert ours[0] == pytest.approx(theirs[0], rel=0.03)
         assert F.cosine_similarity(theirs[1:], ours[1:], 0) > (0.98 if bits == "16bit" else 0.9)
     assert len(fast.llama.forward.sizes) == 3
-
-
-def test_memory_trial_takes_smaller_passes_where_it_must(pair, monkeypatch):
-    """Its answer is about that of a trial of one piece: memory over tokens is what counts."""
-    _, fast, _ = pair
-    run, scaler = fast.llama.forward, torch.amp.GradScaler("cuda", enabled=False)
-
-    def scarce(x, *others):
-        if len(x) > 600:
-            raise torch.OutOfMemoryError("none left")
-        return run(x, *others)
-    examples = [tiny_example(i, 200, 200) for i in range(5)]
-    whole = train.tokens_per_pass(fast, examples, scaler)
-    monkeypatch.setattr(fast.llama, "forward", scarce)
-    assert 0.3 * whole < train.tokens_per_pass(fast, examples, scaler) < 3 * whole
-    fast.zero_grad()
 
 
 def test_dropout_of_recorded_passes(pair):

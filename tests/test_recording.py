@@ -1,6 +1,8 @@
 """Recorded passes and sessions against plain ones. Without a GPU nothing is recorded, and all else is the same code."""
 
+import gc
 import math
+from weakref import WeakMethod, ref
 
 import pytest
 import torch
@@ -49,6 +51,44 @@ def test_the_sizes_longest_unused_are_forgotten(monkeypatch):
         sizes.append([rows for rows, *_ in ours.llama.forward.sizes])
     a, b, c = sorted({rows for seen in sizes for rows in seen})
     assert sizes == [[], [a], [a, b], [b, a], [a, c], [c, b], [b, c]]
+
+
+def test_a_forgotten_size_is_freed_at_once(monkeypatch):
+    """Even behind gc.freeze: its graph's memory must not wait for a collector."""
+    def record(run, device, pool=None):  # holds the pass no more than a graph does
+        run = WeakMethod(run)
+        return lambda: run()()
+    monkeypatch.setattr(recording, "record", record)
+    model = tiny_model(dropout_prob=0.0).train()
+    record_training(model)
+    for _ in range(3):
+        loss_and_gradients(model, mixed_examples())
+    passes = [ref(size) for stack in (model.llama.forward, model.vision.forward) for size in stack.sizes.values()]
+    gc.disable()
+    try:
+        assert len(passes) == 2 and all(size() for size in passes)
+        recording.forget_recorded(model)
+        assert not any(size() for size in passes)
+    finally:
+        gc.enable()
+    loss_and_gradients(model, mixed_examples())
+    assert len(model.llama.forward.sizes) == 1
+    recording.forget_recorded(tiny_model())  # has nothing to forget
+
+
+def test_a_program_that_ran_out_of_memory_counts_as_not_compiled():
+    model = tiny_model(dropout_prob=0.0).train()
+    record_training(model)
+    stack, plain = model.llama.forward, model.llama.forward.plain
+
+    def fails(*inputs):
+        raise torch.OutOfMemoryError
+    stack.plain = fails
+    with pytest.raises(torch.OutOfMemoryError):
+        model(pack(mixed_examples()))
+    stack.plain = plain
+    loss_and_gradients(model, mixed_examples())
+    assert not stack.sizes and stack.compiled
 
 
 def test_gradients_of_passes_add_up_and_turns_are_kept():
@@ -134,6 +174,10 @@ def test_a_session_belongs_to_one_answer_and_to_its_adapters():
     alone = [list(decode(tiny_model(), [tiny_example(i, 5, 0)], 4, lambda seen: seen.argmax(-1))) for i in (1, 2)]
     assert [[a, b] for a, b in zip(first, second)] == [[a, b] for a, b in zip(*alone)]  # in turns
     before = model.session
+    abandoned, newer = (decode(model, [tiny_example(i, 5, 0)], 4, lambda seen: seen.argmax(-1)) for i in (1, 2))
+    next(abandoned), next(newer)
+    abandoned.close(), newer.close()
+    assert model.session is before
     for changed in (model, fresh := tiny_model()):  # other adapters, as the chatbot loads them
         torch.manual_seed(1)
         randomise_in_place(changed)
@@ -159,10 +203,11 @@ def test_a_pass_too_large_to_record_is_halved(monkeypatch):
         make(self, stack, size, dtype)
     monkeypatch.setattr(LlamaPass, "__init__", scarce)
     pairs, scaler = [(example, 0.5) for example in 2 * mixed_examples()], torch.amp.GradScaler("cpu", enabled=False)
+    ours.vision.forward.sizes["of before"] = None
     found = []
     for model in (plain, ours):
         model.zero_grad()
         loss, most = train.accumulate_in_memory(model, pairs, math.inf, scaler)
         found.append(torch.cat([loss[None], *[p.grad.flatten() for p in model.parameters() if p.grad is not None]]))
-    assert most < 40
+    assert most < 40 and "of before" not in ours.vision.forward.sizes  # all memory was given back
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,34 @@ def test_too_large_a_pass_is_halved_and_the_step_is_the_same(monkeypatch):
     limit = 5
     with pytest.raises(torch.OutOfMemoryError):
         train.accumulate_in_memory(model, pairs, math.inf, OFF)
+
+
+@pytest.mark.parametrize("limit", [1e9, 1100, 300])
+def test_memory_trial(monkeypatch, limit):
+    """A GPU of 100,000 bytes, of which 20,000 are taken, and of 10 a token; passes above `limit` tokens fail."""
+    peak, groups = [], []
+
+    def accumulate(model, pairs, most_tokens, scaler):
+        for group in train.passes(pairs, most_tokens):
+            groups.append(sum(len(example.ids) for example, _ in group))
+            if groups[-1] > limit:
+                raise torch.OutOfMemoryError
+            peak.append(20_000 + 10 * groups[-1])
+    monkeypatch.setattr(train, "accumulate", accumulate)
+    for name, value in {"memory_allocated": lambda device: 20_000, "max_memory_allocated": lambda device: max(peak),
+                        "reset_peak_memory_stats": lambda device: peak.clear(),
+                        "get_device_properties": lambda device: SimpleNamespace(total_memory=100_000)}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    model = tiny_model()
+    monkeypatch.setattr(LaVIN, "device", torch.device("cuda"))
+    examples = [Example([3] * n, n - 1) for n in (100, 511, 200, 511, 511, 300, 511)]
+    if limit < 511:
+        with pytest.raises(torch.OutOfMemoryError):
+            train.tokens_per_pass(model, examples, OFF)
+        return
+    found = train.tokens_per_pass(model, examples, OFF)
+    assert groups[0] == 511  # compiles in little memory
+    assert found == (pytest.approx(7000) if limit > 2048 else 1022)
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), most=st.integers(1, 60))
