@@ -72,7 +72,8 @@ def draw_losses(ax: Axes, methods: list[Method]) -> None:
             ax.fill_between(epochs, low, mean + deviation, color=style["color"], alpha=0.12, linewidth=0)
     ax.set(title="Training loss", xlabel="epoch", ylabel="loss, mean of the epoch (log scale)", yscale="log")
     ax.xaxis.set_major_locator(whole_numbers())
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if high < 5 * low else (1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(NullLocator())
 
@@ -166,6 +167,7 @@ def draw_dropout(ax: Axes, methods: list[Method]) -> None:
     draw_shared(ax, methods, probabilities, markers=True)
     ax.set(title="Dropout by layer", ylabel="dropout probability",
            xlabel="layer of LLaMA (the image encoder's blocks alike)")
+    ax.xaxis.set_major_locator(whole_numbers())
     ax.set_ylim(0)
 
 

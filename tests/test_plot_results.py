@@ -1,6 +1,7 @@
 """Every figure's data: lines, points, bars, intervals; styles that tell methods apart; what the command writes."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -60,6 +61,14 @@ def test_losses_over_seeds_are_a_mean_and_a_band(ax, runs):
     (band,) = ax.collections
     ends = (8 / 3 + np.array([-1, 1]) * np.sqrt(13 / 3)).round(6).tolist()
     assert set(band.get_paths()[0].vertices[:, 1].round(6)) == {*ends, 0.1}
+
+
+@pytest.mark.parametrize("last", [0.0677, 0.0071, 0.101])
+def test_losses_have_at_least_two_numbers_beside_them(ax, runs, last):
+    plot_results.draw_losses(ax, [replace(method, runs=[replace(method.runs[0], losses=[0.1066, last])])
+                                  for method in runs.methods])
+    low, high = ax.get_ylim()
+    assert 2 <= sum(low <= tick <= high for tick in ax.get_yticks()) <= 10
 
 
 def test_accuracy_close_up(ax):
@@ -143,6 +152,7 @@ def test_dropout_of_every_layer(ax):
 def test_dropout_has_the_layers_of_the_run(ax, runs):
     plot_results.draw_dropout(ax, runs.methods)
     assert ax.lines[0].get_xdata().tolist() == [1, 2, 3, 4]
+    assert all(tick == round(tick) for tick in ax.get_xticks())
 
 
 def test_overview_has_all_panels_and_one_legend():
