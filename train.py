@@ -169,7 +169,7 @@ def tokens_per_pass(model, examples: list, scaler) -> float:
     longest = passes([(example, 0.0) for example in sorted(examples, key=lambda e: -len(e.ids))], TRIAL_TOKENS)[0]
     trial = [(example, 0.0) for example in with_pictures([example for example, _ in longest])]
     before = torch.cuda.memory_allocated(model.device)
-    accumulate(model.train(), trial[-1:], math.inf, scaler)  # compiles
+    accumulate(model.train(), trial[-1:], math.inf, scaler)  # compiles, in little memory
     torch.cuda.reset_peak_memory_stats(model.device)
     _, most = accumulate_in_memory(model, trial, TRIAL_TOKENS, scaler)
     if most < TRIAL_TOKENS:

@@ -48,17 +48,15 @@ def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
 
 
 def rehearse(model: LaVIN, longest: int) -> None:
-    """Compiles and records what one sequence of at most `longest` tokens needs, whatever its length.
+    """Short answers to one sequence at a time, of at most `longest` tokens, so that a first question waits for nothing.
 
-    A first answer is then as quick as any. Does nothing where answers are not recorded.
+    They compile what it needs and, where answers are recorded, record it for every length, with and without a picture.
     """
-    if not model.records_graphs:
-        return
     model.eval()
-    size, n_prompt = [model.vision.image_size] * 2, model.adapter.n_prompt
-    for picture in (None, torch.zeros(3, *size, dtype=torch.uint8)):
-        slots = [] if picture is None else [IMAGE_SLOT] * n_prompt
-        for rows in reversed(range(PREFILL_STEP, min(longest, MOST_RECORDED) + PREFILL_STEP, PREFILL_STEP)):
+    most = min(longest, MOST_RECORDED) if model.records_graphs else PREFILL_STEP
+    for picture in (None, torch.zeros(3, *[model.vision.image_size] * 2, dtype=torch.uint8)):
+        slots = [] if picture is None else [IMAGE_SLOT] * model.adapter.n_prompt
+        for rows in reversed(range(PREFILL_STEP, most + PREFILL_STEP, PREFILL_STEP)):
             length = min(rows, longest)
             example = Example(slots + [0] * (length - len(slots)), length, picture)
             for _ in range(2):  # the second time it is recorded

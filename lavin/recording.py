@@ -155,7 +155,7 @@ class Stack:
         size = self.size(x, *others)
         if (program := self.program(size)) not in self.compiled:
             out = self.plain(x, *others)
-            self.compiled.add(program)  # now, since memory may not do for this size
+            self.compiled.add(program)  # not before: memory may not do for this size
             return out
         recorded = self.sizes.pop(size, None) or self.add(size, x.dtype)
         self.sizes[size] = recorded  # the latest last
@@ -182,9 +182,8 @@ class Stack:
     def add(self, size, dtype) -> Recorded:
         try:
             return self.kind(self, size, dtype)
-        except torch.OutOfMemoryError as error:  # the caller may try smaller passes, in the memory that this gives back
-            clear_frames(error.__traceback__)
-            self.forget()
+        except torch.OutOfMemoryError as error:  # the caller may forget all and try smaller passes
+            clear_frames(error.__traceback__)  # which hold what there is of this one
             raise torch.OutOfMemoryError(str(error)) from None
 
 

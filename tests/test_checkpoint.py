@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lavin.errors import UserError
 from lavin.llama import LlamaConfig
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
+from lavin.tensor_files import read_torch
 from lavin.vision import timm
 from tiny import VARIANTS, tiny_model
 
@@ -91,6 +94,16 @@ def test_weights_are_read_and_placed_one_at_a_time(dtype):
     place_weights(llama, places, tensors, "it", CPU, dtype)
     assert len(tensors.read) == len(places)
     assert all(p.device == CPU and p.dtype == dtype for name, p in llama.named_parameters() if "adapter" not in name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_a_weight_file_is_mapped_and_not_read_into_memory(tmp_path):
+    def own_mib() -> float:  # files that are mapped are not counted
+        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    torch.save({"w": torch.ones(2**26, dtype=torch.uint8)}, tmp_path / "consolidated.00.pth")  # 64 MiB
+    before = own_mib()
+    weights = read_torch(tmp_path / "consolidated.00.pth")["w"]
+    assert weights[::4096].all() and own_mib() - before < 16
 
 
 def test_seed_decides_the_fresh_adapters(base):

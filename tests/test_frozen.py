@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
-from lavin import frozen, kernels
+from lavin import kernels
 from lavin.errors import UserError
 from lavin.fast import fuse
 from lavin.frozen import FrozenLinear, check_fp8

@@ -97,6 +97,11 @@ def test_missing_pictures_and_folders_are_named(tmp_path):
         load_mme(str(tmp_path))
 
 
+def test_a_batch_of_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--max_batch_size 0 must be at least 1"):
+        eval_mme.main(eval_mme.get_args_parser().parse_args(["--output_dir", str(tmp_path), "--max_batch_size", "0"]))
+
+
 def test_it_is_scored_alike_by_one_process_and_by_two(base, tmp_path):
     write_run(tmp_path / "run", base, 1)
     command = ["eval_mme.py", "--adapter_path", str(tmp_path / "run"), "--device", "cpu",

@@ -162,6 +162,12 @@ def test_after_a_rehearsal_nothing_is_recorded_any_more(longest):
     assert ours.session is session and sorted(session.prefills) == lengths
 
 
+def test_without_recording_a_rehearsal_is_short():
+    model = tiny_model()
+    rehearse(model, 511)
+    assert model.session.steps == 2 * 2 * 9 and not model.session.prefills and not model.session.recorded_step
+
+
 def randomise_in_place(model):
     for name, parameter in model.named_parameters():
         if "adapter" in name:

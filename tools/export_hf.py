@@ -13,7 +13,6 @@ Prompts are those of training: `[BOS] Image: N/A` and the prompt; or, embedded, 
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
