@@ -1,19 +1,19 @@
 """Talk to finished runs, in the browser or (--cli) in the terminal: `python demo.py --runs FOLDER`.
 
-The frozen base is loaded once; which run answers is chosen from question to question. A model too large for one GPU is
-shared by several: `torchrun --nproc_per_node 2 demo.py --model_parallel_size 2 --runs FOLDER`.
+The frozen base model is loaded once; each question can go to another run. A model too large for one GPU is split over
+several: `torchrun --nproc_per_node 2 demo.py --model_parallel_size 2 --runs FOLDER`.
 """
 
 import argparse
 from contextlib import nullcontext
 
-from eval import load_model
-from lavin import parallel
-from lavin.errors import UserError, one_line_errors
-from util.chat import Chatbot, Settings, find_runs
+from lavin.runtime import distributed
+from lavin.runtime.console import is_main_process, print_rank0
+from lavin.runtime.errors import UserError, one_line_errors
+from util.chat.chatbot import Chatbot, Settings, find_runs
+from util.chat.distributed_chatbot import DistributedChatbot
 from util.flags import shared_flags
-from util.logging import is_first, say
-from util.shared_chat import SharedChatbot
+from util.trained_model import load_model
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -27,49 +27,51 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--share", action="store_true", help="a public link through gradio.live; else this machine alone can connect")
     add("--port", type=int, help="of http://127.0.0.1 (the first free one from 7860)")
     add("--tokenizer_path", help="tokenizer.model (the base model's)")
-    add("--generation_temperature", default=0.0, type=float, help="of sampling, to begin with (0: the likeliest token)")
-    add("--top_p", default=0.75, type=float, help="nucleus of sampling, to begin with (0.75)")
-    add("--max_new_tokens", default=128, type=int, help="longest answer, to begin with (128)")
+    add("--generation_temperature", default=0.0, type=float, help="initial sampling temperature (0: greedy)")
+    add("--top_p", default=0.75, type=float, help="initial threshold of nucleus sampling (0.75)")
+    add("--max_new_tokens", default=128, type=int, help="initial limit on the length of an answer (128)")
     return parser
 
 
 def load_chatbot(args) -> Chatbot:
-    """The base of the runs in args.runs, and those of them that can share it; says which cannot."""
+    """The base model with those of the runs in args.runs that can share it; prints which runs cannot."""
     runs, left_out = find_runs(args.runs)
     for line in left_out:
-        say(line)
+        print_rank0(line)
     args.adapter_path = str(next(iter(runs.values())))
     model, tokenizer, _ = load_model(args)
-    bot = (Chatbot if parallel.model_size == 1 else SharedChatbot)(model, tokenizer, runs, args.max_seq_len)
+    cls = Chatbot if distributed.model_parallel_size == 1 else DistributedChatbot
+    bot = cls(model, tokenizer, runs, args.max_seq_len)
     if model.device.type == "cuda":
-        say("first answers, which compile and record the model ...")
-        bot.warm_up()
+        print_rank0("warming up: compiling the model and capturing CUDA graphs ...")
+        bot.warmup()
     return bot
 
 
-def choose_front(args):
-    """talk(bot, settings) in the terminal or on the page."""
+def choose_interface(args):
+    """talk(bot, settings) for the terminal or for the browser."""
     if args.cli:
-        from util.terminal_chat import talk
+        from util.chat.terminal import talk
         return talk
     try:
-        from util.web_chat import serve
+        from util.chat.web import serve
     except ImportError as error:
         raise UserError("the page needs Gradio: pip install -r requirements-demo.txt, or take --cli") from error
     return lambda bot, settings: serve(bot, settings, args.data_root, args.port, args.share)
 
 
 def main(args) -> None:
-    if parallel.init(args.model_parallel_size or 1)[1] > 1:
-        raise UserError("demo.py is one model: give --model_parallel_size the number of processes, or start one alone")
-    talk = choose_front(args)
+    if distributed.init(args.model_parallel_size or 1)[1] > 1:
+        raise UserError("demo.py runs a single model: set --model_parallel_size to the number of processes, or start "
+                        "one process only")
+    talk = choose_interface(args)
     bot = load_chatbot(args)
-    if not is_first():
+    if not is_main_process():
         bot.follow()
     else:
-        with bot.leading() if parallel.model_size > 1 else nullcontext():
+        with bot.leading() if distributed.model_parallel_size > 1 else nullcontext():
             talk(bot, Settings(args.max_new_tokens, args.generation_temperature, args.top_p))
-    parallel.close()
+    distributed.close()
 
 
 if __name__ == "__main__":

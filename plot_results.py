@@ -1,271 +1,18 @@
 """Compares runs: `python plot_results.py RUN [RUN ...]`; without an argument, the published eight methods.
 
-Writes figures (PNG and SVG) and a table (Markdown, CSV, LaTeX). A point is a mean over seeds, its bar a 95 % interval,
-a small tick a seed; the band of a loss is its standard deviation over the seeds.
+Writes figures (util/study/figures.py) and a table in Markdown, CSV and LaTeX (util/study/tables.py).
 """
 
 import argparse
-from itertools import cycle
 from pathlib import Path
-from textwrap import fill
-from types import SimpleNamespace
 
-import matplotlib
+from lavin.runtime.errors import UserError, one_line_errors
+from lavin.runtime.files import write_text
+from util.study.comparison import Comparison, compare, published, with_published
+from util.study.figures import write_figures
+from util.study.tables import csv_table, latex_table, markdown_table, text_table
 
-matplotlib.use("Agg")  # files, never a window
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import ScaledTranslation
-
-from lavin.errors import UserError, one_line_errors
-from lavin.mm_adapter import dropout_schedule
-from lavin.whole_files import whole_file
-from util.comparison import NAMES, Comparison, Method, beside_published, compare, published
-from util.files import write_text
-from util.lr_sched import learning_rate
-from util.scoring import COLUMNS
-from util.tables import csv_table, latex_table, markdown_table, text_table
-
-CATEGORIES = [column for column in COLUMNS if column != "Avg"]
-# Okabe & Ito's palette for all kinds of colour vision, wine for its yellow, which print loses; in grey, shapes differ.
-COLOURS = ["#000000", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2", "#882255"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h"]
-DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 2, 2)), (0, (9, 2))]
-LAYOUT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-          "axes.axisbelow": True, "legend.frameon": False, "legend.handlelength": 3, "lines.linewidth": 1.2,
-          "lines.markersize": 4.5, "figure.dpi": 130, "svg.hashsalt": "lavin", "figure.constrained_layout.use": True}
-
-
-def styles(methods: list[Method]) -> dict[str, dict]:
-    """Colour, marker and dashes by name: the same for a known method everywhere, then the next free ones."""
-    names = dict.fromkeys([*NAMES, *(method.name.removesuffix(" (published)") for method in methods)])
-    looks = dict(zip(names, zip(cycle(COLOURS), cycle(MARKERS), cycle(DASHES))))
-    mixed = len({method.published for method in methods}) > 1
-    found = {}
-    for method in methods:
-        colour, marker, dashes = looks[method.name.removesuffix(" (published)")]
-        # hollow and pale beside one's own
-        hollow = {"markerfacecolor": "white", "alpha": 0.6} if mixed and method.published else {}
-        found[method.name] = {"color": colour, "marker": marker, "linestyle": dashes, **hollow}
-    return found
-
-
-def wrapped(name: str) -> str:
-    return fill(name, 30)
-
-
-# Panels: each draws all methods into one set of axes.
-
-
-def draw_losses(ax: Axes, methods: list[Method]) -> None:
-    for method, style in zip(methods, styles(methods).values()):
-        losses = [run.losses for run in method.runs]
-        mean, deviation = np.mean(losses, 0), np.std(losses, 0, ddof=min(1, len(losses) - 1))
-        epochs = np.arange(1, len(mean) + 1)
-        ax.plot(epochs, mean, label=wrapped(method.name), **style)
-        if len(losses) > 1:
-            low = np.maximum(mean - deviation, mean / 10)  # a logarithm has no room for 0
-            ax.fill_between(epochs, low, mean + deviation, color=style["color"], alpha=0.12, linewidth=0)
-    ax.set(title="Training loss", xlabel="epoch", ylabel="loss, mean of the epoch (log scale)", yscale="log")
-    ax.xaxis.set_major_locator(whole_numbers())
-    low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if high < 5 * low else (1, 2, 5)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_locator(NullLocator())
-
-
-def draw_accuracy(ax: Axes, methods: list[Method], cut: bool) -> None:
-    """Avg by method, the first on top; with `cut`, points on the part where they differ, else bars from 0."""
-    look = styles(methods)
-    for y, method in enumerate(methods):
-        mean, style = method.accuracy("Avg"), look[method.name]
-        low, high = method.interval("Avg")
-        error = {"xerr": [[mean - low], [high - mean]], "capsize": 2.5}
-        if cut:
-            ax.errorbar(mean, y, **error, **{**style, "linestyle": "none"})
-            if len(method.runs) > 1:
-                ax.plot(method.accuracies("Avg"), [y + 0.25] * len(method.runs), "|", color=style["color"])
-        else:
-            ax.barh(y, mean, color=paler(style["color"], 0.3 if style.get("alpha") else 0.6), height=0.7)
-            ax.errorbar(mean, y, **error, color="black")
-        ax.annotate(f"{mean:.2f}", (1, y), xycoords=ax.get_yaxis_transform(), xytext=(4, 0), textcoords="offset points",
-                    va="center", fontsize=8)
-    ax.set(title="Overall accuracy, 95 % intervals", xlabel="accuracy (%)", ylim=(len(methods) - 0.4, -0.6),
-           yticks=range(len(methods)), yticklabels=[wrapped(method.name) for method in methods])
-    ax.grid(axis="y", visible=False)
-    if cut:
-        ax.axvline(methods[0].accuracy("Avg"), color="grey", linewidth=0.8, linestyle="--", zorder=0)
-        cut_axis(ax, "x", *zip(*(method.interval("Avg") for method in methods)))
-    else:
-        ax.set_xlim(0, 100)
-
-
-def paler(colour: str, share: float) -> tuple:
-    """`share` of the colour on white."""
-    return tuple(1 - share * (1 - part) for part in to_rgb(colour))
-
-
-def draw_categories(ax: Axes, methods: list[Method]) -> None:
-    """The eight categories side by side, in each the methods in their order."""
-    look = styles(methods)
-    offsets = np.linspace(-0.38, 0.38, len(methods)) if len(methods) > 1 else [0]
-    intervals = []
-    for offset, method in zip(offsets, methods):
-        filled = [i for i, column in enumerate(CATEGORIES) if method.counts[column]]
-        means = np.array([method.accuracy(CATEGORIES[i]) for i in filled])
-        bounds = np.array([method.interval(CATEGORIES[i]) for i in filled])
-        ax.errorbar(np.array(filled) + offset, means, yerr=[means - bounds[:, 0], bounds[:, 1] - means], capsize=1.5,
-                    elinewidth=1, label=wrapped(method.name), **{**look[method.name], "linestyle": "none"})
-        intervals += bounds.tolist()
-    counts = methods[0].counts
-    ax.set(title="Accuracy by category, 95 % intervals", ylabel="accuracy (%)", xlim=(-0.5, len(CATEGORIES) - 0.5),
-           xticks=range(len(CATEGORIES)), xticklabels=[f"{column}\nn = {counts[column]:,}" for column in CATEGORIES])
-    for edge in range(1, len(CATEGORIES)):
-        ax.axvline(edge - 0.5, color="grey", linewidth=0.6, alpha=0.5)
-    ax.tick_params(axis="x", length=0)
-    ax.grid(axis="x", visible=False)
-    cut_axis(ax, "y", *zip(*intervals))
-
-
-def cut_axis(ax: Axes, axis: str, lows: list[float], highs: list[float]) -> None:
-    """Shows the part with the intervals, and says on the axis that it does not start at 0."""
-    low, high = 2 * np.floor(min(lows) / 2), 2 * np.ceil(max(highs) / 2)
-    if low < 10:
-        low = 0
-    ax.set(**{f"{axis}lim": (low, high + (high == 100))})  # a point at 100 is seen whole
-    getattr(ax, f"{axis}axis").set_major_locator(whole_numbers())
-    if low > 0:
-        ax.set(**{f"{axis}label": f"accuracy (%), axis cut: starts at {low:g}, not 0"})
-
-
-def whole_numbers() -> MaxNLocator:
-    return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
-
-
-def draw_learning_rates(ax: Axes, methods: list[Method]) -> None:
-    def rates(method):
-        args = SimpleNamespace(**method.flags)
-        epochs = np.linspace(0, args.epochs, 2001)[:-1]  # a step at the very end would be of no use
-        return epochs, np.array([learning_rate(epoch, args) for epoch in epochs])
-
-    draw_shared(ax, methods, rates)
-    ax.set(title="Learning rate", xlabel="epoch", ylabel="learning rate")
-    ax.xaxis.set_major_locator(whole_numbers())
-    ax.yaxis.set_major_formatter("{x:g}")
-
-
-def draw_dropout(ax: Axes, methods: list[Method]) -> None:
-    def probabilities(method):
-        n, flags = method.runs[0].n_layers, method.flags
-        schedule = dropout_schedule(n, flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"])
-        return np.arange(1, n + 1), np.array(schedule)
-
-    draw_shared(ax, methods, probabilities, markers=True)
-    ax.set(title="Dropout by layer", ylabel="dropout probability",
-           xlabel="layer of LLaMA (the image encoder's blocks alike)")
-    ax.xaxis.set_major_locator(whole_numbers())
-    ax.set_ylim(0)
-
-
-def draw_shared(ax: Axes, methods: list[Method], curve, markers: bool = False) -> None:
-    """One line for all methods of the same curve, named after the first of them and their number."""
-    lines: list[tuple] = []  # x, y, methods
-    for method in methods:
-        x, y = curve(method)
-        same = next((names for _, other, names in lines if np.array_equal(other, y)), None)
-        if same is None:
-            lines.append((x, y, [method.name]))
-        else:
-            same.append(method.name)
-    look = styles(methods)
-    for x, y, names in lines:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        style = look[names[0]] if markers else {**look[names[0]], "marker": "none"}
-        ax.plot(x, y, label=wrapped(names[0] + more), **style)
-    below = ax.transAxes + ScaledTranslation(0, -0.45, ax.figure.dpi_scale_trans)  # inches: room for the axis label
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, borderaxespad=0, ncols=2)
-
-
-# Figures
-
-
-def single(draw, width: float = 6.4, height: float = 4.2, legend: bool = False):
-    def figure(methods: list[Method]) -> Figure:
-        fig, ax = plt.subplots(figsize=(width, height))
-        draw(ax, methods)
-        if legend:
-            fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=int(width / 2.4))
-        return fig
-    return figure
-
-
-def accuracy_figure(methods: list[Method]) -> Figure:
-    """Bars from 0, and beside them the same numbers where they differ."""
-    fig, (whole, part) = plt.subplots(1, 2, sharey=True, figsize=(9, 1.3 + 0.34 * len(methods)))
-    draw_accuracy(whole, methods, cut=False)
-    draw_accuracy(part, methods, cut=True)
-    part.set_title("The same, close up")
-    return fig
-
-
-def overview(methods: list[Method]) -> Figure:
-    more = 0.3 * max(0, len(methods) - 8)  # inches that their names need
-    fig = plt.figure(figsize=(10, 10.5 + 2 * more))
-    grid = fig.add_gridspec(3, 2, height_ratios=[3.3 + more, 3, 2.6])
-    losses, accuracy, categories, rates, dropout = map(fig.add_subplot, [grid[0, 0], grid[0, 1], grid[1, :], grid[2, 0],
-                                                                          grid[2, 1]])
-    draw_losses(losses, methods)
-    draw_accuracy(accuracy, methods, cut=True)
-    draw_categories(categories, methods)
-    draw_learning_rates(rates, methods)
-    draw_dropout(dropout, methods)
-    fig.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return fig
-
-
-FIGURES = {"overview": overview, "accuracy": accuracy_figure, "loss": single(draw_losses, 7.5, 5.6, legend=True),
-           "categories": single(draw_categories, 10, 4.6, legend=True),
-           "learning_rates": single(draw_learning_rates), "dropout": single(draw_dropout)}
 TABLES = {"md": markdown_table, "csv": csv_table, "tex": latex_table}
-
-
-def subtitle(comparison: Comparison) -> str:
-    """Whose runs these are, of which base model, on how many questions, with how many seeds."""
-    def line(methods, who):
-        models = sorted({str(method.flags.get("llm_model")) for method in methods})
-        seeds = sorted({len(method.runs) for method in methods})
-        return (f"{who}: base model {', '.join(models)}, {comparison.counts['Avg']:,} {methods[0].runs[0].split} "
-                f"questions, {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} a method")
-    kinds = [("published runs", [m for m in comparison.methods if m.published]),
-             ("these runs", [m for m in comparison.methods if not m.published])]
-    return "\n".join(line(methods, who) for who, methods in kinds if methods)
-
-
-def save(figure: Figure, path: Path) -> None:
-    dateless = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}  # the same file from the same runs
-    with whole_file(path) as beside:
-        figure.savefig(beside, format=path.suffix[1:], **dateless)
-
-
-def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    prefix = "published_" if all(method.published for method in comparison.methods) else ""
-    written = []
-    with plt.rc_context(LAYOUT):
-        for name, draw in FIGURES.items():
-            figure = draw(comparison.methods)
-            figure.suptitle(subtitle(comparison), fontsize=9)
-            for suffix in ("png", "svg"):
-                written.append(folder / f"{prefix}{name}.{suffix}")
-                save(figure, written[-1])
-            plt.close(figure)
-    for suffix, render in TABLES.items():
-        written.append(folder / f"{prefix}table.{suffix}")
-        write_text(written[-1], render(comparison))
-    return written
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -274,9 +21,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, or a folder of runs")
     parser.add_argument("--base", default=None, metavar="RUN",
                         help="the run that others are compared to; default: cosine schedule, --dropout_var 1")
-    parser.add_argument("--published", action="store_true", help="lay the published runs beside")
+    parser.add_argument("--published", action="store_true", help="add the published runs to the comparison")
     parser.add_argument("--out", default="plots", help="folder of figures and tables")
     return parser
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+    prefix = "published_" if all(method.published for method in comparison.methods) else ""
+    written = write_figures(comparison, folder, prefix)
+    for suffix, render in TABLES.items():
+        written.append(folder / f"{prefix}table.{suffix}")
+        write_text(written[-1], render(comparison))
+    return written
 
 
 def main(args: argparse.Namespace) -> None:
@@ -284,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--base is one of the runs to compare: name these too")
     comparison = compare(args.runs, args.base) if args.runs else published()
     if args.runs and args.published:
-        comparison = beside_published(comparison)
+        comparison = with_published(comparison)
     try:
         written = write_comparison(comparison, Path(args.out))
     except OSError as error:

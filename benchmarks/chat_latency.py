@@ -1,10 +1,10 @@
-"""A chat at batch 1: the published way and ours, in one run, on random weights: first token, and tokens a second.
+"""Chat latency at batch 1: the published recipe and ours, on random weights: time to first token, tokens/s.
 
-Ours is warmed up as demo.py does it. "Unrehearsed" is the first token without that, for a program of one's own: a prompt's
-length, rounded up, is then new, or has been asked once and is now recorded.
+Ours is warmed up as in demo.py. "cold": the first token without `warmup`, as in a program that calls `generate` directly; the
+prompt's length bucket is then new, or runs for the second time and is captured.
 
     python benchmarks/chat_latency.py                    # 7B on this GPU
-    python benchmarks/chat_latency.py --size tiny        # seconds on a CPU: that everything works, not how fast
+    python benchmarks/chat_latency.py --size tiny        # a smoke test on a CPU, in seconds
 """
 
 import argparse
@@ -15,28 +15,28 @@ import time
 import torch
 
 from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it finds the project
+from lavin.fast.speed_up import speed_up
+from lavin.generation.generate import decode, warmup
 from published_recipe import published_answers
 from random_lavin import random_examples, random_lavin, redrawn
-from lavin.fast import speed_up
-from lavin.generation import decode, rehearse
 
-FIRST = 16  # tokens before the rate is taken: a long answer's own pace
+SKIPPED_TOKENS = 16  # at the start of an answer, not counted in tokens/s
 
 
 def answer(model, example, n_tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and tokens a second after the first few."""
+    """Seconds to the first token, and tokens/s after the first few."""
     start = time.perf_counter()
     times = []
     for ids in decode(model, [example], n_tokens, lambda logits: logits.argmax(-1)):
         ids.tolist()  # the chat shows each token as it comes
         times.append(time.perf_counter() - start)
-    return times[0], (n_tokens - FIRST) / (times[-1] - times[FIRST - 1])
+    return times[0], (n_tokens - SKIPPED_TOKENS) / (times[-1] - times[SKIPPED_TOKENS - 1])
 
 
-def unrehearsed(model, example) -> list[float]:
-    """Seconds to the first token where the prompt's length is new, and where it is recorded."""
+def cold_first_token(model, example) -> list[float]:
+    """Seconds to the first token where the prompt's length bucket is new, and where it is captured."""
     model.session.prefills.clear()
-    return [answer(model, example, FIRST + 1)[0] for _ in range(2)]
+    return [answer(model, example, SKIPPED_TOKENS + 1)[0] for _ in range(2)]
 
 
 def main(args) -> None:
@@ -47,7 +47,7 @@ def main(args) -> None:
     rows = []
 
     def add(what: str, slow: float, first: float, rate: float) -> None:
-        rows.append({"what": what, "first token, ms": 1000 * first, "unrehearsed": 1000 * slow, "tokens/s": rate,
+        rows.append({"what": what, "first token, ms": 1000 * first, "cold": 1000 * slow, "tokens/s": rate,
                      "GiB": peak_gib(device), "ratio": rate / rows[0]["tokens/s"] if rows else 1.0})
         print(report(rows[-1:]), flush=True)
 
@@ -66,11 +66,11 @@ def main(args) -> None:
         gc.collect()
         torch.compiler.reset()
         model = speed_up(random_lavin(args.size, device, bf16), bits).eval()
-        rehearse(model, max(len(prompt.ids) for prompt in prompts) + args.tokens)
+        warmup(model, max(len(prompt.ids) for prompt in prompts) + args.tokens)
         start_memory(device)
         asked = prompts[-args.repeats:]
         results = [answer(model, prompt, args.tokens) for prompt in redrawn(model, asked, 1)]
-        slow = statistics.median(seconds for prompt in asked for seconds in unrehearsed(model, prompt))
+        slow = statistics.median(seconds for prompt in asked for seconds in cold_first_token(model, prompt))
         add(f"ours, {bits.replace('16bit', 'bf16')}", slow, *(statistics.median(column) for column in zip(*results)))
     print(report(rows))
 

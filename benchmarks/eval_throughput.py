@@ -1,10 +1,10 @@
-"""Answering ScienceQA's test set: the published way and ours, in one run, on random weights and real lengths.
+"""Evaluation throughput on ScienceQA's test set: the published recipe and ours, on random weights and real lengths.
 
     python benchmarks/eval_throughput.py                 # 7B on this GPU
-    python benchmarks/eval_throughput.py --size tiny     # seconds on a CPU: that everything works, not how fast
+    python benchmarks/eval_throughput.py --size tiny     # a smoke test on a CPU, in seconds
 
-Random weights write no `The answer is X.`, so a stand-in for the tokenizer reads any five tokens as that: as many as
-LLaMA's tokenizer makes of it. The rest is eval.py's own code.
+Random weights never generate `The answer is X.`, so a stand-in for the tokenizer decodes any five tokens as that sentence,
+which has five tokens in LLaMA's vocabulary. Everything else is eval.py's own code.
 """
 
 import argparse
@@ -16,16 +16,16 @@ from types import SimpleNamespace
 
 import torch
 
-from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it finds the project
 import eval as evaluation
-from published_recipe import published_answers
-from random_lavin import IMAGE_PREFIX, TEXT_PREFIX, length_rows, pictures, random_examples, random_lavin
-from lavin.fast import speed_up
+from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it finds the project
+from lavin.fast.speed_up import speed_up
 from lavin.tokenizer import IMAGE_SLOT, Example
+from published_recipe import published_answers
+from random_lavin import IMAGE_PREFIX, TEXT_PREFIX, image_generator, length_rows, random_examples, random_lavin
 
 
 class RandomTokenizer:
-    """Random tokens for a prompt, as many as the real one named in it has; `The answer is X.` is five of them."""
+    """Encodes a prompt as random tokens, with the length of a real problem; `The answer is X.` is five tokens."""
 
     eos_id = -1
 
@@ -33,11 +33,11 @@ class RandomTokenizer:
         self.vocab = vocab
 
     def example(self, prompt: str, answer=None, image=None, n_prompt: int = 6, max_seq_len=None) -> Example:
-        draw = random.Random(prompt)
+        rng = random.Random(prompt)
         rows = length_rows()
         length, _, has_image = rows[zlib.crc32(prompt.encode()) % len(rows)]
         prefix = [3] * (1 + (TEXT_PREFIX, IMAGE_PREFIX)[image is not None]) + [IMAGE_SLOT] * (n_prompt * (image is not None))
-        ids = prefix + [draw.randrange(3, self.vocab) for _ in range(length - 1)]
+        ids = prefix + [rng.randrange(3, self.vocab) for _ in range(length - 1)]
         start = len(ids)
         ids += [4, 5, 6, 7 + ord(answer[-2]), 8] if answer else []
         return Example(ids, start, image)
@@ -47,12 +47,12 @@ class RandomTokenizer:
 
 
 def questions(model, n: int, seed: int):
-    """n problems of four choices and the pictures of 45% of them."""
-    draw = random.Random(seed)
+    """n problems with four choices each, and images for 45% of them."""
+    rng = random.Random(seed)
     problems = {str(i): {"question": f"{seed} {i}", "choices": list("abcd"), "answer": 0, "hint": "", "lecture": "",
                          "solution": ""} for i in range(n)}
-    picture = pictures(model, seed)
-    return SimpleNamespace(problems=problems, captions={}), {qid: picture() for qid in problems if draw.random() < 0.45}
+    random_image = image_generator(model, seed)
+    return SimpleNamespace(problems=problems, captions={}), {qid: random_image() for qid in problems if rng.random() < 0.45}
 
 
 def main(args) -> None:

@@ -1,9 +1,9 @@
 """GPU memory of LaVIN-lite: the weights, and training steps of one sample of 512 tokens with a picture.
 
     python benchmarks/lite_memory.py --size 7B --bits 4bit     # a GPU; 13B too
-    python benchmarks/lite_memory.py --size tiny               # seconds on a CPU: that it works; memory is a GPU's
+    python benchmarks/lite_memory.py --size tiny               # a smoke test on a CPU, which measures no memory
 
-Random weights, each drawn and quantized before the next, as train.py loads its files.
+Random weights are generated and quantized one by one, as train.py loads its files.
 """
 
 import argparse
@@ -11,27 +11,27 @@ import argparse
 import torch
 
 from timing import peak_gib, report, start_memory  # first: it finds the project
-from random_lavin import SIZES, random_examples
-from train_throughput import our_trainer
-from lavin.checkpoint import frozen_places, place_tensor, quantize
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
-from lavin.quantization import weight_bytes
-from lavin.vision import timm
+from lavin.timm_compat import timm
+from lavin.weights.load import frozen_parameters, load_frozen_tensor, quantize_model
+from lavin.weights.quantization import weight_bytes
+from random_lavin import SIZES, random_examples
+from train_throughput import our_trainer
 
 
 def random_lite(size: str, bits: str, device, dtype) -> LaVIN:
-    """On `meta` too, where nothing is drawn, and everything has its size."""
+    """On a device, or on `meta` for the sizes alone."""
     config, vit = SIZES[size]
     with torch.device("meta"):
         model = LaVIN(config, timm.create_model(num_classes=0, **vit), AdapterConfig())
-    places = frozen_places(model)
+    parameters = frozen_parameters(model)
     if bits != "16bit":
-        quantize(model, bits)
-    for place, shape in places.values():
-        owner, _, name = place.rpartition(".")
-        drawn = torch.empty(shape, device=device, dtype=dtype).normal_(float("norm" in place), 0.02)
-        place_tensor(model.get_submodule(owner), name, drawn, device, dtype)
+        quantize_model(model, bits)
+    for full_name, shape in parameters.values():
+        owner, _, name = full_name.rpartition(".")
+        weight = torch.empty(shape, device=device, dtype=dtype).normal_(float("norm" in full_name), 0.02)
+        load_frozen_tensor(model.get_submodule(owner), name, weight, device, dtype)
     return model.to(device)
 
 

@@ -1,4 +1,4 @@
-"""Random weights and random samples at real sizes: what the benchmarks run on."""
+"""Random weights and random samples of real sizes, for the benchmarks."""
 
 import json
 import random
@@ -11,8 +11,8 @@ import torch
 from lavin.llama import LlamaConfig
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
+from lavin.timm_compat import timm
 from lavin.tokenizer import IMAGE_SLOT, Example
-from lavin.vision import timm
 
 SIZES = {  # LLaMA, ViT
     "7B": (LlamaConfig(4096, 32, 32, 32000, norm_eps=1e-6), {"model_name": "vit_large_patch14_clip_quickgelu_224"}),
@@ -25,16 +25,17 @@ TEXT_PREFIX, IMAGE_PREFIX = 5, 3  # tokens of "Image: N/A" and "Image: " in LLaM
 
 
 def random_lavin(size: str, device, dtype, dropout: float = 0.1) -> LaVIN:
-    """LaVIN whose weights were drawn on `device`; the adapters' up-projections are not zero."""
+    """LaVIN with random weights, drawn on `device`; the adapters' up-projections are not zero."""
     config, vit = SIZES[size]
     with torch.device("meta"):
         model = LaVIN(config, timm.create_model(num_classes=0, **vit), AdapterConfig(dropout_prob=dropout))
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            kept = torch.float32 if parameter.device.type == "cpu" else dtype  # the adapters are made on the CPU
-            drawn = torch.empty(parameter.shape, device=device, dtype=kept).normal_(0, 0.02)
-            drawn += float("norm" in type(module).__name__.lower())  # a norm's gains are about 1
-            setattr(module, name, torch.nn.Parameter(drawn, parameter.requires_grad))
+            is_adapter = parameter.device.type == "cpu"  # lavin.mm_adapter.INIT_DEVICE
+            weight = torch.empty(parameter.shape, device=device, dtype=torch.float32 if is_adapter else dtype)
+            weight.normal_(0, 0.02)
+            weight += float("norm" in type(module).__name__.lower())  # a norm's weights are about 1
+            setattr(module, name, torch.nn.Parameter(weight, parameter.requires_grad))
     return model.to(device)
 
 
@@ -44,31 +45,31 @@ def length_rows() -> list[tuple[int, int, int]]:
     return json.loads(Path(__file__).with_name("token_lengths.json").read_text())["rows"]
 
 
-def pictures(model: LaVIN, seed: int) -> Callable[[], torch.Tensor]:
-    """A new one at each call, of a generator of its own: dropout, which moves torch's, does not change them."""
+def image_generator(model: LaVIN, seed: int) -> Callable[[], torch.Tensor]:
+    """A new random image at each call, from a separate generator, so that dropout does not change them."""
     generator, size = torch.Generator().manual_seed(seed), model.vision.image_size
     return lambda: torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
 
 
 def redrawn(model: LaVIN, examples: list[Example], seed: int) -> list[Example]:
-    """The same lengths and places of pictures, with other tokens and pixels."""
-    draw, vocab, picture = random.Random(seed), model.llama.config.vocab_size, pictures(model, seed)
-    return [Example([i if i == IMAGE_SLOT else draw.randrange(3, vocab) for i in example.ids], example.answer_start,
-                    None if example.image is None else picture()) for example in examples]
+    """Examples of the same lengths and image positions, with other tokens and pixels."""
+    rng, vocab, random_image = random.Random(seed), model.llama.config.vocab_size, image_generator(model, seed)
+    return [Example([i if i == IMAGE_SLOT else rng.randrange(3, vocab) for i in example.ids], example.answer_start,
+                    None if example.image is None else random_image()) for example in examples]
 
 
 def random_examples(model: LaVIN, n: int, seed: int, max_seq_len: int = 512, full: bool = False, answers: bool = True
                     ) -> list[Example]:
-    """n samples of real lengths (or, `full`, all cut at max_seq_len with a picture), tokens and pixels random."""
-    draw, vocab, picture = random.Random(seed), model.llama.config.vocab_size, pictures(model, seed)
+    """n samples of real lengths, or (`full`) all of max_seq_len tokens with an image; tokens and pixels are random."""
+    rng, vocab, random_image = random.Random(seed), model.llama.config.vocab_size, image_generator(model, seed)
     examples = []
-    for prompt, total, has_image in draw.choices(length_rows(), k=n):
+    for prompt, total, has_image in rng.choices(length_rows(), k=n):
         if full:
             total, has_image = max_seq_len, 1
         n_prefix = IMAGE_PREFIX if has_image else TEXT_PREFIX
-        token = lambda count: [draw.randrange(3, vocab) for _ in range(count)]  # noqa: E731
+        token = lambda count: [rng.randrange(3, vocab) for _ in range(count)]  # noqa: E731
         ids = token(1 + n_prefix) + [IMAGE_SLOT] * (model.adapter.n_prompt * has_image)
         start = len(ids) + prompt - 1
         ids += token((total if answers else prompt) - 1)
-        examples.append(Example(ids[:max_seq_len - 1], min(start, max_seq_len - 1), picture() if has_image else None))
+        examples.append(Example(ids[:max_seq_len - 1], min(start, max_seq_len - 1), random_image() if has_image else None))
     return examples

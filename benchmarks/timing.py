@@ -1,18 +1,19 @@
-"""What the benchmarks share: a clock that the GPU keeps, the matmul rate of this hardware, memory, the table of ratios."""
+"""Shared by the benchmarks: timing with GPU events, peak matmul rate, peak memory, the printed table."""
 
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project, whatever the working directory
-from util.logging import table  # noqa: E402
+from lavin.runtime.console import format_table
 
 
 def mark(device):
-    """A moment on the device's own clock, which work that is queued later does not delay."""
+    """A timestamp in the device's queue: a CUDA event, or on a CPU the time in seconds."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -28,17 +29,17 @@ def seconds_between(first, last) -> float:
 
 
 def step_seconds(step, device, steps: int, warm_up: int) -> float:
-    """Median seconds of step(i), one right after another, after `warm_up` of them."""
+    """Median seconds of step(i), run back to back, after `warm_up` untimed ones."""
     marks = []
     for i in range(warm_up + steps):
         step(i)
         if i >= warm_up - 1:
             marks.append(mark(device))
-    return statistics.median(seconds_between(a, b) for a, b in zip(marks, marks[1:]))
+    return statistics.median(seconds_between(a, b) for a, b in pairwise(marks))
 
 
 def matmul_peak(device, dtype) -> float:
-    """FLOP/s of a large square product of fresh random matrices, median of ten."""
+    """FLOP/s of a large square matmul of new random matrices, median of ten."""
     n = 8192 if device.type == "cuda" else 512
     pairs = [[torch.randn(n, n, device=device, dtype=dtype) for _ in range(2)] for _ in range(13)]
     return 2 * n**3 / step_seconds(lambda i: pairs[i][0] @ pairs[i][1], device, 10, 3)
@@ -59,7 +60,7 @@ def hardware(device, peak: float) -> str:
 
 
 def report(rows: list[dict]) -> str:
-    """Aligned table; a number becomes three or more significant digits."""
+    """An aligned table; numbers with three or more significant digits."""
     def cell(value):
         return value if isinstance(value, str) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])
+    return format_table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])

@@ -1,7 +1,7 @@
-"""Training throughput: the published recipe and ours, in one run, on random weights and real lengths.
+"""Training throughput: the published recipe and ours, on random weights and real lengths.
 
     python benchmarks/train_throughput.py                # 7B on this GPU
-    python benchmarks/train_throughput.py --size tiny    # seconds on a CPU: that everything works, not how fast
+    python benchmarks/train_throughput.py --size tiny    # a smoke test on a CPU, in seconds
 """
 
 import argparse
@@ -10,12 +10,14 @@ import math
 
 import torch
 
+import train  # noqa: F401, sets CUDA's environment variables
 from timing import hardware, matmul_peak, peak_gib, report, start_memory, step_seconds  # first: it finds the project
-import train
+from lavin.fast.speed_up import speed_up
+from lavin.model import pack
 from published_recipe import published_loss
 from random_lavin import random_examples, random_lavin, redrawn
-from lavin.fast import speed_up
-from lavin.model import pack
+from util.training.accumulation import accumulate_gradients, count_answer_tokens, with_loss_weights
+from util.training.optimizer import make_optimizer, optimizer_step
 
 
 def frozen_weights(model) -> dict[str, int]:
@@ -26,13 +28,13 @@ def frozen_weights(model) -> dict[str, int]:
 
 
 def frozen_flops(weights: dict[str, int], patches: int, batch) -> float:
-    """Arithmetic of one step that no implementation can leave out: forward and input gradient of the frozen matrices.
+    """FLOPs that every implementation needs in one step: forward pass and input gradient of the frozen matrices.
 
     4 x parameters x tokens, for LLaMA's layers at every token, its head at answer tokens, the ViT at patch positions.
     """
-    pictures = 0 if batch.images is None else len(batch.images)
-    return 4 * (weights["layers"] * sum(batch.lengths) + weights["head"] * len(batch.target)
-                + weights["vit"] * patches * pictures)
+    n_images = 0 if batch.images is None else len(batch.images)
+    return 4 * (weights["layers"] * sum(batch.lengths) + weights["head"] * len(batch.targets)
+                + weights["vit"] * patches * n_images)
 
 
 def trained(model) -> list:
@@ -40,7 +42,7 @@ def trained(model) -> list:
 
 
 def published_trainer(model):
-    """Its own loop: fp16 with loss scaling, and a look at the loss every step."""
+    """The published training loop: fp16 with loss scaling, reading the loss at every step."""
     parameters = trained(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
@@ -59,19 +61,19 @@ def published_trainer(model):
 def our_trainer(model):
     """train.py's step."""
     parameters = trained(model)
-    optimizer = train.make_optimizer(model, argparse.Namespace(lr=1e-4, weight_decay=0.02))
+    optimizer = make_optimizer(model, argparse.Namespace(lr=1e-4, weight_decay=0.02))
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
 
     def step(samples):
-        pairs = train.weigh([samples], train.answer_tokens(samples), "batch", 1)
-        loss = train.accumulate(model, pairs, math.inf, scaler)
-        return train.optimizer_step(optimizer, scaler, parameters, loss, None)
+        weighted = with_loss_weights([samples], count_answer_tokens(samples), "batch", 1)
+        loss = accumulate_gradients(model, weighted, math.inf, scaler)
+        return optimizer_step(optimizer, scaler, parameters, loss, None)
 
     return step
 
 
 class Benchmark:
-    """Rows of one run, the first of which is what the others are compared with."""
+    """The rows of the table; the first one is the baseline of the ratios."""
 
     def __init__(self, args):
         self.args, self.device, self.rows = args, torch.device(args.device), []
@@ -99,7 +101,7 @@ class Benchmark:
         step(samples[0])  # compiles
         gc.collect()
         start_memory(self.device)
-        for some in samples:  # records every size; a recorded pass takes its memory then, and keeps it
+        for some in samples:  # captures every bucket, which allocates its memory for good
             step(some)
         samples = [redrawn(model, some, i) for i, some in enumerate(samples)]
         gc.collect()

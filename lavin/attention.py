@@ -1,99 +1,80 @@
-"""Causal attention inside each document of a packed row, three ways that agree; `packed_attention` chooses.
+"""Causal attention within each document of a packed row: three implementations that agree, and the choice among them.
 
-All take query [N, H, d], key and value [N, H_kv, d] and the plan of the pass (lavin.llama.PackedPlan), and return
-[N, H, d].
+All take query [N, H, d], key and value [N, H_kv, d] and the pass's VarlenMetadata, and return [N, H, d].
 """
 
-import math
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 
-TRITON = find_spec("triton") is not None  # comes with torch for GPUs
+from lavin.kernels.flash_attention import flash_attention
+from lavin.runtime.device import to_device
+
+HAS_TRITON = find_spec("triton") is not None  # installed with torch's GPU builds
 
 
-def causal(query, key, value):
-    """Batched: query [B, H, T, d], key and value [B, H_kv, T, d] -> [B, H, T, d]."""
+class VarlenMetadata:
+    """Where the documents of a packed row lie. Each token attends to the earlier tokens of its own document, and itself.
+
+    lengths: tokens of each document. position_offsets: rotary position of each document's first token (default 0).
+    """
+
+    def __init__(self, lengths: list[int], device, position_offsets: list[int] | None = None):
+        self.lengths, self.num_docs, self.max_seqlen = lengths, len(lengths), max(lengths)
+        counts = torch.tensor(lengths)
+        document_ids = torch.arange(len(lengths)).repeat_interleave(counts)
+        ends = counts.cumsum(0)
+        doc_positions = torch.arange(len(document_ids)) - (ends - counts)[document_ids]
+        self.document_ids = to_device(document_ids, device)  # [N]: index of each token's document
+        self.doc_positions = to_device(doc_positions, device)  # [N]: index of each token within its document
+        self.position_ids = self.doc_positions  # [N]: rotary position of each token
+        if position_offsets is not None:
+            self.position_ids = to_device(doc_positions + torch.tensor(position_offsets)[document_ids], device)
+        self.cu_seqlens = to_device(F.pad(ends, (1, 0)).int(), device)  # [documents + 1]: where each one begins
+
+    def for_layer(self, layer: int):
+        """What one layer needs of the metadata: here the same for all, with a KV cache the layer's part of it."""
+        return self
+
+    def attend(self, query, key, value):
+        """[N, H, d], [N, H_kv, d], [N, H_kv, d] -> [N, H, d]."""
+        return select_attention(query.device, query.dtype, query.shape[-1])(query, key, value, self)
+
+
+def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int):
+    """Flash attention where the hardware has it (Ampere, 8.0, or newer, in 16 bits), else padded attention."""
+    ampere = HAS_TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    flash = ampere and dtype != torch.float32 and head_dim in (16, 32, 64, 128)
+    return flash_varlen_attention if flash else padded_attention
+
+
+def causal_sdpa(query, key, value):
+    """query [B, H, T, d], key and value [B, H_kv, T, d] -> [B, H, T, d]."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
 
 
-def one_by_one(query, key, value, plan):
-    """The plain way, document by document: what the others are tested against."""
-    parts = zip(*(x.split(plan.lengths) for x in (query, key, value)))
-    return torch.cat([v.repeat_interleave(q.shape[1] // v.shape[1], 1) if len(q) == 1 else  # a softmax over one key
-                      causal(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1) for q, k, v in parts])
+def reference_attention(query, key, value, attn_metadata: VarlenMetadata):
+    """One document at a time: what the other two are tested against."""
+    documents = zip(*(x.split(attn_metadata.lengths) for x in (query, key, value)), strict=True)
+    outputs = []
+    for q, k, v in documents:  # [T, H, d], [T, H_kv, d]
+        if len(q) == 1:  # the softmax over a single key is 1
+            outputs.append(v.repeat_interleave(q.shape[1] // v.shape[1], 1))
+        else:
+            outputs.append(causal_sdpa(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
-def padded(query, key, value, plan):
-    """Documents side by side, the short ones padded at their ends, where a causal mask hides the padding."""
-    side = [x.new_zeros(plan.count, plan.longest, *x.shape[1:]).index_put((plan.documents, plan.places), x)
-            for x in (query, key, value)]
-    return causal(*(x.transpose(1, 2) for x in side)).transpose(1, 2)[plan.documents, plan.places]
+def padded_attention(query, key, value, attn_metadata: VarlenMetadata):
+    """Documents as a padded batch [documents, max_seqlen, ...]; padding at the end is hidden by the causal mask."""
+    index = attn_metadata.document_ids, attn_metadata.doc_positions
+    batch = [x.new_zeros(attn_metadata.num_docs, attn_metadata.max_seqlen, *x.shape[1:]).index_put(index, x)
+             for x in (query, key, value)]
+    return causal_sdpa(*(x.transpose(1, 2) for x in batch)).transpose(1, 2)[index]
 
 
-def flash(query, key, value, plan):
-    """Flash attention over the packed row itself (Dao 2023, arXiv 2307.08691), by kernels made for short documents."""
-    return flash_attention(query.contiguous(), key.contiguous(), value.contiguous(), plan.offsets, plan.longest)[0]
-
-
-def packed_attention(device: torch.device, dtype: torch.dtype, head_dim: int):
-    """The fastest way that the hardware has: flash kernels need Ampere (8.0) or newer and 16 bits."""
-    new = TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return flash if new and dtype != torch.float32 and head_dim in (16, 32, 64, 128) else padded
-
-
-@torch.library.custom_op("lavin::flash_attention", mutates_args=())
-def flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, longest: int
-                    ) -> tuple[torch.Tensor, torch.Tensor]:
-    """offsets [documents + 1] int32: where they begin. Returns [N, H, d], and for the gradients [H, N] float32."""
-    from lavin.triton_attention import attend
-    out, level = empty_like_flash(query, key, value, offsets, longest)
-    over_blocks(attend, query, key, offsets, longest, query.shape[1], (query, key, value, offsets, out, level),
-                BLOCK=64, STEP=32, num_stages=3)
-    return out, level
-
-
-@flash_attention.register_fake
-def empty_like_flash(query, key, value, offsets, longest):
-    return torch.empty_like(query), query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("lavin::flash_attention_backward", mutates_args=())
-def flash_attention_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor,
-                             longest: int, out: torch.Tensor, level: torch.Tensor, gradient: torch.Tensor
-                             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from lavin.triton_attention import attend_backward_key_value, attend_backward_query
-    of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
-    mean = torch.empty_like(level)
-    over_blocks(attend_backward_query, query, key, offsets, longest, query.shape[1],
-                (query, key, value, offsets, out, level, gradient, of_query, mean), BLOCK=64, STEP=32, num_stages=2)
-    over_blocks(attend_backward_key_value, query, key, offsets, longest, key.shape[1],
-                (query, key, value, offsets, level, gradient, mean, of_key, of_value), BLOCK=64, STEP=32, num_stages=1)
-    return of_query, of_key, of_value
-
-
-@flash_attention_backward.register_fake
-def _(query, key, value, offsets, longest, out, level, gradient):
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def over_blocks(kernel, query, key, offsets, longest, heads, tensors, BLOCK, **constants):
-    """A program for every block of tokens, head and document."""
-    N, H, D = query.shape
-    scale = D ** -0.5 * math.log2(math.e)
-    kernel[(-(-longest // BLOCK), heads, len(offsets) - 1)](*tensors, scale, N, H, key.shape[1], D=D, BLOCK=BLOCK,
-                                                            **constants)
-
-
-def keep(ctx, inputs, output):
-    *tensors, ctx.longest = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def backward(ctx, gradient, _):
-    *inputs, out, level = ctx.saved_tensors
-    return *flash_attention_backward(*inputs, ctx.longest, out, level, gradient.contiguous()), None, None
-
-
-flash_attention.register_autograd(backward, setup_context=keep)
+def flash_varlen_attention(query, key, value, attn_metadata: VarlenMetadata):
+    """Flash attention on the packed row itself, without padding (lavin/kernels/flash_attention.py)."""
+    return flash_attention(query.contiguous(), key.contiguous(), value.contiguous(), attn_metadata.cu_seqlens,
+                           attn_metadata.max_seqlen)[0]

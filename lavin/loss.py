@@ -1,48 +1,48 @@
-"""Cross-entropy of the answers under a frozen output matrix, without ever holding all logits.
+"""Cross-entropy of the answer tokens under a frozen output matrix, without materialising all logits.
 
-The output matrix needs no gradient, so that of the hidden states is known as soon as the logits are: both are computed
-in the forward pass, a few hundred tokens at a time.
+The output matrix needs no gradient, so the gradient of the hidden states can be computed along with the loss: the forward
+pass handles CHUNK_TOKENS tokens at a time, and the backward pass only scales what it kept.
 """
 
 import torch
 import torch.nn.functional as F
 
-ROWS = 1024  # tokens whose logits exist at once
+CHUNK_TOKENS = 1024  # tokens whose logits exist at the same time
 
 
-def cross_entropy(logits, target):
-    """Of each row of logits [M, V], float32 [M], and its gradient [M, V]: softmax less one-hot."""
-    logs = logits.float().log_softmax(-1)
-    losses = -logs.gather(1, target[:, None])[:, 0]
-    # no scatter, which waits for the GPU where it must repeat itself
-    one_hot = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
-    return losses, logs.exp_().sub_(one_hot.float()).to(logits.dtype)
+def cross_entropy(logits, targets):
+    """logits [M, V], targets [M] -> losses [M] float32, and grad_logits [M, V] = softmax - one_hot."""
+    log_probs = logits.float().log_softmax(-1)
+    losses = -log_probs.gather(1, targets[:, None])[:, 0]
+    # a comparison in place of scatter_add, whose deterministic version synchronizes with the GPU
+    one_hot = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    return losses, log_probs.exp_().sub_(one_hot.float()).to(logits.dtype)
 
 
 class AnswerLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, factor, cross_entropy):
-        factor = factor.float()
-        loss = torch.zeros_like(factor[:1]).sum()
-        slopes = torch.empty_like(hidden) if hidden.requires_grad else None
-        for start in range(0, len(hidden), ROWS):
-            rows = slice(start, start + ROWS)
-            losses, errors = cross_entropy(F.linear(hidden[rows], weight), target[rows])
-            loss += (losses * factor[rows]).sum()
-            if slopes is not None:
-                slopes[rows] = errors @ weight
-        ctx.save_for_backward(slopes, factor)
+    def forward(ctx, hidden, weight, targets, loss_weights, cross_entropy):
+        loss_weights = loss_weights.float()
+        loss = torch.zeros_like(loss_weights[:1]).sum()
+        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        for start in range(0, len(hidden), CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            losses, grad_logits = cross_entropy(F.linear(hidden[chunk], weight), targets[chunk])
+            loss += (losses * loss_weights[chunk]).sum()
+            if grad_hidden is not None:
+                grad_hidden[chunk] = grad_logits @ weight  # [chunk, V] @ [V, D]; not yet weighted
+        ctx.save_for_backward(grad_hidden, loss_weights)
         return loss
 
     @staticmethod
-    def backward(ctx, gradient):
-        slopes, factor = ctx.saved_tensors
-        return (slopes * (factor * gradient)[:, None]).to(slopes.dtype), None, None, None, None
+    def backward(ctx, grad_output):
+        grad_hidden, loss_weights = ctx.saved_tensors
+        return (grad_hidden * (loss_weights * grad_output)[:, None]).to(grad_hidden.dtype), None, None, None, None
 
 
-def answer_loss(hidden, weight, target, factor, cross_entropy=cross_entropy):
-    """Sum of factor * cross-entropy, float32. hidden [M, D], weight [V, D], target [M], factor [M] float32.
+def answer_loss(hidden, weight, targets, loss_weights, cross_entropy=cross_entropy):
+    """Sum of loss_weights * cross-entropy, float32. hidden [M, D], weight [V, D], targets [M], loss_weights [M] float32.
 
-    cross_entropy: the function above, or one that does the same (lavin/fast.py).
+    cross_entropy: the function above or a compiled version of it (lavin/fast/speed_up.py).
     """
-    return AnswerLoss.apply(hidden, weight, target, factor, cross_entropy)
+    return AnswerLoss.apply(hidden, weight, targets, loss_weights, cross_entropy)

@@ -1,4 +1,4 @@
-"""SentencePiece or a tokenizer.json, and the layout of one example: BOS, image prefix, prompt, answer, EOS."""
+"""SentencePiece or tokenizer.json, and the token layout of one example: BOS, image prefix, prompt, answer, EOS."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,18 +6,18 @@ from pathlib import Path
 import torch
 from sentencepiece import SentencePieceProcessor
 
-from lavin.errors import UserError
-from lavin.tensor_files import read_json
+from lavin.runtime.errors import UserError
+from lavin.runtime.files import read_json
 
-IMAGE_SLOT = -1  # where an image embedding stands among token ids
+IMAGE_SLOT = -1  # placeholder among token ids for an image embedding
 
 
 @dataclass(frozen=True)
 class Example:
-    """One document, without its modality token.
+    """One sample, without its modality token.
 
-    ids: token ids, IMAGE_SLOT for each image embedding. answer_start: index of the first answer token (the length,
-    where there is no answer). image: uint8 [3, S, S] or None.
+    ids: token ids, IMAGE_SLOT for each image embedding. answer_start: index of the first answer token (len(ids) where
+    there is no answer). image: uint8 [3, S, S] or None.
     """
 
     ids: list[int]
@@ -39,7 +39,7 @@ class SentencePiece:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`; BOS and EOS are those of tokenizer_config.json, or else of config.json, beside it."""
+    """A `tokenizer.json`; BOS and EOS come from tokenizer_config.json or else config.json in the same folder."""
 
     def __init__(self, path: Path):
         try:
@@ -87,15 +87,15 @@ class Tokenizer:
         return self.model.decode(ids)
 
     def prefix(self, n_slots: int) -> list[int]:
-        """`[BOS] [Image: ]` and slots for an image's embeddings, or `[BOS] [Image: N/A]` where there are none."""
+        """`[BOS] [Image: ]` and n_slots image slots, or `[BOS] [Image: N/A]` without any."""
         return self.encode("Image: " if n_slots else "Image: N/A", bos=True) + [IMAGE_SLOT] * n_slots
 
     def example(self, prompt: str, answer: str | None = None, image: torch.Tensor | None = None,
                 n_prompt: int = 6, max_seq_len: int | None = None) -> Example:
         """`[BOS] [Image: ] [n_prompt slots] prompt answer [EOS]`, or `[BOS] [Image: N/A] prompt answer [EOS]`.
 
-        Prompt and answer are tokenized together. Cut so that it fits max_seq_len with its modality token. Without an
-        answer the example ends with the prompt, to be continued.
+        Prompt and answer are tokenized together. Truncated so that it fits max_seq_len with its modality token. Without
+        an answer the example ends with the prompt, for generation.
         """
         prefix = self.prefix(0 if image is None else n_prompt)
         text = self.encode(prompt)
@@ -103,8 +103,8 @@ class Tokenizer:
             ids, start = text, len(text)
         else:
             ids = self.encode(prompt + answer, eos=True)
-            # where a piece spans both, the answer begins with it
-            start = next((i for i, (a, b) in enumerate(zip(text, ids)) if a != b), len(text))
+            # a token that spans both belongs to the answer
+            start = next((i for i, (a, b) in enumerate(zip(text, ids, strict=False)) if a != b), len(text))
         ids = [*prefix, *ids]
         limit = len(ids) if max_seq_len is None else max_seq_len - 1
         if limit <= len(prefix):

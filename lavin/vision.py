@@ -1,47 +1,28 @@
 """A timm ViT turned into CLS features: the class token after evenly spaced blocks (every fourth of ViT-L's 24)."""
 
-import sys
-
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
-def import_timm():
-    """timm, also where torchvision was built for another torch than the one installed.
-
-    timm imports torchvision, whose compiled part then fails to load; its Python part stops at the fake kernels of two
-    operators that nobody declared. Only Python parts are used, so a declaration is all that is missing.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torch.library._torchvision_declarations = library  # they live as long as the library object
-    import timm
-    return timm
-
-
-timm = import_timm()
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: E402
+from lavin.timm_compat import timm
 
 
 def run_blocks(blocks, x):
-    """Some layers of a ViT behind one another."""
+    """Consecutive blocks of a ViT; x [I, T, D]."""
     for block in blocks:
         x = block(x)
     return x
 
 
+def channels(values: tuple[float, ...]) -> torch.Tensor:
+    """[3, 1, 1], on the CPU even while the model is built on the meta device."""
+    return torch.tensor(values, device="cpu").view(3, 1, 1)
+
+
 class VisionEncoder(nn.Module):
     """Images -> `n_features` CLS features, without final norm or projection.
 
-    vit: a timm VisionTransformer with a class token. run_blocks: may be replaced by a faster function that does the
-    same (lavin/fast.py). Raises ValueError where the ViT's depth is no multiple of n_features.
+    vit: a timm VisionTransformer with a class token. Raises ValueError where its depth is no multiple of n_features.
     """
 
     def __init__(self, vit: nn.Module, n_features: int):
@@ -49,24 +30,24 @@ class VisionEncoder(nn.Module):
         if n_features < 1 or len(vit.blocks) % n_features:
             raise ValueError(f"--n_prompt {n_features} must divide the ViT's {len(vit.blocks)} blocks")
         self.vit = vit
-        self.run_blocks = run_blocks
-        self.every = len(vit.blocks) // n_features
+        self.run_blocks = run_blocks  # replaced by a compiled version in lavin/fast/speed_up.py
+        self.blocks_per_feature = len(vit.blocks) // n_features
         self.width = vit.embed_dim
         self.image_size = vit.patch_embed.img_size[0]
         self.gradient_checkpointing = False
-        self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN, device="cpu").view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD, device="cpu").view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", channels(timm.data.IMAGENET_DEFAULT_MEAN), persistent=False)
+        self.register_buffer("std", channels(timm.data.IMAGENET_DEFAULT_STD), persistent=False)
 
     def forward(self, images):
         """uint8 images [I, 3, S, S] -> CLS features [I, n_features, width]."""
         x = ((images / 255 - self.mean) / self.std).to(self.vit.patch_embed.proj.weight.dtype)
-        x = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(x)))
+        x = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(x)))  # [I, 1 + patches, width]
         features = []
-        for first in range(0, len(self.vit.blocks), self.every):
-            part = [self.vit.blocks[i] for i in range(first, first + self.every)], x
+        for first in range(0, len(self.vit.blocks), self.blocks_per_feature):
+            blocks = [self.vit.blocks[i] for i in range(first, first + self.blocks_per_feature)]
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(self.run_blocks, *part, use_reentrant=False)
+                x = checkpoint(self.run_blocks, blocks, x, use_reentrant=False)
             else:
-                x = self.run_blocks(*part)
+                x = self.run_blocks(blocks, x)
             features.append(x[:, 0])
         return torch.stack(features, 1)

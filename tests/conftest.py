@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project, whatever the working directory
-
-from lavin.llama import Llama, LlamaConfig  # noqa: E402
-from lavin.tokenizer import Tokenizer  # noqa: E402
-from tiny import IMAGE_SIZE, problem, sharpen, tiny_vit  # noqa: E402
+from lavin.llama import Llama, LlamaConfig
+from lavin.tokenizer import Tokenizer
+from tiny import IMAGE_SIZE, problem, sharpen, tiny_vit
 
 torch.set_num_threads(1)  # with models this small, threads would only wait for one another
 

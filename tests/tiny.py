@@ -1,13 +1,16 @@
 """Tiny models, examples and problems that the tests share. All texts are invented."""
 
+from pathlib import Path
+
 import torch
 
 from lavin.llama import LlamaConfig
 from lavin.mm_adapter import AdapterConfig
-from lavin.model import LaVIN
+from lavin.model import LaVIN, pack
+from lavin.timm_compat import timm
 from lavin.tokenizer import IMAGE_SLOT, Example
-from lavin.vision import timm
 
+ROOT = Path(__file__).parents[1]  # of the project
 VOCABULARY = 50
 IMAGE_SIZE = 16
 # depth 6 gives six features; CLIP's ViT has a norm before its blocks, no patch bias, and QuickGELU
@@ -86,3 +89,21 @@ def problem(**changes) -> dict:
             "hint": "", "image": None, "task": "closed choice", "grade": "grade3", "subject": "natural science",
             "topic": "ponds", "category": "Ponds", "skill": "Compare ponds", "lecture": "Depth is measured down.",
             "solution": "The south pond goes down further.", "split": "train", **changes}
+
+
+# small, larger, small again with other contents, without pictures, large again: buffers grow, and sizes come back
+BATCHES = [mixed_examples(), [tiny_example(i, 40 + i, 30, image=i % 2 == 0) for i in range(6)], mixed_examples()[::-1],
+           [tiny_example(9, 7), tiny_example(8, 30)], [tiny_example(i, 41 + i, 29, image=i % 2 > 0) for i in range(10, 16)]]
+
+
+def loss_and_gradients(model, examples):
+    model.zero_grad()
+    loss = model(pack(examples).to(model.device))
+    loss.backward()
+    # a pass without pictures gives the ViT's adapters no gradient
+    return torch.cat([loss.detach()[None], *[p.grad.flatten() for p in model.parameters() if p.grad is not None]])
+
+
+def imagenet(images):
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (images / 255 - mean[:, None, None]) / std[:, None, None]

@@ -1,11 +1,11 @@
-"""Writes all_data.json, for instruction tuning, from Alpaca's and LLaVA-Instruct's files.
+"""Writes all_data.json, for instruction tuning, from the files of Alpaca and LLaVA-Instruct.
 
     python tools/data_processing.py [--data_root ../data] [--out ../data/all_data.json]
 
-Reads alpaca_data.json, complex_reasoning_77k.json, detail_23k.json and conversation_58k.json, those that are there.
-A record is `instruction` (the whole prompt), `answer`, `image` (None, or a file's name in COCO), `image_source` and
-`qid`, under `all`, as published. Each question of a
-conversation is a record of its own. Malformed records are named, counted and left out.
+Reads those of alpaca_data.json, complex_reasoning_77k.json, detail_23k.json and conversation_58k.json that exist.
+Writes their records under `all`, as published: `instruction` (the whole prompt), `answer`, `image` (None, or the name
+of a file in COCO), `image_source` and `qid`. Each question of a conversation becomes one record. Malformed records are
+reported, counted and left out.
 
 Alpaca: Taori et al. 2023; LLaVA-Instruct: Liu et al. 2023, arXiv 2304.08485.
 """
@@ -18,17 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lavin.errors import UserError, one_line_errors  # noqa: E402
-from util.files import write_json  # noqa: E402
-from util.prompts import instruction_prompt  # noqa: E402
+from lavin.runtime.errors import UserError, one_line_errors
+from lavin.runtime.files import write_json
+from util.data.prompts import instruction_prompt
 
 ALPACA = "alpaca_data.json"
 LLAVA = ("complex_reasoning_77k.json", "detail_23k.json", "conversation_58k.json")
-NAMED = 10  # malformed records told one by one; the others are counted
+MAX_REPORTED = 10  # malformed records that are reported one by one; the others are only counted
 
 
 def record(qid: str, question: str, answer: str, image: str | None, context: str = "") -> dict:
-    """Raises ValueError where a part is no text, or question or answer is empty."""
+    """Raises ValueError where a part is not text, or the question or the answer is empty."""
     for name, text in (("question", question), ("answer", answer), ("input", context)):
         if not isinstance(text, str):
             raise ValueError(f"its {name} is no text")
@@ -43,14 +43,14 @@ def alpaca_records(item: dict, number: int) -> list[dict]:
 
 
 def llava_records(item: dict, number: int, source: str) -> list[dict]:
-    """Of a conversation, each question with its answer."""
+    """One record for each question of a conversation and its answer."""
     image, turns = item["image"], item["conversations"]
     if not isinstance(image, str) or not image:
-        raise ValueError("its image is no file's name")
+        raise ValueError("its image is not a file name")
     if not turns or len(turns) % 2 or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
-        raise ValueError("its turns are not human and gpt by turns")
+        raise ValueError("its turns do not alternate between human and gpt")
     return [record(f"{source}_{number}_{i}", question["value"].replace("<image>", ""), answer["value"], image)
-            for i, (question, answer) in enumerate(zip(turns[::2], turns[1::2]))]
+            for i, (question, answer) in enumerate(zip(turns[::2], turns[1::2], strict=True))]
 
 
 def read_list(path: Path) -> list:
@@ -64,7 +64,7 @@ def read_list(path: Path) -> list:
 
 
 def records_of(path: Path) -> Iterator[tuple[list[dict], str]]:
-    """For each item of a file: its records, or none and what is wrong with it."""
+    """For each item of a file: its records and an empty string, or no records and what is wrong with the item."""
     for number, item in enumerate(read_list(path)):
         try:
             if path.name == ALPACA:
@@ -78,36 +78,36 @@ def records_of(path: Path) -> Iterator[tuple[list[dict], str]]:
 
 
 def process(data_root: Path, out: Path) -> tuple[int, list[str]]:
-    """Writes `out`; returns the number of its records, and a line on each record left out."""
+    """Writes `out`; returns the number of its records, and one line about each item that was left out."""
     paths = [path for name in (ALPACA, *LLAVA) if (path := data_root / name).is_file()]
     if not paths:
         raise UserError(f"{data_root} has none of {', '.join((ALPACA, *LLAVA))}: put them there, "
                         "or name their folder with --data_root")
-    everything, wrong = [], []
+    all_records, errors = [], []
     for path in paths:
-        before = len(everything), len(wrong)
-        for found, reason in records_of(path):
-            everything += found
-            wrong += [reason] if reason else []
-        print(f"{path}: {len(everything) - before[0]} records, {len(wrong) - before[1]} malformed")
-    if not everything:
-        raise UserError(f"no record of {data_root} is whole; the first: {wrong[0] if wrong else 'there is none'}")
-    write_json(out, {"all": everything})
-    return len(everything), wrong
+        n_records, n_errors = len(all_records), len(errors)
+        for records, error in records_of(path):
+            all_records += records
+            errors += [error] if error else []
+        print(f"{path}: {len(all_records) - n_records} records, {len(errors) - n_errors} malformed")
+    if not all_records:
+        raise UserError(f"{data_root} has no valid record: {errors[0] if errors else 'its files are empty'}")
+    write_json(out, {"all": all_records})
+    return len(all_records), errors
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("data_processing.py", description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", default="../data", type=Path, help="folder of the files (../data)")
-    parser.add_argument("--out", type=Path, help="all_data.json, to be written (in --data_root)")
+    parser.add_argument("--out", type=Path, help="the file to write (all_data.json in --data_root)")
     args = parser.parse_args()
     out = args.out or args.data_root / "all_data.json"
-    n, wrong = process(args.data_root, out)
-    for line in wrong[:NAMED]:
-        print(f"left out: {line}")
-    if len(wrong) > NAMED:
-        print(f"left out: {len(wrong) - NAMED} more")
-    print(f"{n} records, {len(wrong)} left out: {out}")
+    n_records, errors = process(args.data_root, out)
+    for error in errors[:MAX_REPORTED]:
+        print(f"left out: {error}")
+    if len(errors) > MAX_REPORTED:
+        print(f"left out: {len(errors) - MAX_REPORTED} more")
+    print(f"{n_records} records, {len(errors)} left out: {out}")
 
 
 if __name__ == "__main__":

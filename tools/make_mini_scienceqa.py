@@ -1,9 +1,9 @@
-"""Writes the mini ScienceQA: invented problems in ScienceQA's layout, and pictures that must be looked at.
+"""Writes the mini ScienceQA: invented problems in ScienceQA's layout, with images that are needed for the answer.
 
     python tools/make_mini_scienceqa.py [--out data/mini] [--seed 0]
 
-problems.json, pid_splits.json, captions.json and images/{split}/{id}/image.png, as in ScienceQA (Lu et al. 2022,
-arXiv 2209.09513). The same seed gives the same problems and pixels. No problem of one split is in another.
+Writes problems.json, pid_splits.json, captions.json and images/{split}/{id}/image.png, as in ScienceQA (Lu et al. 2022,
+arXiv 2209.09513). The same seed gives the same problems and pixels. No problem is in two splits.
 """
 
 import argparse
@@ -13,57 +13,58 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from mini_pictures import Canvas
-from mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Problem, Skill, make_problem
 from tqdm import tqdm
 
+from mini_pictures import Canvas
+from mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Problem, Skill, make_problem
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from lavin.whole_files import whole_file  # noqa: E402
+from lavin.runtime.files import atomic_write
 
 SIZES = {"train": 2000, "val": 120, "test": 400}
-WITH_PICTURE = 0.45
-MINI = 0.1  # share of a split that is in its mini split
-ATTEMPTS = 1000  # to find a problem that no split has yet
+IMAGE_FRACTION = 0.45  # of problems that have an image
+MINI_FRACTION = 0.1  # of a split's problems that are in its mini split
+MAX_ATTEMPTS = 1000  # to find a problem that no split has yet
 
 
-def facts_in_turn(skill: Skill, rng: Random) -> Iterator[tuple[str, str]]:
-    """All facts, in an order that changes from round to round: each is asked about equally often."""
+def cycle_facts(skill: Skill, rng: Random) -> Iterator[tuple[str, str]]:
+    """All facts, endlessly, reshuffled in every round, so that each is asked about equally often."""
     while True:
         yield from rng.sample(skill.facts, len(skill.facts))
 
 
 def new_problems(skill: Skill, n: int, taken: set, rng: Random) -> list[Problem]:
-    """n problems whose keys are not in `taken`, which grows by theirs.
+    """n problems whose keys are not in `taken`; adds their keys to it.
 
-    Raises ValueError where the skill's tables do not hold so many.
+    Raises ValueError where the skill's tables do not give that many.
     """
-    found, facts = [], facts_in_turn(skill, rng)
+    problems, facts = [], cycle_facts(skill, rng)
     for _ in range(n):
         fact = next(facts)
-        candidates = (make_problem(skill, fact, rng) for _ in range(ATTEMPTS))
+        candidates = (make_problem(skill, fact, rng) for _ in range(MAX_ATTEMPTS))
         problem = next((problem for problem in candidates if problem.key not in taken), None)
         if problem is None:
-            raise ValueError(f"{skill.name}: no new problem about {fact} after {len(found)}; ask for fewer")
+            raise ValueError(f"{skill.name}: no new problem about {fact} after {len(problems)}; ask for fewer")
         taken.add(problem.key)
-        found.append(problem)
-    return found
+        problems.append(problem)
+    return problems
 
 
-def shares(n: int, parts: int) -> list[int]:
-    """n in `parts` whole numbers that differ by one at most."""
+def split_evenly(n: int, parts: int) -> list[int]:
+    """n as a sum of `parts` integers that differ by at most one."""
     return [(n * (i + 1)) // parts - (n * i) // parts for i in range(parts)]
 
 
 def make_problems(sizes: dict[str, int], seed: int) -> dict[str, tuple[str, Problem]]:
-    """id -> (split, problem), ids in order; splits lie mixed."""
-    rng, taken, everything = Random(seed), set(), []
+    """id -> (split, problem), in the order of ids; the splits are mixed."""
+    rng, taken, items = Random(seed), set(), []
     for split, size in sizes.items():
-        n_pictures = round(WITH_PICTURE * size)
-        for skills, n in ((PICTURE_SKILLS, n_pictures), (TEXT_SKILLS, size - n_pictures)):
-            for skill, share in zip(skills, shares(n, len(skills))):
-                everything += [(split, problem) for problem in new_problems(skill, share, taken, rng)]
-    rng.shuffle(everything)
-    return {str(i): item for i, item in enumerate(everything, 1)}
+        n_images = round(IMAGE_FRACTION * size)
+        for skills, n in ((PICTURE_SKILLS, n_images), (TEXT_SKILLS, size - n_images)):
+            for skill, n_problems in zip(skills, split_evenly(n, len(skills)), strict=True):
+                items += [(split, problem) for problem in new_problems(skill, n_problems, taken, rng)]
+    rng.shuffle(items)
+    return {str(i): item for i, item in enumerate(items, 1)}
 
 
 def record(split: str, problem: Problem) -> dict:
@@ -79,7 +80,7 @@ def split_ids(problems: dict[str, tuple[str, Problem]], sizes: dict[str, int]) -
     """pid_splits.json: ids of every split, of trainval, and of the mini splits."""
     splits = {name: [qid for qid, (split, _) in problems.items() if split == name] for name in sizes}
     splits["trainval"] = splits["train"] + splits["val"]
-    return splits | {f"mini{name}": splits[name][:max(1, round(MINI * size))] for name, size in sizes.items()}
+    return splits | {f"mini{name}": splits[name][:max(1, round(MINI_FRACTION * size))] for name, size in sizes.items()}
 
 
 def draw(problem: Problem, qid: str, seed: int):
@@ -89,17 +90,17 @@ def draw(problem: Problem, qid: str, seed: int):
 
 
 def write_mini_scienceqa(out: Path, sizes: dict[str, int], seed: int) -> dict[str, tuple[str, Problem]]:
-    """Pictures first, problems.json last, so that what has problems.json is whole. Returns the problems."""
+    """Writes images first, problems.json last: a folder with problems.json is complete. Returns the problems."""
     problems = make_problems(sizes, seed)
-    pictured = {qid: item for qid, item in problems.items() if item[1].skill.draw}
-    for qid, (split, problem) in tqdm(pictured.items(), "pictures", unit="picture"):
-        with whole_file(out / "images" / split / qid / "image.png") as path:
+    with_image = {qid: item for qid, item in problems.items() if item[1].skill.draw}
+    for qid, (split, problem) in tqdm(with_image.items(), "pictures", unit="picture"):
+        with atomic_write(out / "images" / split / qid / "image.png") as path:
             draw(problem, qid, seed).save(path, format="png")
-    files = {"captions.json": {"captions": {qid: problem.caption for qid, (_, problem) in pictured.items()}},
+    files = {"captions.json": {"captions": {qid: problem.caption for qid, (_, problem) in with_image.items()}},
              "pid_splits.json": split_ids(problems, sizes),
              "problems.json": {qid: record(*item) for qid, item in problems.items()}}
     for name, content in files.items():
-        with whole_file(out / name) as path:
+        with atomic_write(out / name) as path:
             path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return problems
 
@@ -110,9 +111,9 @@ def main() -> None:
     parser.add_argument("--seed", default=0, type=int)
     args = parser.parse_args()
     problems = write_mini_scienceqa(args.out, SIZES, args.seed)
-    pictures = sum(bool(problem.skill.draw) for _, problem in problems.values())
+    n_images = sum(bool(problem.skill.draw) for _, problem in problems.values())
     sizes = ", ".join(f"{size} {split}" for split, size in SIZES.items())
-    print(f"{args.out}: {len(problems)} problems ({sizes}), {pictures} with a picture")
+    print(f"{args.out}: {len(problems)} problems ({sizes}), {n_images} with a picture")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Pictures of the mini ScienceQA: one function a kind of picture, drawn with Pillow in light variation.
+"""Images of the mini ScienceQA: one function per kind of image, drawn with Pillow, with small random variations.
 
-Every function draws on a `Canvas` in unit coordinates (x to the right, y down), so that what it says is the picture
-and nothing else; place, size and colours vary with the canvas's generator. What matters is large: it can still be told
-at 48 pixels. Outlines of countries and continents are rough, made by hand from longitudes and latitudes.
+Each function draws on a `Canvas` in unit coordinates (x to the right, y down). Position, size and colours vary with the
+canvas's random generator. What the answer depends on is large enough to be recognised at 48 pixels. Outlines of
+countries and continents are rough, made by hand from longitudes and latitudes.
 """
 
 import math
@@ -10,7 +10,7 @@ from random import Random
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE = 224  # of a finished picture; drawn twice as large, for smooth edges
+SIZE = 224  # of a finished image; drawn at twice the size, for smooth edges
 
 INK, PAPER, WHITE = (40, 42, 54), (247, 245, 238), (255, 255, 255)
 RED, BLUE, GREEN, YELLOW = (214, 52, 48), (52, 104, 196), (66, 150, 72), (242, 196, 48)
@@ -19,7 +19,7 @@ SKY, SEA, LAND, NIGHT, SAND = (176, 216, 244), (196, 222, 240), (226, 222, 200),
 
 
 class Canvas:
-    """A square picture under the pencil. rng: decides its small variations, and those that a drawing asks for."""
+    """A square image and its drawing methods. rng: for the random variations, also those of the drawing functions."""
 
     def __init__(self, rng: Random, background=PAPER):
         self.rng = rng
@@ -34,11 +34,11 @@ class Canvas:
         self.pencil.rectangle((0, 0, self.pixels, self.pixels), self.tint(color))
 
     def tint(self, color):
-        """The colour, slightly off."""
+        """The colour, slightly varied."""
         return color and tuple(min(255, max(0, c + self.rng.randint(-10, 10))) for c in color)
 
     def at(self, x, y):
-        return tuple((s + self.scale * v) * self.pixels for s, v in zip(self.shift, (x, y)))
+        return tuple((s + self.scale * v) * self.pixels for s, v in zip(self.shift, (x, y), strict=True))
 
     def length(self, x):
         return x * self.scale * self.pixels
@@ -63,7 +63,7 @@ class Canvas:
         self.ellipse(x, y, r, r, fill, outline, width)
 
     def text(self, x, y, words, size, color=INK):
-        """Words centred at (x, y), `size` high."""
+        """Text centred at (x, y), of height `size`."""
         self.pencil.text(self.at(x, y), words, color, ImageFont.load_default(self.length(size)), anchor="mm")
 
     def arrow(self, start, end, color=INK, width=0.03):
@@ -96,7 +96,7 @@ AUSTRALIA = {
                         (148, -36.8), (146.5, -36), (144, -35.8), (141, -34)],
     "Victoria": [(141, -34), (144, -35.8), (146.5, -36), (148, -36.8), (150, -37.4), (147.5, -38), (146.3, -39),
                  (144.5, -38.2), (143.5, -38.8), (141, -38)],
-    "Tasmania": [(143.6, -40.6), (148.8, -40.7), (148.6, -43.4), (146.6, -45.2), (144.4, -44)],  # a little enlarged
+    "Tasmania": [(143.6, -40.6), (148.8, -40.7), (148.6, -43.4), (146.6, -45.2), (144.4, -44)],  # slightly enlarged
 }
 
 CONTINENTS = {
@@ -125,7 +125,7 @@ OCEANS = {"Pacific Ocean": (-140, 0), "Atlantic Ocean": (-38, 22), "Indian Ocean
 
 
 def australia(canvas, state):
-    """The states of Australia, one of them in colour."""
+    """The states of Australia, one of them coloured."""
     canvas.background(SEA)
     color = canvas.rng.choice((RED, ORANGE, PURPLE))
     for name, outline in AUSTRALIA.items():
@@ -134,7 +134,7 @@ def australia(canvas, state):
 
 
 def world_map(canvas, continent=None, color=RED):
-    """All continents, one of them in colour. Returns where a longitude and latitude lie."""
+    """All continents, one of them coloured. Returns the function from longitude and latitude to coordinates."""
     def place(x, y):
         return (x + 180) / 360, 0.5 - y / 180
 
@@ -176,7 +176,7 @@ def island(canvas, direction):
 # ---- physics and chemistry
 
 def magnets(canvas, poles):
-    """Two bar magnets; `poles` says whether like or unlike poles face each other."""
+    """Two bar magnets. poles: `like` or `unlike`, the poles that face each other."""
     left = canvas.rng.choice(("NS", "SN"))
     right = left if poles == "unlike" else left[::-1]
     y = canvas.rng.uniform(0.34, 0.5)
@@ -218,7 +218,7 @@ def particles(canvas, state):
 
 
 def circuit(canvas, state):
-    """Battery, switch and bulb; only in a closed circuit the bulb is lit."""
+    """Battery, switch and bulb; the bulb is lit only in a closed circuit."""
     closed = state == "closed"
     canvas.line([(0.62, 0.2), (0.88, 0.2), (0.88, 0.8), (0.12, 0.8), (0.12, 0.2), (0.36, 0.2)], INK, 0.02)
     canvas.box(0.36, 0.72, 0.64, 0.88, GREEN)
@@ -234,7 +234,7 @@ def circuit(canvas, state):
 
 
 def forces(canvas, result):
-    """A box pulled to both sides; the longer arrow is the stronger pull."""
+    """A box pulled to both sides; the longer arrow is the stronger force."""
     weak, strong = canvas.rng.uniform(0.1, 0.13), canvas.rng.uniform(0.27, 0.3)
     left, right = {"left": (strong, weak), "right": (weak, strong), "balanced": (0.2, 0.2)}[result]
     y = canvas.rng.uniform(0.4, 0.5)
@@ -258,7 +258,8 @@ def rock_layers(canvas, top, middle, bottom):
         crest = [(x / 10, y + rise * math.sin(phase + 0.6 * x)) for x in range(-1, 12)]
         canvas.polygon([*crest, (1.1, 1.1), (-0.1, 1.1)], fill)
 
-    for y, fill in zip((0.13, 0.18, 0.46, 0.73), ((110, 170, 90), *(ROCKS[name] for name in (top, middle, bottom)))):
+    colors = (110, 170, 90), *(ROCKS[name] for name in (top, middle, bottom))
+    for y, fill in zip((0.13, 0.18, 0.46, 0.73), colors, strict=True):
         layer(y, fill)
 
 
@@ -382,7 +383,7 @@ HUNTERS = {"owl": owl, "fox": fox, "snake": snake, "frog": frog}
 
 
 def food_chain(canvas, prey, hunter):
-    """A leaf, what eats it, and what eats that; arrows point to the eater."""
+    """A leaf, its eater, and the eater's predator; arrows point to the eater."""
     leaf(canvas, 0.1, 0.2)
     PLANT_EATERS[prey](canvas, 0.44, 0.46)
     HUNTERS[hunter](canvas, 0.8, 0.74)
@@ -419,7 +420,8 @@ def plant(canvas, part):
     for i in range(6):
         canvas.disc(x + 0.1 * math.cos(i * math.pi / 3), 0.17 + 0.1 * math.sin(i * math.pi / 3), 0.07, (236, 120, 170))
     canvas.disc(x, 0.17, 0.06, YELLOW)
-    tip = {"flower": (x + 0.18, 0.17), "leaf": (x + 0.3, 0.44), "stem": (x + 0.03, 0.61), "root": (x + 0.14, 0.88)}[part]
+    tips = {"flower": (x + 0.18, 0.17), "leaf": (x + 0.3, 0.44), "stem": (x + 0.03, 0.61), "root": (x + 0.14, 0.88)}
+    tip = tips[part]
     canvas.arrow((0.98, tip[1]), tip, RED, 0.045)
 
 
@@ -429,7 +431,7 @@ FRUITS = {"apples": RED, "lemons": YELLOW, "pears": GREEN, "plums": PURPLE}
 
 
 def bar_chart(canvas, tallest):
-    """Fruits sold on a market; bars in random order."""
+    """Fruits sold at a market; bars in random order."""
     rng = canvas.rng
     names = rng.sample(list(FRUITS), len(FRUITS))
     canvas.line([(0.07, 0.04), (0.07, 0.86), (0.99, 0.86)], INK, 0.015)

@@ -1,8 +1,8 @@
-"""Questions of the mini ScienceQA: closed tables of facts, and the sentences around them.
+"""Questions of the mini ScienceQA: fixed tables of facts, and templates for the sentences around them.
 
-A `Skill` pairs what is asked about (x) with its answer (y). x stands in the question, in the hint, or, where the skill
-has a `draw`, in the picture alone: its question, hint and choices are then drawn independently of x, so that nothing
-but the picture tells the answer.
+A `Skill` pairs what is asked about (x) with its answer (y). x appears in the question or in the hint, or, where the
+skill has a `draw`, only in the image: question and hint are then chosen independently of x, so that the answer can be
+found only from the image.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ NATURAL, SOCIAL, LANGUAGE = "natural science", "social science", "language scien
 class Skill:
     """What the problems of one skill have in common.
 
-    facts: pairs (x, y). questions, hints, solution, caption: templates of {x}, {y}, {name} (a child) and, in captions,
-    the scene's names. n_choices: the most choices of a problem.
-    draw(canvas, **scene) draws what scene(rng, x) decides.
+    facts: pairs (x, y). questions, hints, solution, caption: templates with {x}, {y}, {name} (a child) and, in
+    captions, the scene's names. n_choices: maximum number of choices of a problem. draw(canvas, **scene) draws the
+    scene that scene(rng, x) returns.
     """
 
     subject: str
@@ -46,11 +46,11 @@ class Skill:
             raise ValueError(f"{self.name}: the text tells what the picture shows")
 
     def choices(self, y: str) -> list[str]:
-        """The answers among which y stands, in the table's order: the same ones whenever y is right."""
+        """The group of answers that contains y, in the table's order. Each y has one fixed group."""
         answers = list(dict.fromkeys(answer for _, answer in self.facts))
         n_groups = -(-len(answers) // self.n_choices)
         bounds = [len(answers) * i // n_groups for i in range(n_groups + 1)]
-        return next(answers[i:j] for i, j in zip(bounds, bounds[1:]) if y in answers[i:j])
+        return next(answers[i:j] for i, j in zip(bounds, bounds[1:], strict=False) if y in answers[i:j])
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Problem:
 
     @property
     def key(self) -> tuple:
-        """What makes two problems the same: everything but lecture, grade and the picture's small variations."""
+        """Equal for duplicates: problems that differ only in lecture, solution, grade or the image's variations."""
         return self.question, self.choices, self.hint, self.caption
 
 
 def make_problem(skill: Skill, fact: tuple[str, str], rng: Random) -> Problem:
-    """A problem that asks for `fact`. Some lectures and solutions are empty, as in the real set."""
+    """A problem about `fact`. Some lectures and solutions are empty, as in the real data set."""
     x, y = fact
     words = {"x": x, "y": y, "name": rng.choice(NAMES)}
     choices = skill.choices(y)
@@ -88,7 +88,7 @@ def make_problem(skill: Skill, fact: tuple[str, str], rng: Random) -> Problem:
 
 
 def ask(rng: Random, skill: Skill) -> str:
-    """A question of the skill; where it names no child, one may ask it."""
+    """A question of the skill; one that names no child may be introduced by `{name} asks: `."""
     question = rng.choice(skill.questions)
     if "{name}" in question:
         return question
@@ -96,7 +96,7 @@ def ask(rng: Random, skill: Skill) -> str:
 
 
 def same(words: str) -> tuple[tuple[str, str], ...]:
-    """Facts whose answer is what is shown."""
+    """Facts with y equal to x."""
     return tuple((word, word) for word in words.split(", "))
 
 
@@ -112,13 +112,13 @@ def pairs(text: str) -> tuple[tuple[str, str], ...]:
 
 def in_turn(**words: str) -> tuple[tuple[str, str], ...]:
     """kind="y1, y2" -> ((kind, y1), (other kind, z1), ..., (kind, y2), ...)."""
-    return tuple(fact for turn in zip(*(every(kind, ys) for kind, ys in words.items())) for fact in turn)
+    return tuple(fact for turn in zip(*(every(kind, ys) for kind, ys in words.items()), strict=True) for fact in turn)
 
 
 def both_ways(text: str) -> tuple[tuple[str, str], ...]:
-    """All facts, then all of them turned round, so that no pair stands among the same choices."""
-    there = pairs(text)
-    return there + tuple((y, x) for x, y in there)
+    """All facts, then all of them reversed, so that the two words of a pair are never among the same choices."""
+    forward = pairs(text)
+    return forward + tuple((y, x) for x, y in forward)
 
 
 def every(xs: str, ys: str) -> tuple[tuple[str, str], ...]:
@@ -126,7 +126,7 @@ def every(xs: str, ys: str) -> tuple[tuple[str, str], ...]:
 
 
 def shown_as(name: str) -> Callable[[Random, str], dict]:
-    """The scene is x itself, under the name that the drawing has for it."""
+    """The scene is x itself, as the argument `name` of the drawing function."""
     return lambda rng, x: {name: x}
 
 
@@ -158,7 +158,8 @@ PICTURE_SKILLS = (
           ("Which continent is colored on the map?", "{name} colored one continent. Which one?"),
           "The colored continent is {y}.", "A continent is a very large area of land.", 5,
           ("", "The map shows the world."),
-          draw=pictures.continents, scene=shown_as("continent"), caption="A map of the world with {continent} in color."),
+          draw=pictures.continents, scene=shown_as("continent"),
+          caption="A map of the world with {continent} in color."),
     Skill(SOCIAL, "geography", "Geography", "Identify oceans", (1, 4), same(", ".join(pictures.OCEANS)),
           ("Which ocean does the star mark?", "{name} put a star on the map. Which ocean is it in?"),
           "The star is in the {y}.", "Oceans are huge bodies of salt water.", 5, ("", "The map shows the world."),
@@ -263,7 +264,8 @@ TEXT_SKILLS = (
           "Scientists sort animals into groups by their bodies.", 5),
     Skill(NATURAL, "chemistry", "Physical and chemical change", "Compare physical and chemical changes", (5, 9),
           table(physical="ice melting, water boiling, cutting paper, folding cloth, breaking glass, mixing sand",
-                chemical="wood burning, iron rusting, milk turning sour, baking bread, an apple rotting, a match burning"),
+                chemical="wood burning, iron rusting, milk turning sour, baking bread, an apple rotting, "
+                         "a match burning"),
           ("Which kind of change is {x}?", "{name} saw {x}. Which kind of change is it?"),
           "We call {x} a {y} change.", "A chemical change makes a new substance. A physical change does not.", 2),
     Skill(NATURAL, "biology", "Body systems", "Identify organs", (4, 9),
@@ -314,7 +316,8 @@ TEXT_SKILLS = (
           ("{name} pays for {x}. Is it a good or a service?", "Is {x} a good or a service?"),
           "What is paid for, {x}, is a {y}.", "Goods can be touched. Services are work done for others.", 2),
     Skill(SOCIAL, "geography", "Agriculture", "Find a crop in a text", (2, 6),
-          every("the valley, the north, the island, the hills, the delta", "rice, wheat, cotton, tea, coffee, potatoes"),
+          every("the valley, the north, the island, the hills, the delta",
+                "rice, wheat, cotton, tea, coffee, potatoes"),
           ("What do farmers in {x} grow?", "Which crop grows in {x}?"), "The text says that {x} has farms with {y}.",
           "Crops are plants that people grow.", 5,
           ("Farmers in {x} grow {y}.", "{name} lives in {x}, where {y} grows well.")),
@@ -348,16 +351,16 @@ TEXT_SKILLS = (
           ("Which word rhymes with {x}?", "{name} needs a rhyme for {x}. Which word is it?"),
           "The words {x} and {y} rhyme.", "Words that rhyme end with the same sound.", 4),
     Skill(LANGUAGE, "figurative-language", "Literary devices", "Classify the figure of speech", (6, 12),
-          table(simile="Her eyes are like stars., He is as brave as a lion., It is as cold as ice., She swims like a fish.",
+          table(simile="Her eyes are like stars., He is as brave as a lion., It is as cold as ice., "
+                       "She swims like a fish.",
                 metaphor="Her eyes are stars., Time is money., The world is a stage., My room is a zoo.",
                 hyperbole="I told you a million times., My bag weighs a ton., I could eat a horse., I waited forever."),
           ("Which figure of speech is used?", "{name} read this text. Which figure of speech is it?"),
           "The text uses {y}.", "A simile compares with like or as, a metaphor without. Hyperbole exaggerates.", 3,
           ("{x}",)),
     Skill(LANGUAGE, "grammar", "Nouns", "Form the plural", (1, 4),
-          tuple((x, y) for x, y in pairs("child: children, mouse: mice, foot: feet, tooth: teeth, man: men, leaf: leaves, "
-                                         "wolf: wolves, baby: babies, city: cities, goose: geese, knife: knives, "
-                                         "person: people")),
+          pairs("child: children, mouse: mice, foot: feet, tooth: teeth, man: men, leaf: leaves, "
+                "wolf: wolves, baby: babies, city: cities, goose: geese, knife: knives, person: people"),
           ("What is the plural of {x}?", "{name} writes about more than one {x}. Which word is right?"),
           "The plural of {x} is {y}.", "Plural nouns name more than one.", 5),
 )

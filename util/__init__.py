@@ -1,1 +1,1 @@
-"""What feeds and watches a run: data, prompts, schedules, scores, run folders."""
+"""What the commands share: flags, learning-rate schedules, run folders, scores, loading of trained models."""

@@ -1,4 +1,4 @@
-"""The four learning-rate schedules, as functions of a fractional epoch.
+"""Learning-rate schedules as functions of the fractional epoch.
 
 cosine: Loshchilov & Hutter 2017, arXiv 1608.03983; cyclical: triangular2 of Smith 2017, arXiv 1506.01186.
 """
@@ -8,11 +8,11 @@ import math
 SCHEDULES = ("cosine", "cyclical", "step", "exponential")
 STEP_FACTOR, STEP_EPOCHS = 0.65, 2
 EXPONENTIAL_END = 1e-5  # learning rate at the last epoch
-CYCLE_FRACTION = 1 / 5  # half a cycle, as a share of all epochs
+CYCLE_FRACTION = 1 / 5  # length of half a cycle, as a fraction of all epochs
 
 
 def check_schedule(args) -> None:
-    """Raises ValueError, naming the flag, for values that make no schedule."""
+    """Raises ValueError, naming the flag, for invalid values."""
     if args.lr_schedule not in SCHEDULES:
         raise ValueError(f"--lr_schedule {args.lr_schedule}: choose one of {', '.join(SCHEDULES)}")
     if not args.epochs > 0:
@@ -26,7 +26,7 @@ def check_schedule(args) -> None:
 
 
 def learning_rate(epoch: float, args) -> float:
-    """Rate at fractional `epoch`, from args.lr, min_lr, epochs, warmup_epochs, lr_schedule."""
+    """The learning rate at fractional `epoch`. args: lr, min_lr, epochs, warmup_epochs, lr_schedule."""
     if args.lr_schedule == "cyclical":
         half = args.epochs * CYCLE_FRACTION
         cycle = math.floor(1 + epoch / (2 * half))
@@ -34,19 +34,19 @@ def learning_rate(epoch: float, args) -> float:
         return args.min_lr + (args.lr - args.min_lr) * max(0.0, 1 - x) / 2 ** (cycle - 1)
     if epoch < args.warmup_epochs:
         return args.lr * epoch / args.warmup_epochs
-    since = epoch - args.warmup_epochs
-    progress = since / (args.epochs - args.warmup_epochs)
+    decay_epoch = epoch - args.warmup_epochs
+    progress = decay_epoch / (args.epochs - args.warmup_epochs)
     if args.lr_schedule == "cosine":
         return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
     if args.lr_schedule == "step":
-        return args.lr * STEP_FACTOR ** math.floor(since / STEP_EPOCHS)
+        return args.lr * STEP_FACTOR ** math.floor(decay_epoch / STEP_EPOCHS)
     if args.lr_schedule == "exponential":
         return args.lr * (EXPONENTIAL_END / args.lr) ** progress
     raise ValueError(f"--lr_schedule {args.lr_schedule}: choose one of {', '.join(SCHEDULES)}")
 
 
 def adjust_learning_rate(optimizer, epoch: float, args) -> float:
-    """Sets the optimizer's rate for fractional `epoch` and returns it."""
+    """Sets the optimizer's learning rate for fractional `epoch`, and returns it."""
     lr = learning_rate(epoch, args)
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -1,4 +1,4 @@
-"""ScienceQA accuracy (Lu et al. 2022): nine columns, in percent, with the counts behind them."""
+"""ScienceQA accuracy (Lu et al. 2022): nine columns in percent, with the counts they are computed from."""
 
 COLUMNS = {
     "NAT": lambda p: p["subject"] == "natural science",
@@ -19,7 +19,7 @@ def grade(problem: dict) -> int:
 
 
 def score(problems: dict[str, dict], predictions: dict[str, int]) -> dict:
-    """Percent correct of the predicted problems by column (None where a column is empty), `counts` and `correct`."""
+    """Percent correct of the predicted problems by column (None for an empty column), with `counts` and `correct`."""
     counts = dict.fromkeys(COLUMNS, 0)
     correct = dict.fromkeys(COLUMNS, 0)
     for qid, prediction in predictions.items():

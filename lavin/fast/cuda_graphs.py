@@ -1,0 +1,201 @@
+"""CUDA graphs of forward and backward passes, for any module.
+
+Where a step is short, the host takes longer to launch its thousands of kernels than the GPU to run them. A CUDA graph
+replays all of them with one launch. A graph always reads and writes the memory it was captured with, so inputs are copied
+into static tensors before a replay, and outputs are copied out after it.
+
+Notable:
+- One graph for the forward and one for the backward pass of each bucket (a padded shape).
+- All buckets share one memory pool and their static buffers, so a pass must be backpropagated before the next one starts.
+- Without a GPU nothing is captured: `capture` returns the function itself, so tests run the same code on a CPU.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from traceback import clear_frames
+
+import torch
+from torch import nn
+
+MAX_GRAPHS = 128  # buckets kept; at 7B each takes 6 MiB outside the shared pool, and half a second to capture
+
+
+def graph_pool(device: torch.device):
+    """A memory pool for graphs whose replays never overlap."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def capture(run: Callable[[], None], device: torch.device, pool=None) -> Callable[[], None]:
+    """Captures `run` as a CUDA graph and returns its replay.
+
+    `run` may only use tensors that stay at their address, must not synchronize with the host, and must be compiled already.
+    The graph does not keep its inputs alive: the caller must.
+    """
+    if device.type != "cuda":
+        return run
+    graph = torch.cuda.CUDAGraph()
+    # Nothing can be compiled during capture; other threads may go on using the GPU.
+    with torch.compiler.set_stance("eager_on_recompile"), \
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
+
+
+def pad_to_bucket(n: int) -> int:
+    """n rounded up, by at most 1/32 from 512 on and to a multiple of 16 below, so that few different sizes occur."""
+    step = max(16, 1 << max(n.bit_length() - 6, 0))
+    return n + -n % step
+
+
+class StaticBuffers:
+    """Named buffers that all buckets share; each gets a view of the largest one so far."""
+
+    def __init__(self, device):
+        self.device, self.flat = device, {}
+
+    def take(self, name: str, shape, dtype) -> torch.Tensor:
+        n = torch.Size(shape).numel()
+        if name not in self.flat or self.flat[name].numel() < n:
+            self.flat[name] = torch.zeros(n + n // 8, dtype=dtype, device=self.device)
+        return self.flat[name][:n].view(shape)
+
+
+class CapturedPass:
+    """The captured forward and backward pass of one bucket.
+
+    Subclasses create the static tensors in __init__ (`inputs`: those that need a gradient) and call `capture_graphs`; their
+    `run` computes the output from them, and `load` copies a batch into those that are not `inputs`. `forward` and `backward`
+    are then called in turn: `forward` writes `output`; `backward` reads `grad_output` and writes `grad_inputs` and
+    `grad_parameters`, the flattened gradients of all trained parameters.
+    """
+
+    inputs: list[torch.Tensor] = []
+
+    def run(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def load(self, x, *others) -> None:
+        raise NotImplementedError
+
+    def capture_graphs(self, owner: "CapturedModule", shape, dtype) -> None:
+        """shape, dtype: of the output."""
+        self.owner, take = owner, owner.buffers.take
+        self.output, self.grad_output = (take(name, shape, dtype) for name in ("output", "grad_output"))
+        self.grad_inputs = [take(f"grad_input {i}", x.shape, x.dtype) for i, x in enumerate(self.inputs)]
+        self.grad_parameters = take("grad_parameters", [sum(p.numel() for p in owner.parameters)], torch.float32)
+        self.forward = capture(self.run_forward, owner.device, owner.pool)
+        self.backward = capture(self.run_backward, owner.device, owner.pool)
+
+    def run_forward(self) -> None:
+        with torch.enable_grad(), self.owner.parameter_aliases() as aliases:
+            self.autograd_graph = self.run(), [*self.inputs, *aliases]
+        self.output.copy_(self.autograd_graph[0].detach())
+
+    def run_backward(self) -> None:
+        (output, leaves), self.autograd_graph = self.autograd_graph, None  # frees the saved activations
+        grads = torch.autograd.grad(output, leaves, self.grad_output, materialize_grads=True)
+        for static, grad in zip(self.grad_inputs, grads, strict=False):  # grads go on with those of the parameters
+            static.copy_(grad)
+        torch.cat([grad.flatten() for grad in grads[len(self.inputs):]], out=self.grad_parameters)
+
+
+class GraphReplay(torch.autograd.Function):
+    """A CapturedPass as a differentiable function of its input x [n, ...] (None where it has none) and the parameters.
+
+    x and its gradient are padded with zeros to the bucket's number of rows.
+    """
+
+    @staticmethod
+    def forward(ctx, captured, n, x, *parameters):
+        ctx.captured, ctx.n, ctx.pass_number = captured, n, captured.owner.num_passes
+        for static in captured.inputs:
+            copy_and_zero_pad(static.detach(), x)
+        captured.forward()
+        return captured.output[:n].clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        captured = ctx.captured
+        if ctx.pass_number != captured.owner.num_passes:
+            raise RuntimeError("a captured pass must be backpropagated before the next one starts")
+        copy_and_zero_pad(captured.grad_output, grad_output)
+        captured.backward()
+        parameters = captured.owner.parameters
+        grads = captured.grad_parameters.clone().split([p.numel() for p in parameters])
+        return (None, None, *([grad[:ctx.n].clone() for grad in captured.grad_inputs] or [None]),
+                *[grad.view_as(p) for grad, p in zip(grads, parameters, strict=True)])
+
+
+def copy_and_zero_pad(static: torch.Tensor, rows: torch.Tensor) -> None:
+    static[:len(rows)].copy_(rows)
+    static[len(rows):].zero_()
+
+
+class CapturedModule:
+    """Replaces a module's `forward`: training passes are captured per bucket and replayed.
+
+    The first pass of each compiled graph runs uncaptured, since it compiles. Subclasses define `pass_class`, `bucket`
+    (hashable, from the inputs of forward) and `compile_key` (buckets with the same key share one compiled graph).
+    """
+
+    pass_class: type[CapturedPass]
+
+    def __init__(self, module: nn.Module, device: torch.device):
+        self.uncaptured, self.module, self.device = module.forward, module, device
+        self.owners = [(part, name) for part in module.modules() for name, p in part.named_parameters(recurse=False)
+                       if p.requires_grad]
+        self.parameters = [getattr(*owner) for owner in self.owners]
+        self.num_passes, self.compiled = 0, set()
+        self.free()
+        module.forward = self
+
+    def bucket(self, *inputs):
+        raise NotImplementedError
+
+    def compile_key(self, bucket):
+        raise NotImplementedError
+
+    def free(self) -> None:
+        """Drops all graphs and the memory they hold."""
+        self.buffers, self.pool, self.graphs = StaticBuffers(self.device), graph_pool(self.device), {}
+
+    def __call__(self, x, *others):
+        if not (torch.is_grad_enabled() and self.module.training) or self.module.gradient_checkpointing:
+            return self.uncaptured(x, *others)
+        self.num_passes += 1
+        bucket = self.bucket(x, *others)
+        if (key := self.compile_key(bucket)) not in self.compiled:
+            out = self.uncaptured(x, *others)
+            self.compiled.add(key)  # only now: the pass may have run out of memory
+            return out
+        captured = self.graphs.pop(bucket, None) or self.capture_bucket(bucket, x.dtype)
+        self.graphs[bucket] = captured  # ordered by last use
+        if len(self.graphs) > MAX_GRAPHS:
+            del self.graphs[next(iter(self.graphs))]
+        captured.load(x, *others)
+        return GraphReplay.apply(captured, len(x), x if captured.inputs else None, *self.parameters)
+
+    @contextmanager
+    def parameter_aliases(self) -> Iterator[list[nn.Parameter]]:
+        """Swaps in new leaf tensors that share the parameters' memory.
+
+        Autograd ties a leaf's gradient accumulation to the stream of its first use while any graph that uses it lives, and
+        capture happens on a stream of its own.
+        """
+        aliases = [nn.Parameter(p.detach()) for p in self.parameters]
+        self.set_parameters(aliases)
+        try:
+            yield aliases
+        finally:
+            self.set_parameters(self.parameters)
+
+    def set_parameters(self, leaves: list) -> None:
+        for (part, name), leaf in zip(self.owners, leaves, strict=True):
+            setattr(part, name, leaf)
+
+    def capture_bucket(self, bucket, dtype) -> CapturedPass:
+        try:
+            return self.pass_class(self, bucket, dtype)
+        except torch.OutOfMemoryError as error:  # the caller may free all graphs and retry with smaller passes
+            clear_frames(error.__traceback__)  # whose locals hold this pass's tensors
+            raise torch.OutOfMemoryError(str(error)) from None

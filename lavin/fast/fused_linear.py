@@ -1,0 +1,148 @@
+"""Frozen matrices, in 16 bits or fp8, fused with the operations around them: q/k/v with rotary embeddings, the SwiGLU MLP.
+
+A frozen matrix needs no weight gradient. So the backward passes here compute input gradients alone, and save no activations
+but the SwiGLU's gate and up.
+
+With fp8, every row of an activation or gradient (a token) and every row of a weight has its own scale (kernels/fp8.py).
+Weights are quantized once, in both orientations, since the forward and the backward product sum over different dimensions.
+
+`weights`: (W [O, K],) in 16 bits; in fp8 (rows of W, their scales, rows of W^T, their scales).
+"""
+
+import torch
+from torch import nn
+
+from lavin.kernels.fp8 import quantize_rows, scaled_matmul
+from lavin.kernels.fused_ops import qkv_rope_backward, swiglu, swiglu_backward
+from lavin.llama import Attention, FeedForward, apply_rotary
+
+
+class FrozenLinear(nn.Module):
+    """x W^T for a frozen W [O, K]."""
+
+    def __init__(self, weight: torch.Tensor, fp8: bool):
+        super().__init__()
+        parts = [weight.detach()]
+        if fp8:
+            parts = [part.contiguous() for w in (parts[0], parts[0].t()) for part in quantize_rows(w)]
+        self.parts = nn.ParameterList(nn.Parameter(part, requires_grad=False) for part in parts)
+
+    @property
+    def weights(self) -> tuple:
+        return tuple(self.parts)
+
+    def forward(self, x):
+        """[N, K] -> [N, O]."""
+        return frozen_linear(x, *self.weights)
+
+
+def maybe_quantize(x, weights: tuple):
+    """x as a product with these weights takes it: (values, scales) in fp8, else (x, None)."""
+    return quantize_rows(x) if len(weights) > 1 else (x, None)
+
+
+def matmul(x, scale, weights: tuple, dtype):
+    """x W^T: [N, K] -> [N, O]."""
+    return scaled_matmul(x, scale, *weights[:2], dtype) if len(weights) > 1 else x @ weights[0].t()
+
+
+def matmul_backward(grad_output, scale, weights: tuple, dtype):
+    """Gradient of x, grad_output W: [N, O] -> [N, K]."""
+    return scaled_matmul(grad_output, scale, *weights[2:], dtype) if len(weights) > 1 else grad_output @ weights[0]
+
+
+class FrozenLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *weights):
+        ctx.save_for_backward(*weights)
+        return matmul(*maybe_quantize(x, weights), weights, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        weights = ctx.saved_tensors
+        grad_x = matmul_backward(*maybe_quantize(grad_output, weights), weights, grad_output.dtype)
+        return grad_x, *[None] * len(weights)
+
+
+class SwiGLUMLPFunction(torch.autograd.Function):
+    """w2 (silu(w1 x) * w3 x). weights: of [w1; w3] in one matrix, then of w2."""
+
+    @staticmethod
+    def forward(ctx, x, *weights):
+        half = len(weights) // 2
+        w13, w2 = weights[:half], weights[half:]
+        gate_up = matmul(*maybe_quantize(x, w13), w13, x.dtype)  # [N, 2H]
+        ctx.save_for_backward(gate_up, *weights)
+        return matmul(*swiglu(gate_up, half > 1), w2, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        gate_up, *weights = ctx.saved_tensors
+        half, dtype = len(weights) // 2, grad_output.dtype
+        w13, w2 = weights[:half], weights[half:]
+        grad_hidden = matmul_backward(*maybe_quantize(grad_output, w2), w2, dtype)  # [N, H]
+        grad_gate_up = swiglu_backward(gate_up, grad_hidden, half > 1)  # already quantized for the next product
+        return matmul_backward(*grad_gate_up, w13, dtype), *[None] * len(weights)
+
+
+class QKVRopeFunction(torch.autograd.Function):
+    """Query, key and value from one matrix product, rotary embeddings applied to query and key."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, heads, kv_heads, *weights):
+        ctx.save_for_backward(cos, sin, *weights)
+        qkv = matmul(*maybe_quantize(x, weights), weights, x.dtype).unflatten(-1, (heads + 2 * kv_heads, -1))
+        query, key, value = qkv.split((heads, kv_heads, kv_heads), 1)
+        return apply_rotary(query, (cos, sin)), apply_rotary(key, (cos, sin)), value.clone()
+
+    @staticmethod
+    def backward(ctx, grad_query, grad_key, grad_value):
+        cos, sin, *weights = ctx.saved_tensors
+        grad_qkv = qkv_rope_backward(grad_query, grad_key, grad_value, cos, sin, len(weights) > 1)
+        return matmul_backward(*grad_qkv, weights, grad_query.dtype), *[None] * (4 + len(weights))
+
+
+# Plain functions, since torch.compiler.allow_in_graph (speed_up.py) takes no autograd.Function.
+
+
+def frozen_linear(x, *weights):
+    return FrozenLinearFunction.apply(x, *weights)
+
+
+def swiglu_mlp(x, *weights):
+    return SwiGLUMLPFunction.apply(x, *weights)
+
+
+def qkv_rope(x, cos, sin, heads, kv_heads, *weights):
+    return QKVRopeFunction.apply(x, cos, sin, heads, kv_heads, *weights)
+
+
+class FusedAttention(Attention):
+    @classmethod
+    def convert(cls, attention: Attention, fp8: bool) -> None:
+        """In place: wq, wk and wv become one matrix, wqkv."""
+        attention.heads = attention.wq.out_features // attention.head_dim
+        attention.kv_heads = attention.wk.out_features // attention.head_dim
+        wqkv = torch.cat([attention.wq.weight, attention.wk.weight, attention.wv.weight])
+        del attention.wq, attention.wk, attention.wv
+        attention.wqkv = FrozenLinear(wqkv, fp8)
+        attention.wo = FrozenLinear(attention.wo.weight, fp8)
+        attention.__class__ = cls
+
+    def forward(self, x, rotary, attn_metadata):
+        query, key, value = qkv_rope(x, *rotary, self.heads, self.kv_heads, *self.wqkv.weights)
+        return self.wo(attn_metadata.attend(query, key, value).flatten(1))
+
+
+class FusedFeedForward(FeedForward):
+    @classmethod
+    def convert(cls, feed_forward: FeedForward, fp8: bool) -> None:
+        """In place: w1 (gate) and w3 (up) become one matrix, w13."""
+        w13 = torch.cat([feed_forward.w1.weight, feed_forward.w3.weight])
+        del feed_forward.w1, feed_forward.w3
+        feed_forward.w13 = FrozenLinear(w13, fp8)
+        feed_forward.w2 = FrozenLinear(feed_forward.w2.weight, fp8)
+        feed_forward.__class__ = cls
+
+    def forward(self, x):
+        return swiglu_mlp(x, *self.w13.weights, *self.w2.weights)

@@ -1,0 +1,94 @@
+"""Training passes of LLaMA and the ViT in CUDA graphs (cuda_graphs.py): their static inputs, buckets and padding."""
+
+from functools import partial
+
+import torch
+
+from lavin.attention import VarlenMetadata
+from lavin.fast.cuda_graphs import CapturedModule, CapturedPass, copy_and_zero_pad, pad_to_bucket
+from lavin.mm_adapter import Routing
+from lavin.model import MODALITIES, LaVIN
+
+
+class CapturedVisionPass(CapturedPass):
+    """bucket: the shape of the images, which need no gradient."""
+
+    def __init__(self, owner, bucket, dtype):
+        vision = owner.module
+        self.images = owner.buffers.take("images", bucket, dtype)
+        n_features = len(vision.vit.blocks) // vision.blocks_per_feature
+        self.capture_graphs(owner, (bucket[0], n_features, vision.width), vision.vit.patch_embed.proj.weight.dtype)
+
+    def run(self):
+        return self.owner.uncaptured(self.images)
+
+    def load(self, images):
+        self.images.copy_(images)
+
+
+class CapturedVision(CapturedModule):
+    pass_class = CapturedVisionPass
+
+    def bucket(self, images):
+        return images.shape
+
+    def compile_key(self, bucket):
+        """torch.compile may specialize on few images; running each number once uncaptured costs little."""
+        return bucket
+
+
+class CapturedLlamaPass(CapturedPass):
+    """bucket: (rows, documents, max_seqlen). Unused rows form one trailing dummy document, whose output is dropped."""
+
+    def __init__(self, owner, bucket, dtype):
+        (rows, num_docs, max_seqlen), dim = bucket, owner.module.config.dim
+        # any documents of these numbers: `load` overwrites every tensor
+        self.attn_metadata = VarlenMetadata([max_seqlen] + [1] * (num_docs - 1), owner.device)
+        zeros = partial(torch.zeros, rows, dtype=torch.long, device=owner.device)
+        self.attn_metadata.document_ids, self.attn_metadata.doc_positions = zeros(), zeros()
+        self.attn_metadata.position_ids = zeros()
+        self.routing = Routing(torch.zeros(rows, MODALITIES, device=owner.device))
+        self.inputs = [owner.buffers.take("x", [rows, dim], dtype).detach().requires_grad_()]
+        self.capture_graphs(owner, (rows, dim), dtype)
+
+    def run(self):
+        # a copy, since the compiled graph was specialized on an input that is no view of a larger buffer
+        return self.owner.uncaptured(self.inputs[0].clone(), self.attn_metadata, self.routing)
+
+    def load(self, x, attn_metadata, routing):
+        n, static = len(x), self.attn_metadata
+        rows, num_docs = len(static.document_ids), attn_metadata.num_docs
+        static.document_ids[:n].copy_(attn_metadata.document_ids)
+        static.document_ids[n:] = num_docs  # the dummy document
+        for name in ("doc_positions", "position_ids"):
+            getattr(static, name)[:n].copy_(getattr(attn_metadata, name))
+            torch.arange(rows - n, out=getattr(static, name)[n:])
+        static.cu_seqlens[:num_docs + 1].copy_(attn_metadata.cu_seqlens)
+        static.cu_seqlens[num_docs + 1:] = rows  # further documents are empty
+        copy_and_zero_pad(self.routing.one_hot, routing.one_hot)
+
+
+class CapturedLlama(CapturedModule):
+    pass_class = CapturedLlamaPass
+
+    def bucket(self, x, attn_metadata, routing):
+        """Rows, documents (with the dummy one) and the longest document's tokens, each rounded up."""
+        rows, num_docs = pad_to_bucket(len(x)), attn_metadata.num_docs + 1
+        max_seqlen = max(attn_metadata.max_seqlen, rows - len(x))
+        return rows, num_docs + -num_docs % 4, max_seqlen + -max_seqlen % 256
+
+    def compile_key(self, bucket):
+        """One for all buckets: a second uncaptured pass next to the captured ones might run out of memory."""
+
+
+def capture_training(model: LaVIN) -> None:
+    """In place: training passes of LLaMA and the ViT are captured and replayed from now on."""
+    CapturedLlama(model.llama, model.device)
+    CapturedVision(model.vision, model.device)
+
+
+def free_graphs(model: LaVIN) -> None:
+    """Drops all captured training passes and the memory they hold, where there are any."""
+    for module in (model.llama, model.vision):
+        if isinstance(module.forward, CapturedModule):
+            module.forward.free()

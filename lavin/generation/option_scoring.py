@@ -1,0 +1,49 @@
+"""Multiple-choice answers without generation: log-probabilities of the options from one prefill."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from lavin.generation.generate import session_for
+from lavin.model import LaVIN
+from lavin.runtime.device import copy_to_host
+from lavin.runtime.errors import UserError
+from lavin.tokenizer import Example, Tokenizer
+
+OptionExample = tuple[Example, list[int]]  # see `option_example`
+
+
+def option_example(tokenizer: Tokenizer, prompt: str, options: list[str], **layout) -> OptionExample:
+    """The longest common token prefix of the prompt's answers `options`, and the token with which each option continues.
+
+    layout: image and n_prompt, as in Tokenizer.example. Raises UserError where two options continue with the same token.
+    """
+    ids = [tokenizer.example(prompt, option, **layout).ids for option in options]
+    prefix = next(i for i, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
+    tokens = [row[prefix] for row in ids]
+    if len(set(tokens)) < len(tokens):
+        raise UserError(f"this tokenizer does not tell the options {options} apart by one token: use the base model's own")
+    return Example(ids[0][:prefix], prefix, layout.get("image")), tokens
+
+
+@torch.no_grad()
+def score_options(model: LaVIN, batches: Iterable[list[OptionExample]]) -> Iterator[list[list[float]]]:
+    """Log-probabilities of each question's options, batch by batch.
+
+    The next batch is launched before the scores of the last one are read, so that the GPU never waits for the host.
+    """
+    model.eval()
+    in_flight = None
+    for questions in batches:
+        examples = [example for example, _ in questions]
+        with session_for(model, examples, 0) as session:
+            logits = copy_to_host(session.prefill(examples))
+        if in_flight:
+            yield read_scores(*in_flight)
+        in_flight = logits, questions
+    if in_flight:
+        yield read_scores(*in_flight)
+
+
+def read_scores(logits: Callable[[], torch.Tensor], questions: list[OptionExample]) -> list[list[float]]:
+    return [row[tokens].log_softmax(-1).tolist() for row, (_, tokens) in zip(logits(), questions, strict=True)]

@@ -1,0 +1,32 @@
+"""fp8 (e4m3) with one scale per row: quantization and scaled matmul.
+
+Micikevicius et al. 2022, arXiv 2209.05433.
+"""
+
+import torch
+
+from lavin.runtime.errors import UserError
+
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8_DTYPE).max
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [N, K] -> e4m3 values [N, K] and float32 scales [N, 1], with x ~ values * scales."""
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    return (x / scale).to(FP8_DTYPE), scale
+
+
+def scaled_matmul(a, a_scale, b, b_scale, dtype: torch.dtype):
+    """a b^T for row-quantized a [N, K] and b [O, K] -> [N, O]: fp8 tensor cores on a GPU (8.9 or newer), else float32."""
+    if a.is_cuda:
+        return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), out_dtype=dtype, use_fast_accum=True)
+    return ((a.float() * a_scale) @ (b.float() * b_scale).t()).to(dtype)
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where the GPU has no fp8 tensor cores."""
+    if device.type == "cuda" and (torch.cuda.get_device_capability(device) < (8, 9) or dtype != torch.bfloat16):
+        raise UserError("--bits fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or newer and --precision bf16: "
+                        "leave it at 16bit")

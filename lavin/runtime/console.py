@@ -1,0 +1,29 @@
+"""Terminal output: lines and progress bars from rank 0 only, aligned tables."""
+
+import os
+
+from tqdm import tqdm
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def print_rank0(*words) -> None:
+    if is_main_process():
+        tqdm.write(" ".join(str(word) for word in words))
+
+
+def progress_bar(items, description: str, total: int | None = None, unit: str = "it") -> tqdm:
+    """A bar with rate and ETA, on rank 0 only."""
+    return tqdm(items, desc=description, total=total, unit=unit, disable=not is_main_process(), dynamic_ncols=True,
+                mininterval=0.5)
+
+
+def format_table(header: list[str], rows: list[list]) -> str:
+    """Aligned text: first column left, all others right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,121 @@
+"""The base LLaMA: finds its files, opens them in Meta's or Hugging Face's format, and adds Vicuna v0's delta.
+
+A base model is a folder: `--llama_model_path`/`--llm_model`, or `--llm_model` itself if that is the path of a folder.
+All tensors are read, concatenated and permuted on access, one at a time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lavin.llama import LlamaConfig
+from lavin.runtime.errors import UserError
+from lavin.weights.hugging_face import open_hugging_face
+from lavin.weights.meta import open_meta
+from lavin.weights.tensor_files import hf_weight_files
+
+VOCAB_TENSORS = ("tok_embeddings.weight", "output.weight")  # one row for each token of the vocabulary
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """A LLaMA on disk. tensors: under our names. source: what error messages call its files."""
+
+    config: LlamaConfig
+    tensors: Mapping[str, torch.Tensor]
+    source: str
+
+
+def base_folder(llama_model_path: str, llm_model: str) -> Path:
+    folder = Path(llama_model_path, llm_model)
+    return Path(llm_model) if not folder.is_dir() and Path(llm_model).is_dir() else folder
+
+
+def is_hugging_face(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / "params.json").is_file()
+
+
+def find_tokenizer(llama_model_path: str, llm_model: str) -> Path:
+    """The tokenizer in the model's folder if there is one, else LLaMA's tokenizer.model in `llama_model_path`."""
+    folder = base_folder(llama_model_path, llm_model)
+    candidates = [path for path in (folder / "tokenizer.model", folder / "tokenizer.json") if path.is_file()]
+    return candidates[0] if candidates else Path(llama_model_path, "tokenizer.model")
+
+
+def find_delta(folder: Path, use_vicuna: bool) -> Path | None:
+    """The folder of Vicuna's delta weights: `vicuna_NAME`, a sibling of LLaMA's folder `NAME`.
+
+    None without --use_vicuna, and if `folder` holds Vicuna's full weights in Hugging Face's format. Raises UserError
+    if there is neither.
+    """
+    delta = folder.with_name(f"vicuna_{folder.name}")
+    if not use_vicuna or (is_hugging_face(folder) and not delta.is_dir()):
+        return None
+    if not delta.is_dir():
+        raise UserError(f"--use_vicuna: no folder {delta}: put Vicuna's v0 delta there, or name a folder of Vicuna's "
+                        "full weights with --llm_model")
+    return delta
+
+
+def require_base(llama_model_path: str, llm_model: str, tokenizer_path: str | None = None,
+                 use_vicuna: bool = False) -> None:
+    """Raises UserError that names the first missing file of a base model. Fast, to be called before slow work."""
+    folder = base_folder(llama_model_path, llm_model)
+    required = [Path(tokenizer_path or find_tokenizer(llama_model_path, llm_model))]
+    if is_hugging_face(folder):
+        hf_weight_files(folder)
+    else:
+        required = [folder / "params.json", folder / "consolidated.00.pth", *required]
+    for path in required:
+        if not path.is_file():
+            raise UserError(f"missing {path}: put LLaMA's {path.name} there, "
+                            "or name another place with --llama_model_path and --llm_model")
+    delta = find_delta(folder, use_vicuna)
+    if delta:
+        hf_weight_files(delta)
+
+
+def open_base(folder: Path, vocab_size: int, use_vicuna: bool = False) -> BaseWeights:
+    """vocab_size: the tokenizer's, used where Meta's params.json says -1. Raises UserError for broken files."""
+    base = BaseWeights(*(open_hugging_face(folder) if is_hugging_face(folder) else open_meta(folder, vocab_size)))
+    delta = find_delta(folder, use_vicuna)
+    return apply_delta(base, BaseWeights(*open_hugging_face(delta))) if delta else base
+
+
+# --- Vicuna v0 ---
+
+class WeightsWithDelta(Mapping):
+    """Name -> base + delta, added in float32. The delta's extra vocabulary row, v0's [PAD], is dropped."""
+
+    def __init__(self, base: BaseWeights, delta: BaseWeights):
+        self.base, self.delta = base, delta
+
+    def __iter__(self):
+        return iter(self.base.tensors)
+
+    def __len__(self):
+        return len(self.base.tensors)
+
+    def __getitem__(self, name):
+        weight, delta = self.base.tensors[name], self.delta.tensors[name]
+        if name in VOCAB_TENSORS:
+            delta = delta[:len(weight)]
+        if weight.shape != delta.shape:
+            raise UserError(f"{self.delta.source}: {name} is {list(delta.shape)} and {self.base.source} has "
+                            f"{list(weight.shape)}: it is the delta of another model")
+        return weight.float() + delta.float()
+
+
+def apply_delta(base: BaseWeights, delta: BaseWeights) -> BaseWeights:
+    """Raises UserError if `delta` is of another model, or holds full weights."""
+    unmatched = sorted(base.tensors.keys() ^ delta.tensors.keys())
+    if unmatched:
+        raise UserError(f"{delta.source} and {base.source} do not hold the same tensors ({unmatched[0]}): "
+                        "it is the delta of another model")
+    # the scales of a norm are far from 0 in full weights, and near 0 in a delta
+    if delta.tensors["norm.weight"].float().mean() > base.tensors["norm.weight"].float().mean() / 2:
+        raise UserError(f"--use_vicuna: {delta.source} holds full weights, not a delta: name it with --llm_model "
+                        "and leave the flag out")
+    return BaseWeights(base.config, WeightsWithDelta(base, delta), f"{base.source} + {delta.source}")

@@ -1,0 +1,98 @@
+"""Builds the model with its frozen base weights.
+
+The model is constructed on the meta device, without memory. Its frozen weights are then loaded one tensor at a time:
+each is read, converted to the compute dtype and moved to the device before the next, so that peak memory stays low.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lavin.mm_adapter import AdapterConfig
+from lavin.model import LaVIN
+from lavin.runtime import distributed
+from lavin.runtime.errors import UserError, first_line
+from lavin.tokenizer import Tokenizer
+from lavin.weights.base import base_folder, find_tokenizer, open_base
+from lavin.weights.tensor_files import check_names, check_shape
+from lavin.weights.vision import open_vit
+
+
+def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter: AdapterConfig, device, dtype,
+              drop_path: float = 0.0, tokenizer_path: str | None = None, use_vicuna: bool = False, bits: str = "16bit"
+              ) -> tuple[LaVIN, Tokenizer]:
+    """The frozen base with freshly initialised adapters, on `device`.
+
+    dtype: of the frozen parameters. bits: of the linear layers in LLaMA's blocks. Raises UserError for files that are
+    missing, broken, or of another model.
+    """
+    tokenizer = Tokenizer(tokenizer_path or find_tokenizer(llama_model_path, llm_model))
+    base = open_base(base_folder(llama_model_path, llm_model), tokenizer.n_words, use_vicuna)
+    vit, vit_tensors = open_vit(vision_model)
+    try:
+        with torch.device("meta"):
+            model = LaVIN(base.config, vit, adapter, drop_path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    # Modules are replaced now, while they hold no memory. Shapes are taken after sharding, which changes them, and
+    # before quantization, which removes the parameters.
+    tensors = base.tensors
+    if distributed.model_parallel_size > 1:
+        from lavin.weights.tensor_parallel import ShardedTensors, shard_model  # here, since few runs need fairscale
+        shard_model(model)
+        tensors = ShardedTensors(tensors)
+    llama_parameters, vit_parameters = frozen_parameters(model.llama), frozen_parameters(model.vision.vit)
+    if bits in ("4bit", "8bit"):
+        quantize_model(model, bits)
+    load_frozen(model.llama, llama_parameters, tensors, base.source, device, dtype)
+    load_frozen(model.vision.vit, vit_parameters, vit_tensors, f"--vision_model {vision_model}", device, dtype)
+    if tokenizer.n_words > base.config.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.n_words} pieces, but {base.source} only "
+                        f"{base.config.vocab_size}: it belongs to another model")
+    return model.to(device), tokenizer
+
+
+def quantize_model(model: LaVIN, bits: str) -> None:
+    """In place, on a model without weights. Raises UserError if bitsandbytes is not installed."""
+    try:
+        from lavin.weights.quantization import quantize_linears  # here, since bitsandbytes is optional
+    except ImportError as error:
+        raise UserError(f"--bits {bits} needs bitsandbytes ({first_line(error)}): "
+                        "pip install -r requirements-lite.txt, or leave it at 16bit") from error
+    quantize_linears(model, bits)
+
+
+def frozen_parameters(module: nn.Module) -> dict[str, tuple[str, torch.Size]]:
+    """Name of each frozen parameter in weight files -> its name in `module` and its shape.
+
+    The names differ in norms with an adapter, which wrap the original norm: norm1.norm.weight is norm1.weight in files.
+    """
+    return {re.sub(r"\.(norm[12])\.norm\.", r".\1.", name): (name, p.shape)
+            for name, p in module.named_parameters() if "adapter" not in name}
+
+
+def load_frozen(module: nn.Module, parameters: dict[str, tuple[str, torch.Size]], tensors: Mapping[str, torch.Tensor],
+                source: str, device, dtype) -> None:
+    """Loads all frozen parameters, one tensor at a time. Raises UserError for tensors of another model.
+
+    parameters: of frozen_parameters. source: names the files in error messages.
+    """
+    check_names(parameters.keys(), tensors.keys(), source)
+    for file_name, (name, shape) in parameters.items():
+        tensor = tensors[file_name]
+        check_shape(file_name, shape, tensor, source)
+        parent, _, parameter = name.rpartition(".")
+        load_frozen_tensor(module.get_submodule(parent), parameter, tensor, device, dtype)
+
+
+def load_frozen_tensor(module: nn.Module, name: str, tensor: torch.Tensor, device, dtype) -> None:
+    """Sets one frozen parameter to a copy, so that the mapped file can be closed.
+
+    A module that stores its weight in another form converts it by its method `load` (lavin/weights/quantization.py).
+    """
+    if hasattr(module, "load"):
+        module.load(tensor, device, dtype)
+    else:
+        setattr(module, name, nn.Parameter(tensor.to(device).to(dtype, copy=True), requires_grad=False))

@@ -1,0 +1,84 @@
+"""LaVIN-lite: the linear layers of LLaMA's blocks in 4 or 8 bits.
+
+Needs bitsandbytes (requirements-lite.txt); importing this file without it raises ImportError.
+
+- Linear layers are replaced while the model is on the meta device, and each weight is quantized as it is loaded
+  (lavin/weights/load.py), so that neither host nor device ever holds the whole model in 16 bits.
+- Embeddings, output projection, norms, the ViT and the adapters are not quantized: they take little memory and need
+  the precision.
+"""
+
+import logging
+
+import bitsandbytes
+import torch
+from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
+from torch import nn
+
+from lavin.model import LaVIN
+
+# it would warn at every matmul that bfloat16 is cast to float16
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+# bitsandbytes caches its table of 8-bit scale values on the device of the first call, which must not be `meta`
+quantize_4bit(torch.zeros(64), compress_statistics=True)
+
+OUTLIER_THRESHOLD = 6.0  # columns of activations with larger values are multiplied in 16 bits, by 8-bit weights
+
+
+class Linear4bit(nn.Module):
+    """x W^T with W in NF4: one scale per block of 64 weights, itself stored in 8 bits (double quantization).
+
+    QLoRA: Dettmers et al. 2023, arXiv 2305.14314.
+    """
+
+    def load(self, weight: torch.Tensor, device, dtype) -> None:
+        """Quantizes a weight [O, K] on `device`. dtype: of the matmul."""
+        self.weight, self.state = quantize_4bit(weight.to(device).to(dtype).contiguous(), quant_type="nf4",
+                                                compress_statistics=True)
+
+    def stored_tensors(self) -> list[torch.Tensor]:
+        state = self.state
+        return [self.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+
+    def forward(self, x):
+        """[N, K] -> [N, O]."""
+        return bitsandbytes.matmul_4bit(x, self.weight.t(), self.state)
+
+
+class Linear8bit(nn.Module):
+    """x W^T with W and x in int8, one scale per row of each; columns of x with outliers stay in 16 bits.
+
+    LLM.int8(): Dettmers et al. 2022, arXiv 2208.07339. On CPUs x is not quantized.
+    """
+
+    def load(self, weight: torch.Tensor, device, dtype) -> None:
+        """Quantizes a weight [O, K] on `device`. `dtype` is ignored: the output has the dtype of x."""
+        self.state = bitsandbytes.MatmulLtState()
+        self.state.has_fp16_weights, self.state.threshold = False, OUTLIER_THRESHOLD
+        self.state.CB, self.state.SCB, _ = int8_vectorwise_quant(weight.to(device).to(torch.float16).contiguous())
+
+    def stored_tensors(self) -> list[torch.Tensor]:
+        return [self.state.CB, self.state.SCB]
+
+    def forward(self, x):
+        """[N, K] -> [N, O]."""
+        return bitsandbytes.matmul(x, self.state.CB, state=self.state)
+
+
+QUANTIZED_LINEARS = {"4bit": Linear4bit, "8bit": Linear8bit}
+
+
+def quantize_linears(model: LaVIN, bits: str) -> None:
+    """In place: replaces every linear layer of LLaMA's blocks by an empty quantized one; its `load` fills it."""
+    for block in model.llama.layers:
+        for parent in (block.attention, block.feed_forward):
+            for name, _ in list(parent.named_children()):
+                setattr(parent, name, QUANTIZED_LINEARS[bits]())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights and buffers on any device; exact on `meta` too."""
+    quantized = [tensor for module in model.modules() if hasattr(module, "stored_tensors")
+                 for tensor in module.stored_tensors()]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *quantized))

@@ -1,0 +1,94 @@
+"""Reads weight files memory-mapped: a tensor is read from disk when it is first used, so no file fills memory.
+
+Nothing here runs code from a file: torch files are read with `weights_only=True`.
+"""
+
+import argparse
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lavin.runtime.errors import UserError, first_line
+from lavin.runtime.files import read_json
+
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or `NAME.index.json`, the index of a sharded checkpoint
+# suffixes of buffers that some checkpoints store; this code computes them from the configuration
+COMPUTED_BUFFERS = ("rope.freqs", "rotary_emb.inv_freq")
+
+
+def read_torch(path: Path) -> dict:
+    """Reads a torch file, memory-mapped. Raises UserError if it is missing, broken, or holds more than tensors."""
+    if not path.is_file():
+        raise UserError(f"no file {path}: put it there, or correct the path")
+    try:
+        # The published code stores its flags in checkpoints as an argparse.Namespace, which holds plain values only.
+        # Files from before torch 1.6 are not zip archives and cannot be memory-mapped.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch.load raises many types of exception
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        if forbidden:
+            raise UserError(f"{path} holds more than tensors ({forbidden[1]}), which could run code, so it is not "
+                            "read: save only its tensors") from error
+        raise UserError(f"{path} cannot be read as weights ({first_line(error)}): fetch or copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not named weights: fetch or copy it again")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as weights ({first_line(error)}): fetch or copy it again") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+
+
+def hf_weight_files(folder: Path) -> list[Path]:
+    """Weight files of a Hugging Face folder: one, or all that its index lists. Raises UserError if one is missing."""
+    for name in HF_WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return indexed_files(index)
+    raise UserError(f"missing {folder / HF_WEIGHTS[0]} (or pytorch_model.bin, or the index of either): copy it there")
+
+
+def indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} has no entry 'weight_map': fetch or copy it again")
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"missing {file}, which {index.name} lists: fetch or copy it there")
+    return files
+
+
+def read_hf_folder(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in hf_weight_files(folder):
+        tensors.update(read_tensors(path))
+    return tensors
+
+
+def check_names(expected: set[str], actual: set[str], source: str) -> None:
+    """Raises UserError listing missing or unexpected tensors. source: names the files in the message."""
+    for problem, names in (("lacks", expected - actual), ("holds unknown", actual - expected)):
+        if names:
+            examples = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise UserError(f"{source} {problem} {len(names)} tensors ({examples}): it belongs to another model")
+
+
+def check_shape(name: str, expected: torch.Size, tensor: torch.Tensor, source: str) -> None:
+    if expected != tensor.shape:
+        raise UserError(f"{source}: {name} is {list(tensor.shape)} and the model has {list(expected)}: "
+                        "it belongs to another model")

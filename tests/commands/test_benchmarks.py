@@ -1,0 +1,111 @@
+"""The benchmarks run, small; and what they measure against computes what we compute."""
+
+import argparse
+
+import pytest
+import torch
+
+import chat_latency
+import eval_throughput
+import scaling
+import train_throughput
+from lavin.generation.generate import decode
+from lavin.model import pack
+from published_recipe import published_answers, published_loss
+from tiny import VARIANTS, mixed_examples, tiny_model
+
+
+@pytest.mark.parametrize("kind, visual", VARIANTS)
+def test_the_published_recipe_computes_our_loss(kind, visual):
+    model = tiny_model(adapter_type=kind, visual_adapter_type=visual, llama={"n_kv_heads": None})
+    batch = pack(mixed_examples())
+    torch.testing.assert_close(published_loss(model, mixed_examples(), 24), model(batch) / len(batch.targets),
+                               atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind, visual", VARIANTS)
+def test_the_published_way_writes_our_answers(kind, visual):
+    model = tiny_model(adapter_type=kind, visual_adapter_type=visual, llama={"n_kv_heads": None})
+    examples = mixed_examples(answer=0)
+    theirs = published_answers(model, examples, 5)
+    ours = torch.stack(list(decode(model, examples, 5, lambda logits: logits.argmax(-1))), 1)
+    for row, example, answer in zip(theirs, examples, ours):
+        start = 1 + len(example.ids)
+        assert row[start:start + 5].tolist() == answer.tolist()
+
+
+def rows_of(benchmark, capsys, **flags) -> dict[str, list[str]]:
+    """The last table that a benchmark prints."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    benchmark.main(argparse.Namespace(size="tiny", device="cpu", **flags))
+    torch.use_deterministic_algorithms(deterministic)
+    lines = capsys.readouterr().out.splitlines()
+    start = max(i for i, line in enumerate(lines) if line.startswith("what"))
+    return {line.split("  ")[0]: line.split("  ")[1:] for line in lines[start + 2:]}
+
+
+def test_train_throughput(capsys):
+    rows = rows_of(train_throughput, capsys, samples=3, steps=1, warm_up=1, profile=False)
+    assert list(rows) == ["published recipe, fp16", "ours, plain, fp16", "ours, fp16",
+                          "ours, bf16, 512 tokens each", "", "ours, bf16", "ours, fp8"]
+    assert rows["published recipe, fp16"][-1].strip() == "1"
+
+
+def test_eval_throughput(capsys):
+    rows = rows_of(eval_throughput, capsys, batch=4, questions=8)
+    assert list(rows) == ["published, fp16, batch 4, 64 tokens", *(f"ours, {bits}, --decode {decode}"
+                          for bits in ("bf16", "fp8") for decode in ("generate", "score"))]
+
+
+def test_chat_latency(capsys):
+    assert list(rows_of(chat_latency, capsys, tokens=20, repeats=1)) == ["published, fp16", "ours, bf16", "ours, fp8"]
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_lite_memory(capsys, bits):
+    """It runs, and what it counts on meta is what it holds, to the byte."""
+    pytest.importorskip("bitsandbytes")
+    import lite_memory
+    rows_of(lite_memory, capsys, bits=bits, steps=1)
+    counted, held, exact = (lite_memory.weight_bytes(lite_memory.random_lite("tiny", kind, device, torch.float32))
+                            for kind, device in ((bits, "meta"), (bits, "cpu"), ("16bit", "meta")))
+    assert counted == held < 0.75 * exact
+
+
+def test_scaling(capsys, monkeypatch, tmp_path):
+    """Every row by this one process; torchrun itself is left out."""
+    flags = {"size": "tiny", "device": "cpu", "steps": 2, "repeats": 1, "warm_up": 1, "questions": 8}
+
+    def measure(args, processes, shared):
+        scaling.work(argparse.Namespace(**flags, out=str(tmp_path / "out.pt"), shared=1))
+        return torch.load(tmp_path / "out.pt")
+    monkeypatch.setattr(scaling, "measure", measure)
+    scaling.main(argparse.Namespace(**flags, processes=[1, 2]))
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [row[0] for row in rows] == ["1, a model each", "2, a model each", "one model on 2"]
+    assert all([float(cell) for cell in row if cell.strip()][-3:] == [0, 0, 0] for row in (row[1:] for row in rows))
+
+
+def test_samples_are_those_of_their_seed():
+    """Whatever has been drawn since, such as dropout's masks: processes of a row must see the same."""
+    model = train_throughput.random_lavin("tiny", "cpu", torch.float32)
+    drawn = []
+    for _ in range(2):
+        drawn.append([*train_throughput.random_examples(model, 6, 1), *eval_throughput.questions(model, 6, 1)[1].values()])
+        drawn[-1] += train_throughput.redrawn(model, drawn[-1][:6], 2)
+        torch.rand(1)
+    for a, b in zip(*drawn):
+        a, b = (x if isinstance(x, torch.Tensor) else x.image for x in (a, b))
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+    assert sum(isinstance(x, torch.Tensor) or x.image is not None for x in drawn[0]) > 4
+
+
+def test_arithmetic_that_nothing_can_leave_out():
+    """4 x frozen parameters x tokens, by hand for the tiny size: LLaMA 2 layers of width 64, hidden 192."""
+    model = train_throughput.random_lavin("tiny", "cpu", torch.float32)
+    weights = train_throughput.frozen_weights(model)
+    assert weights["layers"] == 2 * (4 * 64 * 64 + 3 * 64 * 192) and weights["head"] == 64 * 320
+    batch = pack(train_throughput.random_examples(model, 1, 0, full=True))
+    n, answers = len(batch.ids), len(batch.targets)
+    assert train_throughput.frozen_flops(weights, 17, batch) == 4 * (
+        weights["layers"] * n + weights["head"] * answers + weights["vit"] * 17)

@@ -1,0 +1,165 @@
+"""Instruction tuning: all_data.json from small files in the published formats, and training on it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data_processing
+import reference
+import train
+from lavin.mm_adapter import AdapterConfig
+from lavin.runtime.errors import UserError
+from lavin.tokenizer import IMAGE_SLOT
+from lavin.weights.load import load_base
+from tiny import IMAGE_SIZE, ROOT
+from util.data.images import load_image
+from util.data.instructions import LazyImage, decode_images, load_instructions
+
+
+def human_and_gpt(*texts: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+ALPACA = [{"instruction": "Name a pond.", "input": "", "output": "The north pond."},
+          {"instruction": "Sort.", "input": "pond, map", "output": "map,\npond"}]
+CONVERSATION = [{"id": "1", "image": "1.jpg", "conversations": human_and_gpt(
+    "What is it?\n<image>", "A pond.", "Is it  deep?", "No.")}]
+DETAIL = [{"id": "2", "image": "2.jpg", "conversations": human_and_gpt("<image>\nDescribe it.", "A map of a pond.")}]
+COMPLEX = [{"id": "1", "image": "1.jpg", "conversations": human_and_gpt("Why?\n<image>", "It rained.")}]
+EXPECTED = [  # prompt, answer, image
+    ("Instruction: Name a pond.\nResponse:", "The north pond.", None),
+    ("Instruction: Sort. pond, map\nResponse:", "map,\npond", None),
+    ("Instruction: Why?\nResponse:", "It rained.", "1.jpg"),
+    ("Instruction: Describe it.\nResponse:", "A map of a pond.", "2.jpg"),
+    ("Instruction: What is it?\nResponse:", "A pond.", "1.jpg"),
+    ("Instruction: Is it deep?\nResponse:", "No.", "1.jpg")]
+
+
+def write(root: Path, **changes) -> Path:
+    files = {"alpaca_data": ALPACA, "conversation_58k": CONVERSATION, "detail_23k": DETAIL,
+             "complex_reasoning_77k": COMPLEX, **changes}
+    for name, items in files.items():
+        (root / f"{name}.json").write_text(json.dumps(items))
+    folder = root / "images" / "train2014"
+    folder.mkdir(parents=True)
+    for i in (1, 2):
+        Image.effect_noise((40, 30), 60 * i).convert("RGB").save(folder / f"COCO_train2014_{i}.jpg")
+    return root
+
+
+def process(root: Path) -> str:
+    """Returns what it printed."""
+    done = subprocess.run([sys.executable, "tools/data_processing.py", "--data_root", str(root)], cwd=ROOT,
+                          capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def root(tmp_path):
+    data_processing.process(write(tmp_path), tmp_path / "all_data.json")
+    return tmp_path
+
+
+def args_of(root: Path, *flags: str):
+    return train.get_args_parser().parse_args(["--data_root", str(root), "--do_pretrain", "--max_seq_len", "100", *flags])
+
+
+def test_each_question_becomes_a_record(root):
+    records = json.loads((root / "all_data.json").read_text())["all"]
+    assert [(r["instruction"], r["answer"], r["image"]) for r in records] == EXPECTED
+    assert [r["image_source"] for r in records] == [None, None] + ["mscoco"] * 4
+    assert len({r["qid"] for r in records}) == 6
+
+
+def test_malformed_records_are_named_and_counted(tmp_path):
+    turns = DETAIL[0]["conversations"]
+    write(tmp_path, alpaca_data=[{"instruction": "No output."}, *ALPACA, 7, {**ALPACA[0], "output": None}],
+          detail_23k=[{"image": "2.jpg", "conversations": turns[:1]}, {"image": "2.jpg", "conversations": turns[::-1]},
+                      {"conversations": turns}, {"image": 3, "conversations": turns}, *DETAIL,
+                      {"image": "2.jpg", "conversations": human_and_gpt("<image>", "A map.")}])
+    printed = process(tmp_path)
+    for part in ("alpaca_data.json, record 0: lacks output", "alpaca_data.json, record 3: ",
+                 "alpaca_data.json, record 4: its answer is no text",
+                 "detail_23k.json, record 0: its turns", "detail_23k.json, record 1: its turns",
+                 "detail_23k.json, record 2: lacks image", "detail_23k.json, record 3: its image",
+                 "detail_23k.json, record 5: its question or answer is empty", "6 records, 8 left out"):
+        assert part in printed
+    records = json.loads((tmp_path / "all_data.json").read_text())["all"]
+    assert [(r["instruction"], r["answer"], r["image"]) for r in records] == EXPECTED
+
+
+def test_files_that_are_not_there_or_broken_end_in_a_line(tmp_path):
+    out = tmp_path / "all_data.json"
+    with pytest.raises(UserError, match="has none of alpaca_data.json"):
+        data_processing.process(tmp_path, out)
+    (tmp_path / "alpaca_data.json").write_text("[{")
+    assert process(tmp_path).startswith("data_processing.py: error: ") and not out.exists()
+    (tmp_path / "alpaca_data.json").write_text('[{"instruction": "No output."}]')
+    with pytest.raises(UserError, match="record 0: lacks output"):
+        data_processing.process(tmp_path, out)
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(ALPACA))
+    assert data_processing.process(tmp_path, out) == (2, [])  # one of the four files will do
+
+
+def test_examples_hold_prompt_answer_and_a_picture_yet_to_be_decoded(root, tokenizer):
+    examples = load_instructions(args_of(root), tokenizer, 16)
+    for example, (prompt, answer, image) in zip(examples, EXPECTED, strict=True):
+        assert tokenizer.decode(example.ids[example.answer_start:]) == answer
+        assert example.ids == tokenizer.example(prompt, answer, image, 6).ids
+        assert example.image == (image and LazyImage(root / "images" / "train2014" / f"COCO_train2014_{image}", 16))
+    decoded = decode_images(examples)
+    assert [example.ids for example in decoded] == [example.ids for example in examples]
+    assert decode_images(decoded) == decoded
+    for example, (*_, image) in zip(decoded, EXPECTED):
+        if image:
+            path = root / "images" / "train2014" / f"COCO_train2014_{image}"
+            assert torch.equal(example.image, load_image(path, 16)) and IMAGE_SLOT in example.ids
+        else:
+            assert example.image is None
+
+
+def test_bad_pictures_are_named_or_left_out(root, tokenizer):
+    picture = root / "images" / "train2014" / "COCO_train2014_2.jpg"
+    for fault, spoil in (("does not decode", lambda: picture.write_bytes(picture.read_bytes()[:80])),
+                         ("is missing", picture.unlink)):
+        spoil()
+        with pytest.raises(UserError, match=f"COCO_train2014_2.jpg {fault}.*; 1 of 2 are so"):
+            load_instructions(args_of(root), tokenizer, 16)
+        assert len(load_instructions(args_of(root, "--skip_bad"), tokenizer, 16)) == 5
+
+
+def test_another_file_is_refused(root, tokenizer):
+    for name in ("alpaca_data.json", "none.json"):  # the published command names the former
+        with pytest.raises(UserError, match="--data_path|holds no JSON object"):
+            load_instructions(args_of(root, "--data_path", str(root / name)), tokenizer, 16)
+    (root / "all_data.json").write_text('{"all": [{"instruction": "x"}]}')
+    with pytest.raises(UserError, match="all_data.json is not the all_data.json of instruction tuning"):
+        load_instructions(args_of(root), tokenizer, 16)
+
+
+def test_training_reads_texts_and_pictures(base, root, tmp_path, tokenizer):
+    """The first loss is that of the fresh model, counted apart; then it falls."""
+    args = train.get_args_parser().parse_args([
+        *base.flags, "--data_root", str(root), "--output_dir", str(tmp_path / "run"), "--device", "cpu", "--do_pretrain",
+        "--batch_size", "6", "--epochs", "9", "--warmup_epochs", "0", "--lr", "3e-2", "--max_seq_len", "100",
+        "--dropout_prob", "0"])
+    train.main(args)
+    losses = [json.loads(line)["train_closs"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    examples = []
+    for prompt, answer, image in EXPECTED:
+        path = root / "images" / "train2014" / f"COCO_train2014_{image}"
+        examples.append(tokenizer.example(prompt, answer, load_image(path, IMAGE_SIZE) if image else None))
+    torch.manual_seed(args.seed)
+    model, _ = load_base(str(base.weights), "tiny", str(base.vision), AdapterConfig(dropout_prob=0.0), torch.device("cpu"),
+                         torch.float32)
+    with torch.no_grad():
+        logits = reference.logits(model, examples)
+    told = [logits[i, at].log_softmax(-1)[example.ids[at]].item() for i, example in enumerate(examples)
+            for at in range(example.answer_start, len(example.ids))]  # row at + 1 holds token at; row at foretells it
+    assert losses[0] == pytest.approx(-sum(told) / len(told), abs=1e-5)
+    assert losses[-1] < losses[0] - 0.4

@@ -1,0 +1,127 @@
+"""The toy base: files in the formats that train.py reads, made from the train split alone."""
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
+
+import make_toy_base
+from lavin.mm_adapter import AdapterConfig
+from lavin.tokenizer import Tokenizer
+from lavin.weights.load import load_base
+from make_mini_scienceqa import write_mini_scienceqa
+from util.data.datasets import load_scienceqa
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mini")
+    write_mini_scienceqa(root, {"train": 160, "val": 40, "test": 40}, 0)
+    return root
+
+
+def build(data_root: Path, out: Path) -> Path:
+    """The whole of make_toy_base.py, with a few steps in place of many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_toy_base, "LLAMA_STEPS", 3)
+        patch.setattr(make_toy_base, "VIT_EPOCHS", 2)
+        make_toy_base.main(Namespace(data_root=str(data_root), out=out, seed=0))
+    return out
+
+
+@pytest.fixture(scope="module")
+def toy(mini, tmp_path_factory):
+    return build(mini, tmp_path_factory.mktemp("weights") / "toy")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy):
+    return Tokenizer(toy / "tokenizer.model")
+
+
+def weights(toy: Path) -> dict[str, torch.Tensor]:
+    return {**torch.load(toy / "consolidated.00.pth", weights_only=True), **load_file(toy / "vit" / "model.safetensors")}
+
+
+def pieces(toy: Path) -> list[tuple[str, float]]:
+    """The tokenizer without the path under which it was trained, which SentencePiece keeps in its file."""
+    model = SentencePieceProcessor(model_file=str(toy / "tokenizer.model"))
+    return [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
+
+
+def test_val_and_test_are_not_read_and_the_build_repeats(mini, toy, tmp_path):
+    """Built again from a copy whose other splits hold other texts, captions and no pictures: the same bits."""
+    copy = tmp_path / "mini"
+    shutil.copytree(mini, copy)
+    for split in ("val", "test"):
+        shutil.rmtree(copy / "images" / split)
+    problems = json.loads((copy / "problems.json").read_text())
+    captions = json.loads((copy / "captions.json").read_text())
+    for qid, problem in problems.items():
+        if problem["split"] != "train":
+            problem.update(question="Zebras?", choices=["quartz", "jasper"], answer=0, lecture="Quokka.", solution="")
+            captions["captions"][qid] = "A quokka with a zebra."
+    (copy / "problems.json").write_text(json.dumps(problems))
+    (copy / "captions.json").write_text(json.dumps(captions))
+
+    again = build(copy, tmp_path / "toy")
+    assert pieces(again) == pieces(toy)
+    first, second = weights(toy), weights(again)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_tokenizer_has_llamas_special_tokens_and_bytes(toy, tokenizer):
+    model = SentencePieceProcessor(model_file=str(toy / "tokenizer.model"))
+    assert (model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id()) == (0, 1, 2, -1)
+    assert model.is_byte(model.piece_to_id("<0x0A>"))
+    text = "Question: Where?\nContext: 372 €\nOptions: (A) here (B) 東\nResponse:"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert model.piece_to_id("<0x0A>") in tokenizer.encode("a\nb")
+
+
+def test_digits_stay_apart(mini, tmp_path):
+    data = load_scienceqa(str(mini), "train", str(mini / "captions.json"))
+    for problem in data.problems.values():
+        problem["question"] += " 1984"
+    make_toy_base.train_tokenizer(data, tmp_path / "tokenizer.model")
+    model = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    words = [model.id_to_piece(i) for i in range(model.vocab_size()) if not model.is_byte(i)]
+    assert all(len(word) == 1 for word in words if any(c.isdigit() for c in word))
+
+
+def test_each_letter_after_a_space_is_one_piece(tokenizer):
+    prefix = tokenizer.encode("The answer is")
+    rows = [tokenizer.encode(f"The answer is {letter}") for letter in "ABCDE"]
+    assert all(row[:-1] == prefix for row in rows) and len({row[-1] for row in rows}) == 5
+
+
+def test_the_project_loads_it(toy):
+    params = json.loads((toy / "params.json").read_text())
+    assert params["vocab_size"] == -1
+    model, tokenizer = load_base(str(toy.parent), toy.name, str(toy / "vit"), AdapterConfig(), torch.device("cpu"),
+                                 torch.float32)
+    assert len(model.vision.vit.blocks) == 6
+    written = weights(toy)
+    assert written["tok_embeddings.weight"].shape == (tokenizer.n_words, params["dim"])
+    assert torch.equal(model.llama.layers[0].attention.wq.weight, written["layers.0.attention.wq.weight"])
+    assert torch.equal(model.vision.vit.blocks[5].attn.qkv.weight, written["blocks.5.attn.qkv.weight"])
+
+
+def test_lessons_have_the_caption_and_teach_the_letter(mini, tokenizer):
+    data = load_scienceqa(str(mini), "train", str(mini / "captions.json"))
+    for qid, problem in data.problems.items():
+        ids, loss_weights = make_toy_base.lesson(data, qid, tokenizer)
+        assert len(ids) == len(loss_weights) and ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
+        start = loss_weights.index(1.0)  # the prompt has no weight
+        told, said = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+        letter = "ABCDE"[problem["answer"]]
+        assert said.startswith(f"The answer is {letter}.")
+        weighted = [i for i, weight in zip(ids, loss_weights) if weight == make_toy_base.LETTER_WEIGHT]
+        assert tokenizer.decode(weighted).strip() == letter
+        assert problem["question"] in told and all(choice in told for choice in problem["choices"])
+        assert data.captions.get(qid, "") in told

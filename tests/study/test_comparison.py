@@ -1,0 +1,378 @@
+"""Statistics against hand-worked cases and scipy; runs read, named, grouped and compared; the tables' numbers."""
+
+import csv
+import io
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from lavin.runtime.errors import UserError
+from util.scoring import COLUMNS
+from util.study.comparison import PUBLISHED, compare, method_name, published, with_published
+from util.study.finished_runs import read_run
+from util.study.statistics import holm, mcnemar, newcombe, paired_bootstrap, wilson
+from util.study.tables import csv_table, latex_table, markdown_table, text_table
+
+FLAGS = {"llm_model": "toy", "lr_schedule": "cosine", "lr": 0.01, "blr": 0.08, "min_lr": 0.0, "epochs": 2,
+         "warmup_epochs": 1, "dropout_prob": 0.1, "dropout_var": 1.0, "dropout_lim": 0.2, "batch_size": 8,
+         "accum_iter": 4, "seed": 0}
+CYCLICAL = {"lr_schedule": "cyclical", "min_lr": 5e-5}
+STEP = {"lr_schedule": "step"}
+INCREASING = {"dropout_var": 1.01}
+
+
+def write_run(folder: Path, right="1111000011", split="test", losses=(1.0, 0.5), files=(), world_size=1,
+              **flags) -> str:
+    """A finished run on one question a letter of `right`, all of them NAT, TXT and G1-6; returns its folder."""
+    folder.mkdir(parents=True)
+    predictions = {str(i): 0 if letter == "1" else 1 for i, letter in enumerate(right)}  # 0 is right
+    n, k = len(right), right.count("1")
+    counts = {column: n if column in ("NAT", "TXT", "G1-6", "Avg") else 0 for column in COLUMNS}
+    correct = {column: k if counts[column] else 0 for column in COLUMNS}
+    scores = {column: 100 * k / n if counts[column] else None for column in COLUMNS}
+    generations = [{"qid": qid, "text": "", "prediction": prediction, "parsed": True, "answer": 0}
+                   for qid, prediction in predictions.items()]
+    log = [{"epoch": epoch, "train_lr": 0.1, "train_closs": loss} for epoch, loss in enumerate(losses)]
+    flags = {**FLAGS, "output_dir": str(folder), **flags}
+    content = {"config.json": {"flags": flags, "world_size": world_size, "n_layers": 4},
+               "scores.json": {**scores, "counts": counts, "correct": correct, "split": split, "questions": n},
+               "preds.json": predictions, "generations.jsonl": generations, "log.txt": log, **dict(files)}
+    for name, value in content.items():
+        if value is None:
+            continue
+        lines = [line if isinstance(line, str) else json.dumps(line)
+                 for line in (value if isinstance(value, list) else [value])]
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("correct, n", [(0, 10), (10, 10), (3, 7), (3767, 4241), (1, 300)])
+def test_wilson_is_scipys(correct, n):
+    expected = binomtest(correct, n).proportion_ci(method="wilson")
+    assert wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_newcombe_is_the_published_example():
+    assert newcombe(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)  # his table II, (a)
+    low, high = newcombe(48, 80, 56, 70)
+    assert (low, high) == pytest.approx((-0.3339, -0.0524), abs=5e-5)
+
+
+def answers_with(only_method: int, only_base: int, both: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    method = [1] * only_method + [0] * only_base + [1] * both
+    base = [0] * only_method + [1] * only_base + [1] * both
+    return np.array([method]), np.array([base])
+
+
+def test_mcnemar_by_hand():
+    assert mcnemar(*answers_with(1, 5)) == 2 * (1 + 6) / 2**6
+    assert mcnemar(*answers_with(0, 0)) == 1
+    assert mcnemar(*answers_with(3, 3)) == 1
+
+
+@pytest.mark.parametrize("only_method, only_base", [(0, 9), (12, 4), (70, 45), (150, 300), (400, 0)])
+def test_mcnemar_is_scipys_binomial_test(only_method, only_base):
+    expected = binomtest(only_method, only_method + only_base).pvalue
+    assert mcnemar(*answers_with(only_method, only_base)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_over_seeds_is_every_flip_of_signs():
+    rng = np.random.default_rng(1)
+    method, base = (rng.random((3, 12)) < 0.8).astype(int), (rng.random((2, 12)) < 0.5).astype(int)
+    differences = method.mean(0) - base.mean(0)
+    sums = np.array(list(itertools.product([1, -1], repeat=12))) @ differences
+    expected = np.mean(abs(sums) >= abs(differences.sum()) - 1e-9)
+    assert expected < 0.5
+    assert mcnemar(method, base) == pytest.approx(expected, rel=1e-12)
+
+
+def test_bootstrap_is_that_of_resampled_questions():
+    method, base = answers_with(40, 20, both=140)
+    rng = np.random.default_rng(5)
+    drawn = [np.mean((method - base)[0, rng.integers(200, size=200)]) for _ in range(4000)]
+    assert paired_bootstrap(method, base) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.011)
+    assert paired_bootstrap(method, base) == paired_bootstrap(method, base)
+    assert paired_bootstrap(method, method) == (0, 0)
+
+
+def test_bootstrap_draws_seeds():
+    right, wrong = np.ones(50, int), np.zeros(50, int)
+    assert paired_bootstrap(np.stack([right, wrong]), right[None]) == (-1, 0)
+    assert paired_bootstrap(right[None], np.stack([right, wrong])) == (0, 1)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.7, 0.6]) == [1, 1]
+    assert holm([]) == []
+
+
+# The published figures
+
+
+def test_published_table_to_the_digit():
+    facts = json.loads(PUBLISHED.read_text())
+    rows = [line.split(" | ") for line in markdown_table(published()).splitlines()]
+    for method, row in zip(facts["methods"], rows[2:], strict=False):
+        assert row[0] == "| " + method["name"]
+        assert row[1:10] == [f"{method['scores'][column]:.2f}" for column in COLUMNS]
+        assert row[10] == "4,241"
+    assert rows[2][11:] == ["87.84 to 89.74", "–", "– |"]
+    assert rows[3][11:] == ["85.04 to 87.12", "−2.71", "−4.12 to −1.30 |"]
+    assert " | ".join(rows[10][:10]) == (
+        "| questions | 2,252 | 889 | 1,100 | 2,046 | 2,017 | 1,435 | 2,724 | 1,517 | 4,241")
+    assert "without predictions" in markdown_table(published())
+
+
+def test_published_counts_are_the_only_ones():
+    facts = json.loads(PUBLISHED.read_text())
+    n = np.arange(1, 4242)
+    possible = {}
+    for column in COLUMNS:
+        percent = np.array([method["scores"][column] for method in facts["methods"]])[:, None]
+        makes = abs(np.round(100 * np.round(percent * n / 100) / n, 2) - percent) < 1e-6
+        possible[column] = set(n[makes.all(0)].tolist())
+    subjects = [(a, b, 4241 - a - b) for a in possible["NAT"] for b in possible["SOC"]
+                if 4241 - a - b in possible["LAN"]]
+    grades = [(a, 4241 - a) for a in possible["G1-6"] if 4241 - a in possible["G7-12"]]
+    contexts = [(t, i, no) for t in possible["TXT"] for i in possible["IMG"] for no in possible["NO"]
+                if max(t, i) + no <= 4241 <= t + i + no]
+    assert (subjects, grades, contexts) == ([(2252, 889, 1100)], [(2724, 1517)], [(2046, 2017, 1435)])
+    assert list(facts["counts"].values()) == [2252, 889, 1100, 2046, 2017, 1435, 2724, 1517, 4241]
+
+
+def test_published_correct_answers_add_up():
+    for method in published().methods:
+        correct = method.runs[0].correct
+        assert correct["NAT"] + correct["SOC"] + correct["LAN"] == correct["G1-6"] + correct["G7-12"] == correct["Avg"]
+
+
+def test_published_names_are_what_their_flags_say():
+    methods = published().methods
+    assert [method_name(method.flags, methods[0].flags) for method in methods] == [method.name for method in methods]
+
+
+def test_assets_show_the_table_of_today():
+    assert (PUBLISHED.parent / "published_table.md").read_text() == markdown_table(published())
+
+
+# Runs
+
+
+def test_a_finished_run_is_read(tmp_path):
+    log = [{"epoch": 0, "train_closs": 2.0}, {"epoch": 1, "train_closs": 1.5}, {"epoch": 1, "train_closs": None},
+           {"epoch": 0, "train_closs": 1.0}]
+    run = read_run(Path(write_run(tmp_path / "a", "110", files={"log.txt": log}, world_size=2)))
+    assert run.losses[0] == 1.0 and np.isnan(run.losses[1])
+    assert (run.counts["Avg"], run.correct["Avg"], run.counts["IMG"]) == (3, 2, 0)
+    assert run.predictions == {"0": 0, "1": 0, "2": 1} and run.answers == {"0": 0, "1": 0, "2": 0}
+    assert (run.flags["effective batch"], run.n_layers) == (64, 4)
+
+
+SCORES = {**dict.fromkeys(COLUMNS, 50.0), "counts": dict.fromkeys(COLUMNS, 10),
+          "correct": dict.fromkeys(COLUMNS, 5), "split": "test"}
+BROKEN = {
+    "unfinished, 1 of 2 epochs": {"log.txt": [{"epoch": 1, "train_closs": 1.0}]},
+    "unfinished, 0 of 2 epochs": {"log.txt": None},
+    "log.txt is broken (KeyError: 'train_closs')": {"log.txt": [{"epoch": 1}]},
+    "scores.json (No such file or directory): run eval.py": {"scores.json": None},
+    "preds.json (No such file or directory): run eval.py": {"preds.json": None},
+    "preds.json is not valid JSON": {"preds.json": ['{"0": 1, ']},
+    "preds.json holds no JSON object": {"preds.json": ["7"]},
+    "scores.json is broken (KeyError: 'counts')": {"scores.json": {"Avg": 50}},
+    "Avg 70.0 is not 5 of 10": {"scores.json": {**SCORES, "Avg": 70.0}},
+    "IMG None is not 5 of 10": {"scores.json": {**SCORES, "IMG": None}},
+    "10 questions, 3 in preds.json": {"preds.json": {"0": 0, "1": 0, "2": 0}, "scores.json": SCORES},
+    "does not count the answers of preds.json": {"scores.json": SCORES},
+    "generations.jsonl is broken": {"generations.jsonl": [{"qid": "0", "prediction": 1, "answer": 0}]},
+    "config.json (No such file or directory): train.py writes it": {"config.json": None},
+    "config.json is broken (KeyError: 'flags')": {"config.json": {}},
+    "config.json is broken (TypeError": {"config.json": {"flags": {**FLAGS, "epochs": "2"}, "world_size": 1}},
+    "log.txt is broken (TypeError": {"config.json": {"flags": {**FLAGS, "epochs": 2.5}, "world_size": 1}},
+    "at least one layer": {"config.json": {"flags": FLAGS, "world_size": 1, "n_layers": 0}},
+    "--lr_schedule linear": {"config.json": {"flags": {**FLAGS, "lr_schedule": "linear"}, "world_size": 1}},
+    "dropout_lim 0.05": {"config.json": {"flags": {**FLAGS, "dropout_var": 1.1, "dropout_lim": 0.05}, "world_size": 1}},
+}
+
+
+@pytest.mark.parametrize("reason, files", BROKEN.items())
+def test_what_is_wrong_is_named_and_left_out(tmp_path, reason, files):
+    bad = write_run(tmp_path / "bad", files=files)
+    with pytest.raises(UserError) as error:
+        compare([bad])
+    assert reason in str(error.value) and "bad" in str(error.value) and "\n" not in str(error.value)
+    comparison = compare([write_run(tmp_path / "good"), bad])
+    assert [run.folder for method in comparison.methods for run in method.runs] == [str(tmp_path / "good")]
+    assert len(comparison.left_out) == 1 and reason in comparison.left_out[0]
+    assert f"Left out: {bad}: " in text_table(comparison)
+
+
+def test_runs_on_other_questions_are_left_out(tmp_path):
+    write_run(tmp_path / "val", split="val", **STEP)
+    write_run(tmp_path / "short", "110", **STEP)
+    other = {"generations.jsonl": [{"qid": str(i), "prediction": 1, "answer": 1} for i in range(10)],
+             "preds.json": {str(i): 1 for i in range(10)},
+             "scores.json": {**SCORES, **dict.fromkeys(COLUMNS, 100.0), "correct": dict.fromkeys(COLUMNS, 10)}}
+    write_run(tmp_path / "answers", files=other, **STEP)
+    write_run(tmp_path / "zbase")
+    comparison = compare([str(tmp_path)])
+    assert [method.name for method in comparison.methods] == ["Base"]
+    reasons = "\n".join(sorted(comparison.left_out))
+    assert "answers: its questions have other right answers" in reasons
+    assert "short: its 3 questions are not the others' 10" in reasons
+    assert "val: of split val, not test" in reasons
+
+
+def test_without_a_base_most_runs_decide_on_the_questions(tmp_path):
+    write_run(tmp_path / "a", "110", **STEP)
+    write_run(tmp_path / "b", **STEP)
+    write_run(tmp_path / "c", **INCREASING)
+    comparison = compare([str(tmp_path)])
+    assert [method.name for method in comparison.methods] == ["Step Decay", "Inc. Drop. Prob"]
+    assert comparison.differences == {} and "choose one with --base" in text_table(comparison)
+
+
+def test_folders_are_found_once(tmp_path):
+    write_run(tmp_path / "runs" / "b", **STEP)
+    a = write_run(tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "plots").mkdir()
+    comparison = compare([a, str(tmp_path / "runs"), str(tmp_path / "runs" / ".." / "runs" / "a")])
+    assert [method.name for method in comparison.methods] == ["Base", "Step Decay"] and not comparison.left_out
+    for path, reason in ((tmp_path / "none", "no folder"), (tmp_path / "runs" / "plots", "holds no run")):
+        with pytest.raises(UserError, match=reason):
+            compare([str(path)])
+
+
+# Names, seeds, the base
+
+
+@pytest.mark.parametrize("flags, name", [
+    ({}, "Base"), (CYCLICAL, "Cyclical LR"), (STEP, "Step Decay"), ({"lr_schedule": "exponential"}, "Exp. Decay"),
+    (INCREASING, "Inc. Drop. Prob"),
+    ({"dropout_prob": 0.2, "dropout_var": 0.97, "dropout_lim": 0.1}, "Dec. Drop. Prob V2"),
+    ({**CYCLICAL, **INCREASING}, "Cyclical LR + Inc. Drop. Prob"),
+    ({**CYCLICAL, "min_lr": 0.0}, "Cyclical LR + min_lr 0"),
+    ({"min_lr": 1e-6}, "Base + min_lr 1e-06"), ({**STEP, "min_lr": 1e-6}, "Step Decay"),
+    ({"dropout_var": 1.02, "dropout_lim": 0.3}, "Inc. Drop. Prob 0.1 x 1.02 to 0.3"),
+    ({"dropout_prob": 0.3, "dropout_var": 0.9, "dropout_lim": 0.0}, "Dec. Drop. Prob 0.3 x 0.9 to 0"),
+    ({"dropout_prob": 0.2}, "dropout 0.2"), ({"dropout_lim": 0.7}, "Base"),
+    ({"lr": 0.002, "blr": 0.3, "batch_size": 4, "effective batch": 16, "warmup_epochs": 0},
+     "Base + lr 0.002 + warmup_epochs 0 + effective batch 16"),
+    ({**CYCLICAL, "warmup_epochs": 0}, "Cyclical LR"), ({"seed": 7, "device": "cuda", "output_dir": "x"}, "Base"),
+])
+def test_names_tell_what_differs(flags, name):
+    reference = {**FLAGS, "effective batch": 32}
+    assert method_name({**reference, **flags}, reference) == name
+
+
+def test_seeds_make_a_mean_and_a_deviation(tmp_path):
+    write_run(tmp_path / "s0", "1111111100", **STEP)
+    write_run(tmp_path / "s1", "1111111000", seed=1, **STEP)
+    write_run(tmp_path / "s2", "1111110000", seed=2, batch_size=4, accum_iter=4, world_size=2, **STEP)
+    write_run(tmp_path / "s2again", "1111110000", seed=2, **STEP)
+    write_run(tmp_path / "base", "1111100000")
+    comparison = compare([str(tmp_path)])
+    base, step = comparison.methods
+    assert [run.flags["seed"] for run in step.runs] == [0, 1, 2]
+    assert "s2again: has the flags and the seed of" in comparison.left_out[0]
+    assert step.accuracy("Avg") == pytest.approx(70) and step.deviation("Avg") == pytest.approx(10)
+    assert step.accuracy("IMG") is None and step.deviation("IMG") is None and base.deviation("Avg") is None
+    assert step.interval("Avg") == pytest.approx([100 * end for end in wilson(7, 10)])
+    assert "70.00 ± 10.00" in text_table(comparison) and "seeds" in text_table(comparison).splitlines()[0]
+
+
+def test_differences_are_paired_with_the_base(tmp_path):
+    base, step, inc = "1111100000", "1111111111", "0111110000"
+    for name, right, flags in (("base", base, {}), ("step", step, STEP), ("inc", inc, INCREASING)):
+        write_run(tmp_path / name, right, **flags)
+    comparison = compare([str(tmp_path)])
+    assert [method.name for method in comparison.methods] == ["Base", "Step Decay", "Inc. Drop. Prob"]
+    assert list(comparison.differences) == ["Step Decay", "Inc. Drop. Prob"]
+    to_step, to_inc = comparison.differences.values()
+    assert to_step.points == pytest.approx(50) and to_inc.points == 0
+    assert (to_step.p, to_step.holm) == (2 / 2**5, 2 * 2 / 2**5)  # 0 against 5
+    assert (to_inc.p, to_inc.holm) == (1, 1)  # 1 against 1
+    expected = paired_bootstrap(*(np.array([[int(letter) for letter in right]]) for right in (step, base)))
+    assert (to_step.low, to_step.high) == pytest.approx([100 * end for end in expected])
+
+
+def test_without_right_answers_differences_are_unpaired(tmp_path):
+    for name, flags in (("base", {}), ("step", STEP)):
+        write_run(tmp_path / name, files={"generations.jsonl": None}, **flags)
+    comparison = compare([str(tmp_path)])
+    difference = comparison.differences["Step Decay"]
+    assert difference.p is None and difference.low == pytest.approx(100 * newcombe(6, 10, 6, 10)[0])
+    assert "No run kept generations.jsonl" in text_table(comparison)
+
+
+def test_one_run_with_right_answers_serves_all(tmp_path):
+    write_run(tmp_path / "base", "1111100000", files={"generations.jsonl": None})
+    write_run(tmp_path / "step", "1111111111", **STEP)
+    assert compare([str(tmp_path)]).differences["Step Decay"].p == 2 / 2**5
+
+
+def test_which_run_is_the_base(tmp_path):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", lr=0.002)
+    step = write_run(tmp_path / "step", **STEP)
+    with pytest.raises(UserError, match=r"one \(Base\) or .*two \(Base \+ lr 0.002\): choose with --base"):
+        compare([one, two, step])
+    chosen = compare([one, two, step], two)
+    assert [m.name for m in chosen.methods] == ["Base", "Base + lr 0.01", "Step Decay + lr 0.01"]
+    assert [m.name for m in compare([one, step], step).methods] == ["Step Decay", "Base"]
+    with pytest.raises(UserError, match="--base .*elsewhere is none of the runs"):
+        compare([one], str(tmp_path / "elsewhere"))
+    unfinished = write_run(tmp_path / "unfinished", losses=[1.0])
+    with pytest.raises(UserError, match="--base: unfinished, 1 of 2"):
+        compare([one, unfinished], unfinished)
+
+
+# Tables, and the published runs beside
+
+
+def test_csv_has_a_number_a_cell(tmp_path):
+    write_run(tmp_path / "base", "1111100000")
+    write_run(tmp_path / "step0", "1111111110", **STEP)
+    write_run(tmp_path / "step1", "1111111000", seed=1, **STEP)
+    base, step = csv.DictReader(io.StringIO(csv_table(compare([str(tmp_path)]))))
+    assert (base["method"], base["seeds"], base["n"], base["Avg"], base["IMG"], base["difference"]) == (
+        "Base", "1", "10", "50.0000", "", "")
+    assert (step["Avg"], step["Avg_sd"], step["difference"]) == ("80.0000", f"{2 * np.sqrt(2) * 5:.4f}", "30.0000")
+    low, high = wilson(8, 10)
+    assert (step["Avg_low"], step["Avg_high"]) == (f"{100 * low:.4f}", f"{100 * high:.4f}")
+    assert step["p_mcnemar"] == step["p_holm"] == f"{2 * (0.5**4):.6g}"  # differences 2 2 1 1: all signs alike, 2 of 16
+
+
+def test_latex_is_escaped_and_rectangular(tmp_path):
+    write_run(tmp_path / "base", "1111100000")
+    write_run(tmp_path / "step", "1111111110", warmup_epochs=0, **STEP)
+    text = latex_table(compare([str(tmp_path)]))
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 4 and {row.count(" & ") for row in rows} == {text.splitlines()[3].count("r") - 4 + 3}
+    assert r"Step Decay + warmup\_epochs 0 & 90.00" in text
+    assert "%" not in text.replace(r"\%", "").replace("{!}{%", "") and "−" not in text
+
+
+def test_published_runs_beside_ones_own(tmp_path):
+    write_run(tmp_path / "few")
+    with pytest.raises(UserError, match="--published: .* 4241 questions .* 10 others"):
+        with_published(compare([str(tmp_path / "few")]))
+    counts, correct = published().counts, published().methods[0].runs[0].correct
+    n, k = counts["Avg"], correct["Avg"]
+    scores = {column: 100 * correct[column] / counts[column] for column in COLUMNS}
+    files = {"scores.json": {**scores, "counts": counts, "correct": correct, "split": "test"}}
+    write_run(tmp_path / "full" / "a", "1" * k + "0" * (n - k), files=files)
+    write_run(tmp_path / "full" / "b", "0" * (n - k) + "1" * k, files=files, **STEP)
+    comparison = with_published(compare([str(tmp_path / "full")]))
+    assert [method.name for method in comparison.methods[:5]] == [
+        "Base", "Base (published)", "Cyclical LR (published)", "Step Decay", "Step Decay (published)"]
+    assert comparison.differences["Step Decay"].points == 0 and comparison.differences["Step Decay"].p == 1
+    assert comparison.differences["Step Decay (published)"].p is None
+    text = text_table(comparison)
+    assert "exact McNemar" in text and "without predictions" in text

@@ -1,0 +1,45 @@
+"""Runs on the tiny base: trained by train.py in this process, or written with random adapters."""
+
+import json
+
+import torch
+
+import train
+from lavin.mm_adapter import AdapterConfig
+from lavin.weights.adapters import save_adapters
+from lavin.weights.load import load_base
+from tiny import randomise_adapters
+
+NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def run_flags(base, scienceqa, folder, *flags) -> list[str]:
+    return [*base.flags, "--data_root", str(scienceqa), "--output_dir", str(folder), "--device", "cpu", "--batch_size",
+            "4", "--epochs", "3", "--warmup_epochs", "1", "--lr", "1e-2", "--max_seq_len", "160", *flags]
+
+
+def run(base, scienceqa, folder, *flags) -> dict:
+    """train.main in this process; the last checkpoint."""
+    train.main(train.get_args_parser().parse_args(run_flags(base, scienceqa, folder, *flags)))
+    return load(folder / "checkpoint-2.pth")
+
+
+def log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def write_run(folder, base, seed: int, **adapter) -> None:
+    """A finished run with random adapters."""
+    config = AdapterConfig(**{"adapter_dim": 4, "hidden_proj": 8, **adapter})
+    model, _ = load_base(str(base.weights), "tiny", str(base.vision), config, torch.device("cpu"), torch.float32)
+    torch.manual_seed(seed)
+    randomise_adapters(model)
+    flags = {"llm_model": "tiny", "llama_model_path": str(base.weights), "vision_model": str(base.vision),
+             "use_vicuna": False, "prompt_format": "QCM-ALE", "max_seq_len": 200, **vars(config)}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"flags": flags}))
+    save_adapters(model, folder / "checkpoint-3.pth", epoch=3, flags=flags)

@@ -1,0 +1,44 @@
+"""Small weight files in the formats of Meta and Hugging Face."""
+
+import re
+import shutil
+
+import torch
+
+LLAMA_3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 64}
+HF_VARIANTS = {"plain": {}, "grouped": {"num_key_value_heads": 2}, "tied": {"tie_word_embeddings": True},
+         "wide heads": {"head_dim": 12}, "theta": {"rope_theta": 500.0},
+         "llama3": {"rope_scaling": {**LLAMA_3, "rope_theta": 10000.0}, "head_dim": 32, "num_key_value_heads": 1}}
+
+
+
+def write_hugging_face(folder, tokenizer_file, seed: int = 0, max_shard_size="1GB", **changes):
+    """A random LlamaForCausalLM, saved by transformers; returns it."""
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(HFConfig(**{
+        "vocab_size": 480, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "rms_norm_eps": 1e-5, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, **changes})).eval()
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            p.data += 0.3 * torch.randn_like(p)
+        elif "q_proj" in name or "k_proj" in name:
+            p.data *= 2
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    shutil.copy(tokenizer_file, folder / "tokenizer.model")
+    return model
+
+
+def write_shards(tensors: dict, folder, count: int, embedding_dim: int) -> None:
+    """Each shard holds its part along the dimension that Meta's model parallel layers split; norms are copies."""
+    columns = re.compile(r"w[qkv13]\.|output")  # split by outputs, dim 0
+    rows = re.compile(r"wo\.|w2\.")  # split by inputs, dim 1
+    for shard in range(count):
+        part = {}
+        for name, tensor in tensors.items():
+            dim = 0 if columns.search(name) else 1 if rows.search(name) else None
+            dim = embedding_dim if "tok_embeddings" in name else dim
+            part[name] = tensor if dim is None else tensor.chunk(count, dim)[shard].clone()
+        torch.save(part, folder / f"consolidated.0{shard}.pth")

@@ -1,0 +1,330 @@
+"""LLaMA from the files of others: Meta's shards, folders that transformers writes, Vicuna's delta, real shapes."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+from lavin.llama import Llama, LlamaConfig
+from lavin.mm_adapter import AdapterConfig
+from lavin.model import pack
+from lavin.runtime.errors import UserError
+from lavin.tokenizer import Example, Tokenizer
+from lavin.weights.base import open_base, require_base
+from lavin.weights.hugging_face import HuggingFaceLlama, llama_config
+from lavin.weights.load import frozen_parameters, load_base
+from tiny_weights import HF_VARIANTS, LLAMA_3, write_hugging_face, write_shards
+
+CPU = torch.device("cpu")
+
+
+def error(function, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def load(weights, name, vision, **changes):
+    return load_base(str(weights), str(name), str(vision), AdapterConfig(), CPU, torch.float32, **changes)[0].eval()
+
+
+# --- Meta ---
+
+@pytest.mark.parametrize("embedding_dim", [1, 0])  # LLaMA 1 and 2; Llama 3
+def test_shards_join_as_metas(base, tmp_path, embedding_dim):
+    whole = torch.load(base.weights / "tiny" / "consolidated.00.pth", weights_only=True)
+    folder = tmp_path / "two"
+    folder.mkdir()
+    shutil.copy(base.weights / "tiny" / "params.json", folder)
+    write_shards(whole, folder, 2, embedding_dim)
+    joined = open_base(folder, 480).tensors
+    assert joined.keys() == whole.keys() - {"rope.freqs"} and len(joined) == len(whole) - 1
+    assert all(torch.equal(joined[name], whole[name]) for name in joined)
+
+
+def test_shards_of_different_models_are_named(base, tmp_path):
+    shutil.copytree(base.weights / "tiny", tmp_path / "two")
+    torch.save({"norm.weight": torch.zeros(1)}, tmp_path / "two" / "consolidated.01.pth")
+    assert "two/consolidated.01.pth does not hold" in error(open_base, tmp_path / "two", 480)
+
+
+# params.json and number of parameters, as published
+META = {
+    "7B": ({"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6, "vocab_size": -1},
+           6_738_415_616),
+    "13B": ({"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40, "norm_eps": 1e-6, "vocab_size": -1},
+            13_015_864_320),
+    "Llama 2 70B": ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8,
+                     "n_layers": 80, "norm_eps": 1e-5, "vocab_size": -1}, 68_976_648_192),
+    "Llama 3 8B": ({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256,
+                    "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5, "rope_theta": 500000.0},
+                   8_030_261_248),
+    "Llama 3.2 1B": ({"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256,
+                      "ffn_dim_multiplier": 1.5, "multiple_of": 256, "norm_eps": 1e-5, "rope_theta": 500000.0,
+                      "use_scaled_rope": True}, 1_235_814_400 + 128256 * 2048),  # in Meta's files nothing is tied
+}
+
+
+@pytest.mark.parametrize("name", META)
+def test_published_params_describe_the_published_model(name):
+    params, count = META[name]
+    with torch.device("meta"):
+        llama = Llama(LlamaConfig.from_params(params, 32000))
+    assert sum(p.numel() for p in llama.parameters()) == count
+
+
+# --- Hugging Face ---
+
+@torch.no_grad()
+def assert_same_logits(ours, theirs, lengths=(70, 3, 20)):
+    ids = [torch.randint(480, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    batch = pack([Example(row.tolist(), len(row)) for row in ids])
+    found = ours.llama.output(ours.hidden_states(batch)).split(list(lengths))
+    for row, logits in zip(ids, found):
+        expected = theirs(row[None]).logits[0]
+        assert expected.std() > 0.1
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", HF_VARIANTS)
+def test_logits_equal_transformers(base, tokenizer_file, tmp_path, kind):
+    theirs = write_hugging_face(tmp_path / "hf", tokenizer_file, **HF_VARIANTS[kind])
+    require_base("nowhere", str(tmp_path / "hf"))
+    assert_same_logits(load("nowhere", tmp_path / "hf", base.vision), theirs)
+
+
+def test_configs_from_before_transformers_5(base, tokenizer_file, tmp_path):
+    """rope_theta and rope_scaling beside one another, "type" for rope_type, no head_dim."""
+    theirs = write_hugging_face(tmp_path / "hf", tokenizer_file, rope_scaling={**LLAMA_3, "rope_theta": 500.0})
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config.pop("head_dim", None)
+    scaling = {"type": "llama3", **{name: rope[name] for name in LLAMA_3 if name != "rope_type"}}
+    path.write_text(json.dumps({**config, "rope_theta": 500.0, "rope_scaling": scaling}))
+    assert_same_logits(load("nowhere", tmp_path / "hf", base.vision), theirs)
+
+
+def test_sharded_folder(base, tokenizer_file, tmp_path):
+    theirs = write_hugging_face(tmp_path / "weights" / "hf", tokenizer_file, max_shard_size="50KB")
+    assert len(list((tmp_path / "weights" / "hf").glob("model-*.safetensors"))) > 2
+    assert_same_logits(load(tmp_path / "weights", "hf", base.vision), theirs)
+    lost = sorted((tmp_path / "weights" / "hf").glob("model-*.safetensors"))[1]
+    lost.unlink()
+    assert f"missing {lost}" in error(require_base, str(tmp_path / "weights"), "hf")
+    assert f"missing {lost}" in error(load, tmp_path / "weights", "hf", base.vision)
+
+
+@pytest.mark.parametrize("zipped", [True, False])  # torch's file format since 1.6, and before
+@pytest.mark.parametrize("files", [1, 2])
+def test_pytorch_bin(base, tokenizer_file, tmp_path, files, zipped):
+    """With the inverse frequencies that older versions saved."""
+    theirs = write_hugging_face(tmp_path / "hf", tokenizer_file)
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    tensors = {**theirs.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    names = [f"pytorch_model-{i}.bin" for i in range(files)] if files > 1 else ["pytorch_model.bin"]
+    for i, name in enumerate(names):
+        part = dict(list(tensors.items())[i::files])
+        torch.save(part, tmp_path / "hf" / name, _use_new_zipfile_serialization=zipped)
+    if files > 1:
+        where = {name: names[i % files] for i, name in enumerate(tensors)}
+        (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    assert_same_logits(load("nowhere", tmp_path / "hf", base.vision), theirs)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"hidden_act": "gelu"}, "'gelu'"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"model_type": "mistral"}, "'mistral'"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'linear'"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
+    ({"num_hidden_layers": 3}, "lacks 9 tensors"), ({"num_hidden_layers": 1}, "unknown 9 tensors"),
+    ({"intermediate_size": 48}, "w1.weight is [56, 32]"), ({"num_key_value_heads": 2}, "wk.weight is [32, 32]"),
+    ({"vocab_size": 479}, "[480, 32]"), ({"hidden_size": None}, "hidden_size, ")])
+def test_folders_that_are_not_this_llama(base, tokenizer_file, tmp_path, changes, words):
+    write_hugging_face(tmp_path / "hf", tokenizer_file)
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    message = error(load, "nowhere", tmp_path / "hf", base.vision)
+    assert words in message and str(tmp_path / "hf") in message
+
+
+@pytest.mark.parametrize("file, content", [
+    ("config.json", "{"), ("config.json", "[]"), ("config.json", '{"model_type": "llama"}'),
+    ("model.safetensors", "nothing")])
+def test_broken_folders(base, tokenizer_file, tmp_path, file, content):
+    write_hugging_face(tmp_path / "hf", tokenizer_file)
+    (tmp_path / "hf" / file).write_text(content)
+    assert str(tmp_path / "hf" / file) in error(load, "nowhere", tmp_path / "hf", base.vision)
+
+
+def test_missing_files_of_a_folder_are_named(tokenizer_file, tmp_path):
+    write_hugging_face(tmp_path / "hf", tokenizer_file)
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    assert "tokenizer.model" in error(require_base, str(tmp_path), "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    assert f"missing {tmp_path / 'hf' / 'model.safetensors'}" in error(require_base, str(tmp_path), "hf")
+
+
+def test_tokenizer_of_more_pieces_than_embeddings(base, tokenizer_file, tmp_path):
+    write_hugging_face(tmp_path / "hf", tokenizer_file, vocab_size=470)
+    assert "480 pieces" in error(load, "nowhere", tmp_path / "hf", base.vision)
+
+
+# as published with the weights; parameters, tied ones once
+HUGGING_FACE = {
+    "7B": ({"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "rms_norm_eps": 1e-6}, 6_738_415_616),
+    "13B": ({"vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+             "num_attention_heads": 40, "rms_norm_eps": 1e-6}, 13_015_864_320),
+    "Llama 3.2 1B": ({"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5,
+                      "tie_word_embeddings": True, "rope_scaling": {**LLAMA_3, "original_max_position_embeddings": 8192,
+                                                                    "rope_theta": 500000.0}}, 1_235_814_400),
+    "TinyLlama": ({"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+                   "num_attention_heads": 32, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}, 1_100_048_384),
+    "SmolLM2 135M": ({"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                      "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
+                      "tie_word_embeddings": True, "rope_theta": 100000.0}, 134_515_008),
+}
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_every_tensor_of_the_real_shapes_has_its_place(name):
+    """Nothing is allocated: both models and all tensors are on the meta device."""
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+    content, count = HUGGING_FACE[name]
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(HFConfig(**content))
+        config = llama_config(theirs.config.to_dict())
+        ours = Llama(config)
+    tied = content.get("tie_word_embeddings", False)
+    tensors = HuggingFaceLlama(dict(theirs.named_parameters()), config, tied)
+    places = frozen_parameters(ours)
+    assert places.keys() == tensors.keys()
+    assert {name: shape for name, (_, shape) in places.items()} == {name: t.shape for name, t in tensors.items()}
+    shared = ours.output.weight.numel() if tied else 0
+    assert sum(p.numel() for p in ours.parameters()) - shared == sum(p.numel() for p in theirs.parameters()) == count
+
+
+# --- Vicuna v0 ---
+
+@pytest.fixture
+def vicuna(base, tokenizer_file, tmp_path):
+    """Vicuna, and the folders of LLaMA and of the delta between them, which has a row for [PAD] more."""
+    llama = write_hugging_face(tmp_path / "7B", tokenizer_file, seed=1)
+    vicuna = write_hugging_face(tmp_path / "full", tokenizer_file, seed=2)
+    delta = write_hugging_face(tmp_path / "vicuna_7B", tokenizer_file, vocab_size=481)
+    with torch.no_grad():
+        for name, p in delta.named_parameters():
+            a, b = vicuna.get_parameter(name), llama.get_parameter(name)
+            p[:len(a)] = a - b
+    delta.save_pretrained(tmp_path / "vicuna_7B")
+    return vicuna
+
+
+def test_vicuna_delta_is_added(base, vicuna, tmp_path):
+    require_base(str(tmp_path), "7B", use_vicuna=True)
+    assert_same_logits(load(tmp_path, "7B", base.vision, use_vicuna=True), vicuna)
+    with pytest.raises(AssertionError):
+        assert_same_logits(load(tmp_path, "7B", base.vision), vicuna)
+
+
+def test_vicuna_delta_on_metas_files(base, vicuna, tmp_path):
+    """The same LLaMA in Meta's format: its tensors by our reader of the Hugging Face folder."""
+    llama = open_base(tmp_path / "7B", 480)
+    (tmp_path / "7B").rename(tmp_path / "hf")
+    (tmp_path / "7B").mkdir()
+    shutil.copy(tmp_path / "hf" / "tokenizer.model", tmp_path)
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 56, "ffn_dim_multiplier": 0.1, "norm_eps": 1e-5,
+              "vocab_size": -1}
+    (tmp_path / "7B" / "params.json").write_text(json.dumps(params))
+    write_shards(dict(llama.tensors.items()), tmp_path / "7B", 2, 1)
+    assert_same_logits(load(tmp_path, "7B", base.vision, use_vicuna=True), vicuna)
+    shutil.rmtree(tmp_path / "vicuna_7B")
+    assert "vicuna_7B" in error(require_base, str(tmp_path), "7B", use_vicuna=True)
+
+
+def test_vicuna_as_full_weights_needs_no_delta(base, vicuna, tmp_path):
+    require_base(str(tmp_path), "full", use_vicuna=True)
+    assert_same_logits(load(tmp_path, "full", base.vision, use_vicuna=True), vicuna)
+
+
+@pytest.mark.parametrize("changes, words", [({"num_hidden_layers": 1}, "same tensors"),
+                                            ({"intermediate_size": 48}, "is [48, 32]")])
+def test_delta_of_another_model(base, vicuna, tokenizer_file, tmp_path, changes, words):
+    shutil.rmtree(tmp_path / "vicuna_7B")
+    delta = write_hugging_face(tmp_path / "vicuna_7B", tokenizer_file, **changes)
+    delta.model.norm.weight.data.zero_()
+    delta.save_pretrained(tmp_path / "vicuna_7B")
+    message = error(load, tmp_path, "7B", base.vision, use_vicuna=True)
+    assert words in message and "vicuna_7B" in message
+
+
+def test_full_weights_in_the_place_of_the_delta(base, vicuna, tmp_path):
+    shutil.rmtree(tmp_path / "vicuna_7B")
+    (tmp_path / "full").rename(tmp_path / "vicuna_7B")
+    assert "vicuna_7B holds full weights" in error(load, tmp_path, "7B", base.vision, use_vicuna=True)
+    assert_same_logits(load(tmp_path, "vicuna_7B", base.vision), vicuna)
+
+
+# --- tokenizer.json ---
+
+@pytest.fixture(scope="module")
+def bpe_folder(tmp_path_factory):
+    """A byte-level BPE as Llama 3's, written by transformers."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+    folder = tmp_path_factory.mktemp("bpe")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["Question: Which pond is deeper?\nContext: N/A", "The answer is B. BECAUSE: it is."] * 9,
+                            vocab_size=320, special_tokens=["<pad>", "<begin>", "<end>"])
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<begin>", eos_token="<end>"
+                            ).save_pretrained(folder)
+    return folder
+
+
+def test_tokenizer_json_equals_transformers(bpe_folder):
+    from transformers import AutoTokenizer
+    theirs = AutoTokenizer.from_pretrained(bpe_folder)
+    ours = Tokenizer(bpe_folder / "tokenizer.json")
+    assert (ours.bos_id, ours.eos_id, ours.n_words) == (theirs.bos_token_id, theirs.eos_token_id, len(theirs))
+    for text in ("The answer is A.", " Ünïcode 水\n\nResponse: (A) 12", ""):
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == ids and ours.decode(ids) == text
+        assert ours.encode(text, bos=True, eos=True) == [1, *ids, 2]
+    assert ours.decode([1, *ids, 2]) == text  # special tokens are no text
+    example = ours.example("Which pond?", "The answer is A.")
+    assert ours.decode(example.ids) == "Image: N/AWhich pond?The answer is A."
+
+
+@pytest.mark.parametrize("ids, expected", [((0, 2), (0, 2)), ((1, [2, 0]), (1, 2))])  # Llama 3 has several ends
+def test_special_ids_of_the_configuration(bpe_folder, tmp_path, ids, expected):
+    shutil.copy(bpe_folder / "tokenizer.json", tmp_path)
+    assert "names a BOS token" in error(Tokenizer, tmp_path / "tokenizer.json")
+    (tmp_path / "config.json").write_text(json.dumps(dict(zip(("bos_token_id", "eos_token_id"), ids))))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert (tokenizer.bos_id, tokenizer.eos_id) == expected
+
+
+def test_folder_with_a_tokenizer_json(base, tokenizer_file, bpe_folder, tmp_path):
+    write_hugging_face(tmp_path / "hf", tokenizer_file)
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bpe_folder / name, tmp_path / "hf")
+    require_base("nowhere", str(tmp_path / "hf"))
+    _, tokenizer = load_base("nowhere", str(tmp_path / "hf"), str(base.vision), AdapterConfig(), CPU, torch.float32)
+    assert tokenizer.encode("pond", bos=True)[0] == 1
+
+
+def test_tokenizer_json_without_the_package(bpe_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert "pip install tokenizers" in error(Tokenizer, bpe_folder / "tokenizer.json")
+
+
+def test_broken_tokenizer_json(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert str(tmp_path / "tokenizer.json") in error(Tokenizer, tmp_path / "tokenizer.json")

@@ -1,0 +1,127 @@
+"""The exported folder, read by transformers, against LaVIN itself."""
+
+import json
+
+import pytest
+import torch
+
+import export_hf
+import reference
+from lavin.generation.generate import generate
+from lavin.mm_adapter import AdapterConfig
+from lavin.runtime.errors import UserError
+from lavin.tokenizer import Example
+from lavin.weights.adapters import save_adapters
+from lavin.weights.load import load_base
+from tiny import randomise_adapters
+from util.data.images import load_image
+
+ADAPTER = {"adapter_dim": 4, "adapter_scale": 0.7, "temperature": 2.0, "hidden_proj": 8}
+PROMPT = "Question: Which pond is deeper?\nContext: N/A\nOptions: (A) one (B) two\nResponse:"
+
+
+@pytest.fixture(scope="module", params=["attn", "block"])
+def run(request, base, tmp_path_factory):
+    """A model with trained adapters, its tokenizer, and its checkpoint."""
+    adapter = AdapterConfig(adapter_type=request.param, **ADAPTER)
+    model, tokenizer = load_base(str(base.weights), "tiny", str(base.vision), adapter, torch.device("cpu"),
+                                 torch.float32)
+    torch.manual_seed(3)
+    randomise_adapters(model)
+    path = tmp_path_factory.mktemp("run") / "checkpoint-0.pth"
+    save_adapters(model, path, epoch=0, flags={})
+    return model.eval(), tokenizer, path
+
+
+def export(base, path, out, *flags):
+    from transformers import LlamaForCausalLM
+    export_hf.main(export_hf.get_args_parser().parse_args([
+        *base.flags, "--adapter_path", str(path), "--out", str(out), "--precision", "fp32", *map(str, flags)]))
+    model, info = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())  # no missing, unexpected or mismatched tensors
+    return model.eval()
+
+
+@torch.no_grad()
+def test_logits_and_answers_without_pictures(base, run, tmp_path, monkeypatch):
+    model, tokenizer, path = run
+    monkeypatch.setattr("util.trained_model.speed_up", None)  # would join matrices that a Hugging Face LLaMA has apart
+    theirs = export(base, path, tmp_path / "hf")
+    example = tokenizer.example(PROMPT)
+    ids = torch.tensor(example.ids)[None]
+    expected = reference.logits(model, [example])[0, 1:]  # behind the modality token
+    torch.testing.assert_close(theirs(ids).logits[0], expected, atol=1e-4, rtol=1e-4)
+    rows = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    new = tokenizer.decode([i for i in rows[0, len(example.ids):].tolist() if i != tokenizer.eos_id])
+    assert new and new == generate(model, tokenizer, [example], 12)[0]
+
+
+def test_tokenizer_beside_the_model(base, run, tmp_path):
+    pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece models through protobuf")
+    from transformers import AutoTokenizer
+    _, tokenizer, path = run
+    export(base, path, tmp_path / "hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+    for text in ("Image: N/A", PROMPT):
+        assert theirs(text)["input_ids"] == tokenizer.encode(text, bos=True)
+    assert theirs.decode(tokenizer.encode(PROMPT)) == PROMPT
+
+
+@torch.no_grad()
+def test_logits_with_a_picture(base, run, scienceqa, tmp_path):
+    """The folder for images, from the picture's file and the embedded prompt; in several files."""
+    from safetensors.torch import load_file
+    model, tokenizer, path = run
+    picture = scienceqa / "images" / "train" / "101" / "image.png"
+    export_hf.SHARD_BYTES, whole = 20_000, export_hf.SHARD_BYTES
+    try:
+        theirs = export(base, path, tmp_path / "hf", "--modality", "image", "--pictures", picture)
+    finally:
+        export_hf.SHARD_BYTES = whole
+    assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 2
+    start = load_file(tmp_path / "hf" / "image.inputs_embeds.safetensors")["inputs_embeds"]
+    ids = tokenizer.encode(PROMPT)
+    embedded = torch.cat((start, theirs.get_input_embeddings()(torch.tensor(ids))))[None]
+    example = tokenizer.example(PROMPT, None, load_image(picture, model.vision.image_size))
+    assert len(example.ids) == embedded.shape[1]
+    expected = reference.logits(model, [example])[0, 1:]
+    torch.testing.assert_close(theirs(inputs_embeds=embedded).logits[0], expected, atol=1e-4, rtol=1e-4)
+    text = Example(tokenizer.example(PROMPT).ids, 0)
+    apart = theirs(torch.tensor(text.ids)[None]).logits[0] - reference.logits(model, [text])[0, 1:]
+    assert apart.abs().max() > 0.1  # this folder is for pictures alone
+
+
+def test_shape_of_a_base_from_hugging_face_survives(base, tokenizer_file, tmp_path):
+    """A base that came from Hugging Face: Llama 3's rotary scaling, wide heads, tied embeddings."""
+    from tiny_weights import HF_VARIANTS, write_hugging_face
+    write_hugging_face(tmp_path / "llama3", tokenizer_file, **HF_VARIANTS["llama3"], tie_word_embeddings=True)
+    flags = ["--llm_model", tmp_path / "llama3", "--vision_model", base.vision]
+    model, tokenizer = load_base("nowhere", str(tmp_path / "llama3"), str(base.vision), AdapterConfig(**ADAPTER),
+                                 torch.device("cpu"), torch.float32)
+    randomise_adapters(model)
+    save_adapters(model, tmp_path / "checkpoint-0.pth", epoch=0, flags={})
+    theirs = export(base, tmp_path / "checkpoint-0.pth", tmp_path / "hf", *flags)
+    from lavin.model import pack
+    ids = torch.randint(480, (70,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = model.eval().llama.output(model.hidden_states(pack([Example(ids.tolist(), 70)])))
+        torch.testing.assert_close(theirs(ids[None]).logits[0], ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--pictures", "a.png"], "--modality image"), (["--bits", "fp8"], "--bits"),
+    (["--model_parallel_size", "2"], "--model_parallel_size"),
+    (["--modality", "image", "--pictures", "a/x.png", "b/x.png"], "same name"),
+    (["--modality", "image", "--pictures", "no.png"], "no.png")])
+def test_mistakes(base, run, tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        export(base, run[2], tmp_path / "hf", *flags)
+    assert not (tmp_path / "hf").exists() or not list((tmp_path / "hf").iterdir())
+
+
+def test_a_model_is_not_written_over(base, run, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a model"):
+        export(base, run[2], tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {}

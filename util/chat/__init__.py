@@ -1,0 +1,1 @@
+"""The chat with finished runs, in the browser or in the terminal."""

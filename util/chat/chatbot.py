@@ -1,0 +1,192 @@
+"""A conversation with finished runs: one frozen base model, whose adapters are swapped between questions.
+
+Notable:
+- A question without options continues the conversation, in the prompt format of instruction tuning. A question with
+  options is asked on its own, in the prompt format that the run was trained with, as in eval.py.
+- If the conversation exceeds max_seq_len, its oldest turns are dropped, and the answer tells how many.
+- All users share one model: a newer question ends an unfinished answer, always between two tokens.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from lavin.generation.generate import stream, warmup
+from lavin.generation.option_scoring import option_example, score_options
+from lavin.mm_adapter import AdapterConfig, RepAdapter, RepAdapterRouter
+from lavin.model import LaVIN
+from lavin.runtime.errors import UserError
+from lavin.runtime.files import read_json
+from lavin.tokenizer import Example, Tokenizer
+from lavin.weights.adapters import load_adapters, read_adapters
+from util.data.prompts import OPTIONS, answer_text, build_prompt, instruction_prompt
+from util.runs import checkpoints, last_checkpoint, run_folders, written_by_us
+
+# flags that must be equal in all runs on one model: they determine the base model and the shapes of the adapters
+SHARED_FLAGS = ("llm_model", "use_vicuna", "vision_model", "adapter_type", "visual_adapter_type", "adapter_dim",
+                "n_prompt", "hidden_proj")
+
+
+@dataclass(frozen=True)
+class Question:
+    """image: uint8 [3, S, S]. context: a hint, or Alpaca's `input`. options: none, or 2 to 5."""
+
+    text: str
+    image: torch.Tensor | None = None
+    context: str = ""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sampling parameters. temperature 0: greedy decoding."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 0.75
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer so far. dropped: number of turns left out. probabilities: of the options, in the last answer only."""
+
+    prompt: str
+    text: str = ""
+    dropped: int = 0
+    probabilities: tuple[float, ...] = ()
+
+
+def find_runs(folder: str) -> tuple[dict[str, Path], list[str]]:
+    """The finished runs in a folder that can share one model, by name, and a line on each run that cannot.
+
+    A finished run has a config.json and a checkpoint. Where runs differ in SHARED_FLAGS, the largest group is used.
+    Raises UserError where there is none.
+    """
+    paths = [path for path in run_folders([folder]) if (path / "config.json").is_file() and checkpoints(path)]
+    if not paths:
+        raise UserError(f"--runs {folder} holds no finished run (config.json and checkpoint-*.pth): train one first")
+    flags, left_out = {}, []
+    for path in paths:
+        try:
+            flags[path] = read_flags(path)
+        except UserError as error:
+            left_out.append(f"{path} is left out: {error}")
+    if not flags:
+        raise UserError("; ".join(left_out))
+    groups = Counter(tuple((name, run_flags.get(name)) for name in SHARED_FLAGS) for run_flags in flags.values())
+    common = dict(groups.most_common(1)[0][0])
+    for path, run_flags in list(flags.items()):
+        conflicts = [f"--{name} {run_flags.get(name)}, not {value}" for name, value in common.items()
+                     if run_flags.get(name) != value]
+        if conflicts:
+            left_out.append(f"{path} is left out: it cannot share the others' model ({', '.join(conflicts)})")
+            del flags[path]
+    return {path.name or str(path): path for path in flags}, left_out
+
+
+def read_flags(run: Path) -> dict:
+    path = run / "config.json"
+    with written_by_us(path):
+        return dict(read_json(path)["flags"])
+
+
+def make_prompt(question: Question, prompt_format: str) -> str:
+    """Raises UserError where the question is empty or the number of options is wrong."""
+    text = question.text.strip()
+    if not text:
+        raise UserError("write a question")
+    if not question.options:
+        return instruction_prompt(text, question.context.strip())
+    if not 2 <= len(question.options) <= len(OPTIONS):
+        raise UserError(f"give 2 to {len(OPTIONS)} options, one a line")
+    problem = {"question": text, "choices": question.options, "hint": question.context.strip(), "lecture": "",
+               "solution": "", "answer": 0}
+    return build_prompt(problem, prompt_format)[0]
+
+
+def fit(tokenizer: Tokenizer, turns: list[Turn], prompt: str, image: torch.Tensor | None, n_prompt: int,
+        max_seq_len: int, answer_tokens: int) -> tuple[Example, int]:
+    """The conversation as one example, and how many of its oldest turns were dropped to leave room for `answer_tokens`.
+
+    If the question alone leaves fewer tokens than that, the answer gets what is left. Raises UserError if none is left.
+    """
+    for dropped in range(len(turns) + 1):
+        history = "".join(f"{turn.prompt}{turn.answer}\n" for turn in turns[dropped:])
+        example = tokenizer.example(history + prompt, None, image, n_prompt)
+        tokens_left = max_seq_len - 1 - len(example.ids)  # 1: the modality token
+        if tokens_left >= answer_tokens:
+            break
+    if tokens_left < 1:
+        raise UserError(f"the question has {1 - tokens_left} tokens too many for the model's {max_seq_len}: shorten it")
+    return example, dropped
+
+
+class Chatbot:
+    """Answers with any of `runs` (name -> folder, from find_runs). The model must have their adapter shapes."""
+
+    def __init__(self, model: LaVIN, tokenizer: Tokenizer, runs: dict[str, Path], max_seq_len: int):
+        self.model, self.tokenizer, self.runs, self.max_seq_len = model.eval(), tokenizer, runs, max_seq_len
+        self.lock = Lock()
+        self.latest_request = object()  # only the latest one may use the model
+
+    def load_run(self, run: str) -> str:
+        """Loads a run's last adapters into the model; returns the run's prompt format."""
+        path = last_checkpoint(str(self.runs[run]))
+        checkpoint = read_adapters(path)
+        load_adapters(self.model, checkpoint["model"], str(path))
+        self.model.adapter = adapter = AdapterConfig(**checkpoint["adapter_config"])
+        for module in self.model.modules():
+            if isinstance(module, RepAdapter):
+                module.scale = adapter.adapter_scale
+            if isinstance(module, RepAdapterRouter):
+                module.temperature = adapter.temperature
+        return checkpoint["flags"]["prompt_format"]
+
+    def warmup(self) -> None:
+        """Compiles and captures the model now, so that the first question is not slower than the others."""
+        self.load_run(next(iter(self.runs)))
+        warmup(self.model, self.max_seq_len - 1)  # 1: the modality token
+
+    def answer(self, run: str, turns: list[Turn], question: Question, settings: Settings) -> Iterator[Answer]:
+        """Yields the growing answer; stops early when another question is asked. Raises UserError as `fit` does."""
+        steps = self.steps(run, turns, question, settings)
+        self.latest_request = request = object()
+        while True:
+            # Gradio calls this from worker threads, whose current CUDA device is GPU 0, not necessarily the model's.
+            with self.lock, torch.cuda.device_of(self.model.adapter_modality_embedding.weight):
+                answer = next(steps, None) if self.latest_request is request else None
+            if answer is None:
+                return
+            yield answer
+
+    def steps(self, run, turns, question, settings) -> Iterator[Answer]:
+        """One answer per generated token, and a last one with the options' probabilities where there are options."""
+        prompt = make_prompt(question, self.load_run(run))
+        example, dropped = fit(self.tokenizer, [] if question.options else turns, prompt, question.image,
+                               self.model.adapter.n_prompt, self.max_seq_len, settings.max_new_tokens)
+        answer = Answer(prompt, dropped=dropped)
+        max_new_tokens = min(settings.max_new_tokens, self.max_seq_len - 1 - len(example.ids))
+        for text in stream(self.model, self.tokenizer, example, max_new_tokens, settings.temperature, settings.top_p,
+                           settings.seed):
+            answer = replace(answer, text=text)
+            yield answer
+        if question.options:
+            yield replace(answer, probabilities=self.probabilities(prompt, question))
+
+    def probabilities(self, prompt: str, question: Question) -> tuple[float, ...]:
+        """Of the options, by the token in which their answers differ, as eval.py does for texts without one."""
+        answers = [answer_text(i) for i in range(len(question.options))]
+        scored = option_example(self.tokenizer, prompt, answers, image=question.image,
+                                n_prompt=self.model.adapter.n_prompt)
+        return tuple(torch.tensor(next(score_options(self.model, [[scored]]))[0]).exp().tolist())

@@ -1,0 +1,70 @@
+"""Prompts: ScienceQA's prompt and answer formats `INPUT-OUTPUT` (Lu et al. 2022, arXiv 2209.09513), and instructions.
+
+Letters: Q question, C context, M multiple options, L lecture, E explanation (the field `solution`), A answer.
+"""
+
+import re
+
+OPTIONS = "ABCDE"
+PROMPT_FORMATS = tuple(f"{order}-{output}" for order in ("CQM", "QCM")
+                       for output in ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE", "AEL")) + (
+    "QCML-A", "QCME-A", "QCMLE-A", "QCLM-A", "QCEM-A", "QCLEM-A", "QCML-AE")
+ANSWER = re.compile(r"The answer is ([A-Z])\.")
+
+
+def context(problem: dict, caption: str) -> str:
+    return " ".join((problem["hint"], caption)).strip() or "N/A"
+
+
+def explanation(problem: dict, letters: str) -> str:
+    """Lecture and solution, in the order of the letters L and E; newlines become the two characters `\\n`."""
+    fields = {"L": "lecture", "E": "solution"}
+    return " ".join(problem[fields[letter]].replace("\n", "\\n") for letter in letters if letter in fields)
+
+
+def tidy(text: str) -> str:
+    return text.replace("  ", " ").strip()
+
+
+def build_prompt(problem: dict, prompt_format: str, caption: str = "") -> tuple[str, str]:
+    """Prompt and answer of one problem. caption: of its image, where captions are used."""
+    order, output = prompt_format.split("-")
+    because = f"BECAUSE: {explanation(problem, order)}".strip()
+    options = zip(OPTIONS, problem["choices"], strict=False)
+    parts = {
+        "Q": f"Question: {problem['question']}",
+        "C": f"Context: {context(problem, caption)}",
+        "M": "Options: " + " ".join(f"({letter}) {choice}" for letter, choice in options),
+    }
+    lines = []
+    for letter in order:
+        if letter in parts:
+            lines.append(parts[letter])
+        elif because not in lines:  # L and E share one line
+            lines.append(because)
+    prompt = tidy("\n".join(line for line in lines if line != "BECAUSE:") + "\nResponse:")
+    return prompt, build_answer(problem, output)
+
+
+def build_answer(problem: dict, output: str) -> str:
+    verdict = answer_text(problem["answer"])
+    reason = explanation(problem, output)
+    if output.startswith("A"):
+        return tidy(f"{verdict} BECAUSE: {reason}" if reason.strip() else verdict)
+    return tidy(f"{reason} {verdict}")
+
+
+def instruction_prompt(instruction: str, input: str = "") -> str:
+    """The prompt for instruction tuning (Alpaca and LLaVA-Instruct), the chat and MME."""
+    return tidy(f"Instruction: {instruction} {input}") + "\nResponse:"
+
+
+def answer_text(index: int) -> str:
+    return f"The answer is {OPTIONS[index]}."
+
+
+def parse_answer(text: str, n_choices: int) -> int | None:
+    """Index of the option that the text names, or None where it names none of the n_choices options."""
+    match = ANSWER.search(text)
+    index = OPTIONS.find(match.group(1)) if match else -1
+    return index if 0 <= index < n_choices else None

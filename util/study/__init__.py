@@ -1,0 +1,1 @@
+"""The comparison of finished runs: reading them, statistics, tables and figures."""

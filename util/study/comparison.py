@@ -1,0 +1,225 @@
+"""Groups runs into methods (runs whose flags differ only in the seed) and computes their differences to the base.
+
+Runs that cannot be compared are left out with the reason. Each difference has a confidence interval and, where
+predictions are available, the p-value of a paired test.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from lavin.runtime.errors import UserError
+from lavin.runtime.files import read_json
+from util.runs import run_folders
+from util.study.finished_runs import Run, read_run
+from util.study.statistics import holm, mcnemar, newcombe, paired_bootstrap, wilson
+
+PUBLISHED = Path(__file__).parents[2] / "assets" / "published.json"
+SCHEDULE_NAMES = {"cosine": None, "cyclical": "Cyclical LR", "step": "Step Decay", "exponential": "Exp. Decay"}
+DROPOUT_NAMES = {(0.1, 1.01, 0.2): "Inc. Drop. Prob", (0.2, 0.99, 0.1): "Dec. Drop. Prob",
+                 (0.1, 1.03, 0.2): "Inc. Drop. Prob V2", (0.2, 0.97, 0.1): "Dec. Drop. Prob V2"}
+NAMES = ["Base", *filter(None, SCHEDULE_NAMES.values()), *DROPOUT_NAMES.values()]  # in the order of the publication
+DEFAULT_MIN_LR = {"cosine": 0, "cyclical": 5e-5}  # the other schedules do not use it
+# Flags that do not appear in a method's name: those that the name already expresses, those that affect where and how a
+# run was executed but not its result, and those summarized by `lr` and `effective batch`.
+UNNAMED_FLAGS = {"lr_schedule", "min_lr", "dropout_prob", "dropout_var", "dropout_lim",
+                 "seed", "output_dir", "log_dir", "resume", "device", "num_workers", "cpu_load",
+                 "gradient_checkpointing", "llama_model_path", "data_path", "data_root", "caption_file", "blr",
+                 "batch_size", "accum_iter"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Runs of one method, one per seed. Accuracies are percentages, averaged over the seeds."""
+
+    name: str
+    runs: list[Run]
+    published: bool = False
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.runs[0].counts
+
+    @property
+    def flags(self) -> dict:
+        return self.runs[0].flags
+
+    def correct(self, column: str) -> float:
+        return sum(run.correct[column] for run in self.runs) / len(self.runs)
+
+    def accuracies(self, column: str) -> np.ndarray:
+        """[seeds]"""
+        return np.array([100 * run.correct[column] / self.counts[column] for run in self.runs])
+
+    def accuracy(self, column: str) -> float | None:
+        """None where the column has no questions."""
+        return 100 * self.correct(column) / self.counts[column] if self.counts[column] else None
+
+    def deviation(self, column: str) -> float | None:
+        """Sample standard deviation over the seeds; None for a single seed."""
+        return float(self.accuracies(column).std(ddof=1)) if len(self.runs) > 1 and self.counts[column] else None
+
+    def interval(self, column: str) -> tuple[float, float]:
+        """Wilson's confidence interval of the mean over the seeds: the uncertainty from the sample of questions."""
+        low, high = wilson(self.correct(column), self.counts[column])
+        return 100 * low, 100 * high
+
+    def outcomes(self, answers: dict[str, int]) -> np.ndarray:
+        """[seeds, questions]: 1 where the prediction is correct, else 0."""
+        return np.array([[run.predictions[qid] == answer for qid, answer in answers.items()] for run in self.runs], int)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference to the base in percentage points, with its 95 % interval. p, holm (adjusted p): only if paired."""
+
+    points: float
+    low: float
+    high: float
+    p: float | None = None
+    holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods evaluated on the same questions; the base, if there is one, comes first."""
+
+    methods: list[Method]
+    differences: dict[str, Difference]  # by method name
+    left_out: list[str]  # "RUN: reason"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.methods[0].counts
+
+
+def compare(paths: list[str], base_path: str | None = None) -> Comparison:
+    """Compares the runs in the folders. Raises UserError where no run can be used or the base is ambiguous."""
+    runs, left_out = [], []
+    for folder in run_folders(paths):
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            if base_path is not None and folder.resolve() == Path(base_path).resolve():
+                raise UserError(f"--base: {error}") from error
+            left_out.append(f"{folder}: {error}")
+    if not runs:
+        raise UserError("no run can be drawn. " + "; ".join(left_out))
+    base = find_base(runs, base_path)
+    runs, answers, incomparable = same_questions(runs, base)
+    methods, duplicates = group_by_method(runs, base)
+    differences = differences_to_first(methods, answers) if base else {}
+    return Comparison(methods, differences, left_out + incomparable + duplicates)
+
+
+def published() -> Comparison:
+    """The published runs. Only percentages were published; each determines its number of correct answers."""
+    facts = read_json(PUBLISHED, "it belongs to this code: fetch it again")
+    counts = facts["counts"]
+    methods = [Method(method["name"], published=True, runs=[
+        Run("published", {**facts["flags"], **method["changes"]}, method["train_closs"], counts,
+            {column: round(percent * counts[column] / 100) for column, percent in method["scores"].items()})])
+        for method in facts["methods"]]
+    return Comparison(methods, differences_to_first(methods, None), [])
+
+
+def with_published(comparison: Comparison) -> Comparison:
+    """Adds the published methods, each after the method of the same name. Raises UserError if the questions differ."""
+    reference = published()
+    if comparison.counts != reference.counts:
+        raise UserError(f"--published: its scores are of {reference.counts['Avg']} questions of ScienceQA, these runs' "
+                        f"of {comparison.counts['Avg']} others: leave it out")
+    new_names = {method.name: f"{method.name} (published)" for method in reference.methods}
+    methods = comparison.methods + [replace(method, name=new_names[method.name]) for method in reference.methods]
+    order = [comparison.methods[0].name, *NAMES, *(method.name for method in comparison.methods)]
+    methods.sort(key=lambda method: order.index(method.name.removesuffix(" (published)")))
+    renamed = {new_names[name]: difference for name, difference in reference.differences.items()}
+    return Comparison(methods, comparison.differences | renamed, comparison.left_out)
+
+
+def method_name(flags: dict, reference: dict) -> str:
+    """E.g. `Base`, `Inc. Drop. Prob V2 + lr 0.002`: schedule, dropout, then other flags that differ from reference."""
+    parts = list(filter(None, [SCHEDULE_NAMES[flags["lr_schedule"]], dropout_name(flags)])) or ["Base"]
+    if flags["min_lr"] != DEFAULT_MIN_LR.get(flags["lr_schedule"], flags["min_lr"]):
+        parts.append(f"min_lr {flags['min_lr']:g}")
+    unused = {"warmup_epochs"} if flags["lr_schedule"] == "cyclical" else set()
+    parts += [f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}" for flag, value in flags.items()
+              if flag not in UNNAMED_FLAGS | unused and value != reference.get(flag, value)]
+    return " + ".join(parts)
+
+
+def dropout_name(flags: dict) -> str | None:
+    prob, var, lim = flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"]
+    if var == 1:
+        return None if prob == 0.1 else f"dropout {prob:g}"
+    direction = "Inc." if var > 1 else "Dec."
+    return DROPOUT_NAMES.get((prob, var, lim), f"{direction} Drop. Prob {prob:g} x {var:g} to {lim:g}")
+
+
+def find_base(runs: list[Run], path: str | None) -> Run | None:
+    """The run at `path`; without a path, the one with the cosine schedule and the same dropout in every layer."""
+    if path is not None:
+        for run in runs:
+            if Path(run.folder).resolve() == Path(path).resolve():
+                return run
+        raise UserError(f"--base {path} is none of the runs: name one of them")
+    candidates = [run for run in runs if run.flags["lr_schedule"] == "cosine" and run.flags["dropout_var"] == 1]
+    names = {method_name(run.flags, candidates[0].flags): run.folder for run in candidates}
+    if len(names) > 1:
+        raise UserError("the base may be " + " or ".join(f"{folder} ({name})" for name, folder in names.items())
+                        + ": choose with --base")
+    return candidates[0] if candidates else None
+
+
+def same_questions(runs: list[Run], base: Run | None) -> tuple[list[Run], dict[str, int] | None, list[str]]:
+    """Keeps the runs evaluated on the base's questions or, without a base, on the most frequent set of questions.
+
+    Returns these runs, the correct answers (None if no run saved them), and the reasons why the others are left out.
+    """
+    questions = {run.folder: (run.split, frozenset(run.predictions)) for run in runs}
+    split, qids = questions[base.folder] if base else Counter(questions.values()).most_common(1)[0][0]
+    answers = next((run.answers for run in [base, *runs] if run and run.answers and run.answers.keys() == qids), None)
+    kept, left_out = [], []
+    for run in runs:
+        if run.split != split:
+            reason = f"of split {run.split}, not {split}: run eval.py with --split {split}"
+        elif run.predictions.keys() != qids:
+            reason = f"its {len(run.predictions)} questions are not the others' {len(qids)}: evaluate on the same"
+        elif run.answers not in (None, answers):
+            reason = "its questions have other right answers: evaluate on the same data"
+        else:
+            kept.append(run)
+            continue
+        left_out.append(f"{run.folder}: {reason}")
+    return kept, answers, left_out
+
+
+def group_by_method(runs: list[Run], base: Run | None) -> tuple[list[Method], list[str]]:
+    """The methods (the base first, then the order of NAMES), and a line on each run with another's flags and seed."""
+    runs_by_seed: dict[str, dict] = {}  # by method name
+    left_out = []
+    reference = (base or runs[0]).flags
+    for run in runs:
+        first = runs_by_seed.setdefault(method_name(run.flags, reference), {}).setdefault(run.flags.get("seed"), run)
+        if first is not run:
+            left_out.append(f"{run.folder}: has the flags and the seed of {first.folder}")
+    base_name = base and method_name(base.flags, reference)
+    methods = [Method(name, list(by_seed.values())) for name, by_seed in runs_by_seed.items()]
+    methods.sort(key=lambda method: (method.name != base_name, [*NAMES, method.name].index(method.name)))
+    return methods, left_out
+
+
+def differences_to_first(methods: list[Method], answers: dict[str, int] | None) -> dict[str, Difference]:
+    """Of each method to the first one: paired if the correct answers are given, else from the counts alone."""
+    base, *others = methods
+    if answers is None:
+        results = [(newcombe(m.correct("Avg"), m.counts["Avg"], base.correct("Avg"), base.counts["Avg"]), ())
+                   for m in others]
+    else:
+        base_outcomes, *outcomes = [method.outcomes(answers) for method in methods]
+        p_values = [mcnemar(o, base_outcomes) for o in outcomes]
+        results = [(paired_bootstrap(o, base_outcomes), p) for o, p in zip(outcomes, zip(p_values, holm(p_values)))]
+    return {method.name: Difference(method.accuracy("Avg") - base.accuracy("Avg"), 100 * low, 100 * high, *p)
+            for method, ((low, high), p) in zip(others, results)}

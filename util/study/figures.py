@@ -1,0 +1,261 @@
+"""Figures of a comparison (PNG and SVG).
+
+A point is a mean over seeds, its bar the 95 % confidence interval, a small tick a single seed. The band around a loss
+curve is the standard deviation over the seeds.
+"""
+
+from itertools import cycle
+from pathlib import Path
+from textwrap import fill
+from types import SimpleNamespace
+
+import matplotlib
+
+matplotlib.use("Agg")  # writes files, never opens a window
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
+
+from lavin.mm_adapter import dropout_schedule
+from lavin.runtime.files import atomic_write
+from util.lr_sched import learning_rate
+from util.scoring import COLUMNS
+from util.study.comparison import NAMES, Comparison, Method
+
+CATEGORIES = [column for column in COLUMNS if column != "Avg"]
+# Okabe & Ito's palette for all kinds of colour vision, with wine in place of its yellow, which is hardly visible in
+# print. Markers and dashes differ too, for prints in grey.
+COLOURS = ["#000000", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2", "#882255"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h"]
+DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 2, 2)), (0, (9, 2))]
+RC_PARAMS = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+             "axes.axisbelow": True, "legend.frameon": False, "legend.handlelength": 3, "lines.linewidth": 1.2,
+             "lines.markersize": 4.5, "figure.dpi": 130, "svg.hashsalt": "lavin", "figure.constrained_layout.use": True}
+
+
+def styles(methods: list[Method]) -> dict[str, dict]:
+    """Plot styles by method name. The methods in NAMES always have the same style; others get the next unused ones."""
+    names = dict.fromkeys([*NAMES, *(method.name.removesuffix(" (published)") for method in methods)])
+    style_by_name = dict(zip(names, zip(cycle(COLOURS), cycle(MARKERS), cycle(DASHES))))
+    mixed = len({method.published for method in methods}) > 1
+    result = {}
+    for method in methods:
+        colour, marker, dashes = style_by_name[method.name.removesuffix(" (published)")]
+        # next to the user's own runs, published ones are hollow and pale
+        hollow = {"markerfacecolor": "white", "alpha": 0.6} if mixed and method.published else {}
+        result[method.name] = {"color": colour, "marker": marker, "linestyle": dashes, **hollow}
+    return result
+
+
+def wrap(name: str) -> str:
+    return fill(name, 30)
+
+
+# Panels: each function draws all methods into one Axes.
+
+
+def draw_losses(ax: Axes, methods: list[Method]) -> None:
+    for method, style in zip(methods, styles(methods).values()):
+        losses = [run.losses for run in method.runs]
+        mean, deviation = np.mean(losses, 0), np.std(losses, 0, ddof=min(1, len(losses) - 1))
+        epochs = np.arange(1, len(mean) + 1)
+        ax.plot(epochs, mean, label=wrap(method.name), **style)
+        if len(losses) > 1:
+            low = np.maximum(mean - deviation, mean / 10)  # a log scale cannot show values <= 0
+            ax.fill_between(epochs, low, mean + deviation, color=style["color"], alpha=0.12, linewidth=0)
+    ax.set(title="Training loss", xlabel="epoch", ylabel="loss, mean of the epoch (log scale)", yscale="log")
+    ax.xaxis.set_major_locator(integer_ticks())
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if high < 5 * low else (1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def draw_accuracy(ax: Axes, methods: list[Method], cut: bool) -> None:
+    """Avg by method, the first on top. cut: points on a truncated axis; otherwise bars from 0."""
+    style_by_name = styles(methods)
+    for y, method in enumerate(methods):
+        mean, style = method.accuracy("Avg"), style_by_name[method.name]
+        low, high = method.interval("Avg")
+        error = {"xerr": [[mean - low], [high - mean]], "capsize": 2.5}
+        if cut:
+            ax.errorbar(mean, y, **error, **{**style, "linestyle": "none"})
+            if len(method.runs) > 1:
+                ax.plot(method.accuracies("Avg"), [y + 0.25] * len(method.runs), "|", color=style["color"])
+        else:
+            ax.barh(y, mean, color=lighten(style["color"], 0.3 if style.get("alpha") else 0.6), height=0.7)
+            ax.errorbar(mean, y, **error, color="black")
+        ax.annotate(f"{mean:.2f}", (1, y), xycoords=ax.get_yaxis_transform(), xytext=(4, 0), textcoords="offset points",
+                    va="center", fontsize=8)
+    ax.set(title="Overall accuracy, 95 % intervals", xlabel="accuracy (%)", ylim=(len(methods) - 0.4, -0.6),
+           yticks=range(len(methods)), yticklabels=[wrap(method.name) for method in methods])
+    ax.grid(axis="y", visible=False)
+    if cut:
+        ax.axvline(methods[0].accuracy("Avg"), color="grey", linewidth=0.8, linestyle="--", zorder=0)
+        cut_axis(ax, "x", *zip(*(method.interval("Avg") for method in methods)))
+    else:
+        ax.set_xlim(0, 100)
+
+
+def lighten(colour: str, share: float) -> tuple:
+    """Blends `share` of the colour with white."""
+    return tuple(1 - share * (1 - channel) for channel in to_rgb(colour))
+
+
+def draw_categories(ax: Axes, methods: list[Method]) -> None:
+    """The eight categories from left to right; within each, the methods in their order."""
+    style_by_name = styles(methods)
+    offsets = np.linspace(-0.38, 0.38, len(methods)) if len(methods) > 1 else [0]
+    intervals = []
+    for offset, method in zip(offsets, methods):
+        nonempty = [i for i, column in enumerate(CATEGORIES) if method.counts[column]]
+        means = np.array([method.accuracy(CATEGORIES[i]) for i in nonempty])
+        bounds = np.array([method.interval(CATEGORIES[i]) for i in nonempty])
+        ax.errorbar(np.array(nonempty) + offset, means, yerr=[means - bounds[:, 0], bounds[:, 1] - means], capsize=1.5,
+                    elinewidth=1, label=wrap(method.name), **{**style_by_name[method.name], "linestyle": "none"})
+        intervals += bounds.tolist()
+    counts = methods[0].counts
+    ax.set(title="Accuracy by category, 95 % intervals", ylabel="accuracy (%)", xlim=(-0.5, len(CATEGORIES) - 0.5),
+           xticks=range(len(CATEGORIES)), xticklabels=[f"{column}\nn = {counts[column]:,}" for column in CATEGORIES])
+    for edge in range(1, len(CATEGORIES)):
+        ax.axvline(edge - 0.5, color="grey", linewidth=0.6, alpha=0.5)
+    ax.tick_params(axis="x", length=0)
+    ax.grid(axis="x", visible=False)
+    cut_axis(ax, "y", *zip(*intervals))
+
+
+def cut_axis(ax: Axes, axis: str, lows: list[float], highs: list[float]) -> None:
+    """Limits the axis to the range of the intervals; if it then does not start at 0, its label says so."""
+    low, high = 2 * np.floor(min(lows) / 2), 2 * np.ceil(max(highs) / 2)
+    if low < 10:
+        low = 0
+    ax.set(**{f"{axis}lim": (low, high + (high == 100))})  # + 1, so that a marker at 100 is not clipped
+    getattr(ax, f"{axis}axis").set_major_locator(integer_ticks())
+    if low > 0:
+        ax.set(**{f"{axis}label": f"accuracy (%), axis cut: starts at {low:g}, not 0"})
+
+
+def integer_ticks() -> MaxNLocator:
+    return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+
+
+def draw_learning_rates(ax: Axes, methods: list[Method]) -> None:
+    def rates(method):
+        args = SimpleNamespace(**method.flags)
+        epochs = np.linspace(0, args.epochs, 2001)[:-1]  # no optimizer step happens at the very end
+        return epochs, np.array([learning_rate(epoch, args) for epoch in epochs])
+
+    draw_distinct_curves(ax, methods, rates)
+    ax.set(title="Learning rate", xlabel="epoch", ylabel="learning rate")
+    ax.xaxis.set_major_locator(integer_ticks())
+    ax.yaxis.set_major_formatter("{x:g}")
+
+
+def draw_dropout(ax: Axes, methods: list[Method]) -> None:
+    def probabilities(method):
+        n, flags = method.runs[0].n_layers, method.flags
+        schedule = dropout_schedule(n, flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"])
+        return np.arange(1, n + 1), np.array(schedule)
+
+    draw_distinct_curves(ax, methods, probabilities, markers=True)
+    ax.set(title="Dropout by layer", ylabel="dropout probability",
+           xlabel="layer of LLaMA (the image encoder's blocks alike)")
+    ax.xaxis.set_major_locator(integer_ticks())
+    ax.set_ylim(0)
+
+
+def draw_distinct_curves(ax: Axes, methods: list[Method], curve, markers: bool = False) -> None:
+    """Methods with the same curve share one line; its label has the first method's name and the number of others."""
+    lines: list[tuple] = []  # x, y, method names
+    for method in methods:
+        x, y = curve(method)
+        same = next((names for _, other, names in lines if np.array_equal(other, y)), None)
+        if same is None:
+            lines.append((x, y, [method.name]))
+        else:
+            same.append(method.name)
+    style_by_name = styles(methods)
+    for x, y, names in lines:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        style = style_by_name[names[0]] if markers else {**style_by_name[names[0]], "marker": "none"}
+        ax.plot(x, y, label=wrap(names[0] + more), **style)
+    below = ax.transAxes + ScaledTranslation(0, -0.45, ax.figure.dpi_scale_trans)  # inches, to clear the axis label
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, borderaxespad=0, ncols=2)
+
+
+# Figures
+
+
+def single_panel(draw, width: float = 6.4, height: float = 4.2, legend: bool = False):
+    def figure(methods: list[Method]) -> Figure:
+        fig, ax = plt.subplots(figsize=(width, height))
+        draw(ax, methods)
+        if legend:
+            fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=int(width / 2.4))
+        return fig
+    return figure
+
+
+def accuracy_figure(methods: list[Method]) -> Figure:
+    """Bars from 0 on the left; the same numbers on a truncated axis on the right."""
+    fig, (full, close_up) = plt.subplots(1, 2, sharey=True, figsize=(9, 1.3 + 0.34 * len(methods)))
+    draw_accuracy(full, methods, cut=False)
+    draw_accuracy(close_up, methods, cut=True)
+    close_up.set_title("The same, close up")
+    return fig
+
+
+def overview(methods: list[Method]) -> Figure:
+    extra = 0.3 * max(0, len(methods) - 8)  # inches, for more than eight method names
+    fig = plt.figure(figsize=(10, 10.5 + 2 * extra))
+    grid = fig.add_gridspec(3, 2, height_ratios=[3.3 + extra, 3, 2.6])
+    losses, accuracy, categories, rates, dropout = map(fig.add_subplot, [grid[0, 0], grid[0, 1], grid[1, :], grid[2, 0],
+                                                                          grid[2, 1]])
+    draw_losses(losses, methods)
+    draw_accuracy(accuracy, methods, cut=True)
+    draw_categories(categories, methods)
+    draw_learning_rates(rates, methods)
+    draw_dropout(dropout, methods)
+    fig.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return fig
+
+
+FIGURES = {"overview": overview, "accuracy": accuracy_figure, "loss": single_panel(draw_losses, 7.5, 5.6, legend=True),
+           "categories": single_panel(draw_categories, 10, 4.6, legend=True),
+           "learning_rates": single_panel(draw_learning_rates), "dropout": single_panel(draw_dropout)}
+
+
+def subtitle(comparison: Comparison) -> str:
+    """One line each for published and own runs: base model, number of questions, number of seeds."""
+    def line(methods, label):
+        models = sorted({str(method.flags.get("llm_model")) for method in methods})
+        seeds = sorted({len(method.runs) for method in methods})
+        return (f"{label}: base model {', '.join(models)}, {comparison.counts['Avg']:,} {methods[0].runs[0].split} "
+                f"questions, {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} a method")
+    groups = [("published runs", [m for m in comparison.methods if m.published]),
+              ("these runs", [m for m in comparison.methods if not m.published])]
+    return "\n".join(line(methods, label) for label, methods in groups if methods)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    # without the date, the same runs give the same file
+    metadata = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+    with atomic_write(path) as tmp_path:
+        figure.savefig(tmp_path, format=path.suffix[1:], **metadata)
+
+
+def write_figures(comparison: Comparison, folder: Path, prefix: str) -> list[Path]:
+    written = []
+    with plt.rc_context(RC_PARAMS):
+        for name, draw in FIGURES.items():
+            figure = draw(comparison.methods)
+            figure.suptitle(subtitle(comparison), fontsize=9)
+            for suffix in ("png", "svg"):
+                written.append(folder / f"{prefix}{name}.{suffix}")
+                save_figure(figure, written[-1])
+            plt.close(figure)
+    return written

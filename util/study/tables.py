@@ -1,0 +1,111 @@
+"""A comparison as a table: aligned text, Markdown, LaTeX (rounded, with notes), CSV (unrounded, one number a cell)."""
+
+import csv
+import io
+
+from lavin.runtime.console import format_table
+from util.scoring import COLUMNS
+from util.study.comparison import Comparison, Method
+from util.study.statistics import DRAWS
+
+NONE = "–"
+LATEX = str.maketrans({"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
+                       "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$", "±": r"$\pm$",
+                       "−": "$-$", "–": "--"})
+
+
+def text_table(comparison: Comparison) -> str:
+    return "\n".join([format_table(*rounded_cells(comparison)), "", *notes(comparison)])
+
+
+def markdown_table(comparison: Comparison) -> str:
+    header, rows = rounded_cells(comparison)
+    alignment = [":--"] + ["--:"] * (len(header) - 1)
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in (header, alignment, *rows)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(comparison))]) + "\n"
+
+
+def latex_table(comparison: Comparison) -> str:
+    """A floating table that needs the packages booktabs and graphicx; the notes are its caption."""
+    header, rows = rounded_cells(comparison)
+    head, *body = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in (header, *rows)]
+    return "\n".join([r"\begin{table*}", r"\centering", r"\resizebox{\textwidth}{!}{%",
+                      rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", head, r"\midrule",
+                      *body[:-1], r"\midrule", body[-1], r"\bottomrule", r"\end{tabular}}",
+                      rf"\caption{{{' '.join(notes(comparison)).translate(LATEX)}}}", r"\end{table*}", ""])
+
+
+def csv_table(comparison: Comparison) -> str:
+    """Percentages and percentage points with four decimals; a cell without a value is empty."""
+    out = io.StringIO()
+    write = csv.writer(out, lineterminator="\n").writerow
+    write(["method", "published", "seeds", "n", *COLUMNS, "Avg_low", "Avg_high",
+           *(f"{column}_sd" for column in COLUMNS), "difference", "difference_low", "difference_high",
+           "p_mcnemar", "p_holm"])
+    for method in comparison.methods:
+        d = comparison.differences.get(method.name)
+        numbers = [*map(method.accuracy, COLUMNS), *method.interval("Avg"), *map(method.deviation, COLUMNS),
+                   *((d.points, d.low, d.high) if d else (None,) * 3)]
+        write([method.name, int(method.published), len(method.runs), method.counts["Avg"],
+               *("" if number is None else f"{number:.4f}" for number in numbers),
+               *("" if p is None else f"{p:.6g}" for p in ((d.p, d.holm) if d else (None, None)))])
+    return out.getvalue()
+
+
+def rounded_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows; the last row has the numbers of questions. Columns without information are left out."""
+    header = ["Method", "seeds", *COLUMNS, "n", "Avg, 95 %", "vs. base", "vs. base, 95 %", "p", "p (Holm)"]
+    rows = [method_cells(method, comparison) for method in comparison.methods]
+    rows.append(["questions", NONE, *(f"{comparison.counts[column]:,}" for column in COLUMNS), *[NONE] * 6])
+    kept = [i for i, name in enumerate(header)
+            if any(row[i] != NONE for row in rows) and not (name == "seeds" and all(row[i] in "1–" for row in rows))]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def method_cells(method: Method, comparison: Comparison) -> list[str]:
+    low, high = method.interval("Avg")
+    d = comparison.differences.get(method.name)
+    difference = ([points(d.points), f"{points(d.low)} to {points(d.high)}", p_value(d.p), p_value(d.holm)]
+                  if d else [NONE] * 4)
+    return [method.name, str(len(method.runs)), *(accuracy(method, column) for column in COLUMNS),
+            f"{method.counts['Avg']:,}", f"{low:.2f} to {high:.2f}", *difference]
+
+
+def accuracy(method: Method, column: str) -> str:
+    mean, deviation = method.accuracy(column), method.deviation(column)
+    return NONE if mean is None else f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
+
+
+def points(value: float) -> str:
+    return f"{round(value, 2) + 0:+.2f}".replace("-", "−")  # + 0 turns -0.0 into 0.0
+
+
+def p_value(p: float | None) -> str:
+    return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """How the numbers were computed, what they do not cover, and which runs were left out."""
+    published = any(method.published for method in comparison.methods)
+    max_seeds = max(len(method.runs) for method in comparison.methods)
+    own = [comparison.differences[method.name] for method in comparison.methods
+           if not method.published and method.name in comparison.differences]
+    lines = [f"Accuracy in % of {comparison.counts['Avg']:,} questions. Intervals are Wilson's, from n alone, and not "
+             "adjusted for the number of methods."]
+    if own and own[0].p is not None:
+        lines.append("vs. base: on the same questions; exact McNemar test, p adjusted after Holm for "
+                     f"{len(own)} method{'s' * (len(own) > 1)}; interval by paired bootstrap, {DRAWS:,} draws.")
+    elif own:
+        lines.append("No run kept generations.jsonl, which has the right answers: differences are unpaired (Newcombe's "
+                     "interval) and untested.")
+    elif len(comparison.methods) > 1 and not comparison.differences:
+        lines.append("No run is the base (cosine schedule, --dropout_var 1): for differences, choose one with --base.")
+    if max_seeds > 1:
+        lines.append("±: standard deviation over the seeds; all else is of their mean. The bootstrap draws seeds as "
+                     "well as questions, the test is about the questions alone.")
+    if published:
+        lines.append("The published figures come without predictions: their differences are unpaired (Newcombe's "
+                     "interval) and untested. Their counts by category are the only ones that make every percentage.")
+    if any(len(method.runs) == 1 for method in comparison.methods):
+        lines.append("Methods with one seed: what another seed would give is in no interval and no test.")
+    return lines + [f"Left out: {reason}" for reason in comparison.left_out]

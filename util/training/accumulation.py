@@ -1,0 +1,95 @@
+"""Gradient accumulation: the samples of an optimizer step in forward-backward passes as large as GPU memory allows."""
+
+import gc
+import math
+
+import torch
+
+from lavin.fast.training_graphs import free_graphs
+from lavin.model import pack
+from lavin.runtime import distributed
+from util.data.instructions import decode_images
+
+PROBE_TOKENS = 2048  # size of the pass that measures the memory per token
+MEMORY_FRACTION = 0.9  # of the GPU's memory, which passes may fill
+
+
+def count_answer_tokens(examples: list) -> int:
+    return sum(len(example.ids) - example.answer_start for example in examples)
+
+
+def with_loss_weights(micro_batches: list[list], n_answer_tokens: int, loss_norm: str, n_micro_batches: int
+                      ) -> list[tuple]:
+    """(example, loss weight) for all samples of this rank.
+
+    n_answer_tokens and n_micro_batches count the whole optimizer step, over all ranks.
+    """
+    weighted_examples = []
+    for examples in micro_batches:
+        n = n_answer_tokens if loss_norm == "batch" else count_answer_tokens(examples) * n_micro_batches
+        weighted_examples += [(example, 1 / max(n, 1)) for example in examples]
+    return weighted_examples
+
+
+def split_by_tokens(weighted_examples: list[tuple], max_tokens: float) -> list[list[tuple]]:
+    """The samples, in order, in groups of at most `max_tokens` tokens, or of one sample that is longer.
+
+    The loss weights do not depend on the groups, so the gradients are the same for any split.
+    """
+    groups, tokens_left = [], 0
+    for example, loss_weight in weighted_examples:
+        if len(example.ids) > tokens_left:
+            groups.append([])
+            tokens_left = max_tokens
+        groups[-1].append((example, loss_weight))
+        tokens_left -= len(example.ids)
+    return groups
+
+
+def accumulate_gradients(model, weighted_examples: list[tuple], max_tokens: float, scaler) -> torch.Tensor:
+    """Adds up the gradients of this rank's samples; returns this rank's part of the step's loss."""
+    total = torch.zeros((), device=model.device)
+    for group in split_by_tokens(weighted_examples, max_tokens):
+        loss = model(pack(*zip(*group, strict=True)).to(model.device))
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def accumulate_with_oom_retry(model, weighted_examples: list[tuple], max_tokens: float, scaler
+                              ) -> tuple[torch.Tensor, float]:
+    """`accumulate_gradients`; when GPU memory runs out, starts again with half of `max_tokens`.
+
+    Returns the loss and the `max_tokens` that fit.
+    """
+    while True:
+        try:
+            return accumulate_gradients(model, weighted_examples, max_tokens, scaler), max_tokens
+        except torch.OutOfMemoryError:
+            if distributed.model_parallel_size > 1:  # the ranks that share this model wait inside the failed pass
+                raise
+            if len(split_by_tokens(weighted_examples, max_tokens)) == len(weighted_examples):  # one sample per pass
+                raise
+        max_tokens = min(max_tokens, sum(len(example.ids) for example, _ in weighted_examples)) / 2
+        model.zero_grad()
+        free_graphs(model)
+        gc.collect()  # frees what the failed pass held
+
+
+def probe_max_tokens(model, examples: list, scaler) -> float:
+    """The most tokens that a pass can have in this GPU's memory, extrapolated from a pass over the longest examples."""
+    if model.device.type != "cuda":
+        return math.inf
+    # loss weights of 0: the probe must not leave gradients
+    by_length = [(example, 0.0) for example in sorted(examples, key=lambda e: -len(e.ids))]
+    longest = split_by_tokens(by_length, PROBE_TOKENS)[0]
+    probe = [(example, 0.0) for example in decode_images([example for example, _ in longest])]
+    memory_before = torch.cuda.memory_allocated(model.device)
+    accumulate_gradients(model.train(), probe[-1:], math.inf, scaler)  # compiles, on one sample, in little memory
+    torch.cuda.reset_peak_memory_stats(model.device)
+    _, max_tokens = accumulate_with_oom_retry(model, probe, PROBE_TOKENS, scaler)
+    if max_tokens < PROBE_TOKENS:
+        return max_tokens
+    memory_used = torch.cuda.max_memory_allocated(model.device) - memory_before
+    memory_limit = MEMORY_FRACTION * torch.cuda.get_device_properties(model.device).total_memory
+    return max(memory_limit - memory_before, 0) / memory_used * sum(len(example.ids) for example, _ in probe)

@@ -1,0 +1,34 @@
+"""The optimizer, and its step over the gradients of all ranks."""
+
+import math
+
+import torch
+
+from lavin.runtime import distributed
+
+
+def make_optimizer(model, args) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters, with weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+
+def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad: float | None) -> torch.Tensor:
+    """Sums the gradients of all ranks and steps. Returns [the step's loss, 1 if the step was made or 0 if skipped].
+
+    A step with non-finite gradients is skipped. After the sum they are non-finite on every rank, so all ranks skip the
+    same steps. The host does not wait for the GPU: the fused optimizer itself skips the update where `found_inf` is 1.
+    """
+    loss = distributed.all_reduce_gradients(parameters, loss)
+    scaler.unscale_(optimizer)
+    finite = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf).isfinite()
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.found_inf = 1 - finite.float()
+        optimizer.step()
+    optimizer.zero_grad()
+    return torch.stack((loss, finite.to(loss.dtype)))
