@@ -5,7 +5,6 @@ several: `torchrun --nproc_per_node 2 demo.py --model_parallel_size 2 --runs FOL
 """
 
 import argparse
-from contextlib import nullcontext
 
 from lavin.runtime import distributed
 from lavin.runtime.console import is_main_process, print_rank0
@@ -66,11 +65,14 @@ def main(args) -> None:
                         "one process only")
     talk = choose_interface(args)
     bot = load_chatbot(args)
-    if not is_main_process():
-        bot.follow()
+    settings = Settings(args.max_new_tokens, args.generation_temperature, args.top_p)
+    if not isinstance(bot, DistributedChatbot):
+        talk(bot, settings)
+    elif is_main_process():
+        with bot.leading():
+            talk(bot, settings)
     else:
-        with bot.leading() if distributed.model_parallel_size > 1 else nullcontext():
-            talk(bot, Settings(args.max_new_tokens, args.generation_temperature, args.top_p))
+        bot.follow()
     distributed.close()
 
 

@@ -19,10 +19,10 @@ from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import write_json, write_json_lines
 from util.data.datasets import load_scienceqa
 from util.data.images import load_images
-from util.data.prompts import answer_text, build_prompt, parse_answer
+from util.data.prompts import answer_text, build_prompt, is_answered, parse_answer
 from util.flags import caption_path, check_counts, shared_flags
 from util.scoring import COLUMNS, score
-from util.trained_model import load_model
+from util.trained_model import load_model, results_folder
 
 MAX_ANSWER_TOKENS = 64  # in formats that begin with the answer; in others, --max_seq_len
 
@@ -69,11 +69,11 @@ def generate_batch(model, tokenizer, batch: list[EvalQuestion], args) -> list[tu
     """For each question: the text, the option index, and whether the text names it; if not, the most likely one."""
     examples = [tokenizer.example(question.prompt, None, question.image, model.adapter.n_prompt) for question in batch]
     max_new_tokens = MAX_ANSWER_TOKENS if answers_first(args.prompt_format) else args.max_seq_len
-    texts = generate(model, tokenizer, examples, max_new_tokens, lambda text: parse_answer(text, 26) is not None,
-                     args.generation_temperature, args.top_p, [question.seed for question in batch])
+    texts = generate(model, tokenizer, examples, max_new_tokens, is_answered, args.generation_temperature, args.top_p,
+                     [question.seed for question in batch])
     predictions = [parse_answer(text, question.n_choices) for text, question in zip(texts, batch, strict=True)]
     # scores the whole batch, not only the unparsed questions, so that the model's session can be reused
-    fallbacks = next(most_likely_options(model, tokenizer, [batch])) if None in predictions else predictions
+    fallbacks = next(most_likely_options(model, tokenizer, [batch])) if None in predictions else [0] * len(batch)
     return [(text, fallback if prediction is None else prediction, prediction is not None)
             for text, prediction, fallback in zip(texts, predictions, fallbacks, strict=True)]
 
@@ -125,9 +125,7 @@ def score_table(scores: dict) -> str:
 
 
 def main(args) -> None:
-    if not args.adapter_path and not args.output_dir:
-        raise UserError("without --adapter_path the untuned base is scored: name a folder for its results with "
-                        "--output_dir")
+    folder = results_folder(args)
     check_counts(args, "max_batch_size")
     torch.manual_seed(args.seed)
     model, tokenizer, path = load_model(args)
@@ -140,7 +138,6 @@ def main(args) -> None:
     answers_by_rank = distributed.gather_data_parallel(answer_questions(model, tokenizer, data, images, args))
     by_qid = {answer["qid"]: answer for answers in answers_by_rank for answer in answers}
     if is_main_process():
-        folder = Path(args.output_dir) if args.output_dir else path.parent
         scores = write_results(folder, [by_qid[qid] for qid in data.problems], data, args, path)
         print_rank0(score_table(scores))
         print_rank0(f"{scores['parse_failures']} answers named no option, "

@@ -5,7 +5,6 @@ Writes mme_answers.jsonl and mme_scores.json to the run's folder. Adapter flags 
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
@@ -19,7 +18,7 @@ from util.data.images import IMAGE_ERRORS, load_image
 from util.data.mme import Pair, is_decided, load_mme, read_answer, score
 from util.data.prompts import instruction_prompt
 from util.flags import check_counts
-from util.trained_model import load_model
+from util.trained_model import load_model, results_folder
 
 MAX_ANSWER_TOKENS = 20  # generation stops earlier, as soon as the answer is decided
 
@@ -50,7 +49,8 @@ def answer_pairs(model, tokenizer, pairs: list[Pair], args) -> list[tuple[int, d
     answers = []
     with progress_bar(None, "pictures", total=len(local_pairs), unit="picture") as bar:
         for start in range(0, len(local_pairs), batch_size):
-            indices, batch = zip(*local_pairs[start:start + batch_size], strict=True)
+            indexed_batch = local_pairs[start:start + batch_size]
+            indices, batch = [index for index, _ in indexed_batch], [pair for _, pair in indexed_batch]
             images = load_pair_images(batch, model.vision.image_size, args.num_workers)
             examples = [tokenizer.example(instruction_prompt(question), None, image, model.adapter.n_prompt)
                         for pair, image in zip(batch, images, strict=True) for question in pair.questions]
@@ -74,9 +74,7 @@ def score_table(scores: dict) -> str:
 
 
 def main(args) -> None:
-    if not args.adapter_path and not args.output_dir:
-        raise UserError("without --adapter_path the untuned base is scored: name a folder for its results with "
-                        "--output_dir")
+    folder = results_folder(args)
     check_counts(args, "max_batch_size")
     pairs = load_mme(args.mme_root) if args.mme_root else None  # reports a wrong folder before the model is loaded
     model, tokenizer, path = load_model(args)
@@ -86,7 +84,6 @@ def main(args) -> None:
     if is_main_process():
         indexed_answers = [item for items in answers_by_rank for item in items]
         answers = [answer for _, answer in sorted(indexed_answers, key=lambda item: item[0])]
-        folder = Path(args.output_dir) if args.output_dir else path.parent
         scores = {**score(answers), "checkpoint": path and path.name}
         write_json_lines(folder / "mme_answers.jsonl", answers)
         write_json(folder / "mme_scores.json", scores)

@@ -171,8 +171,9 @@ def main(args) -> None:
             append_log(folder, entry)
             save_adapters(model, checkpoint_path(folder, epoch), epoch=epoch, flags=vars(args),
                           optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            for name in ("train_closs", "train_lr") if events else ():
-                events.add_scalar(name, entry[name] or math.nan, epoch)
+            if events:
+                for name in ("train_closs", "train_lr"):
+                    events.add_scalar(name, entry[name] or math.nan, epoch)
         print_rank0(f"epoch {epoch}: loss {entry['train_closs'] or math.nan:.4f}, "
                     f"{entry['samples_per_s']:.1f} samples/s"
                     + (f", {entry['steps_left_out']} steps left out (not finite)" if entry["steps_left_out"] else ""))

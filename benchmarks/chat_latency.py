@@ -1,7 +1,7 @@
-"""Chat latency at batch 1: the published recipe and ours, on random weights: time to first token, tokens/s.
+"""Chat latency at batch 1, on random weights: time to first token and tokens/s of the published recipe and of ours.
 
-Ours is warmed up as in demo.py. "cold": the first token without `warmup`, as in a program that calls `generate` directly; the
-prompt's length bucket is then new, or runs for the second time and is captured.
+Ours is warmed up as in demo.py. "cold" is the first token without `warmup`, as in a program that calls `generate`
+directly: the median of a prompt length bucket's first call, which runs eagerly, and its second, which captures it.
 
     python benchmarks/chat_latency.py                    # 7B on this GPU
     python benchmarks/chat_latency.py --size tiny        # a smoke test on a CPU, in seconds
@@ -14,27 +14,29 @@ import time
 
 import torch
 
-from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it finds the project
+from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it extends sys.path
+
+# isort: split
 from lavin.fast.speed_up import speed_up
 from lavin.generation.generate import decode, warmup
 from published_recipe import published_answers
 from random_lavin import random_examples, random_lavin, redrawn
 
-SKIPPED_TOKENS = 16  # at the start of an answer, not counted in tokens/s
+SKIPPED_TOKENS = 16  # at the start of an answer, excluded from tokens/s
 
 
 def answer(model, example, n_tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and tokens/s after the first few."""
+    """Seconds to the first token, and tokens/s after SKIPPED_TOKENS."""
     start = time.perf_counter()
     times = []
     for ids in decode(model, [example], n_tokens, lambda logits: logits.argmax(-1)):
-        ids.tolist()  # the chat shows each token as it comes
+        ids.tolist()  # the chat shows every token immediately, so it waits for the GPU at each
         times.append(time.perf_counter() - start)
     return times[0], (n_tokens - SKIPPED_TOKENS) / (times[-1] - times[SKIPPED_TOKENS - 1])
 
 
 def cold_first_token(model, example) -> list[float]:
-    """Seconds to the first token where the prompt's length bucket is new, and where it is captured."""
+    """Seconds to the first token of the first two calls with the prompt's length bucket: eager, then captured."""
     model.session.prefills.clear()
     return [answer(model, example, SKIPPED_TOKENS + 1)[0] for _ in range(2)]
 
@@ -44,15 +46,15 @@ def main(args) -> None:
     cuda = device.type == "cuda"
     bf16, fp16 = (torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.float32)
     print(hardware(device, matmul_peak(device, bf16)), flush=True)
-    rows = []
+    rows: list[dict] = []
 
-    def add(what: str, slow: float, first: float, rate: float) -> None:
-        rows.append({"what": what, "first token, ms": 1000 * first, "cold": 1000 * slow, "tokens/s": rate,
+    def add(what: str, cold: float, first: float, rate: float) -> None:
+        rows.append({"what": what, "first token, ms": 1000 * first, "cold": 1000 * cold, "tokens/s": rate,
                      "GiB": peak_gib(device), "ratio": rate / rows[0]["tokens/s"] if rows else 1.0})
         print(report(rows[-1:]), flush=True)
 
     model = random_lavin(args.size, device, fp16).eval()
-    prompts = random_examples(model, max(args.repeats, 8), 0, answers=False)  # some with pictures
+    prompts = random_examples(model, max(args.repeats, 8), 0, answers=False)  # some with images
     seconds = []
     start_memory(device)
     for n_tokens in (2, 1, 1 + args.tokens):  # the first only warms up
@@ -68,10 +70,11 @@ def main(args) -> None:
         model = speed_up(random_lavin(args.size, device, bf16), bits).eval()
         warmup(model, max(len(prompt.ids) for prompt in prompts) + args.tokens)
         start_memory(device)
-        asked = prompts[-args.repeats:]
-        results = [answer(model, prompt, args.tokens) for prompt in redrawn(model, asked, 1)]
-        slow = statistics.median(seconds for prompt in asked for seconds in cold_first_token(model, prompt))
-        add(f"ours, {bits.replace('16bit', 'bf16')}", slow, *(statistics.median(column) for column in zip(*results)))
+        timed = prompts[-args.repeats:]
+        results = [answer(model, prompt, args.tokens) for prompt in redrawn(model, timed, 1)]
+        cold = statistics.median(first for prompt in timed for first in cold_first_token(model, prompt))
+        first, rate = (statistics.median(column) for column in zip(*results, strict=True))
+        add(f"ours, {bits.replace('16bit', 'bf16')}", cold, first, rate)
     print(report(rows))
 
 

@@ -1,10 +1,10 @@
-"""Evaluation throughput on ScienceQA's test set: the published recipe and ours, on random weights and real lengths.
+"""Evaluation throughput on ScienceQA: the published recipe and ours, on random weights and samples of real lengths.
 
     python benchmarks/eval_throughput.py                 # 7B on this GPU
     python benchmarks/eval_throughput.py --size tiny     # a smoke test on a CPU, in seconds
 
-Random weights never generate `The answer is X.`, so a stand-in for the tokenizer decodes any five tokens as that sentence,
-which has five tokens in LLaMA's vocabulary. Everything else is eval.py's own code.
+Random weights never generate `The answer is X.`, so RandomTokenizer decodes any five tokens as that sentence, which has
+five tokens in LLaMA's vocabulary. Everything else is eval.py's own code.
 """
 
 import argparse
@@ -16,8 +16,10 @@ from types import SimpleNamespace
 
 import torch
 
+from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it extends sys.path
+
+# isort: split
 import eval as evaluation
-from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it finds the project
 from lavin.fast.speed_up import speed_up
 from lavin.tokenizer import IMAGE_SLOT, Example
 from published_recipe import published_answers
@@ -35,8 +37,8 @@ class RandomTokenizer:
     def example(self, prompt: str, answer=None, image=None, n_prompt: int = 6, max_seq_len=None) -> Example:
         rng = random.Random(prompt)
         rows = length_rows()
-        length, _, has_image = rows[zlib.crc32(prompt.encode()) % len(rows)]
-        prefix = [3] * (1 + (TEXT_PREFIX, IMAGE_PREFIX)[image is not None]) + [IMAGE_SLOT] * (n_prompt * (image is not None))
+        length, _, _ = rows[zlib.crc32(prompt.encode()) % len(rows)]
+        prefix = [3] * (1 + TEXT_PREFIX) if image is None else [3] * (1 + IMAGE_PREFIX) + [IMAGE_SLOT] * n_prompt
         ids = prefix + [rng.randrange(3, self.vocab) for _ in range(length - 1)]
         start = len(ids)
         ids += [4, 5, 6, 7 + ord(answer[-2]), 8] if answer else []
@@ -46,13 +48,14 @@ class RandomTokenizer:
         return "The answer is A." if len(ids) >= 5 else ""
 
 
-def questions(model, n: int, seed: int):
-    """n problems with four choices each, and images for 45% of them."""
+def questions(model, n: int, seed: int) -> tuple[SimpleNamespace, dict[str, torch.Tensor]]:
+    """n problems with four choices each, and images, by question id, for 45% of them."""
     rng = random.Random(seed)
     problems = {str(i): {"question": f"{seed} {i}", "choices": list("abcd"), "answer": 0, "hint": "", "lecture": "",
                          "solution": ""} for i in range(n)}
     random_image = image_generator(model, seed)
-    return SimpleNamespace(problems=problems, captions={}), {qid: random_image() for qid in problems if rng.random() < 0.45}
+    images = {qid: random_image() for qid in problems if rng.random() < 0.45}
+    return SimpleNamespace(problems=problems, captions={}), images
 
 
 def main(args) -> None:
@@ -60,7 +63,7 @@ def main(args) -> None:
     cuda = device.type == "cuda"
     bf16, fp16 = (torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.float32)
     print(hardware(device, matmul_peak(device, bf16)), flush=True)
-    rows = []
+    rows: list[dict] = []
 
     def add(what: str, n: int, seconds: float) -> None:
         rows.append({"what": what, "questions": f"{n}", "seconds": seconds, "questions/s": n / seconds,
@@ -86,10 +89,11 @@ def main(args) -> None:
                                        generation_temperature=0.0, top_p=0.75, decode=decode)
             evaluation.answer_questions(model, tokenizer, *questions(model, 2 * args.batch, 0), flags)  # compiles
             start_memory(device)
-            asked = questions(model, args.questions, 1)
+            test_set = questions(model, args.questions, 1)
             start = time.perf_counter()
-            evaluation.answer_questions(model, tokenizer, *asked, flags)
-            add(f"ours, {bits.replace('16bit', 'bf16')}, --decode {decode}", args.questions, time.perf_counter() - start)
+            evaluation.answer_questions(model, tokenizer, *test_set, flags)
+            seconds = time.perf_counter() - start
+            add(f"ours, {bits.replace('16bit', 'bf16')}, --decode {decode}", args.questions, seconds)
     print(report(rows))
 
 
@@ -98,5 +102,5 @@ if __name__ == "__main__":
     parser.add_argument("--size", default="7B")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", default=64, type=int)
-    parser.add_argument("--questions", default=4241, type=int, help="of ours; the published way answers one batch")
+    parser.add_argument("--questions", default=4241, type=int, help="for ours; the published recipe answers one batch")
     main(parser.parse_args())

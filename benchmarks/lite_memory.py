@@ -3,14 +3,16 @@
     python benchmarks/lite_memory.py --size 7B --bits 4bit     # a GPU; 13B too
     python benchmarks/lite_memory.py --size tiny               # a smoke test on a CPU, which measures no memory
 
-Random weights are generated and quantized one by one, as train.py loads its files.
+Random weights are generated and quantized one tensor at a time, as train.py loads its files.
 """
 
 import argparse
 
 import torch
 
-from timing import peak_gib, report, start_memory  # first: it finds the project
+from timing import peak_gib, report, start_memory  # first: it extends sys.path
+
+# isort: split
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.timm_compat import timm
@@ -21,7 +23,7 @@ from train_throughput import our_trainer
 
 
 def random_lite(size: str, bits: str, device, dtype) -> LaVIN:
-    """On a device, or on `meta` for the sizes alone."""
+    """LaVIN with random weights on `device`; on `meta`, only the shapes and dtypes."""
     config, vit = SIZES[size]
     with torch.device("meta"):
         model = LaVIN(config, timm.create_model(num_classes=0, **vit), AdapterConfig())

@@ -1,8 +1,8 @@
 """The published recipe, implemented plainly: the baseline that the benchmarks compare with.
 
-Every sample is padded, attention scores are materialised, the ViT runs on blank images for samples that have none, logits
-are computed at every position, nothing is compiled. Answers are decoded token by token from the end of the batch's shortest
-prompt on, always to the last token. The modules and weights are the same as elsewhere.
+Every sample is padded, attention scores are materialised, the ViT also runs for samples without an image, on a blank
+one, logits are computed at every position, and nothing is compiled. Decoding starts at the end of the batch's shortest
+prompt and never stops early. The modules and weights are the model's own.
 """
 
 import torch
@@ -17,8 +17,8 @@ IGNORE = -100
 class PaddedMetadata:
     """Attention metadata of tokens `start` to `start + T` of B padded sequences, as B * T rows.
 
-    The modality token at position 0 is visible to itself only. cache: keys and values of all earlier positions, by layer;
-    None where there are none.
+    Only the modality token itself attends to position 0. cache: layer -> keys and values of all earlier positions, or
+    None in training.
     """
 
     def __init__(self, n: int, length: int, device, start: int = 0, cache: dict | None = None):
@@ -49,7 +49,7 @@ class PaddedLayer:
 
 
 class PaddedRouting:
-    """Each sequence is routed by its own modality token, at position 0, whose mixtures `cache` keeps for later tokens."""
+    """Routes each sequence by its own modality token, at position 0. cache: its mixtures, kept for later tokens."""
 
     def __init__(self, shape, cache: dict | None = None):
         self.shape, self.cache = shape, cache
@@ -73,7 +73,7 @@ class PaddedLayerRouting:
 
 
 def pad_batch(model: LaVIN, examples: list[Example], length: int):
-    """Ids with room for the modality token [B, length], labels likewise, embeddings [B, length, D]."""
+    """Ids and labels [B, length], embeddings [B, length, D]; position 0 is the modality token's."""
     n, device = len(examples), model.device
     ids = torch.zeros(n, length, dtype=torch.long)
     labels = torch.full((n, length), IGNORE)
@@ -97,14 +97,15 @@ def pad_batch(model: LaVIN, examples: list[Example], length: int):
 def published_loss(model: LaVIN, examples: list[Example], max_seq_len: int) -> torch.Tensor:
     """Mean cross-entropy of a padded micro-batch."""
     ids, labels, x = pad_batch(model, examples, max_seq_len)
-    hidden = model.llama(x.flatten(0, 1), PaddedMetadata(*ids.shape, model.device), PaddedRouting(ids.shape))
+    n, length = ids.shape
+    hidden = model.llama(x.flatten(0, 1), PaddedMetadata(n, length, model.device), PaddedRouting(ids.shape))
     logits = model.llama.output(hidden).unflatten(0, ids.shape)[:, :-1].flatten(0, 1)
     return F.cross_entropy(logits.float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
 @torch.no_grad()
 def published_answers(model: LaVIN, examples: list[Example], new_tokens: int) -> torch.Tensor:
-    """Greedy ids [B, longest prompt + new_tokens]: one token a step, from the end of the shortest prompt on."""
+    """Greedy ids [B, longest prompt + new_tokens]: one token per step, starting at the end of the shortest prompt."""
     lengths = torch.tensor([1 + len(example.ids) for example in examples], device=model.device)
     ids, _, x = pad_batch(model, examples, int(lengths.max()) + new_tokens)
     kv_cache, mixtures, start = {}, {}, 0
@@ -113,7 +114,7 @@ def published_answers(model: LaVIN, examples: list[Example], new_tokens: int) ->
         routing = PaddedRouting(attn_metadata.shape, mixtures)
         hidden = model.llama(x[:, start:end].flatten(0, 1), attn_metadata, routing)
         token = model.llama.output(hidden.unflatten(0, attn_metadata.shape)[:, -1]).float().argmax(-1)
-        is_answer = end >= lengths  # else the prompt's own token stays
+        is_answer = end >= lengths  # longer prompts keep their own token at this position
         ids[is_answer, end] = token[is_answer]
         x[is_answer, end] = model.llama.tok_embeddings(token[is_answer])
         start = end

@@ -1,10 +1,11 @@
-"""Random weights and random samples of real sizes, for the benchmarks."""
+"""Random weights, and random samples of real lengths, for the benchmarks."""
 
 import json
 import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from lavin.model import LaVIN
 from lavin.timm_compat import timm
 from lavin.tokenizer import IMAGE_SLOT, Example
 
-SIZES = {  # LLaMA, ViT
+SIZES: dict[str, tuple[LlamaConfig, dict[str, Any]]] = {  # LLaMA, arguments of timm.create_model
     "7B": (LlamaConfig(4096, 32, 32, 32000, norm_eps=1e-6), {"model_name": "vit_large_patch14_clip_quickgelu_224"}),
     "13B": (LlamaConfig(5120, 40, 40, 32000, norm_eps=1e-6), {"model_name": "vit_large_patch14_clip_quickgelu_224"}),
     "tiny": (LlamaConfig(64, 2, 4, 320, multiple_of=32),
@@ -41,18 +42,18 @@ def random_lavin(size: str, device, dtype, dropout: float = 0.1) -> LaVIN:
 
 @cache
 def length_rows() -> list[tuple[int, int, int]]:
-    """[prompt tokens with BOS, all tokens with BOS and EOS, has image] of 150 real problems."""
+    """For 150 real problems: [prompt tokens with BOS, all tokens with BOS and EOS, has an image]."""
     return json.loads(Path(__file__).with_name("token_lengths.json").read_text())["rows"]
 
 
 def image_generator(model: LaVIN, seed: int) -> Callable[[], torch.Tensor]:
-    """A new random image at each call, from a separate generator, so that dropout does not change them."""
+    """Returns a new random image at each call, from its own generator, so that dropout does not change the images."""
     generator, size = torch.Generator().manual_seed(seed), model.vision.image_size
     return lambda: torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
 
 
 def redrawn(model: LaVIN, examples: list[Example], seed: int) -> list[Example]:
-    """Examples of the same lengths and image positions, with other tokens and pixels."""
+    """Examples of the same lengths and image positions, with new random tokens and pixels."""
     rng, vocab, random_image = random.Random(seed), model.llama.config.vocab_size, image_generator(model, seed)
     return [Example([i if i == IMAGE_SLOT else rng.randrange(3, vocab) for i in example.ids], example.answer_start,
                     None if example.image is None else random_image()) for example in examples]
@@ -60,7 +61,7 @@ def redrawn(model: LaVIN, examples: list[Example], seed: int) -> list[Example]:
 
 def random_examples(model: LaVIN, n: int, seed: int, max_seq_len: int = 512, full: bool = False, answers: bool = True
                     ) -> list[Example]:
-    """n samples of real lengths, or (`full`) all of max_seq_len tokens with an image; tokens and pixels are random."""
+    """n random samples of real lengths; with `full`, each has max_seq_len tokens and an image."""
     rng, vocab, random_image = random.Random(seed), model.llama.config.vocab_size, image_generator(model, seed)
     examples = []
     for prompt, total, has_image in rng.choices(length_rows(), k=n):
@@ -71,5 +72,6 @@ def random_examples(model: LaVIN, n: int, seed: int, max_seq_len: int = 512, ful
         ids = token(1 + n_prefix) + [IMAGE_SLOT] * (model.adapter.n_prompt * has_image)
         start = len(ids) + prompt - 1
         ids += token((total if answers else prompt) - 1)
-        examples.append(Example(ids[:max_seq_len - 1], min(start, max_seq_len - 1), random_image() if has_image else None))
+        image = random_image() if has_image else None
+        examples.append(Example(ids[:max_seq_len - 1], min(start, max_seq_len - 1), image))
     return examples

@@ -3,10 +3,10 @@
     python benchmarks/scaling.py                                            # 7B on this host's GPUs
     python benchmarks/scaling.py --size tiny --device cpu --processes 1 2   # a smoke test
 
-Each row is a separate torchrun. All processes generate the same frozen weights, adapters and samples of real lengths, and
-there is no dropout, so all rows should give the same losses and answers. "losses differ" is the largest relative difference
-to one process in the first steps; "adapters differ" is that of all trained parameters after them, and larger, since AdamW
-takes full-size steps even for gradients that are only rounding errors.
+Each row is a separate torchrun. All processes generate the same frozen weights, adapters and samples, and there is no
+dropout, so all rows should give the same losses and answers, up to rounding. "losses differ" is the largest relative
+difference to one process in the first steps. "adapters differ" is the relative difference of all trained parameters
+after these steps; it is larger, since AdamW takes full-size steps even where a gradient is only rounding error.
 """
 
 import argparse
@@ -21,9 +21,11 @@ from pathlib import Path
 
 import torch
 
+from timing import peak_gib, report, start_memory, step_seconds  # first: it extends sys.path
+
+# isort: split
 import eval as evaluation
 import train  # noqa: F401, sets CUDA's environment variables
-from timing import peak_gib, report, start_memory, step_seconds  # first: it finds the project
 from eval_throughput import RandomTokenizer, questions
 from lavin.fast.speed_up import speed_up
 from lavin.mm_adapter import AdapterConfig
@@ -41,7 +43,7 @@ EFFECTIVE_BATCH = 32
 
 
 class RandomTensors(Mapping):
-    """Random frozen weights; each has its own seed, so they are the same in every process."""
+    """Name -> random frozen weight, seeded by its name, so that all processes get the same."""
 
     def __init__(self, parameters: dict, device):
         self.shapes, self.device = {name: shape for name, (_, shape) in parameters.items()}, device
@@ -54,7 +56,8 @@ class RandomTensors(Mapping):
 
     def __getitem__(self, name):
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
-        return torch.empty(self.shapes[name], device=self.device).normal_(float("norm" in name), 0.02, generator=generator)
+        weight = torch.empty(self.shapes[name], device=self.device)
+        return weight.normal_(float("norm" in name), 0.02, generator=generator)
 
 
 def seeded_lavin(size: str, device, dtype) -> LaVIN:
@@ -63,7 +66,7 @@ def seeded_lavin(size: str, device, dtype) -> LaVIN:
     torch.manual_seed(0)
     with torch.device("meta"):
         model = LaVIN(config, timm.create_model(num_classes=0, **vit), AdapterConfig(dropout_prob=0.0))
-    tensors = RandomTensors(frozen_parameters(model.llama), device)
+    tensors: Mapping = RandomTensors(frozen_parameters(model.llama), device)
     if distributed.model_parallel_size > 1:
         from lavin.weights.tensor_parallel import ShardedTensors, shard_model
         shard_model(model)
@@ -74,8 +77,8 @@ def seeded_lavin(size: str, device, dtype) -> LaVIN:
     return speed_up(model.to(device))
 
 
-def training(args, model, rank: int, world: int) -> dict:
-    """Losses and adapters of the first steps; samples/s at the effective batch, and at that batch on every GPU."""
+def measure_training(args, model, rank: int, world: int) -> dict:
+    """Losses and adapters of the first steps; samples/s at the effective batch, and at that batch on each GPU."""
     parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = make_optimizer(model, argparse.Namespace(lr=1e-3, weight_decay=0.02))
     scaler = torch.amp.GradScaler(model.device.type, enabled=False)
@@ -92,46 +95,52 @@ def training(args, model, rank: int, world: int) -> dict:
     rates = []
     for n in (EFFECTIVE_BATCH, EFFECTIVE_BATCH * world):
         samples = [random_examples(model, n, 100 + i) for i in range(args.warm_up + args.repeats)]
-        rates.append(n / step_seconds(lambda i: step(samples[i]), model.device, args.repeats, args.warm_up))
+        seconds = step_seconds(lambda i, s=samples: step(s[i]), model.device, args.repeats, args.warm_up)
+        rates.append(n / seconds)
     zero = torch.zeros((), device=model.device)
-    summing = step_seconds(lambda i: distributed.all_reduce_gradients(parameters, zero), model.device, args.repeats, 2)
-    return {"losses": losses.cpu(), "adapters": adapters, "rates": rates, "sum": summing, "GiB": peak_gib(model.device)}
+    all_reduce = step_seconds(lambda i: distributed.all_reduce_gradients(parameters, zero), model.device, args.repeats,
+                              warm_up=2)
+    return {"losses": losses.cpu(), "adapters": adapters, "rates": rates, "all_reduce": all_reduce,
+            "GiB": peak_gib(model.device)}
 
 
-def answering(args, model) -> dict:
-    """Questions/s of all processes together, and every question's answer."""
+def measure_evaluation(args, model) -> dict:
+    """Questions/s of all processes together, and the prediction for every question."""
     tokenizer = RandomTokenizer(model.llama.config.vocab_size)
     flags = argparse.Namespace(prompt_format="QCM-ALE", max_seq_len=512, max_batch_size=64, seed=0, top_p=0.75,
                                generation_temperature=0.0, decode="score")
     predictions = {}
     for seed, n in ((1, 128), (0, args.questions)):  # the first compiles
-        asked = questions(model, n, seed)
+        test_set = questions(model, n, seed)
         distributed.all_gather_object(None)  # a barrier
         start = time.perf_counter()
-        shares = distributed.gather_data_parallel(evaluation.answer_questions(model.eval(), tokenizer, *asked, flags))
+        local_answers = evaluation.answer_questions(model.eval(), tokenizer, *test_set, flags)
+        gathered = distributed.gather_data_parallel(local_answers)
         seconds = time.perf_counter() - start
-        predictions = {answer["qid"]: answer["prediction"] for share in shares for answer in share}
+        predictions = {answer["qid"]: answer["prediction"] for answers in gathered for answer in answers}
     return {"rate": args.questions / seconds, "predictions": predictions}
 
 
 def work(args) -> None:
-    """One process of a row."""
+    """Runs in each process of a row: measures, and rank 0 saves the results to args.out."""
     rank, world, local_rank = distributed.init(args.shared)
     device = choose_device(args.device, local_rank)
     model = seeded_lavin(args.size, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    answers = answering(args, model)  # before training: of the same adapters in all rows
-    results = {**training(args, model, rank, world), **answers}
+    evaluated = measure_evaluation(args, model)  # before training, while the adapters are the same in all rows
+    results = {**measure_training(args, model, rank, world), **evaluated}
     if is_main_process():
         torch.save(results, args.out)
     distributed.close()
 
 
 def measure(args, processes: int, shared: int) -> dict:
-    """A row's results, from a separate torchrun."""
+    """A row's results, from a separate torchrun. shared: processes that share one model."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.pt"
-        flags = [f"--{name}={value}" for name, value in vars(args).items() if name != "processes" and value is not None]
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+        flags = [f"--{name}={value}" for name, value in vars(args).items()
+                 if name != "processes" and value is not None]
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                        "--nproc_per_node", str(processes),
                         __file__, *flags, f"--out={out}", f"--shared={shared}"], check=True)
         return torch.load(out)
 
@@ -144,10 +153,11 @@ def main(args) -> None:
         first = first or results
         rows.append({
             "what": f"one model on {processes}" if shared > 1 else f"{processes}, a model each",
-            f"samples/s, {EFFECTIVE_BATCH} a step": results["rates"][0], "ratio": results["rates"][0] / first["rates"][0],
+            f"samples/s, {EFFECTIVE_BATCH} a step": results["rates"][0],
+            "ratio": results["rates"][0] / first["rates"][0],
             f"{EFFECTIVE_BATCH} a model": results["rates"][1], "ratio ": results["rates"][1] / first["rates"][1],
-            "all-reduce, ms": 1000 * results["sum"], "questions/s": results["rate"], "ratio  ": results["rate"] / first["rate"],
-            "GiB": results["GiB"],
+            "all-reduce, ms": 1000 * results["all_reduce"],
+            "questions/s": results["rate"], "ratio  ": results["rate"] / first["rate"], "GiB": results["GiB"],
             "losses differ": f"{((results['losses'] - first['losses']).abs() / first['losses']).max():.1e}",
             "adapters differ": f"{(results['adapters'] - first['adapters']).norm() / first['adapters'].norm():.1e}",
             "answers differ": f"{sum(results['predictions'][qid] != p for qid, p in first['predictions'].items())}"})
@@ -160,7 +170,7 @@ if __name__ == "__main__":
     parser.add_argument("--size", default="7B", choices=SIZES)
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--steps", default=20, type=int, help="whose losses are compared")
+    parser.add_argument("--steps", default=20, type=int, help="steps whose losses are compared")
     parser.add_argument("--repeats", default=8, type=int)
     parser.add_argument("--warm_up", default=3, type=int)
     parser.add_argument("--questions", default=1024, type=int)

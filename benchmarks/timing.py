@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: timing with GPU events, peak matmul rate, peak memory, the printed table."""
+"""Shared by the benchmarks: timing with CUDA events, peak matmul rate, peak memory, the printed table."""
 
 import statistics
 import sys
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project, whatever the working directory
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder
 from lavin.runtime.console import format_table
 
 
 def mark(device):
-    """A timestamp in the device's queue: a CUDA event, or on a CPU the time in seconds."""
+    """A timestamp in the device's stream: a CUDA event, or on a CPU the time in seconds."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -29,7 +29,7 @@ def seconds_between(first, last) -> float:
 
 
 def step_seconds(step, device, steps: int, warm_up: int) -> float:
-    """Median seconds of step(i), run back to back, after `warm_up` untimed ones."""
+    """Median seconds per step(i), run back to back, after `warm_up` untimed steps."""
     marks = []
     for i in range(warm_up + steps):
         step(i)
@@ -39,7 +39,7 @@ def step_seconds(step, device, steps: int, warm_up: int) -> float:
 
 
 def matmul_peak(device, dtype) -> float:
-    """FLOP/s of a large square matmul of new random matrices, median of ten."""
+    """FLOP/s of a large square matmul: median of ten, each of other random matrices."""
     n = 8192 if device.type == "cuda" else 512
     pairs = [[torch.randn(n, n, device=device, dtype=dtype) for _ in range(2)] for _ in range(13)]
     return 2 * n**3 / step_seconds(lambda i: pairs[i][0] @ pairs[i][1], device, 10, 3)

@@ -1,4 +1,4 @@
-"""Training throughput: the published recipe and ours, on random weights and real lengths.
+"""Training throughput: the published recipe and ours, on random weights and samples of real lengths.
 
     python benchmarks/train_throughput.py                # 7B on this GPU
     python benchmarks/train_throughput.py --size tiny    # a smoke test on a CPU, in seconds
@@ -10,8 +10,10 @@ import math
 
 import torch
 
+from timing import hardware, matmul_peak, peak_gib, report, start_memory, step_seconds  # first: it extends sys.path
+
+# isort: split
 import train  # noqa: F401, sets CUDA's environment variables
-from timing import hardware, matmul_peak, peak_gib, report, start_memory, step_seconds  # first: it finds the project
 from lavin.fast.speed_up import speed_up
 from lavin.model import pack
 from published_recipe import published_loss
@@ -21,29 +23,31 @@ from util.training.optimizer import make_optimizer, optimizer_step
 
 
 def frozen_weights(model) -> dict[str, int]:
+    """Number of frozen matrix parameters of each part of the model."""
     count = lambda module: sum(p.numel() for name, p in module.named_parameters()  # noqa: E731
                                if p.ndim > 1 and "adapter" not in name)
     return {"layers": count(model.llama.layers), "head": model.llama.output.weight.numel(),
             "vit": count(model.vision.vit.blocks)}
 
 
-def frozen_flops(weights: dict[str, int], patches: int, batch) -> float:
-    """FLOPs that every implementation needs in one step: forward pass and input gradient of the frozen matrices.
+def frozen_flops(weights: dict[str, int], positions: int, batch) -> float:
+    """FLOPs that no implementation can avoid in one step: forward pass and input gradient of the frozen matrices.
 
-    4 x parameters x tokens, for LLaMA's layers at every token, its head at answer tokens, the ViT at patch positions.
+    4 x parameters x tokens: LLaMA's layers at every token, its head at answer tokens, the ViT at all positions of every
+    image. positions: of one image.
     """
     n_images = 0 if batch.images is None else len(batch.images)
     return 4 * (weights["layers"] * sum(batch.lengths) + weights["head"] * len(batch.targets)
-                + weights["vit"] * patches * n_images)
+                + weights["vit"] * positions * n_images)
 
 
-def trained(model) -> list:
+def trained_parameters(model) -> list:
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def published_trainer(model):
-    """The published training loop: fp16 with loss scaling, reading the loss at every step."""
-    parameters = trained(model)
+    """The published training loop: fp16 with loss scaling; reads the loss at every step."""
+    parameters = trained_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
 
@@ -59,8 +63,8 @@ def published_trainer(model):
 
 
 def our_trainer(model):
-    """train.py's step."""
-    parameters = trained(model)
+    """train.py's optimizer step, with all samples in one pass."""
+    parameters = trained_parameters(model)
     optimizer = make_optimizer(model, argparse.Namespace(lr=1e-4, weight_decay=0.02))
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
 
@@ -73,7 +77,7 @@ def our_trainer(model):
 
 
 class Benchmark:
-    """The rows of the table; the first one is the baseline of the ratios."""
+    """Measures the rows of the table; ratios are to the first one."""
 
     def __init__(self, args):
         self.args, self.device, self.rows = args, torch.device(args.device), []
@@ -83,29 +87,29 @@ class Benchmark:
         print(hardware(self.device, self.peak), flush=True)
 
     def model(self, dtype, bits: str | None = None):
-        """bits: None is the plain model, else speed_up's."""
-        gc.unfreeze()  # the model before this one
+        """A new random model. bits: as in `speed_up`; None leaves the model plain."""
+        gc.unfreeze()  # so that the previous model is freed
         gc.collect()
         torch.compiler.reset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         model = random_lavin(self.args.size, self.device, dtype).train()
-        self.weights, self.patches = frozen_weights(model), model.vision.vit.pos_embed.shape[1]
+        self.weights, self.positions = frozen_weights(model), model.vision.vit.pos_embed.shape[1]
         return speed_up(model, bits) if bits else model
 
     def measure(self, what: str, model, step, n: int, full: bool = False) -> None:
         total = self.args.steps + self.args.warm_up
         samples = [random_examples(model, n, 1000 * n + i, full=full) for i in range(total)]
         batches = [pack(s) for s in samples[self.args.warm_up:]]
-        flops = sum(frozen_flops(self.weights, self.patches, batch) for batch in batches) / len(batches)
+        flops = sum(frozen_flops(self.weights, self.positions, batch) for batch in batches) / len(batches)
         step(samples[0])  # compiles
         gc.collect()
         start_memory(self.device)
-        for some in samples:  # captures every bucket, which allocates its memory for good
-            step(some)
-        samples = [redrawn(model, some, i) for i, some in enumerate(samples)]
+        for batch_samples in samples:  # captures every bucket: each keeps the memory that it allocates
+            step(batch_samples)
+        samples = [redrawn(model, batch_samples, i) for i, batch_samples in enumerate(samples)]
         gc.collect()
-        gc.freeze()  # as train.py
+        gc.freeze()  # as in train.py
         seconds = step_seconds(lambda i: step(samples[i]), self.device, self.args.steps, self.args.warm_up)
         self.rows.append({
             "what": what, "samples": f"{n}", "ms a step": 1000 * seconds, "samples/s": n / seconds,
@@ -115,13 +119,14 @@ class Benchmark:
         print(report(self.rows[-1:]), flush=True)
 
 
-def profile(step, samples, device) -> None:
+def print_kernels(step, samples, device) -> None:
+    """Profiles one step and prints its kernels."""
     from torch.profiler import ProfilerActivity, profile
     step(samples)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step(samples)
         torch.cuda.synchronize(device)
-    print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
+    print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
 
 
 def main(args) -> None:
@@ -129,7 +134,7 @@ def main(args) -> None:
 
     model = bench.model(bench.fp16)
     bench.measure("published recipe, fp16", model, published_trainer(model), 4)
-    torch.use_deterministic_algorithms(True)  # as train.py, and not as the published code
+    torch.use_deterministic_algorithms(True)  # as train.py does, unlike the published code
     torch.utils.deterministic.fill_uninitialized_memory = False
     bench.measure("ours, plain, fp16", model, our_trainer(model), 8)
     model = None
@@ -146,13 +151,13 @@ def main(args) -> None:
     bench.measure("ours, bf16", model, step, 8)
     bench.measure("ours, bf16", model, step, args.samples)
     if args.profile:
-        profile(step, random_examples(model, args.samples, 7), bench.device)
+        print_kernels(step, random_examples(model, args.samples, 7), bench.device)
     model = step = None
     model = bench.model(bench.bf16, "fp8")
     step = our_trainer(model)
     bench.measure("ours, fp8", model, step, args.samples)
     if args.profile:
-        profile(step, random_examples(model, args.samples, 7), bench.device)
+        print_kernels(step, random_examples(model, args.samples, 7), bench.device)
     print(report(bench.rows))
 
 
@@ -160,7 +165,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="7B")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--samples", default=32, type=int, help="of a step, in one pass")
+    parser.add_argument("--samples", default=32, type=int, help="samples per step, all in one pass")
     parser.add_argument("--steps", default=10, type=int)
     parser.add_argument("--warm_up", default=4, type=int)
     parser.add_argument("--profile", action="store_true", help="list the kernels of one bf16 and one fp8 step")

@@ -15,7 +15,7 @@ HAS_TRITON = find_spec("triton") is not None  # installed with torch's GPU build
 
 
 class VarlenMetadata:
-    """Where the documents of a packed row lie. Each token attends to the earlier tokens of its own document, and itself.
+    """Document boundaries of a packed row. Each token attends to its own document's tokens up to itself.
 
     lengths: tokens of each document. position_offsets: rotary position of each document's first token (default 0).
     """

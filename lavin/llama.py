@@ -2,8 +2,9 @@
 
 Notable:
 - The documents of a batch are concatenated into one packed row of tokens [N, D]; nothing is padded.
-- The decoder does not know what a token attends to: every layer passes its query, key and value to the batch's attention
-  metadata, which holds the document boundaries (lavin/attention.py) or a KV cache (lavin/generation/kv_cache.py).
+- The decoder does not know what a token attends to: every layer passes its query, key and value to the batch's
+  attention metadata, which holds the document boundaries (lavin/attention.py) or a KV cache
+  (lavin/generation/kv_cache.py).
 - Names and layouts are Meta's: `wq wk wv wo`, `w1 w2 w3`, rotary embeddings on adjacent pairs.
 
 Touvron et al. 2023, arXiv 2302.13971; rotary embeddings: Su et al. 2021, arXiv 2104.09864.
@@ -24,8 +25,8 @@ LAYERS_PER_CALL = 2  # one compiled call (less host overhead), and one unit of g
 class RopeScaling:
     """Llama 3.1's rope scaling (Dubey et al. 2024, arXiv 2407.21783).
 
-    Frequencies with fewer than `low_freq_factor` periods in `original_context` tokens are divided by `factor`, those with
-    more than `high_freq_factor` stay, and those between are interpolated.
+    Frequencies with fewer than `low_freq_factor` periods in `original_context` tokens are divided by `factor`, those
+    with more than `high_freq_factor` stay, and those between are interpolated.
     """
 
     factor: float
@@ -163,8 +164,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One decoder layer. Subclasses may change the inputs of attention and feed-forward (lavin/mm_adapter.py).
 
-    drop_path: probability of dropping a residual branch for a whole document in training (stochastic depth, Huang et al.
-    2016, arXiv 1603.09382). routing: passed through to the subclass, unused here.
+    drop_path: probability of dropping a residual branch for a whole document in training (stochastic depth, Huang et
+    al. 2016, arXiv 1603.09382). routing: passed through to the subclass, unused here.
     """
 
     def __init__(self, config: LlamaConfig, drop_path: float = 0.0):

@@ -1,7 +1,7 @@
 """Cross-entropy of the answer tokens under a frozen output matrix, without materialising all logits.
 
-The output matrix needs no gradient, so the gradient of the hidden states can be computed along with the loss: the forward
-pass handles CHUNK_TOKENS tokens at a time, and the backward pass only scales what it kept.
+The output matrix needs no gradient, so the gradient of the hidden states can be computed along with the loss: the
+forward pass handles CHUNK_TOKENS tokens at a time, and the backward pass only scales what it kept.
 """
 
 import torch
@@ -41,7 +41,7 @@ class AnswerLoss(torch.autograd.Function):
 
 
 def answer_loss(hidden, weight, targets, loss_weights, cross_entropy=cross_entropy):
-    """Sum of loss_weights * cross-entropy, float32. hidden [M, D], weight [V, D], targets [M], loss_weights [M] float32.
+    """hidden [M, D], weight [V, D], targets [M], loss_weights [M] -> sum of weighted cross-entropies, float32.
 
     cross_entropy: the function above or a compiled version of it (lavin/fast/speed_up.py).
     """

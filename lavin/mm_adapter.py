@@ -1,10 +1,10 @@
 """Mixture-of-Modality Adaptation: the adapters, their router, and how both enter a decoder and a ViT.
 
 Notable:
-- Parameters are stored as the 1x1 convolutions of the published checkpoints, and applied as two matrix products: down to
-  z [N, r], then both experts, their mixture, their biases and the residual at once as `x + u U^T`, with u [N, 2r + 2].
-- The decoder's router reads the two modality tokens, rows 0 and 1 of the packed row. So each layer's mixture depends only
-  on the modality and the parameters, and can be cached for generation (`Routing`).
+- Parameters are stored as the 1x1 convolutions of the published checkpoints, but applied as two matrix products: down
+  to z [N, r], then both experts, their mixture, biases and residual at once as `x + u U^T`, with u [N, 2r + 2].
+- The decoder's router reads the two modality tokens, rows 0 and 1 of the packed row. So each layer's mixture depends
+  only on the modality and the parameters, and can be cached for generation (`Routing`).
 
 LaVIN: Luo et al. 2023, arXiv 2305.15023; RepAdapter: Luo et al. 2023, arXiv 2302.08106.
 """
@@ -97,9 +97,9 @@ class RepAdapter(nn.Module):
         return z
 
     @staticmethod
-    def add_up_projection(x, u: list, up):
-        """x + s u U^T; u: its columns [N, .], up: s U [D, .]."""
-        u = torch.cat(u, 1)
+    def add_up_projection(x, u_columns: list, up):
+        """x + s u U^T; u_columns: of u [N, 2r + 2], up: s U [D, .]."""
+        u = torch.cat(u_columns, 1)
         return x + F.linear(F.pad(u, (0, up.shape[1] - u.shape[1])), up)
 
     def forward(self, x):
@@ -133,7 +133,7 @@ class RepAdapterRouter(RepAdapter):
         return [dense_weight(self.conv_B), dense_weight(self.conv_D), self.conv_B.bias[:, None],
                 self.conv_D.bias[:, None]]
 
-    def forward(self, x, mixture, projections=None):
+    def forward(self, x, mixture, projections=None):  # type: ignore[override]
         """x [N, D], mixture [N, 2] -> [N, D]. projections: `self.projections(x.dtype)`, where already computed."""
         *down, up = projections or self.projections(x.dtype)
         z, w = self.down_project(x, *down), mixture.to(x.dtype)
@@ -146,8 +146,8 @@ class Routing:
 
     one_hot [N, 2] float32: each row's modality. A matrix product with it selects mixtures, and its gradient is
     deterministic, unlike that of indexing.
-    cache: one dict a layer, adapter name -> (mixtures [2, 2], *projections). Missing entries are computed from rows 0 and 1,
-    which must then be the two modality tokens, and stored. None: always computed, never stored (training).
+    cache: one dict a layer, adapter name -> (mixtures [2, 2], *projections). Missing entries are computed from rows 0
+    and 1, which must then be the two modality tokens, and stored. None: always computed, never stored (training).
     """
 
     one_hot: torch.Tensor
@@ -159,7 +159,7 @@ class Routing:
         return cls(F.one_hot(modality, 2).float(), cache)
 
     def for_layer(self, layer: int):
-        return LayerRouting(self.one_hot, self.cache and self.cache[layer])
+        return LayerRouting(self.one_hot, None if self.cache is None else self.cache[layer])
 
 
 @dataclass

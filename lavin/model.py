@@ -6,7 +6,9 @@ Notable:
 - Parameters with `adapter` in their name are trained; all others are frozen, in the compute dtype.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,9 +73,10 @@ class LaVIN(nn.Module):
     def __init__(self, config: LlamaConfig, vit: nn.Module, adapter: AdapterConfig, drop_path: float = 0.0):
         super().__init__()
         self.adapter = adapter
-        self.answer_loss = answer_loss  # replaced in lavin/fast/speed_up.py and lavin/weights/tensor_parallel.py
+        # replaced in lavin/fast/speed_up.py and lavin/weights/tensor_parallel.py
+        self.answer_loss: Callable = answer_loss
         self.use_cuda_graphs = False  # in generation; set in lavin/fast/speed_up.py
-        self.session = None  # the latest generation session (lavin/generation/generate.py)
+        self.session: Any = None  # the latest generation session (lavin/generation/generate.py)
         self.llama = Llama(config, make_adapted_block(adapter, config.n_layers, drop_path))
         adapt_vit(vit, adapter)
         self.vision = VisionEncoder(vit, adapter.n_prompt)

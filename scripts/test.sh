@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them in two processes; arguments go to pytest (-n 0: in one).
+# Installs what the tests need, lints and type-checks, then runs the tests in two processes; arguments go to pytest
+# (-n 0: in one process).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh requirements-test.txt
+ruff check .
+mypy
 python -m pytest -q -n 2 --dist loadfile "$@"

@@ -1,4 +1,4 @@
-"""What many tests need, made once a session: a tokenizer, a base in the real formats, a small ScienceQA, a run."""
+"""Session-wide fixtures: a tokenizer, tiny base weights in the real file formats, and a small ScienceQA."""
 
 import json
 import random
@@ -11,38 +11,38 @@ from PIL import Image
 
 from lavin.llama import Llama, LlamaConfig
 from lavin.tokenizer import Tokenizer
-from tiny import IMAGE_SIZE, problem, sharpen, tiny_vit
+from tiny import IMAGE_SIZE, perturb_weights, problem, tiny_vit
 
-torch.set_num_threads(1)  # with models this small, threads would only wait for one another
+torch.set_num_threads(1)  # with models this small, synchronizing threads costs more than it saves
 
 
 def pytest_collection_modifyitems(items):
-    """The longest file first: other processes take the rest meanwhile."""
+    """Start the slowest file first, so that other pytest-xdist workers run the rest in the meantime."""
     items.sort(key=lambda item: item.path.name != "test_learning.py")
 
 
-REAL = Path(__file__).parents[2] / "shared" / "scienceqa"
+REAL_SCIENCEQA = Path(__file__).parents[2] / "shared" / "scienceqa"
 
 
 @pytest.fixture(scope="session")
 def real_scienceqa():
-    """Folder of the 150 real problems, which are not part of the project."""
-    if not REAL.is_dir():
-        pytest.skip(f"no {REAL}")
-    return REAL
+    """Folder with 150 real ScienceQA problems; it is not part of the repository."""
+    if not REAL_SCIENCEQA.is_dir():
+        pytest.skip(f"no {REAL_SCIENCEQA}")
+    return REAL_SCIENCEQA
 
 
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory):
-    """A SentencePiece BPE with LLaMA's options and ids, trained on invented lines."""
+    """A SentencePiece BPE model with LLaMA's options and special ids, trained on made-up sentences."""
     import sentencepiece
     rng = random.Random(0)
     nouns = "pond river magnet lizard cloud bridge teacher sentence map island".split()
     verbs = "reaches pulls warms crosses names follows".split()
     lines = [f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} on day {rng.randrange(100)}."
              for _ in range(250)]
-    lines += [f"Question: Which {rng.choice(nouns)} {rng.choice(verbs)} first?\\nContext: N/A\\nOptions: (A) one (B) two"
-              f" (C) three\\nResponse:The answer is {rng.choice('ABCDE')}. BECAUSE: it is." for _ in range(150)]
+    lines += [f"Question: Which {rng.choice(nouns)} {rng.choice(verbs)} first?\\nContext: N/A\\nOptions: (A) one"
+              f" (B) two (C) three\\nResponse:The answer is {rng.choice('ABCDE')}. BECAUSE: it is." for _ in range(150)]
     lines += ["Image: N/A", "Image: "] * 20
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "lines.txt").write_text("\n".join(lines))
@@ -78,7 +78,7 @@ def write_base(folder: Path, tokenizer_file: Path) -> Base:
               "vocab_size": -1}
     (base.weights / "tiny" / "params.json").write_text(json.dumps(params))
     llama = Llama(LlamaConfig.from_params(params, Tokenizer(tokenizer_file).n_words))
-    sharpen(llama)
+    perturb_weights(llama)
     torch.save({**llama.state_dict(), "rope.freqs": torch.zeros(4)}, base.weights / "tiny" / "consolidated.00.pth")
     base.vision.mkdir()
     (base.vision / "config.json").write_text(json.dumps({
@@ -94,8 +94,8 @@ def base(tmp_path_factory, tokenizer_file) -> Base:
     return write_base(tmp_path_factory.mktemp("base"), tokenizer_file)
 
 
-def invented_problems() -> dict[str, dict]:
-    """12 for training, 6 for testing: all subjects, with and without hint and picture, 2 to 4 choices."""
+def make_problems() -> dict[str, dict]:
+    """12 train and 6 test problems: all subjects, with and without hint and image, 2 to 4 choices."""
     subjects = ("natural science", "social science", "language science")
     problems = {}
     for i in range(18):
@@ -108,7 +108,7 @@ def invented_problems() -> dict[str, dict]:
 
 
 def write_scienceqa(root: Path) -> Path:
-    problems = invented_problems()
+    problems = make_problems()
     root.mkdir(exist_ok=True)
     (root / "problems.json").write_text(json.dumps(problems))
     splits = {split: [qid for qid, p in problems.items() if p["split"] == split] for split in ("train", "test")}
@@ -119,18 +119,18 @@ def write_scienceqa(root: Path) -> Path:
         if p["image"]:
             folder = root / "images" / p["split"] / qid
             folder.mkdir(parents=True)
-            picture = Image.effect_noise((20, 30), 80).convert("RGB")
-            picture.paste(tuple(rng.randrange(256) for _ in range(3)), (0, 0, rng.randrange(1, 20), 30))
-            picture.save(folder / p["image"])
+            image = Image.effect_noise((20, 30), 80).convert("RGB")
+            image.paste(tuple(rng.randrange(256) for _ in range(3)), (0, 0, rng.randrange(1, 20), 30))
+            image.save(folder / p["image"])
     return root
 
 
 @pytest.fixture(scope="session")
 def scienceqa(tmp_path_factory) -> Path:
-    """Not to be written to; `own_scienceqa` is."""
+    """Shared by all tests and read-only; tests that change files use `scienceqa_copy`."""
     return write_scienceqa(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def own_scienceqa(tmp_path) -> Path:
+def scienceqa_copy(tmp_path) -> Path:
     return write_scienceqa(tmp_path / "data")

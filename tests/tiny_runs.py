@@ -1,4 +1,4 @@
-"""Runs on the tiny base: trained by train.py in this process, or written with random adapters."""
+"""Runs on the tiny base weights: trained by train.py in this process, or written with random adapters."""
 
 import json
 
@@ -18,22 +18,22 @@ def run_flags(base, scienceqa, folder, *flags) -> list[str]:
             "4", "--epochs", "3", "--warmup_epochs", "1", "--lr", "1e-2", "--max_seq_len", "160", *flags]
 
 
-def run(base, scienceqa, folder, *flags) -> dict:
-    """train.main in this process; the last checkpoint."""
+def train_run(base, scienceqa, folder, *flags) -> dict:
+    """Run train.main in this process; returns the last checkpoint."""
     train.main(train.get_args_parser().parse_args(run_flags(base, scienceqa, folder, *flags)))
-    return load(folder / "checkpoint-2.pth")
+    return load_checkpoint(folder / "checkpoint-2.pth")
 
 
-def log(folder) -> list[dict]:
+def read_log(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
-def load(path):
+def load_checkpoint(path):
     return torch.load(path, weights_only=True)
 
 
 def write_run(folder, base, seed: int, **adapter) -> None:
-    """A finished run with random adapters."""
+    """Write a finished run with random adapters."""
     config = AdapterConfig(**{"adapter_dim": 4, "hidden_proj": 8, **adapter})
     model, _ = load_base(str(base.weights), "tiny", str(base.vision), config, torch.device("cpu"), torch.float32)
     torch.manual_seed(seed)

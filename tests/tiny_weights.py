@@ -8,13 +8,13 @@ import torch
 LLAMA_3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 64}
 HF_VARIANTS = {"plain": {}, "grouped": {"num_key_value_heads": 2}, "tied": {"tie_word_embeddings": True},
-         "wide heads": {"head_dim": 12}, "theta": {"rope_theta": 500.0},
-         "llama3": {"rope_scaling": {**LLAMA_3, "rope_theta": 10000.0}, "head_dim": 32, "num_key_value_heads": 1}}
-
+               "wide heads": {"head_dim": 12}, "theta": {"rope_theta": 500.0},
+               "llama3": {"rope_scaling": {**LLAMA_3, "rope_theta": 10000.0}, "head_dim": 32,
+                          "num_key_value_heads": 1}}
 
 
 def write_hugging_face(folder, tokenizer_file, seed: int = 0, max_shard_size="1GB", **changes):
-    """A random LlamaForCausalLM, saved by transformers; returns it."""
+    """Save a random LlamaForCausalLM with transformers; returns the model."""
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
     torch.manual_seed(seed)
@@ -32,13 +32,13 @@ def write_hugging_face(folder, tokenizer_file, seed: int = 0, max_shard_size="1G
 
 
 def write_shards(tensors: dict, folder, count: int, embedding_dim: int) -> None:
-    """Each shard holds its part along the dimension that Meta's model parallel layers split; norms are copies."""
-    columns = re.compile(r"w[qkv13]\.|output")  # split by outputs, dim 0
-    rows = re.compile(r"wo\.|w2\.")  # split by inputs, dim 1
-    for shard in range(count):
-        part = {}
+    """Split the tensors as Meta's model parallel layers do, one file a shard; norms are replicated."""
+    column_parallel = re.compile(r"w[qkv13]\.|output")  # split by output features, dim 0
+    row_parallel = re.compile(r"wo\.|w2\.")  # split by input features, dim 1
+    for rank in range(count):
+        shard = {}
         for name, tensor in tensors.items():
-            dim = 0 if columns.search(name) else 1 if rows.search(name) else None
+            dim = 0 if column_parallel.search(name) else 1 if row_parallel.search(name) else None
             dim = embedding_dim if "tok_embeddings" in name else dim
-            part[name] = tensor if dim is None else tensor.chunk(count, dim)[shard].clone()
-        torch.save(part, folder / f"consolidated.0{shard}.pth")
+            shard[name] = tensor if dim is None else tensor.chunk(count, dim)[rank].clone()
+        torch.save(shard, folder / f"consolidated.0{rank}.pth")

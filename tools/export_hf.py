@@ -197,8 +197,9 @@ def main(args) -> None:
     write_tokenizer(args.out, source, tokenizer)
     mlp_bias = model.adapter.adapter_type == "block"
     write_json(args.out / "config.json", hf_config(model.llama.config, tokenizer, mlp_bias, model.dtype))
-    print_rank0(f"{args.out}: {path.name} for questions {'with' if args.modality == 'image' else 'without'} a picture, "
-                f"{DTYPE_NAMES[model.dtype]}")
+    checkpoint = path or Path(args.adapter_path)
+    print_rank0(f"{args.out}: {checkpoint.name} for questions {'with' if args.modality == 'image' else 'without'} "
+                f"a picture, {DTYPE_NAMES[model.dtype]}")
 
 
 if __name__ == "__main__":

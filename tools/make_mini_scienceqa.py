@@ -84,6 +84,8 @@ def split_ids(problems: dict[str, tuple[str, Problem]], sizes: dict[str, int]) -
 
 
 def draw(problem: Problem, qid: str, seed: int):
+    """The picture of a problem whose skill has one."""
+    assert problem.skill.draw
     canvas = Canvas(Random(f"{seed} {qid}"))
     problem.skill.draw(canvas, **problem.scene)
     return canvas.finish()

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ LLAMA = {"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 32, "norm_eps":
 LLAMA_STEPS, LLAMA_LR = 520, 4e-3
 LETTER_WEIGHT = 8.0  # loss weight of the answer's letter; other answer tokens have weight 1
 VIT_NAME = "vit_tiny_patch16_224"  # gives the architecture; VIT overrides all sizes
-VIT = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "mlp_ratio": 3.0}
+VIT: dict[str, Any] = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "mlp_ratio": 3.0}
 VIT_EPOCHS, VIT_LR = 40, 4e-3
 MAX_SHIFT = 3  # pixels of random translation, as augmentation
 BATCH_SIZE = 32  # lessons or images per step

@@ -107,7 +107,7 @@ def table(**answers: str) -> tuple[tuple[str, str], ...]:
 
 def pairs(text: str) -> tuple[tuple[str, str], ...]:
     """"x1: y1, x2: y2" -> ((x1, y1), (x2, y2))."""
-    return tuple(tuple(pair.split(": ")) for pair in text.split(", "))
+    return tuple((x, y) for x, y in (pair.split(": ") for pair in text.split(", ")))
 
 
 def in_turn(**words: str) -> tuple[tuple[str, str], ...]:

@@ -71,7 +71,7 @@ def append_log(folder: Path, entry: dict) -> None:
 
 
 @contextmanager
-def written_by_us(path: Path) -> Iterator[None]:
+def user_error_if_malformed(path: Path) -> Iterator[None]:
     """Turns errors from unexpected content of a file of train.py or eval.py into a UserError that names the file."""
     try:
         yield

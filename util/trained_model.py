@@ -26,6 +26,17 @@ def check_adapter_flags(args, trained: dict) -> None:
                             "leave the flag out")
 
 
+def results_folder(args) -> Path:
+    """--output_dir, or the run's folder. Raises UserError where neither it nor --adapter_path is given."""
+    if args.output_dir:
+        return Path(args.output_dir)
+    if not args.adapter_path:
+        raise UserError("without --adapter_path the untuned base is scored: name a folder for its results with "
+                        "--output_dir")
+    path = Path(args.adapter_path)
+    return path if path.is_dir() else path.parent
+
+
 def load_model(args, fast: bool = True) -> tuple[LaVIN, Tokenizer, Path | None]:
     """The model with the adapters of --adapter_path (fresh ones without it), its tokenizer, and the checkpoint's path.
 

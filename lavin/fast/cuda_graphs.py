@@ -1,16 +1,17 @@
-"""CUDA graphs of forward and backward passes, for any module.
+"""CUDA graphs: which training passes are captured (CapturedModule.__call__), and how they are captured and replayed.
 
 Where a step is short, the host takes longer to launch its thousands of kernels than the GPU to run them. A CUDA graph
-replays all of them with one launch. A graph always reads and writes the memory it was captured with, so inputs are copied
-into static tensors before a replay, and outputs are copied out after it.
+replays all of them with one launch. A graph always reads and writes the memory it was captured with, so inputs are
+copied into static tensors before a replay, and outputs are copied out after it.
 
 Notable:
 - One graph for the forward and one for the backward pass of each bucket (a padded shape).
-- All buckets share one memory pool and their static buffers, so a pass must be backpropagated before the next one starts.
+- All buckets share one memory pool and their static buffers, so a pass must be backpropagated before the next one
+  starts.
 - Without a GPU nothing is captured: `capture` returns the function itself, so tests run the same code on a CPU.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from traceback import clear_frames
 
@@ -28,8 +29,8 @@ def graph_pool(device: torch.device):
 def capture(run: Callable[[], None], device: torch.device, pool=None) -> Callable[[], None]:
     """Captures `run` as a CUDA graph and returns its replay.
 
-    `run` may only use tensors that stay at their address, must not synchronize with the host, and must be compiled already.
-    The graph does not keep its inputs alive: the caller must.
+    `run` may only use tensors that stay at their address, must not synchronize with the host, and must be compiled
+    already. The graph does not keep its inputs alive: the caller must.
     """
     if device.type != "cuda":
         return run
@@ -63,13 +64,16 @@ class StaticBuffers:
 class CapturedPass:
     """The captured forward and backward pass of one bucket.
 
-    Subclasses create the static tensors in __init__ (`inputs`: those that need a gradient) and call `capture_graphs`; their
-    `run` computes the output from them, and `load` copies a batch into those that are not `inputs`. `forward` and `backward`
-    are then called in turn: `forward` writes `output`; `backward` reads `grad_output` and writes `grad_inputs` and
-    `grad_parameters`, the flattened gradients of all trained parameters.
+    Subclasses create the static tensors in __init__ (`inputs`: those that need a gradient) and call `capture_graphs`;
+    their `run` computes the output from them, and `load` copies a batch into those that are not `inputs`. `forward` and
+    `backward` are then called in turn: `forward` writes `output`; `backward` reads `grad_output` and writes
+    `grad_inputs` and `grad_parameters`, the flattened gradients of all trained parameters.
     """
 
     inputs: list[torch.Tensor] = []
+
+    def __init__(self, owner: "CapturedModule", bucket, dtype: torch.dtype):
+        raise NotImplementedError
 
     def run(self) -> torch.Tensor:
         raise NotImplementedError
@@ -88,11 +92,11 @@ class CapturedPass:
 
     def run_forward(self) -> None:
         with torch.enable_grad(), self.owner.parameter_aliases() as aliases:
-            self.autograd_graph = self.run(), [*self.inputs, *aliases]
-        self.output.copy_(self.autograd_graph[0].detach())
+            self.output_and_leaves = [self.run(), *self.inputs, *aliases]
+        self.output.copy_(self.output_and_leaves[0].detach())
 
     def run_backward(self) -> None:
-        (output, leaves), self.autograd_graph = self.autograd_graph, None  # frees the saved activations
+        (output, *leaves), self.output_and_leaves = self.output_and_leaves, []  # frees the saved activations
         grads = torch.autograd.grad(output, leaves, self.grad_output, materialize_grads=True)
         for static, grad in zip(self.grad_inputs, grads, strict=False):  # grads go on with those of the parameters
             static.copy_(grad)
@@ -145,7 +149,8 @@ class CapturedModule:
         self.owners = [(part, name) for part in module.modules() for name, p in part.named_parameters(recurse=False)
                        if p.requires_grad]
         self.parameters = [getattr(*owner) for owner in self.owners]
-        self.num_passes, self.compiled = 0, set()
+        self.num_passes = 0
+        self.compiled: set = set()  # compile keys
         self.free()
         module.forward = self
 
@@ -157,7 +162,8 @@ class CapturedModule:
 
     def free(self) -> None:
         """Drops all graphs and the memory they hold."""
-        self.buffers, self.pool, self.graphs = StaticBuffers(self.device), graph_pool(self.device), {}
+        self.buffers, self.pool = StaticBuffers(self.device), graph_pool(self.device)
+        self.graphs: dict[Hashable, CapturedPass] = {}  # by bucket, the last used at the end
 
     def __call__(self, x, *others):
         if not (torch.is_grad_enabled() and self.module.training) or self.module.gradient_checkpointing:
@@ -169,7 +175,7 @@ class CapturedModule:
             self.compiled.add(key)  # only now: the pass may have run out of memory
             return out
         captured = self.graphs.pop(bucket, None) or self.capture_bucket(bucket, x.dtype)
-        self.graphs[bucket] = captured  # ordered by last use
+        self.graphs[bucket] = captured
         if len(self.graphs) > MAX_GRAPHS:
             del self.graphs[next(iter(self.graphs))]
         captured.load(x, *others)
@@ -179,8 +185,8 @@ class CapturedModule:
     def parameter_aliases(self) -> Iterator[list[nn.Parameter]]:
         """Swaps in new leaf tensors that share the parameters' memory.
 
-        Autograd ties a leaf's gradient accumulation to the stream of its first use while any graph that uses it lives, and
-        capture happens on a stream of its own.
+        Autograd ties a leaf's gradient accumulation to the stream of its first use while any graph that uses it lives,
+        and capture happens on a stream of its own.
         """
         aliases = [nn.Parameter(p.detach()) for p in self.parameters]
         self.set_parameters(aliases)

@@ -1,10 +1,11 @@
-"""Frozen matrices, in 16 bits or fp8, fused with the operations around them: q/k/v with rotary embeddings, the SwiGLU MLP.
+"""Frozen matrices, in 16 bits or fp8, fused with what surrounds them: q/k/v with rotary embeddings, the SwiGLU MLP.
 
-A frozen matrix needs no weight gradient. So the backward passes here compute input gradients alone, and save no activations
-but the SwiGLU's gate and up.
+A frozen matrix needs no weight gradient. So the backward passes here compute input gradients alone, and save no
+activations but the SwiGLU's gate and up.
 
 With fp8, every row of an activation or gradient (a token) and every row of a weight has its own scale (kernels/fp8.py).
-Weights are quantized once, in both orientations, since the forward and the backward product sum over different dimensions.
+Weights are quantized once, in both orientations, since the forward and the backward product sum over different
+dimensions.
 
 `weights`: (W [O, K],) in 16 bits; in fp8 (rows of W, their scales, rows of W^T, their scales).
 """
@@ -36,31 +37,33 @@ class FrozenLinear(nn.Module):
         return frozen_linear(x, *self.weights)
 
 
-def maybe_quantize(x, weights: tuple):
+def maybe_quantize(x, weights: tuple) -> tuple:
     """x as a product with these weights takes it: (values, scales) in fp8, else (x, None)."""
     return quantize_rows(x) if len(weights) > 1 else (x, None)
 
 
-def matmul(x, scale, weights: tuple, dtype):
-    """x W^T: [N, K] -> [N, O]."""
-    return scaled_matmul(x, scale, *weights[:2], dtype) if len(weights) > 1 else x @ weights[0].t()
+def matmul(scaled_x: tuple, weights: tuple, dtype):
+    """x W^T: [N, K] -> [N, O]. scaled_x: from `maybe_quantize`."""
+    x, scale = scaled_x
+    return scaled_matmul(x, scale, weights[0], weights[1], dtype) if len(weights) > 1 else x @ weights[0].t()
 
 
-def matmul_backward(grad_output, scale, weights: tuple, dtype):
-    """Gradient of x, grad_output W: [N, O] -> [N, K]."""
-    return scaled_matmul(grad_output, scale, *weights[2:], dtype) if len(weights) > 1 else grad_output @ weights[0]
+def matmul_backward(scaled_grad: tuple, weights: tuple, dtype):
+    """Gradient of x, grad_output W: [N, O] -> [N, K]. scaled_grad: grad_output from `maybe_quantize`."""
+    grad, scale = scaled_grad
+    return scaled_matmul(grad, scale, weights[2], weights[3], dtype) if len(weights) > 1 else grad @ weights[0]
 
 
 class FrozenLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *weights):
         ctx.save_for_backward(*weights)
-        return matmul(*maybe_quantize(x, weights), weights, x.dtype)
+        return matmul(maybe_quantize(x, weights), weights, x.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
         weights = ctx.saved_tensors
-        grad_x = matmul_backward(*maybe_quantize(grad_output, weights), weights, grad_output.dtype)
+        grad_x = matmul_backward(maybe_quantize(grad_output, weights), weights, grad_output.dtype)
         return grad_x, *[None] * len(weights)
 
 
@@ -71,18 +74,18 @@ class SwiGLUMLPFunction(torch.autograd.Function):
     def forward(ctx, x, *weights):
         half = len(weights) // 2
         w13, w2 = weights[:half], weights[half:]
-        gate_up = matmul(*maybe_quantize(x, w13), w13, x.dtype)  # [N, 2H]
+        gate_up = matmul(maybe_quantize(x, w13), w13, x.dtype)  # [N, 2H]
         ctx.save_for_backward(gate_up, *weights)
-        return matmul(*swiglu(gate_up, half > 1), w2, x.dtype)
+        return matmul(swiglu(gate_up, half > 1), w2, x.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
         gate_up, *weights = ctx.saved_tensors
         half, dtype = len(weights) // 2, grad_output.dtype
         w13, w2 = weights[:half], weights[half:]
-        grad_hidden = matmul_backward(*maybe_quantize(grad_output, w2), w2, dtype)  # [N, H]
+        grad_hidden = matmul_backward(maybe_quantize(grad_output, w2), w2, dtype)  # [N, H]
         grad_gate_up = swiglu_backward(gate_up, grad_hidden, half > 1)  # already quantized for the next product
-        return matmul_backward(*grad_gate_up, w13, dtype), *[None] * len(weights)
+        return matmul_backward(grad_gate_up, w13, dtype), *[None] * len(weights)
 
 
 class QKVRopeFunction(torch.autograd.Function):
@@ -91,7 +94,7 @@ class QKVRopeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, heads, kv_heads, *weights):
         ctx.save_for_backward(cos, sin, *weights)
-        qkv = matmul(*maybe_quantize(x, weights), weights, x.dtype).unflatten(-1, (heads + 2 * kv_heads, -1))
+        qkv = matmul(maybe_quantize(x, weights), weights, x.dtype).unflatten(-1, (heads + 2 * kv_heads, -1))
         query, key, value = qkv.split((heads, kv_heads, kv_heads), 1)
         return apply_rotary(query, (cos, sin)), apply_rotary(key, (cos, sin)), value.clone()
 
@@ -99,7 +102,7 @@ class QKVRopeFunction(torch.autograd.Function):
     def backward(ctx, grad_query, grad_key, grad_value):
         cos, sin, *weights = ctx.saved_tensors
         grad_qkv = qkv_rope_backward(grad_query, grad_key, grad_value, cos, sin, len(weights) > 1)
-        return matmul_backward(*grad_qkv, weights, grad_query.dtype), *[None] * (4 + len(weights))
+        return matmul_backward(grad_qkv, weights, grad_query.dtype), *[None] * (4 + len(weights))
 
 
 # Plain functions, since torch.compiler.allow_in_graph (speed_up.py) takes no autograd.Function.

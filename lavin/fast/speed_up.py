@@ -6,7 +6,7 @@ import torch
 
 from lavin.attention import flash_varlen_attention, select_attention
 from lavin.fast import fused_linear
-from lavin.fast.training_graphs import capture_training
+from lavin.fast.captured_models import capture_training
 from lavin.loss import answer_loss, cross_entropy
 from lavin.model import LaVIN
 
@@ -33,8 +33,8 @@ def compile_model(model: LaVIN) -> None:
 def speed_up(model: LaVIN, bits: str = "16bit") -> LaVIN:
     """In place; returns the model. bits: `fp8` for fp8 matrices.
 
-    Fused kernels need Ampere (8.0) or newer. Training passes are captured in CUDA graphs only with flash attention: with
-    other attention this was never tried. Quantized and tensor-parallel models stay as they are.
+    Fused kernels need Ampere (8.0) or newer. Training passes are captured in CUDA graphs only with flash attention:
+    with other attention this was never tried. Quantized and tensor-parallel models stay as they are.
     """
     if not isinstance(model.llama.layers[0].attention.wq, torch.nn.Linear):
         return model

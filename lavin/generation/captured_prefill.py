@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class CapturedPrefill:
     """Static inputs and graph of one bucket: prompts of up to `rows` tokens, with as many images as `batch` has.
 
-    A shorter prompt is padded at its end: the prompt's tokens do not see the padding, and decoded tokens overwrite it in the
-    cache before it could be attended to.
+    A shorter prompt is padded at its end: the prompt's tokens do not see the padding, and decoded tokens overwrite it
+    in the cache before it could be attended to.
     """
 
     def __init__(self, session: "Session", batch: Batch, rows: int):
@@ -33,7 +33,7 @@ class CapturedPrefill:
         self.batch.ids[:len(batch.ids)].copy_(batch.ids)
         self.batch.modality.copy_(batch.modality)
         self.batch.image_slots.copy_(batch.image_slots)
-        if batch.images is not None:
+        if self.batch.images is not None:
             self.batch.images.copy_(batch.images)
 
         def run():

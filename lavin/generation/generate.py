@@ -18,7 +18,8 @@ INCOMPLETE = "\ufffd"  # how SentencePiece decodes bytes that are not yet a comp
 def session_for(model: LaVIN, examples: list[Example], new_tokens: int) -> Iterator[Session]:
     """The model's latest session where it fits, else a new one. While it is in use, nobody else gets it."""
     wanted = model, len(examples), max(len(example.ids) for example in examples) + new_tokens
-    session, model.session = model.session, None
+    session = model.session
+    model.session = None
     if session is None or not session.fits(*wanted):
         session = None  # frees its memory before the new one is allocated
         session = Session(*wanted)
@@ -88,8 +89,8 @@ def stream(model: LaVIN, tokenizer: Tokenizer, example: Example, max_new_tokens:
            top_p: float = 1.0, seed: int = 0) -> Iterator[str]:
     """Yields the text so far after every token, up to EOS or max_new_tokens; each text begins with the one before.
 
-    A character that takes several tokens (byte fallback) is held back until it is complete. All tokens are decoded again
-    each time, since a token's text depends on its neighbours; over a whole answer that takes a few milliseconds.
+    A character that takes several tokens (byte fallback) is held back until it is complete. All tokens are decoded
+    again each time, since a token's text depends on its neighbours; over a whole answer that takes a few milliseconds.
     """
     model.eval()
     written = []

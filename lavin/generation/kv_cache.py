@@ -1,4 +1,4 @@
-"""The KV cache, and the attention metadata that reads and writes it: PrefillMetadata for prompts, DecodeMetadata for a step.
+"""The KV cache, and the attention metadata of prefill and decoding, which read and write it.
 
 The modality token is not cached: no other token attends to it, and its effect on the routers is in the routing cache.
 """

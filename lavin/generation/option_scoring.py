@@ -14,15 +14,17 @@ OptionExample = tuple[Example, list[int]]  # see `option_example`
 
 
 def option_example(tokenizer: Tokenizer, prompt: str, options: list[str], **layout) -> OptionExample:
-    """The longest common token prefix of the prompt's answers `options`, and the token with which each option continues.
+    """The longest token prefix that all answers `options` to a prompt share, and each option's next token.
 
-    layout: image and n_prompt, as in Tokenizer.example. Raises UserError where two options continue with the same token.
+    layout: image and n_prompt, as in Tokenizer.example. Raises UserError where two options continue with the same
+    token.
     """
     ids = [tokenizer.example(prompt, option, **layout).ids for option in options]
     prefix = next(i for i, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
     tokens = [row[prefix] for row in ids]
     if len(set(tokens)) < len(tokens):
-        raise UserError(f"this tokenizer does not tell the options {options} apart by one token: use the base model's own")
+        raise UserError(f"this tokenizer does not tell the options {options} apart by one token: "
+                        "use the base model's own")
     return Example(ids[0][:prefix], prefix, layout.get("image")), tokens
 
 

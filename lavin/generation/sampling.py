@@ -9,7 +9,8 @@ def sampler(temperature: float, top_p: float, seeds: list[int]) -> Callable[[tor
     """A function logits [B, V] -> ids [B]. Greedy at temperature 0, else nucleus sampling (Holtzman et al. 2020,
     arXiv 1904.09751).
 
-    seeds: one for each sequence, which draws from its own generator, so that it does not depend on the rest of the batch.
+    seeds: one for each sequence, which draws from its own generator, so that it does not depend on the rest of the
+    batch.
     """
     if temperature == 0:
         return lambda logits: logits.argmax(-1)

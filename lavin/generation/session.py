@@ -1,8 +1,8 @@
 """A generation session: prefill and decoding steps for a fixed number of sequences, reused from one batch to the next.
 
 Notable:
-- Prefill is training's forward pass, which also fills the KV cache; a step adds one token to each sequence. Both give the
-  logits of the full forward pass.
+- Prefill is training's forward pass, which also fills the KV cache; a step adds one token to each sequence. Both give
+  the logits of the full forward pass.
 - Prefill stores each layer's expert mixtures and adapter projections, so that a step need not compute them.
 - All tensors stay at their address, so that steps and short prefills can be replayed as CUDA graphs.
 """
@@ -96,4 +96,4 @@ class Session:
 
 
 def cached_tensors(routing: Routing) -> list[torch.Tensor]:
-    return [tensor for layer in routing.cache for adapter in layer.values() for tensor in adapter]
+    return [tensor for layer in routing.cache or [] for adapter in layer.values() for tensor in adapter]

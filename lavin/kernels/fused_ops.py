@@ -1,9 +1,8 @@
-"""SwiGLU, and the backward pass of rotary embeddings on query, key and value: one pass over memory each, with optional fp8
-quantization of the output.
+"""SwiGLU, and the backward pass of q/k/v with rotary embeddings: one pass over memory each, fp8 output if asked.
 
 On GPUs these are Triton kernels (fused_ops_triton.py), elsewhere their plain twins. They are custom operators, so
-torch.compile calls them without tracing into them. Each returns (output, scales): scales [N, 1] where `quantize` is set,
-else empty [0, 1].
+torch.compile calls them without tracing into them. Each returns (output, scales): scales [N, 1] where `quantize` is
+set, else empty [0, 1].
 """
 
 import torch

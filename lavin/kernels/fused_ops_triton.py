@@ -1,5 +1,5 @@
-"""Triton kernels of fused_ops.py: one program per row, which reads and writes memory once, where torch.compile would make
-two passes (one for the row's maximum, one to scale)."""
+"""Triton kernels of fused_ops.py: one program per row, which reads and writes memory once, where torch.compile would
+make two passes (one for the row's maximum, one to scale)."""
 
 import triton
 import triton.language as tl

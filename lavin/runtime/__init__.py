@@ -1,1 +1,1 @@
-"""What every other room needs and that knows nothing of the model: errors, files, devices, processes, terminal output."""
+"""What all other folders use and is independent of the model: errors, files, devices, processes, terminal output."""

@@ -39,11 +39,14 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
     """Host to device; to a GPU through pinned memory, so that the host does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def copy_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Starts a device-to-host copy, ahead of kernels launched later. Call the result to wait for the copy and get it."""
+    """Starts a device-to-host copy, ahead of kernels launched later. Call the result to wait for the copy and get
+    it."""
     host = tensor.to("cpu", non_blocking=True)
     if tensor.device.type != "cuda":
         return lambda: host

@@ -1,7 +1,7 @@
 """Processes started by torchrun: data parallel, with one all-reduce of all gradients an optimizer step.
 
-With --model_parallel_size N, N consecutive ranks hold the parts of one model (lavin/weights/tensor_parallel.py). They get
-the same samples and hold the same adapters, so that together they are one data-parallel rank.
+With --model_parallel_size N, N consecutive ranks hold the parts of one model (lavin/weights/tensor_parallel.py). They
+get the same samples and hold the same adapters, so that together they are one data-parallel rank.
 """
 
 import os

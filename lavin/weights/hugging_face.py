@@ -86,9 +86,10 @@ def llama_config(config: dict) -> LlamaConfig:
     if not all(isinstance(size, int) for size in sizes):
         raise ValueError(f"{', '.join(SIZES)} must be integers, not {sizes}")
     theta, scaling = read_rope(config)
-    *shape, d_ff = sizes
-    return LlamaConfig(*shape, config.get("num_key_value_heads"), norm_eps=config.get("rms_norm_eps", 1e-6),
-                       rope_theta=theta, rope_scaling=scaling, d_head=config.get("head_dim"), d_ff=d_ff)
+    dim, n_layers, n_heads, vocab_size, d_ff = sizes
+    return LlamaConfig(dim, n_layers, n_heads, vocab_size, config.get("num_key_value_heads"),
+                       norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
+                       d_head=config.get("head_dim"), d_ff=d_ff)
 
 
 def open_hugging_face(folder: Path) -> tuple[LlamaConfig, HuggingFaceLlama, str]:

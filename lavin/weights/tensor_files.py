@@ -6,6 +6,7 @@ Nothing here runs code from a file: torch files are read with `weights_only=True
 import argparse
 import re
 import zipfile
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def read_hf_folder(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_names(expected: set[str], actual: set[str], source: str) -> None:
+def check_names(expected: Set[str], actual: Set[str], source: str) -> None:
     """Raises UserError listing missing or unexpected tensors. source: names the files in the message."""
     for problem, names in (("lacks", expected - actual), ("holds unknown", actual - expected)):
         if names:

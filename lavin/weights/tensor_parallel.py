@@ -11,6 +11,7 @@ Megatron-LM: Shoeybi et al. 2019, arXiv 1909.08053.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,8 @@ class ShardedTensors(Mapping):
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
         self.tensors, self.rank, self.size = tensors, get_model_parallel_rank(), distributed.model_parallel_size
-        self.file_per_rank = isinstance(tensors, MetaShards) and len(tensors.shards) == self.size
+        one_file_per_rank = isinstance(tensors, MetaShards) and len(tensors.shards) == self.size
+        self.files: MetaShards | None = cast(MetaShards, tensors) if one_file_per_rank else None
 
     def __iter__(self):
         return iter(self.tensors)
@@ -81,7 +83,7 @@ class ShardedTensors(Mapping):
 
     def __getitem__(self, name):
         dim = shard_dim(name)
-        if self.file_per_rank and self.tensors.concat_dim(name) == dim:
-            return self.tensors.shards[self.rank][name]
+        if self.files is not None and self.files.concat_dim(name) == dim:
+            return self.files.shards[self.rank][name]
         tensor = self.tensors[name]
         return tensor if dim is None else tensor.tensor_split(self.size, dim)[self.rank]

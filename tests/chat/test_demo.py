@@ -1,4 +1,4 @@
-"""The page in a headless Chromium. Needs requirements-demo.txt, playwright, and a Chromium."""
+"""The web page in headless Chromium. Needs requirements-demo.txt, playwright, and Chromium."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ from util.data.images import load_image
 
 SETTINGS = Settings(max_new_tokens=16)
 QUESTION = "Which pond crosses the map?"
-PACE = 0.04  # seconds a token: slow enough to be watched
+SECONDS_PER_TOKEN = 0.04  # slow enough for the tests to observe partial answers
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,13 @@ def bot(base, scienceqa, tmp_path_factory):
     return demo.load_chatbot(demo.get_args_parser().parse_args(["--runs", str(folder), "--device", "cpu"]))
 
 
-def expected(bot, run: str = "first", question: Question = Question(QUESTION)):
-    *_, answer = bot.answer(run, [], question, SETTINGS)
+def expected(bot, run: str = "first", question: Question | None = None):
+    *_, answer = bot.answer(run, [], question or Question(QUESTION), SETTINGS)
     return answer
 
 
 def one_line(text: str) -> str:
-    """As a page shows it."""
+    """Collapse whitespace, as browsers do."""
     return " ".join(text.split())
 
 
@@ -43,7 +43,7 @@ def address(bot, scienceqa):
     from util.chat.web import serve
     _, address, _ = serve(bot, SETTINGS, str(scienceqa), None, share=False, prevent_thread_lock=True, quiet=True)
     decode = lavin.generation.generate.decode
-    lavin.generation.generate.decode = lambda *args: (time.sleep(PACE) or ids for ids in decode(*args))
+    lavin.generation.generate.decode = lambda *args: (time.sleep(SECONDS_PER_TOKEN) or ids for ids in decode(*args))
     yield address
     lavin.generation.generate.decode = decode
     gradio.close_all()
@@ -80,28 +80,28 @@ def open_page(browser, address):
     page.context.close()
 
 
-def send(page, text: str = QUESTION, picture=None) -> None:
-    if picture:
-        page.locator("input[type=file]:not([disabled])").first.set_input_files(picture)
+def send(page, text: str = QUESTION, image_path=None) -> None:
+    if image_path:
+        page.locator("input[type=file]:not([disabled])").first.set_input_files(image_path)
         page.locator(".thumbnails, .thumbnail-item").first.wait_for()
     box = page.locator("textarea[data-testid=textbox]:visible").first
     box.fill(text)
     box.press("Enter")
 
 
-def begin_anew(page) -> None:
+def start_new_conversation(page) -> None:
     page.get_by_role("button", name="New conversation").click()
     page.wait_for_function("document.querySelectorAll('.bot').length == 0")
 
 
 def last_answer(page) -> str:
-    """The whole text of the last bubble, when it is done."""
+    """Wait until the last answer is complete; returns its text."""
     bubble = page.locator(".bot .note", has_text="tokens in").last
     bubble.wait_for()
     return one_line(page.locator(".bot .answer").last.inner_text())
 
 
-def test_it_listens_on_this_machine_alone(address):
+def test_server_listens_on_localhost_only(address):
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
     assert not demo.get_args_parser().parse_args([]).share
 
@@ -109,27 +109,27 @@ def test_it_listens_on_this_machine_alone(address):
 def test_tokens_arrive_before_the_answer_ends(page, bot):
     send(page)
     page.locator(".bot .answer").wait_for()
-    seen = set()
+    shown = set()
     while not page.locator(".bot .note", has_text="tokens in").count():
-        seen.add(one_line(page.locator(".bot .answer").inner_text()))
+        shown.add(one_line(page.locator(".bot .answer").inner_text()))
         page.wait_for_timeout(20)
-    whole = one_line(expected(bot).text)
-    assert last_answer(page) == whole
-    parts = seen - {"…", "", whole}
-    assert len(parts) >= 3 and all(whole.startswith(part) for part in parts)
+    complete = one_line(expected(bot).text)
+    assert last_answer(page) == complete
+    partial = shown - {"…", "", complete}
+    assert len(partial) >= 3 and all(complete.startswith(part) for part in partial)
 
 
-def test_a_picture_and_another_variant(page, bot, scienceqa):
+def test_image_upload_and_another_run(page, bot, scienceqa):
     path = next(Path(scienceqa).glob("images/test/*/image.png"))
     question = Question(QUESTION, load_image(path, bot.model.vision.image_size))
-    send(page, picture=path)
+    send(page, image_path=path)
     assert last_answer(page) == one_line(expected(bot, "first", question).text) != one_line(expected(bot).text)
     assert page.locator(".user img").count() == 1
-    begin_anew(page)
+    start_new_conversation(page)
     page.get_by_role("combobox", name="Variant").click()
     page.get_by_role("option", name="second").click()
     send(page)
-    assert last_answer(page) == one_line(expected(bot, "second").text)  # and the picture is forgotten
+    assert last_answer(page) == one_line(expected(bot, "second").text)  # without the image
     assert page.locator(".bot .note").first.inner_text() == "second"
 
 
@@ -138,10 +138,10 @@ def test_stop(page, bot):
     page.wait_for_function("document.querySelector('.bot .answer')?.innerText.length > 3")
     page.locator("button.stop-button").click()
     page.locator(".bot .note", has_text="stopped").wait_for()
-    whole = one_line(expected(bot).text)
-    assert whole.startswith(last_answer(page)) and last_answer(page) != whole
+    complete = one_line(expected(bot).text)
+    assert complete.startswith(last_answer(page)) and last_answer(page) != complete
     page.locator("button.submit-button").wait_for()
-    send(page, "Why?")  # and it goes on
+    send(page, "Why?")  # the conversation continues
     page.wait_for_function("document.querySelectorAll('.bot .answer').length == 2")
 
 
@@ -150,12 +150,12 @@ def test_options_show_their_probabilities(page, bot):
     page.get_by_role("textbox", name="Context").fill("It is deep.")
     send(page)
     answer = last_answer(page)
-    asked = expected(bot, "first", Question(QUESTION, None, "It is deep.", ("north", "south", "old")))
-    assert answer == one_line(asked.text)
+    expected_answer = expected(bot, "first", Question(QUESTION, None, "It is deep.", ("north", "south", "old")))
+    assert answer == one_line(expected_answer.text)
     shown = [one_line(row.inner_text()) for row in page.locator(".bot .option").all()]
     assert shown == [f"({letter}) {option} {100 * p:.1f} %" for letter, option, p
-                     in zip("ABC", ("north", "south", "old"), asked.probabilities)]
-    assert page.get_by_role("textbox", name="Options").input_value() == ""  # they were that question's
+                     in zip("ABC", ("north", "south", "old"), expected_answer.probabilities, strict=True)]
+    assert page.get_by_role("textbox", name="Options").input_value() == ""  # cleared after the question
 
 
 def test_compare(page, bot):
@@ -174,7 +174,7 @@ def test_an_example_fills_the_question(page, scienceqa):
     assert "the north pond" in page.get_by_role("textbox", name="Options").input_value()
 
 
-def test_a_bad_picture_costs_only_its_sender_a_message(page, other_page, bot, tmp_path):
+def test_bad_image_shows_an_error_to_its_sender_only(page, other_page, bot, tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
     Image.effect_noise((60, 40), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
@@ -183,12 +183,12 @@ def test_a_bad_picture_costs_only_its_sender_a_message(page, other_page, bot, tm
     send(other_page)
     for name, reason in {"huge": "has more than 50 million pixels", "cut": "is broken", "empty": "is not a picture",
                          "text": "is not a picture"}.items():
-        send(page, picture=tmp_path / f"{name}.png")
+        send(page, image_path=tmp_path / f"{name}.png")
         page.locator(".toast-body", has_text=f"{name}.png {reason}").first.wait_for()
         assert page.locator(".bot").count() == 0
-        assert page.locator("textarea[data-testid=textbox]").first.input_value() == QUESTION  # nothing is lost
+        assert page.locator("textarea[data-testid=textbox]").first.input_value() == QUESTION  # the question is kept
         page.reload()
     assert last_answer(other_page) == one_line(expected(bot).text)
     Image.new("CMYK", (30, 20), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
-    send(page, picture=tmp_path / "cmyk.jpg")
+    send(page, image_path=tmp_path / "cmyk.jpg")
     assert last_answer(page)

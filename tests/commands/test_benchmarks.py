@@ -1,4 +1,4 @@
-"""The benchmarks run, small; and what they measure against computes what we compute."""
+"""The benchmarks at a tiny size; and their baseline, the published recipe, gives the same results as this code."""
 
 import argparse
 
@@ -12,30 +12,30 @@ import train_throughput
 from lavin.generation.generate import decode
 from lavin.model import pack
 from published_recipe import published_answers, published_loss
-from tiny import VARIANTS, mixed_examples, tiny_model
+from tiny import VARIANTS, greedy, mixed_examples, tiny_model
 
 
-@pytest.mark.parametrize("kind, visual", VARIANTS)
-def test_the_published_recipe_computes_our_loss(kind, visual):
-    model = tiny_model(adapter_type=kind, visual_adapter_type=visual, llama={"n_kv_heads": None})
+@pytest.mark.parametrize("adapter_type, visual_type", VARIANTS)
+def test_published_recipe_gives_the_same_loss(adapter_type, visual_type):
+    model = tiny_model(adapter_type=adapter_type, visual_adapter_type=visual_type, llama={"n_kv_heads": None})
     batch = pack(mixed_examples())
     torch.testing.assert_close(published_loss(model, mixed_examples(), 24), model(batch) / len(batch.targets),
                                atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind, visual", VARIANTS)
-def test_the_published_way_writes_our_answers(kind, visual):
-    model = tiny_model(adapter_type=kind, visual_adapter_type=visual, llama={"n_kv_heads": None})
+@pytest.mark.parametrize("adapter_type, visual_type", VARIANTS)
+def test_published_generation_gives_the_same_answers(adapter_type, visual_type):
+    model = tiny_model(adapter_type=adapter_type, visual_adapter_type=visual_type, llama={"n_kv_heads": None})
     examples = mixed_examples(answer=0)
-    theirs = published_answers(model, examples, 5)
-    ours = torch.stack(list(decode(model, examples, 5, lambda logits: logits.argmax(-1))), 1)
-    for row, example, answer in zip(theirs, examples, ours):
+    published = published_answers(model, examples, 5)
+    answers = torch.stack(list(decode(model, examples, 5, greedy)), 1)
+    for row, example, answer in zip(published, examples, answers, strict=True):
         start = 1 + len(example.ids)
         assert row[start:start + 5].tolist() == answer.tolist()
 
 
-def rows_of(benchmark, capsys, **flags) -> dict[str, list[str]]:
-    """The last table that a benchmark prints."""
+def printed_table(benchmark, capsys, **flags) -> dict[str, list[str]]:
+    """Run a benchmark; returns the rows of the last table that it prints, by their first column."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     benchmark.main(argparse.Namespace(size="tiny", device="cpu", **flags))
     torch.use_deterministic_algorithms(deterministic)
@@ -45,35 +45,37 @@ def rows_of(benchmark, capsys, **flags) -> dict[str, list[str]]:
 
 
 def test_train_throughput(capsys):
-    rows = rows_of(train_throughput, capsys, samples=3, steps=1, warm_up=1, profile=False)
+    rows = printed_table(train_throughput, capsys, samples=3, steps=1, warm_up=1, profile=False)
     assert list(rows) == ["published recipe, fp16", "ours, plain, fp16", "ours, fp16",
                           "ours, bf16, 512 tokens each", "", "ours, bf16", "ours, fp8"]
     assert rows["published recipe, fp16"][-1].strip() == "1"
 
 
 def test_eval_throughput(capsys):
-    rows = rows_of(eval_throughput, capsys, batch=4, questions=8)
+    rows = printed_table(eval_throughput, capsys, batch=4, questions=8)
     assert list(rows) == ["published, fp16, batch 4, 64 tokens", *(f"ours, {bits}, --decode {decode}"
                           for bits in ("bf16", "fp8") for decode in ("generate", "score"))]
 
 
 def test_chat_latency(capsys):
-    assert list(rows_of(chat_latency, capsys, tokens=20, repeats=1)) == ["published, fp16", "ours, bf16", "ours, fp8"]
+    rows = printed_table(chat_latency, capsys, tokens=20, repeats=1)
+    assert list(rows) == ["published, fp16", "ours, bf16", "ours, fp8"]
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_lite_memory(capsys, bits):
-    """It runs, and what it counts on meta is what it holds, to the byte."""
+    """It runs, and the number of bytes counted on the meta device is the number of bytes allocated."""
     pytest.importorskip("bitsandbytes")
     import lite_memory
-    rows_of(lite_memory, capsys, bits=bits, steps=1)
-    counted, held, exact = (lite_memory.weight_bytes(lite_memory.random_lite("tiny", kind, device, torch.float32))
-                            for kind, device in ((bits, "meta"), (bits, "cpu"), ("16bit", "meta")))
-    assert counted == held < 0.75 * exact
+    printed_table(lite_memory, capsys, bits=bits, steps=1)
+    counted, allocated, unquantized = (
+        lite_memory.weight_bytes(lite_memory.random_lite("tiny", model_bits, device, torch.float32))
+        for model_bits, device in ((bits, "meta"), (bits, "cpu"), ("16bit", "meta")))
+    assert counted == allocated < 0.75 * unquantized
 
 
 def test_scaling(capsys, monkeypatch, tmp_path):
-    """Every row by this one process; torchrun itself is left out."""
+    """Every row is measured in this process, without torchrun."""
     flags = {"size": "tiny", "device": "cpu", "steps": 2, "repeats": 1, "warm_up": 1, "questions": 8}
 
     def measure(args, processes, shared):
@@ -86,26 +88,27 @@ def test_scaling(capsys, monkeypatch, tmp_path):
     assert all([float(cell) for cell in row if cell.strip()][-3:] == [0, 0, 0] for row in (row[1:] for row in rows))
 
 
-def test_samples_are_those_of_their_seed():
-    """Whatever has been drawn since, such as dropout's masks: processes of a row must see the same."""
+def test_samples_depend_only_on_their_seed():
+    """Other random numbers, such as dropout masks, must not matter: all processes must see the same samples."""
     model = train_throughput.random_lavin("tiny", "cpu", torch.float32)
-    drawn = []
+    draws = []
     for _ in range(2):
-        drawn.append([*train_throughput.random_examples(model, 6, 1), *eval_throughput.questions(model, 6, 1)[1].values()])
-        drawn[-1] += train_throughput.redrawn(model, drawn[-1][:6], 2)
+        examples = train_throughput.random_examples(model, 6, 1)
+        draws.append([*examples, *eval_throughput.questions(model, 6, 1)[1].values()])
+        draws[-1] += train_throughput.redrawn(model, draws[-1][:6], 2)
         torch.rand(1)
-    for a, b in zip(*drawn):
+    for a, b in zip(*draws, strict=True):
         a, b = (x if isinstance(x, torch.Tensor) else x.image for x in (a, b))
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-    assert sum(isinstance(x, torch.Tensor) or x.image is not None for x in drawn[0]) > 4
+    assert sum(isinstance(x, torch.Tensor) or x.image is not None for x in draws[0]) > 4
 
 
-def test_arithmetic_that_nothing_can_leave_out():
-    """4 x frozen parameters x tokens, by hand for the tiny size: LLaMA 2 layers of width 64, hidden 192."""
+def test_flops_of_the_frozen_layers():
+    """4 x frozen parameters x tokens, by hand for the tiny size: 2 LLaMA layers of width 64, hidden 192."""
     model = train_throughput.random_lavin("tiny", "cpu", torch.float32)
     weights = train_throughput.frozen_weights(model)
     assert weights["layers"] == 2 * (4 * 64 * 64 + 3 * 64 * 192) and weights["head"] == 64 * 320
     batch = pack(train_throughput.random_examples(model, 1, 0, full=True))
-    n, answers = len(batch.ids), len(batch.targets)
+    num_tokens, num_targets = len(batch.ids), len(batch.targets)
     assert train_throughput.frozen_flops(weights, 17, batch) == 4 * (
-        weights["layers"] * n + weights["head"] * answers + weights["vit"] * 17)
+        weights["layers"] * num_tokens + weights["head"] * num_targets + weights["vit"] * 17)

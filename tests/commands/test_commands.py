@@ -1,4 +1,4 @@
-"""train.py and eval.py as users run them: what they leave, and the one line that each mistake ends in."""
+"""train.py and eval.py as users run them: the files they write, and one-line errors for user mistakes."""
 
 import argparse
 import json
@@ -25,10 +25,10 @@ from util.data.images import load_images
 from util.data.prompts import answer_text, build_prompt, parse_answer
 from util.scoring import COLUMNS, score
 
-PUBLISHED_TRAIN = """--llm_model 7B --llama_model_path ../data/weights/ --data_path ../data/alpaca_data.json --max_seq_len 512
-    --batch_size 4 --accum_iter 1 --epochs 20 --warmup_epochs 2 --blr 9e-3 --weight_decay 0.02 --output_dir ./LaVIN-7B/
-    --adapter_type attn --adapter_dim 8 --adapter_scale 1 --n_prompt 6 --prompt_format QCM-ALE --temperature 10.
-    --visual_adapter_type router"""
+PUBLISHED_TRAIN = """--llm_model 7B --llama_model_path ../data/weights/ --data_path ../data/alpaca_data.json
+    --max_seq_len 512 --batch_size 4 --accum_iter 1 --epochs 20 --warmup_epochs 2 --blr 9e-3 --weight_decay 0.02
+    --output_dir ./LaVIN-7B/ --adapter_type attn --adapter_dim 8 --adapter_scale 1 --n_prompt 6
+    --prompt_format QCM-ALE --temperature 10. --visual_adapter_type router"""
 PUBLISHED_EVAL = """--ckpt_dir ../data/weights/ --llm_model 7B --tokenizer_path ../data/weights/tokenizer.model
     --data_root ../data --caption_file ../data/captions.json --adapter_path ./LaVIN-7B/checkpoint-19.pth
     --adapter_type attn --adapter_dim 8 --adapter_scale 1 --prompt_format QCM-ALE --max_batch_size 64 --max_seq_len 512
@@ -45,20 +45,20 @@ def run_eval(*flags) -> None:
     evaluation.main(evaluation.get_args_parser().parse_args(["--device", "cpu", *map(str, flags)]))
 
 
-def error(function, *args) -> str:
+def error_message(function, *args) -> str:
     with pytest.raises(UserError) as caught:
         function(*args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def read(path):
+def read_json(path):
     return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
 def finished(base, scienceqa, tmp_path_factory):
-    """A run: two epochs, then eval.py on the test split. Not to be written to."""
+    """A run of two epochs, evaluated on the test split. Read-only."""
     folder = tmp_path_factory.mktemp("run")
     run_train(base, scienceqa, folder, "--lr", "1e-2", "--adapter_dim", "4", "--temperature", "5", "--adapter_scale",
               "0.5", "--adapter_type", "block", "--hidden_proj", "16", "--dropout_var", "1.5")
@@ -67,21 +67,21 @@ def finished(base, scienceqa, tmp_path_factory):
 
 
 @pytest.fixture
-def own_run(finished, tmp_path):
+def run_copy(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
 
 
-# --- what a run leaves ---
+# --- Files of a run ---
 
-def test_folder_of_a_run(finished):
+def test_files_of_a_run(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
         "checkpoint-0.pth", "checkpoint-1.pth", "config.json", "generations.jsonl", "log.txt", "preds.json",
-        "scores.json"]  # and nothing half-written
+        "scores.json"]  # no temporary files
 
 
 def test_config_holds_every_flag_and_the_versions(finished):
-    config = read(finished / "config.json")
+    config = read_json(finished / "config.json")
     flags = vars(train.get_args_parser().parse_args([]))
     assert config["flags"].keys() == flags.keys()
     assert config["flags"]["adapter_dim"] == 4 and config["flags"]["lr"] == 1e-2 and config["flags"]["seed"] == 0
@@ -91,27 +91,27 @@ def test_config_holds_every_flag_and_the_versions(finished):
     assert config["git_commit"] == (commit or None) and config["device"].startswith("cpu")
 
 
-def test_log_has_a_line_an_epoch(finished):
+def test_log_has_one_line_per_epoch(finished):
     lines = [json.loads(line) for line in (finished / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
     for line in lines:
         assert {"train_lr", "train_closs", "samples_per_s", "seconds", "peak_memory_gib"} <= line.keys()
         assert line["steps_left_out"] == 0 and line["peak_memory_gib"] > 0
-    # three steps an epoch, the rate set at each: warm-up at 0, 1/3, 2/3; then half a cosine
+    # Three steps per epoch; the learning rate is set at each: warmup at 0, 1/3, 2/3, then half a cosine.
     assert lines[0]["train_lr"] == pytest.approx(1e-2 / 3)
     assert lines[1]["train_lr"] == pytest.approx(1e-2 * (1 + 0.75 + 0.25) / 3)
 
 
-def test_checkpoint_carries_its_adapter_configuration(finished):
+def test_checkpoint_contains_its_adapter_config(finished):
     checkpoint = torch.load(finished / "checkpoint-1.pth", weights_only=True)
     assert AdapterConfig(**checkpoint["adapter_config"]) == AdapterConfig(
         adapter_type="block", adapter_dim=4, temperature=5.0, adapter_scale=0.5, hidden_proj=16, dropout_var=1.5)
     assert checkpoint["epoch"] == 1
 
 
-def test_predictions_generations_and_scores_agree(finished, scienceqa):
-    problems = {qid: p for qid, p in read(scienceqa / "problems.json").items() if p["split"] == "test"}
-    predictions, scores = read(finished / "preds.json"), read(finished / "scores.json")
+def test_predictions_generations_and_scores_are_consistent(finished, scienceqa):
+    problems = {qid: p for qid, p in read_json(scienceqa / "problems.json").items() if p["split"] == "test"}
+    predictions, scores = read_json(finished / "preds.json"), read_json(finished / "scores.json")
     generations = [json.loads(line) for line in (finished / "generations.jsonl").read_text().splitlines()]
     assert list(predictions) == [line["qid"] for line in generations] == list(problems)
     for line in generations:
@@ -125,12 +125,12 @@ def test_predictions_generations_and_scores_agree(finished, scienceqa):
     assert scores["split"] == "test" and scores["parse_failures"] == sum(not line["parsed"] for line in generations)
 
 
-def test_unparsed_answers_become_the_likeliest_option(finished, scienceqa, base):
-    """A base this small writes no sentence: its predictions are held against the full forward of every option."""
+def test_unparsed_answers_become_the_most_likely_option(finished, scienceqa, base):
+    """The tiny model's answers do not parse; the reference computes the likelihood of every option."""
     args = evaluation.get_args_parser().parse_args(["--adapter_path", str(finished), "--device", "cpu"])
     model, tokenizer, _ = evaluation.load_model(args)
     data = load_scienceqa(str(scienceqa), "test")
-    pictures = load_images(data, model.vision.image_size, 1, False)
+    images = load_images(data, model.vision.image_size, 1, False)
     unparsed = [json.loads(line) for line in (finished / "generations.jsonl").read_text().splitlines()]
     unparsed = [line for line in unparsed if not line["parsed"]]
     assert unparsed
@@ -139,37 +139,39 @@ def test_unparsed_answers_become_the_likeliest_option(finished, scienceqa, base)
         prompt, _ = build_prompt(problem, "QCM-ALE")
         losses = []
         for i in range(len(problem["choices"])):
-            example = tokenizer.example(prompt, answer_text(i), pictures.get(line["qid"]))
+            example = tokenizer.example(prompt, answer_text(i), images.get(line["qid"]))
             at = len(example.ids) - 3  # the letter
             losses.append(-reference.logits(model, [example])[0, at].log_softmax(-1)[example.ids[at]].item())
         assert losses[line["prediction"]] == pytest.approx(min(losses), abs=1e-5)
 
 
-def test_one_failed_answer_takes_the_option_of_its_own_and_the_session_of_its_batch(tokenizer, monkeypatch):
+def test_unparsed_answer_in_a_batch_gets_its_own_option_and_keeps_the_session(tokenizer, monkeypatch):
     model, sessions = tiny_model(llama={"vocab_size": tokenizer.n_words}), []
 
-    def half_failed(*args):
+    def generate_with_one_unparsed(*args):
         generate(*args)
         sessions.append(model.session)
         return ["The answer is B.", "no idea", "The answer is A."]
-    monkeypatch.setattr(evaluation, "generate", half_failed)
+    monkeypatch.setattr(evaluation, "generate", generate_with_one_unparsed)
     batch = [evaluation.EvalQuestion(str(i), f"Which pond is {word}?\nResponse:", None, 3, i)
              for i, word in enumerate(("deep", "old", "new"))]
     args = argparse.Namespace(prompt_format="QCM-ALE", generation_temperature=0.0, top_p=1.0)
     for _ in range(2):
         results = evaluation.generate_batch(model, tokenizer, batch, args)
-    [[likeliest]] = evaluation.most_likely_options(tiny_model(llama={"vocab_size": tokenizer.n_words}), tokenizer, [batch[1:2]])
-    assert results == [("The answer is B.", 1, True), ("no idea", likeliest, False), ("The answer is A.", 0, True)]
+    new_model = tiny_model(llama={"vocab_size": tokenizer.n_words})
+    [[most_likely]] = evaluation.most_likely_options(new_model, tokenizer, [batch[1:2]])
+    assert results == [("The answer is B.", 1, True), ("no idea", most_likely, False), ("The answer is A.", 0, True)]
     assert sessions[0] is sessions[1] is model.session
 
 
-def test_answers_by_score_are_the_likeliest_options(finished, tmp_path):
-    """The tiny model writes no answer, so generation falls back on the same likeliest option; text and counts are full."""
+def test_decode_score_gives_the_most_likely_options(finished, tmp_path):
+    """Generation falls back to the same options, since the tiny model's answers do not parse."""
     run_eval("--adapter_path", finished, "--output_dir", tmp_path, "--decode", "score")
-    assert read(tmp_path / "preds.json") == read(finished / "preds.json")
+    assert read_json(tmp_path / "preds.json") == read_json(finished / "preds.json")
     lines = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == [f"The answer is {'ABCDE'[line['prediction']]}." for line in lines]
-    assert read(tmp_path / "scores.json")["parse_failures"] == 0 < read(finished / "scores.json")["parse_failures"]
+    assert read_json(tmp_path / "scores.json")["parse_failures"] == 0
+    assert read_json(finished / "scores.json")["parse_failures"] > 0
 
 
 @pytest.mark.parametrize("sampling", [[], ["--generation_temperature", "2"]])
@@ -182,35 +184,35 @@ def test_answers_do_not_depend_on_the_batch_size(finished, tmp_path, sampling):
     assert (texts == {(finished / "generations.jsonl").read_text()}) == (not sampling)
 
 
-def test_untuned_base_is_scored_where_the_user_says(base, scienceqa, tmp_path):
+def test_untuned_base_is_evaluated_into_output_dir(base, scienceqa, tmp_path):
     run_eval(*base.flags, "--data_root", scienceqa, "--split", "train", "--output_dir", tmp_path)
-    scores = read(tmp_path / "scores.json")
+    scores = read_json(tmp_path / "scores.json")
     assert scores["questions"] == 12 and scores["checkpoint"] is None and scores["split"] == "train"
 
 
-def test_captions_are_used_where_asked_for(base, scienceqa, tmp_path, monkeypatch):
-    """Trained with captions, a run is also evaluated with them, from --data_root unless a file is named."""
-    seen = []
-    monkeypatch.setattr(evaluation, "build_prompt", lambda *args: seen.append(build_prompt(*args)) or seen[-1])
+def test_captions(base, scienceqa, tmp_path, monkeypatch):
+    """A run trained with captions is evaluated with them; they come from --data_root or from --caption_file."""
+    prompts = []
+    monkeypatch.setattr(evaluation, "build_prompt", lambda *args: prompts.append(build_prompt(*args)) or prompts[-1])
     run_train(base, scienceqa, tmp_path, "--use_caption", "--epochs", "1", "--warmup_epochs", "0")
     run_eval("--adapter_path", tmp_path)
-    assert len(seen) == 6 and all("A pond seen from above." in prompt for prompt, _ in seen)
+    assert len(prompts) == 6 and all("A pond seen from above." in prompt for prompt, _ in prompts)
     captions = tmp_path / "other.json"
     captions.write_text(json.dumps({"captions": {"112": "A dry pond."}}))
-    seen.clear()
+    prompts.clear()
     run_eval("--adapter_path", tmp_path, "--caption_file", captions)
-    assert ["A dry pond." in prompt for prompt, _ in seen] == [True] + [False] * 5
+    assert ["A dry pond." in prompt for prompt, _ in prompts] == [True] + [False] * 5
 
 
-def test_a_new_run_replaces_the_old_ones_results(base, scienceqa, own_run):
-    run_train(base, scienceqa, own_run, "--epochs", "1", "--warmup_epochs", "0")
-    assert sorted(path.name for path in own_run.iterdir()) == ["checkpoint-0.pth", "config.json", "log.txt"]
-    assert len((own_run / "log.txt").read_text().splitlines()) == 1
+def test_new_run_replaces_the_old_results(base, scienceqa, run_copy):
+    run_train(base, scienceqa, run_copy, "--epochs", "1", "--warmup_epochs", "0")
+    assert sorted(path.name for path in run_copy.iterdir()) == ["checkpoint-0.pth", "config.json", "log.txt"]
+    assert len((run_copy / "log.txt").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
-def test_fewer_bits_train_alike(base, scienceqa, tmp_path, precision):
-    """Each epoch's loss within one percent of float32's, and every step made."""
+def test_lower_precision_gives_similar_losses(base, scienceqa, tmp_path, precision):
+    """Each epoch's loss is within one percent of float32's, and no step is skipped."""
     losses = {}
     for name in ("fp32", precision):
         flags = ["--bits", "fp8"] if name == "fp8" else ["--precision", name]
@@ -219,17 +221,17 @@ def test_fewer_bits_train_alike(base, scienceqa, tmp_path, precision):
         losses[name] = [line["train_closs"] for line in lines]
         assert [line["steps_left_out"] for line in lines] == [0, 0]
         run_eval("--adapter_path", tmp_path / name)
-        assert read(tmp_path / name / "scores.json")["questions"] == 6
+        assert read_json(tmp_path / name / "scores.json")["questions"] == 6
     assert losses[precision] == pytest.approx(losses["fp32"], rel=1e-2) and losses[precision] != losses["fp32"]
 
 
-def test_lr_follows_the_effective_batch(base, scienceqa, tmp_path):
+def test_lr_scales_with_the_effective_batch_size(base, scienceqa, tmp_path):
     run_train(base, scienceqa, tmp_path, "--blr", "0.1", "--accum_iter", "2", "--epochs", "1", "--warmup_epochs", "0")
-    assert read(tmp_path / "config.json")["flags"]["lr"] == pytest.approx(0.1 * 8 / 256)
+    assert read_json(tmp_path / "config.json")["flags"]["lr"] == pytest.approx(0.1 * 8 / 256)
 
 
 def test_vicuna_end_to_end(base, scienceqa, tokenizer_file, tmp_path, monkeypatch):
-    """A base named by its path, with its delta; eval.py finds both again in the run."""
+    """A base given by its path, with its delta; eval.py reads both paths from the run."""
     opened = []
     monkeypatch.setattr("lavin.weights.load.open_base", lambda *args: opened.append(open_base(*args)) or opened[-1])
     write_hugging_face(tmp_path / "llama", tokenizer_file, seed=1)
@@ -240,22 +242,24 @@ def test_vicuna_end_to_end(base, scienceqa, tokenizer_file, tmp_path, monkeypatc
               "--warmup_epochs", "0")
     run_eval("--adapter_path", tmp_path / "run")
     assert [base.source for base in opened] == [f"{tmp_path / 'llama'} + {tmp_path / 'vicuna_llama'}"] * 2
-    assert read(tmp_path / "run" / "scores.json")["questions"] == 6
+    assert read_json(tmp_path / "run" / "scores.json")["questions"] == 6
 
 
-# --- the published commands ---
+# --- The published commands ---
 
-def test_published_flags_are_read_as_published():
+def test_published_flags_are_accepted():
     args = train.get_args_parser().parse_args(shlex.split(PUBLISHED_TRAIN))
-    assert (args.llm_model, args.temperature, args.n_prompt, args.warmup_epochs, args.clip_grad) == ("7B", 10, 6, 2, None)
-    assert AdapterConfig(**{name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__}) == AdapterConfig()
-    every = """--llama_model_path --data_path --data_root --caption_file --use_caption --max_seq_len --batch_size
+    assert (args.llm_model, args.temperature, args.n_prompt, args.warmup_epochs) == ("7B", 10, 6, 2)
+    assert args.clip_grad is None
+    adapter_flags = {name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__}
+    assert AdapterConfig(**adapter_flags) == AdapterConfig()
+    flags = """--llama_model_path --data_path --data_root --caption_file --use_caption --max_seq_len --batch_size
         --accum_iter --epochs --warmup_epochs --blr --lr --min_lr --weight_decay --clip_grad --output_dir --log_dir
         --adapter_type --adapter_dim --adapter_scale --hidden_proj --n_prompt --prompt_format --temperature
         --visual_adapter_type --drop_path --dropout_prob --dropout_var --dropout_lim --gradient_checkpointing --bits
         --cpu_load --use_vicuna --do_pretrain --resume --seed --num_workers --lr_schedule --precision --device
         --vision_model --loss_norm""".split()
-    assert set(every) <= set(train.get_args_parser()._option_string_actions)
+    assert set(flags) <= set(train.get_args_parser()._option_string_actions)
     args = evaluation.get_args_parser().parse_args(shlex.split(PUBLISHED_EVAL))
     assert (args.llama_model_path, args.max_batch_size, args.split) == ("../data/weights/", 64, "test")
     assert {"--generation_temperature", "--top_p"} <= set(evaluation.get_args_parser()._option_string_actions)
@@ -263,7 +267,7 @@ def test_published_flags_are_read_as_published():
 
 @pytest.mark.parametrize("command", [f"train.py {PUBLISHED_TRAIN}", f"eval.py {PUBLISHED_EVAL}"])
 def test_published_commands_name_the_missing_weights_in_one_line(command, tmp_path):
-    """In a process of its own: exit status, and no more than that line on stderr."""
+    """In a subprocess: exit status 1, and a single line on stderr."""
     script, *flags = shlex.split(command)
     (tmp_path / "code").mkdir()
     result = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=tmp_path / "code", capture_output=True,
@@ -278,19 +282,19 @@ def test_published_eval_command_names_the_missing_adapters(base, monkeypatch, tm
     monkeypatch.chdir(tmp_path)
     flags = [flag.replace("../data/weights", str(base.weights)).replace("7B", "tiny")
              for flag in shlex.split(PUBLISHED_EVAL)]
-    assert "no checkpoint ./LaVIN-tiny/checkpoint-19.pth" in error(run_eval, *flags)
+    assert "no checkpoint ./LaVIN-tiny/checkpoint-19.pth" in error_message(run_eval, *flags)
 
 
-def test_user_errors_end_the_program_in_one_line(capsys, monkeypatch):
+def test_user_errors_exit_with_one_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
     with pytest.raises(SystemExit) as caught, one_line_errors():
         raise UserError("no file x: put it there")
-    assert caught.value.code == "train.py: error: no file x: put it there"  # Python prints it, and exits with 1
+    assert caught.value.code == "train.py: error: no file x: put it there"  # Python prints it and exits with status 1
     with pytest.raises(KeyError), one_line_errors():
-        raise KeyError("a bug is no user's mistake, and keeps its traceback")
+        raise KeyError("other exceptions keep their traceback")
 
 
-# --- mistakes ---
+# --- User errors ---
 
 @pytest.mark.parametrize("flags, words", [
     (["--epochs", "0"], "--epochs 0"), (["--warmup_epochs", "2"], "--warmup_epochs 2.0"), (["--lr", "-1"], "--lr -1.0"),
@@ -303,10 +307,10 @@ def test_user_errors_end_the_program_in_one_line(capsys, monkeypatch):
     (["--device", "cuda:77"], "--device cuda:77"), (["--device", "tpu9"], "--device tpu9"),
     (["--vision_model", "no/where"], "--vision_model no/where"), (["--llm_model", "70B"], "70B/params.json"),
     (["--resume", "nowhere.pth"], "nowhere.pth")])
-def test_flags_that_cannot_work(base, scienceqa, tmp_path, flags, words):
+def test_invalid_train_flags(base, scienceqa, tmp_path, flags, words):
     if "cuda:77" in flags and torch.cuda.is_available():
-        pytest.skip("says something else where there is a GPU")
-    assert words in error(run_train, base, scienceqa, tmp_path / "run", *flags)
+        pytest.skip("the message differs on machines with a GPU")
+    assert words in error_message(run_train, base, scienceqa, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
 
 
@@ -318,84 +322,86 @@ def test_flags_that_cannot_work(base, scienceqa, tmp_path, flags, words):
     (["--adapter_type", "attn"], "--adapter_type attn"), (["--hidden_proj", "128"], "--hidden_proj 128"),
     (["--max_batch_size", "0"], "--max_batch_size 0"),
     (["--decode", "score", "--prompt_format", "QCM-LEA"], "leave --decode out")])
-def test_eval_flags_that_cannot_work(own_run, flags, words):
-    message = error(run_eval, "--adapter_path", own_run / "checkpoint-1.pth", *flags)
+def test_invalid_eval_flags(run_copy, flags, words):
+    message = error_message(run_eval, "--adapter_path", run_copy / "checkpoint-1.pth", *flags)
     assert words in message
 
 
-def test_contradicting_flag_names_both_sides(own_run):
-    message = error(run_eval, "--adapter_path", own_run, "--adapter_scale", "1")
-    assert "--adapter_scale 1.0" in message and "--adapter_scale 0.5" in message and str(own_run) in message
-    run_eval("--adapter_path", own_run, "--adapter_scale", "0.5", "--temperature", "5.")  # these agree
+def test_contradicting_flag_names_both_values(run_copy):
+    message = error_message(run_eval, "--adapter_path", run_copy, "--adapter_scale", "1")
+    assert "--adapter_scale 1.0" in message and "--adapter_scale 0.5" in message and str(run_copy) in message
+    run_eval("--adapter_path", run_copy, "--adapter_scale", "0.5", "--temperature", "5.")  # these agree
 
 
-def test_tokenizer_may_lie_elsewhere(base, finished, tmp_path):
+def test_tokenizer_path(base, finished, tmp_path):
     shutil.copytree(base.weights, tmp_path / "weights")
-    (tmp_path / "weights" / "tokenizer.model").rename(tmp_path / "pieces.model")
-    where = ["--adapter_path", finished, "--ckpt_dir", tmp_path / "weights", "--output_dir", tmp_path / "scores"]
-    assert str(tmp_path / "weights" / "tokenizer.model") in error(run_eval, *where)
-    run_eval(*where, "--tokenizer_path", tmp_path / "pieces.model")
-    assert read(tmp_path / "scores" / "preds.json") == read(finished / "preds.json")
+    (tmp_path / "weights" / "tokenizer.model").rename(tmp_path / "other.model")
+    flags = ["--adapter_path", finished, "--ckpt_dir", tmp_path / "weights", "--output_dir", tmp_path / "scores"]
+    assert str(tmp_path / "weights" / "tokenizer.model") in error_message(run_eval, *flags)
+    run_eval(*flags, "--tokenizer_path", tmp_path / "other.model")
+    assert read_json(tmp_path / "scores" / "preds.json") == read_json(finished / "preds.json")
 
 
 def test_published_checkpoint_of_another_shape(base, finished, scienceqa, tmp_path):
-    """Without a configuration of its own, it is held against the flags."""
+    """It contains no adapter config, so its shapes are checked against the flags."""
     tensors = torch.load(finished / "checkpoint-1.pth", weights_only=True)["model"]
     torch.save({"model": tensors}, tmp_path / "published.pth")
     shape = ["--adapter_type", "block", "--hidden_proj", "16", "--adapter_scale", "0.5", "--temperature", "5"]
-    where = [*base.flags, "--data_root", scienceqa, "--adapter_path", tmp_path / "published.pth"]
-    message = error(run_eval, *where, *shape)
+    paths = [*base.flags, "--data_root", scienceqa, "--adapter_path", tmp_path / "published.pth"]
+    message = error_message(run_eval, *paths, *shape)
     assert "published.pth" in message and "[8, " in message and "[4, " in message
-    run_eval(*where, *shape, "--adapter_dim", "4")
-    assert read(tmp_path / "preds.json") == read(finished / "preds.json")
+    run_eval(*paths, *shape, "--adapter_dim", "4")
+    assert read_json(tmp_path / "preds.json") == read_json(finished / "preds.json")
 
 
-def test_checkpoint_that_runs_code_is_refused(base, own_run):
+def test_checkpoint_that_runs_code_is_refused(base, run_copy):
     class Malicious:
         def __reduce__(self):
-            return os.mkdir, (str(own_run / "ran"),)
+            return os.mkdir, (str(run_copy / "ran"),)
 
-    torch.save({"model": Malicious()}, own_run / "checkpoint-1.pth")
-    assert "checkpoint-1.pth" in error(run_eval, "--adapter_path", own_run)
-    assert not (own_run / "ran").exists()
+    torch.save({"model": Malicious()}, run_copy / "checkpoint-1.pth")
+    assert "checkpoint-1.pth" in error_message(run_eval, "--adapter_path", run_copy)
+    assert not (run_copy / "ran").exists()
 
 
-def test_resume_of_adapters_alone(base, scienceqa, finished, tmp_path):
+def test_resume_from_adapters_only_is_refused(base, scienceqa, finished, tmp_path):
     tensors = torch.load(finished / "checkpoint-1.pth", weights_only=True)["model"]
-    torch.save({"model": tensors}, tmp_path / "published.pth")
-    assert "adapters only" in error(run_train, base, scienceqa, tmp_path, "--resume", tmp_path / "published.pth")
+    path = tmp_path / "published.pth"
+    torch.save({"model": tensors}, path)
+    assert "adapters only" in error_message(run_train, base, scienceqa, tmp_path, "--resume", path)
 
 
-def test_eval_without_adapters_needs_a_place(base, scienceqa):
-    assert "--output_dir" in error(run_eval, *base.flags, "--data_root", scienceqa)
+def test_eval_without_adapters_needs_output_dir(base, scienceqa):
+    assert "--output_dir" in error_message(run_eval, *base.flags, "--data_root", scienceqa)
 
 
-def test_broken_problems_file(base, own_scienceqa, tmp_path):
-    (own_scienceqa / "problems.json").write_text('{"1": ')
-    assert str(own_scienceqa / "problems.json") in error(run_train, base, own_scienceqa, tmp_path / "run")
+def test_broken_problems_file(base, scienceqa_copy, tmp_path):
+    (scienceqa_copy / "problems.json").write_text('{"1": ')
+    assert str(scienceqa_copy / "problems.json") in error_message(run_train, base, scienceqa_copy, tmp_path / "run")
 
 
-def test_problem_json_and_bad_pictures_end_to_end(base, own_scienceqa, tmp_path):
-    (own_scienceqa / "problems.json").rename(own_scienceqa / "problem.json")
+def test_problem_json_and_bad_images_end_to_end(base, scienceqa_copy, tmp_path):
+    (scienceqa_copy / "problems.json").rename(scienceqa_copy / "problem.json")
     for split, qid in (("train", "101"), ("train", "103"), ("test", "113")):
-        (own_scienceqa / "images" / split / qid / "image.png").write_bytes(b"no picture")
-    message = error(run_train, base, own_scienceqa, tmp_path / "run")
+        (scienceqa_copy / "images" / split / qid / "image.png").write_bytes(b"no picture")
+    message = error_message(run_train, base, scienceqa_copy, tmp_path / "run")
     assert "101/image.png" in message and "--skip_bad" in message and not (tmp_path / "run").exists()
-    run_train(base, own_scienceqa, tmp_path / "run", "--skip_bad", "--epochs", "1", "--warmup_epochs", "0")
-    run_eval("--adapter_path", tmp_path / "run")  # as the run that it scores, it skips
-    scores = read(tmp_path / "run" / "scores.json")
-    assert scores["questions"] == 5 and scores["skipped"] == 1 and "113" not in read(tmp_path / "run" / "preds.json")
+    run_train(base, scienceqa_copy, tmp_path / "run", "--skip_bad", "--epochs", "1", "--warmup_epochs", "0")
+    run_eval("--adapter_path", tmp_path / "run")  # reads --skip_bad from the run
+    scores = read_json(tmp_path / "run" / "scores.json")
+    assert scores["questions"] == 5 and scores["skipped"] == 1
+    assert "113" not in read_json(tmp_path / "run" / "preds.json")
 
 
 def test_real_problems_from_loading_to_scores(base, real_scienceqa, tmp_path):
-    """Without their pictures, which are not at hand."""
-    problems = read(real_scienceqa / "problems.json")
-    tests = [problems[qid] for qid in read(real_scienceqa / "pid_splits.json")["test"]]
-    assert "image.png is missing" in error(run_train, base, real_scienceqa, tmp_path / "run")
+    """The images of the real problems are not available, so those are skipped."""
+    problems = read_json(real_scienceqa / "problems.json")
+    tests = [problems[qid] for qid in read_json(real_scienceqa / "pid_splits.json")["test"]]
+    assert "image.png is missing" in error_message(run_train, base, real_scienceqa, tmp_path / "run")
     run_train(base, real_scienceqa, tmp_path / "run", "--skip_bad", "--epochs", "1", "--warmup_epochs", "0",
               "--max_seq_len", "512")
     run_eval("--adapter_path", tmp_path / "run")
-    scores = read(tmp_path / "run" / "scores.json")
+    scores = read_json(tmp_path / "run" / "scores.json")
     text_only = sum(not p["image"] for p in tests)
     assert scores["questions"] == scores["counts"]["Avg"] == text_only and scores["skipped"] == len(tests) - text_only
     assert scores["IMG"] is None and scores["counts"]["IMG"] == 0 and scores["Avg"] is not None

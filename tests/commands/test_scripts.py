@@ -1,4 +1,4 @@
-"""The shell scripts, run with stubs on PATH that write down how they were called."""
+"""The shell scripts, run with stub commands on PATH that log their arguments."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from tiny import ROOT
 from train import get_args_parser
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("slurm/*.sbatch")])
-METHODS = {  # the flags in which each method differs, as published
+METHODS = {  # the published flags of each method
     "": "--lr_schedule cosine --min_lr 0 --dropout_prob 0.1 --dropout_var 1 --dropout_lim 0.2",
     "_cyclical": "--lr_schedule cyclical --min_lr 5e-5 --dropout_prob 0.1 --dropout_var 1 --dropout_lim 0.2",
     "_step": "--lr_schedule step --min_lr 0 --dropout_prob 0.1 --dropout_var 1 --dropout_lim 0.2",
@@ -32,8 +32,8 @@ esac
 """
 
 
-class Place:
-    """A copy of the scripts with stubs for everything that they call."""
+class Sandbox:
+    """A copy of the scripts, with stubs for all commands that they call."""
 
     def __init__(self, folder: Path):
         self.folder, self.calls = folder, folder / "calls"
@@ -46,7 +46,7 @@ class Place:
             stub.chmod(0o755)
 
     def run(self, *command: str, code: int = 0, **environment: str) -> list[str]:
-        """Runs a script; returns the calls that it made."""
+        """Run a script; returns all logged calls."""
         env = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "CALLS": str(self.calls), **environment}
         done = subprocess.run(["bash", *command], cwd=self.folder, env=env, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
@@ -55,24 +55,24 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path):
-    return Place(tmp_path)
+def sandbox(tmp_path):
+    return Sandbox(tmp_path)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_parse(script):
+def test_scripts_have_valid_syntax(script):
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "-x", "-e", "SC1091", "-s", "bash", script], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_trains_with_its_flags_and_is_scored(place, method):
-    train, score = place.run(f"scripts/finetuning_sqa_7b{method}.sh", "--epochs", "5", "--seed", "1")
+def test_each_method_is_trained_with_its_flags_and_evaluated(sandbox, method):
+    train, score = sandbox.run(f"scripts/finetuning_sqa_7b{method}.sh", "--epochs", "5", "--seed", "1")
     assert train.startswith("torchrun --standalone --nproc_per_node 4 train.py --llm_model 7B "
                             "--llama_model_path ../data/weights --data_root ../data ")
     assert "--batch_size 2 --accum_iter 4 " in train and "--blr 9e-3" in train  # 2 x 4 x 4 GPUs = 32
-    assert train.endswith(f"{METHODS[method]} --epochs 5 --seed 1")  # the user's flags last, so that they win
+    assert train.endswith(f"{METHODS[method]} --epochs 5 --seed 1")  # the user's flags come last and take precedence
     folder = train.split("--output_dir ")[1].split()[0]
     assert folder == f"./LaVIN-7B-{method.removeprefix('_') or 'base'}"
     assert score == f"torchrun --standalone --nproc_per_node 4 eval.py --adapter_path {folder} --split test"
@@ -84,8 +84,8 @@ def test_each_method_trains_with_its_flags_and_is_scored(place, method):
     ("13b", "13B", "base", "--temperature 5"),
     ("vicuna_7b", "7B", "vicuna", "--use_vicuna"),
     ("vicuna_13b", "13B", "vicuna", "--temperature 5 --use_vicuna")])
-def test_other_bases_train_as_the_base_method(place, script, model, method, flags):
-    train, score = place.run(f"scripts/finetuning_sqa_{script}.sh", "--seed", "1")
+def test_other_base_models_use_the_base_method(sandbox, script, model, method, flags):
+    train, score = sandbox.run(f"scripts/finetuning_sqa_{script}.sh", "--seed", "1")
     assert f"train.py --llm_model {model} " in train and train.endswith(f"{flags} {METHODS['']} --seed 1")
     assert f"eval.py --adapter_path ./LaVIN-{model}-{method} " in score
     flags = get_args_parser().parse_args(train.split("train.py ")[1].split())
@@ -93,98 +93,99 @@ def test_other_bases_train_as_the_base_method(place, script, model, method, flag
 
 
 @pytest.mark.parametrize("gpus, accum", [(1, 16), (2, 8), (8, 2), (16, 1)])
-def test_the_effective_batch_stays(place, gpus, accum):
-    train, _ = place.run("scripts/finetuning_sqa_7b.sh", GPUS=str(gpus))
+def test_effective_batch_size_is_constant(sandbox, gpus, accum):
+    train, _ = sandbox.run("scripts/finetuning_sqa_7b.sh", GPUS=str(gpus))
     assert f"--batch_size 2 --accum_iter {accum} " in train
     assert train.startswith("python " if gpus == 1 else f"torchrun --standalone --nproc_per_node {gpus} ")
 
 
-def test_environment_and_output_dir_say_where(place):
-    train, score = place.run("scripts/finetuning_sqa_7b.sh", "--output_dir", "here", GPUS="1", DATA_ROOT="d", WEIGHTS="w",
-                             MODEL="13B")
+def test_environment_variables_and_output_dir(sandbox):
+    train, score = sandbox.run("scripts/finetuning_sqa_7b.sh", "--output_dir", "here", GPUS="1", DATA_ROOT="d",
+                               WEIGHTS="w", MODEL="13B")
     assert "--llm_model 13B --llama_model_path w --data_root d" in train and train.endswith("--output_dir here")
     assert score == "python eval.py --adapter_path here --split test"
 
 
-def test_a_failed_training_is_not_scored(place):
-    calls = place.run("scripts/finetuning_sqa_7b.sh", code=1, FAIL="train.py")
+def test_failed_training_is_not_evaluated(sandbox):
+    calls = sandbox.run("scripts/finetuning_sqa_7b.sh", code=1, FAIL="train.py")
     assert len(calls) == 1
 
 
-def test_all_variants_skip_what_is_finished_and_go_on_past_a_failure(place):
-    finished = place.folder / "out" / "LaVIN-7B-step-seed0"
+def test_run_all_variants_skips_finished_runs_and_continues_after_a_failure(sandbox):
+    finished = sandbox.folder / "out" / "LaVIN-7B-step-seed0"
     finished.mkdir(parents=True)
     (finished / "scores.json").write_text("{}")
-    calls = place.run("scripts/run_all_variants.sh", "--epochs", "5", code=1, OUTPUT_ROOT="out", GPUS="1",
-                      FAIL="train.py --llm_model 7B --llama_model_path ../data/weights --data_root ../data "
-                           "--output_dir out/LaVIN-7B-base-seed0")
+    calls = sandbox.run("scripts/run_all_variants.sh", "--epochs", "5", code=1, OUTPUT_ROOT="out", GPUS="1",
+                        FAIL="train.py --llm_model 7B --llama_model_path ../data/weights --data_root ../data "
+                             "--output_dir out/LaVIN-7B-base-seed0")
     trained = [call.split("--output_dir ")[-1].split()[0] for call in calls if "train.py" in call]
     names = ["base", "cyclical", "exponential", "drop_inc", "drop_dec", "drop_inc_v2", "drop_dec_v2"]
     assert trained == [f"out/LaVIN-7B-{name}-seed0" for name in names]
-    assert "failed: out/LaVIN-7B-base-seed0" in place.errors
+    assert "failed: out/LaVIN-7B-base-seed0" in sandbox.errors
     plot = calls[-1]
     assert plot.startswith("python plot_results.py ") and "LaVIN-7B-step-seed0" in plot and "base" not in plot
 
 
-def test_seeds_repeat_every_method(place):
-    calls = place.run("scripts/run_all_variants.sh", SEEDS="0 1 2", GPUS="1")
+def test_seeds_run_every_method_once_each(sandbox):
+    calls = sandbox.run("scripts/run_all_variants.sh", SEEDS="0 1 2", GPUS="1")
     assert sum("train.py" in call for call in calls) == 24
     assert sum("--seed 2 --output_dir ./LaVIN-7B-" in call for call in calls) == 8
 
 
-def test_slurm_one_node(place):
-    calls = place.run("bin/sbatch", "slurm/one_node.sbatch", "scripts/finetuning_sqa_7b.sh", "--epochs", "5",
-                      SLURM_SUBMIT_DIR=str(place.folder), SLURM_NNODES="1")
+def test_slurm_one_node(sandbox):
+    calls = sandbox.run("bin/sbatch", "slurm/one_node.sbatch", "scripts/finetuning_sqa_7b.sh", "--epochs", "5",
+                        SLURM_SUBMIT_DIR=str(sandbox.folder), SLURM_NNODES="1")
     assert calls[1].startswith("torchrun --standalone --nproc_per_node 4 train.py") and calls[1].endswith("--epochs 5")
 
 
-def test_slurm_several_nodes_meet_at_the_first(place):
-    calls = place.run("slurm/several_nodes.sbatch", "scripts/finetuning_sqa_7b.sh", SLURM_SUBMIT_DIR=str(place.folder),
-                      SLURM_NNODES="2", SLURM_JOB_ID="42", SLURM_JOB_NODELIST="node[7-8]")
+def test_slurm_several_nodes_use_the_first_as_rendezvous(sandbox):
+    calls = sandbox.run("slurm/several_nodes.sbatch", "scripts/finetuning_sqa_7b.sh", SLURM_NNODES="2",
+                        SLURM_SUBMIT_DIR=str(sandbox.folder), SLURM_JOB_ID="42", SLURM_JOB_NODELIST="node[7-8]")
     srun = next(call for call in calls if call.startswith("srun"))
-    assert ("torchrun --nnodes 2 --nproc_per_node 4 --rdzv_id 42 --rdzv_backend c10d --rdzv_endpoint node7:29500 train.py"
-            in srun)
+    assert ("torchrun --nnodes 2 --nproc_per_node 4 --rdzv_id 42 --rdzv_backend c10d "
+            "--rdzv_endpoint node7:29500 train.py") in srun
     assert "--batch_size 2 --accum_iter 2 " in srun
 
 
-def test_a_requeued_job_goes_on_from_its_checkpoint(place):
-    run = place.folder / "LaVIN-7B-base"
+def test_requeued_job_resumes_from_its_checkpoint(sandbox):
+    run, script = sandbox.folder / "LaVIN-7B-base", "scripts/finetuning_sqa_7b.sh"
     run.mkdir()
-    assert "--resume" not in place.run("scripts/finetuning_sqa_7b.sh", SLURM_RESTART_COUNT="1")[0]  # none yet
+    assert "--resume" not in sandbox.run(script, SLURM_RESTART_COUNT="1")[0]  # no checkpoint yet
     (run / "checkpoint-0.pth").touch()
-    assert "--resume" not in place.run("scripts/finetuning_sqa_7b.sh")[2]  # a new run, asked for by hand
-    assert place.run("scripts/finetuning_sqa_7b.sh", SLURM_RESTART_COUNT="1")[4].endswith("--resume ./LaVIN-7B-base")
+    assert "--resume" not in sandbox.run(script)[2]  # not requeued: a new run
+    assert sandbox.run(script, SLURM_RESTART_COUNT="1")[4].endswith("--resume ./LaVIN-7B-base")
 
 
 @pytest.mark.parametrize("script, model", [("vl_instruction_tuning_13b", "13B"),
                                            ("vl_instruction_tuning_vicuna_13b", "vicuna_13B")])
-def test_instruction_tuning_has_the_published_recipe(place, script, model):
-    train, = place.run(f"scripts/{script}.sh", "--seed", "1", GPUS="8")
+def test_instruction_tuning_uses_the_published_recipe(sandbox, script, model):
+    train, = sandbox.run(f"scripts/{script}.sh", "--seed", "1", GPUS="8")
     assert train.startswith(f"torchrun --standalone --nproc_per_node 8 train.py --llm_model {model} "
-                            f"--llama_model_path ../data/weights --data_root ../data --output_dir ./LaVIN-{model}-VLIT ")
+                            "--llama_model_path ../data/weights --data_root ../data "
+                            f"--output_dir ./LaVIN-{model}-VLIT ")
     assert "--batch_size 2 --accum_iter 2 " in train and "--blr 9e-3" in train  # 2 x 2 x 8 GPUs = 32
     assert train.endswith("--do_pretrain --epochs 15 --warmup_epochs 0.2 --temperature 5 --seed 1")
 
 
-def test_mme_scores_the_run_that_is_named(place):
-    score, = place.run("scripts/eval_mme_benchmark.sh", "LaVIN-13B-VLIT", "--seed", "1", DATA_ROOT="d")
-    assert score == ("torchrun --standalone --nproc_per_node 4 eval_mme.py --adapter_path LaVIN-13B-VLIT --mme_root d/mme "
-                     "--max_batch_size 16 --seed 1")
-    place.run("scripts/eval_mme_benchmark.sh", code=1)
-    assert "name a run" in place.errors
+def test_mme_evaluates_the_given_run(sandbox):
+    score, = sandbox.run("scripts/eval_mme_benchmark.sh", "LaVIN-13B-VLIT", "--seed", "1", DATA_ROOT="d")
+    assert score == ("torchrun --standalone --nproc_per_node 4 eval_mme.py --adapter_path LaVIN-13B-VLIT "
+                     "--mme_root d/mme --max_batch_size 16 --seed 1")
+    sandbox.run("scripts/eval_mme_benchmark.sh", code=1)
+    assert "name a run" in sandbox.errors
 
 
-def test_the_demo_takes_quickstarts_runs_or_those_of_the_environment(place):
-    (place.folder / "calls").touch()
-    place.run("scripts/demo.sh", code=1)
-    assert "run 'bash scripts/quickstart.sh' first" in place.errors
-    (place.folder / "requirements-demo.txt").touch()
-    (place.folder / ".venv" / "bin").mkdir(parents=True)
-    shutil.copy(place.folder / "bin" / "python", place.folder / ".venv" / "bin" / "python")
+def test_demo_uses_the_quickstart_runs_or_those_of_the_environment(sandbox):
+    (sandbox.folder / "calls").touch()
+    sandbox.run("scripts/demo.sh", code=1)
+    assert "run 'bash scripts/quickstart.sh' first" in sandbox.errors
+    (sandbox.folder / "requirements-demo.txt").touch()
+    (sandbox.folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(sandbox.folder / "bin" / "python", sandbox.folder / ".venv" / "bin" / "python")
     for run in ("runs/quickstart/LaVIN-toy-base-seed0", "LaVIN-7B-base"):
-        (place.folder / run).mkdir(parents=True)
-        (place.folder / run / "checkpoint-0.pth").touch()
-    assert place.run("scripts/demo.sh", "--cli")[-1] == (
+        (sandbox.folder / run).mkdir(parents=True)
+        (sandbox.folder / run / "checkpoint-0.pth").touch()
+    assert sandbox.run("scripts/demo.sh", "--cli")[-1] == (
         "python demo.py --runs runs/quickstart --llama_model_path weights --llm_model toy --data_root data/mini --cli")
-    assert place.run("scripts/demo.sh", MODEL="7B")[-1] == (
+    assert sandbox.run("scripts/demo.sh", MODEL="7B")[-1] == (
         "python demo.py --runs . --llama_model_path ../data/weights --llm_model 7B --data_root ../data")

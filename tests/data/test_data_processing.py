@@ -1,4 +1,4 @@
-"""Instruction tuning: all_data.json from small files in the published formats, and training on it."""
+"""Instruction tuning: data_processing.py on small files in the published formats, and training on its output."""
 
 import json
 import subprocess
@@ -53,7 +53,7 @@ def write(root: Path, **changes) -> Path:
 
 
 def process(root: Path) -> str:
-    """Returns what it printed."""
+    """Run data_processing.py in a subprocess; returns its output."""
     done = subprocess.run([sys.executable, "tools/data_processing.py", "--data_root", str(root)], cwd=ROOT,
                           capture_output=True, text=True)
     return done.stdout + done.stderr
@@ -65,11 +65,12 @@ def root(tmp_path):
     return tmp_path
 
 
-def args_of(root: Path, *flags: str):
-    return train.get_args_parser().parse_args(["--data_root", str(root), "--do_pretrain", "--max_seq_len", "100", *flags])
+def parse_args(root: Path, *flags: str):
+    return train.get_args_parser().parse_args(["--data_root", str(root), "--do_pretrain", "--max_seq_len", "100",
+                                               *flags])
 
 
-def test_each_question_becomes_a_record(root):
+def test_each_question_becomes_one_record(root):
     records = json.loads((root / "all_data.json").read_text())["all"]
     assert [(r["instruction"], r["answer"], r["image"]) for r in records] == EXPECTED
     assert [r["image_source"] for r in records] == [None, None] + ["mscoco"] * 4
@@ -93,7 +94,7 @@ def test_malformed_records_are_named_and_counted(tmp_path):
     assert [(r["instruction"], r["answer"], r["image"]) for r in records] == EXPECTED
 
 
-def test_files_that_are_not_there_or_broken_end_in_a_line(tmp_path):
+def test_missing_and_broken_files_raise_one_line_errors(tmp_path):
     out = tmp_path / "all_data.json"
     with pytest.raises(UserError, match="has none of alpaca_data.json"):
         data_processing.process(tmp_path, out)
@@ -103,11 +104,11 @@ def test_files_that_are_not_there_or_broken_end_in_a_line(tmp_path):
     with pytest.raises(UserError, match="record 0: lacks output"):
         data_processing.process(tmp_path, out)
     (tmp_path / "alpaca_data.json").write_text(json.dumps(ALPACA))
-    assert data_processing.process(tmp_path, out) == (2, [])  # one of the four files will do
+    assert data_processing.process(tmp_path, out) == (2, [])  # one of the four files is enough
 
 
-def test_examples_hold_prompt_answer_and_a_picture_yet_to_be_decoded(root, tokenizer):
-    examples = load_instructions(args_of(root), tokenizer, 16)
+def test_examples_have_prompt_answer_and_an_undecoded_image(root, tokenizer):
+    examples = load_instructions(parse_args(root), tokenizer, 16)
     for example, (prompt, answer, image) in zip(examples, EXPECTED, strict=True):
         assert tokenizer.decode(example.ids[example.answer_start:]) == answer
         assert example.ids == tokenizer.example(prompt, answer, image, 6).ids
@@ -115,7 +116,7 @@ def test_examples_hold_prompt_answer_and_a_picture_yet_to_be_decoded(root, token
     decoded = decode_images(examples)
     assert [example.ids for example in decoded] == [example.ids for example in examples]
     assert decode_images(decoded) == decoded
-    for example, (*_, image) in zip(decoded, EXPECTED):
+    for example, (*_, image) in zip(decoded, EXPECTED, strict=True):
         if image:
             path = root / "images" / "train2014" / f"COCO_train2014_{image}"
             assert torch.equal(example.image, load_image(path, 16)) and IMAGE_SLOT in example.ids
@@ -123,31 +124,31 @@ def test_examples_hold_prompt_answer_and_a_picture_yet_to_be_decoded(root, token
             assert example.image is None
 
 
-def test_bad_pictures_are_named_or_left_out(root, tokenizer):
-    picture = root / "images" / "train2014" / "COCO_train2014_2.jpg"
-    for fault, spoil in (("does not decode", lambda: picture.write_bytes(picture.read_bytes()[:80])),
-                         ("is missing", picture.unlink)):
-        spoil()
+def test_bad_images_are_named_or_skipped(root, tokenizer):
+    path = root / "images" / "train2014" / "COCO_train2014_2.jpg"
+    for fault, break_file in (("does not decode", lambda: path.write_bytes(path.read_bytes()[:80])),
+                              ("is missing", path.unlink)):
+        break_file()
         with pytest.raises(UserError, match=f"COCO_train2014_2.jpg {fault}.*; 1 of 2 are so"):
-            load_instructions(args_of(root), tokenizer, 16)
-        assert len(load_instructions(args_of(root, "--skip_bad"), tokenizer, 16)) == 5
+            load_instructions(parse_args(root), tokenizer, 16)
+        assert len(load_instructions(parse_args(root, "--skip_bad"), tokenizer, 16)) == 5
 
 
-def test_another_file_is_refused(root, tokenizer):
-    for name in ("alpaca_data.json", "none.json"):  # the published command names the former
+def test_other_files_are_refused(root, tokenizer):
+    for name in ("alpaca_data.json", "none.json"):  # the published command names alpaca_data.json
         with pytest.raises(UserError, match="--data_path|holds no JSON object"):
-            load_instructions(args_of(root, "--data_path", str(root / name)), tokenizer, 16)
+            load_instructions(parse_args(root, "--data_path", str(root / name)), tokenizer, 16)
     (root / "all_data.json").write_text('{"all": [{"instruction": "x"}]}')
     with pytest.raises(UserError, match="all_data.json is not the all_data.json of instruction tuning"):
-        load_instructions(args_of(root), tokenizer, 16)
+        load_instructions(parse_args(root), tokenizer, 16)
 
 
-def test_training_reads_texts_and_pictures(base, root, tmp_path, tokenizer):
-    """The first loss is that of the fresh model, counted apart; then it falls."""
+def test_training_on_texts_and_images(base, root, tmp_path, tokenizer):
+    """The first loss equals the reference loss of the untrained model; then it falls."""
     args = train.get_args_parser().parse_args([
-        *base.flags, "--data_root", str(root), "--output_dir", str(tmp_path / "run"), "--device", "cpu", "--do_pretrain",
-        "--batch_size", "6", "--epochs", "9", "--warmup_epochs", "0", "--lr", "3e-2", "--max_seq_len", "100",
-        "--dropout_prob", "0"])
+        *base.flags, "--data_root", str(root), "--output_dir", str(tmp_path / "run"), "--device", "cpu",
+        "--do_pretrain", "--batch_size", "6", "--epochs", "9", "--warmup_epochs", "0", "--lr", "3e-2",
+        "--max_seq_len", "100", "--dropout_prob", "0"])
     train.main(args)
     losses = [json.loads(line)["train_closs"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     examples = []
@@ -155,11 +156,12 @@ def test_training_reads_texts_and_pictures(base, root, tmp_path, tokenizer):
         path = root / "images" / "train2014" / f"COCO_train2014_{image}"
         examples.append(tokenizer.example(prompt, answer, load_image(path, IMAGE_SIZE) if image else None))
     torch.manual_seed(args.seed)
-    model, _ = load_base(str(base.weights), "tiny", str(base.vision), AdapterConfig(dropout_prob=0.0), torch.device("cpu"),
-                         torch.float32)
+    model, _ = load_base(str(base.weights), "tiny", str(base.vision), AdapterConfig(dropout_prob=0.0),
+                         torch.device("cpu"), torch.float32)
     with torch.no_grad():
         logits = reference.logits(model, examples)
-    told = [logits[i, at].log_softmax(-1)[example.ids[at]].item() for i, example in enumerate(examples)
-            for at in range(example.answer_start, len(example.ids))]  # row at + 1 holds token at; row at foretells it
-    assert losses[0] == pytest.approx(-sum(told) / len(told), abs=1e-5)
+    # the modality token shifts positions by one: position `at` predicts token `at`
+    log_probabilities = [logits[i, at].log_softmax(-1)[example.ids[at]].item() for i, example in enumerate(examples)
+                         for at in range(example.answer_start, len(example.ids))]
+    assert losses[0] == pytest.approx(-sum(log_probabilities) / len(log_probabilities), abs=1e-5)
     assert losses[-1] < losses[0] - 0.4

@@ -1,4 +1,4 @@
-"""Every prompt format written out, and what the loss sees of it, in tokens."""
+"""Every prompt format in full, and which of its tokens are targets of the loss."""
 
 import json
 
@@ -39,7 +39,7 @@ EXPECTED |= {
 }
 
 
-def test_every_format_is_written_out():
+def test_every_format_has_an_expected_prompt():
     assert set(PROMPT_FORMATS) == set(EXPECTED)
 
 
@@ -57,9 +57,10 @@ def test_context(hint, caption, context):
 
 
 @pytest.mark.parametrize("lecture, solution, reason", [
-    ("", "", ""), ("One.", "", " BECAUSE: One."), ("", "Two.", " BECAUSE: Two."), ("One.", "Two.", " BECAUSE: One. Two.")])
+    ("", "", ""), ("One.", "", " BECAUSE: One."), ("", "Two.", " BECAUSE: Two."),
+    ("One.", "Two.", " BECAUSE: One. Two.")])
 def test_missing_lecture_or_solution(lecture, solution, reason):
-    """A BECAUSE: with nothing behind it goes, in the answer and in the prompt."""
+    """An empty `BECAUSE:` is left out of the answer and of the prompt."""
     bare = {**PROBLEM, "lecture": lecture, "solution": solution}
     assert build_prompt(bare, "QCM-ALE")[1] == A + reason
     assert build_prompt(bare, "QCM-LEA")[1] == (reason.removeprefix(" BECAUSE: ") + " " + A).strip()
@@ -75,22 +76,22 @@ def test_parse_answer(text, choices, index):
     assert parse_answer(text, choices) == index
 
 
-PICTURE = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+IMAGE = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("picture", [None, PICTURE])
-def test_layout_of_one_example(tokenizer, picture):
+@pytest.mark.parametrize("image", [None, IMAGE])
+def test_layout_of_one_example(tokenizer, image):
     prompt, answer = build_prompt(PROBLEM, "QCM-ALE")
-    example = tokenizer.example(prompt, answer, picture, n_prompt=6)
-    prefix = tokenizer.encode("Image: ") + [IMAGE_SLOT] * 6 if picture is not None else tokenizer.encode("Image: N/A")
+    example = tokenizer.example(prompt, answer, image, n_prompt=6)
+    prefix = tokenizer.encode("Image: ") + [IMAGE_SLOT] * 6 if image is not None else tokenizer.encode("Image: N/A")
     assert example.ids == [1, *prefix, *tokenizer.encode(prompt + answer), 2]
     assert tokenizer.decode([i for i in example.ids if i >= 0]) == \
-        f"Image: {'' if picture is not None else 'N/A'} {prompt}{answer}"
-    assert example.image is picture
+        f"Image: {'' if image is not None else 'N/A'} {prompt}{answer}"
+    assert example.image is image
 
 
 def check_labels(tokenizer, example: Example, question: Example, answer: str) -> None:
-    """The targets are the answer and EOS, the prompt is what generation is asked, and nothing is lost between."""
+    """The targets are the answer and EOS; all tokens before them equal the prompt used for generation."""
     targets = example.ids[example.answer_start:]
     assert targets[-1] == tokenizer.eos_id
     assert tokenizer.decode(targets[:-1]) == answer
@@ -99,30 +100,31 @@ def check_labels(tokenizer, example: Example, question: Example, answer: str) ->
 
 
 @pytest.mark.parametrize("prompt_format", PROMPT_FORMATS)
-@pytest.mark.parametrize("picture", [None, PICTURE])
-def test_targets_are_the_answer_and_eos(tokenizer, prompt_format, picture):
+@pytest.mark.parametrize("image", [None, IMAGE])
+def test_targets_are_the_answer_and_eos(tokenizer, prompt_format, image):
     prompt, answer = build_prompt(PROBLEM, prompt_format)
-    check_labels(tokenizer, tokenizer.example(prompt, answer, picture), tokenizer.example(prompt, None, picture), answer)
+    example, question = tokenizer.example(prompt, answer, image), tokenizer.example(prompt, None, image)
+    check_labels(tokenizer, example, question, answer)
 
 
-def test_cut_at_the_length_with_its_modality_token(tokenizer):
+def test_max_seq_len_includes_the_modality_token(tokenizer):
     prompt, answer = build_prompt(PROBLEM, "QCM-ALE")
-    whole = tokenizer.example(prompt, answer, PICTURE)
-    n = len(whole.ids)
-    assert tokenizer.example(prompt, answer, PICTURE, max_seq_len=n + 1) == whole
-    cut = tokenizer.example(prompt, answer, PICTURE, max_seq_len=n)
-    assert cut.ids == whole.ids[:-1] and cut.answer_start == whole.answer_start
-    promptless = tokenizer.example(prompt, answer, PICTURE, max_seq_len=20)
-    assert promptless.ids == whole.ids[:19] and promptless.answer_start == 19  # no target is left
+    full = tokenizer.example(prompt, answer, IMAGE)
+    n = len(full.ids)
+    assert tokenizer.example(prompt, answer, IMAGE, max_seq_len=n + 1) == full
+    truncated = tokenizer.example(prompt, answer, IMAGE, max_seq_len=n)
+    assert truncated.ids == full.ids[:-1] and truncated.answer_start == full.answer_start
+    without_answer = tokenizer.example(prompt, answer, IMAGE, max_seq_len=20)
+    assert without_answer.ids == full.ids[:19] and without_answer.answer_start == 19  # no targets
     with pytest.raises(UserError, match="--max_seq_len 10"):
-        tokenizer.example(prompt, answer, PICTURE, max_seq_len=10)
+        tokenizer.example(prompt, answer, IMAGE, max_seq_len=10)
 
 
-def test_a_piece_across_the_border_belongs_to_the_answer(tokenizer):
-    """Prompt and answer are tokenized together; where that joins their ends, the joined piece is a target."""
+def test_token_across_the_boundary_belongs_to_the_answer(tokenizer):
+    """Prompt and answer are tokenized together; a token that spans both is a target."""
     prompt, answer = "Which pon", "d is it?"
     together = tokenizer.encode(prompt + answer)
-    assert together[:len(tokenizer.encode(prompt))] != tokenizer.encode(prompt)  # or the test would be empty
+    assert together[:len(tokenizer.encode(prompt))] != tokenizer.encode(prompt)  # a token spans the boundary
     example = tokenizer.example(prompt, answer)
     targets = tokenizer.decode(example.ids[example.answer_start:-1])
     assert targets.endswith(answer) and example.ids[-len(together) - 1:-1] == together
@@ -151,7 +153,7 @@ def test_labels_of_the_real_problems(tokenizer, real_scienceqa):
     problems = json.loads((real_scienceqa / "problems.json").read_text())
     data = ScienceQA(real_scienceqa, problems, {})
     for qid, p in problems.items():
-        picture = PICTURE if p["image"] else None
+        image = IMAGE if p["image"] else None
         prompt, answer = build_prompt(p, "QCM-ALE")
-        example = build_example(data, qid, picture, tokenizer, "QCM-ALE", 6, 10_000)
-        check_labels(tokenizer, example, tokenizer.example(prompt, None, picture), answer)
+        example = build_example(data, qid, image, tokenizer, "QCM-ALE", 6, 10_000)
+        check_labels(tokenizer, example, tokenizer.example(prompt, None, image), answer)

@@ -1,4 +1,4 @@
-"""The toy base: files in the formats that train.py reads, made from the train split alone."""
+"""The toy base: files in the formats that train.py reads, made from the train split only."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def mini(tmp_path_factory):
 
 
 def build(data_root: Path, out: Path) -> Path:
-    """The whole of make_toy_base.py, with a few steps in place of many."""
+    """Run make_toy_base.main with only a few training steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_toy_base, "LLAMA_STEPS", 3)
         patch.setattr(make_toy_base, "VIT_EPOCHS", 2)
@@ -45,17 +45,18 @@ def tokenizer(toy):
 
 
 def weights(toy: Path) -> dict[str, torch.Tensor]:
-    return {**torch.load(toy / "consolidated.00.pth", weights_only=True), **load_file(toy / "vit" / "model.safetensors")}
+    llama = torch.load(toy / "consolidated.00.pth", weights_only=True)
+    return {**llama, **load_file(toy / "vit" / "model.safetensors")}
 
 
-def pieces(toy: Path) -> list[tuple[str, float]]:
-    """The tokenizer without the path under which it was trained, which SentencePiece keeps in its file."""
+def vocabulary(toy: Path) -> list[tuple[str, float]]:
+    """The tokens and their scores; tokenizer.model also contains the path of its training data, which differs."""
     model = SentencePieceProcessor(model_file=str(toy / "tokenizer.model"))
     return [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
 
 
-def test_val_and_test_are_not_read_and_the_build_repeats(mini, toy, tmp_path):
-    """Built again from a copy whose other splits hold other texts, captions and no pictures: the same bits."""
+def test_build_is_reproducible_and_does_not_read_val_and_test(mini, toy, tmp_path):
+    """A build from a copy whose val and test splits have other texts and captions, and no images, is identical."""
     copy = tmp_path / "mini"
     shutil.copytree(mini, copy)
     for split in ("val", "test"):
@@ -70,7 +71,7 @@ def test_val_and_test_are_not_read_and_the_build_repeats(mini, toy, tmp_path):
     (copy / "captions.json").write_text(json.dumps(captions))
 
     again = build(copy, tmp_path / "toy")
-    assert pieces(again) == pieces(toy)
+    assert vocabulary(again) == vocabulary(toy)
     first, second = weights(toy), weights(again)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -84,44 +85,44 @@ def test_tokenizer_has_llamas_special_tokens_and_bytes(toy, tokenizer):
     assert model.piece_to_id("<0x0A>") in tokenizer.encode("a\nb")
 
 
-def test_digits_stay_apart(mini, tmp_path):
+def test_digits_are_single_tokens(mini, tmp_path):
     data = load_scienceqa(str(mini), "train", str(mini / "captions.json"))
     for problem in data.problems.values():
         problem["question"] += " 1984"
     make_toy_base.train_tokenizer(data, tmp_path / "tokenizer.model")
     model = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    words = [model.id_to_piece(i) for i in range(model.vocab_size()) if not model.is_byte(i)]
-    assert all(len(word) == 1 for word in words if any(c.isdigit() for c in word))
+    tokens = [model.id_to_piece(i) for i in range(model.vocab_size()) if not model.is_byte(i)]
+    assert all(len(token) == 1 for token in tokens if any(c.isdigit() for c in token))
 
 
-def test_each_letter_after_a_space_is_one_piece(tokenizer):
+def test_each_letter_after_a_space_is_one_token(tokenizer):
     prefix = tokenizer.encode("The answer is")
-    rows = [tokenizer.encode(f"The answer is {letter}") for letter in "ABCDE"]
-    assert all(row[:-1] == prefix for row in rows) and len({row[-1] for row in rows}) == 5
+    answers = [tokenizer.encode(f"The answer is {letter}") for letter in "ABCDE"]
+    assert all(ids[:-1] == prefix for ids in answers) and len({ids[-1] for ids in answers}) == 5
 
 
-def test_the_project_loads_it(toy):
+def test_load_base_loads_it(toy):
     params = json.loads((toy / "params.json").read_text())
     assert params["vocab_size"] == -1
     model, tokenizer = load_base(str(toy.parent), toy.name, str(toy / "vit"), AdapterConfig(), torch.device("cpu"),
                                  torch.float32)
     assert len(model.vision.vit.blocks) == 6
-    written = weights(toy)
-    assert written["tok_embeddings.weight"].shape == (tokenizer.n_words, params["dim"])
-    assert torch.equal(model.llama.layers[0].attention.wq.weight, written["layers.0.attention.wq.weight"])
-    assert torch.equal(model.vision.vit.blocks[5].attn.qkv.weight, written["blocks.5.attn.qkv.weight"])
+    saved = weights(toy)
+    assert saved["tok_embeddings.weight"].shape == (tokenizer.n_words, params["dim"])
+    assert torch.equal(model.llama.layers[0].attention.wq.weight, saved["layers.0.attention.wq.weight"])
+    assert torch.equal(model.vision.vit.blocks[5].attn.qkv.weight, saved["blocks.5.attn.qkv.weight"])
 
 
-def test_lessons_have_the_caption_and_teach_the_letter(mini, tokenizer):
+def test_lessons_contain_the_caption_and_weight_the_letter(mini, tokenizer):
     data = load_scienceqa(str(mini), "train", str(mini / "captions.json"))
     for qid, problem in data.problems.items():
         ids, loss_weights = make_toy_base.lesson(data, qid, tokenizer)
         assert len(ids) == len(loss_weights) and ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
-        start = loss_weights.index(1.0)  # the prompt has no weight
-        told, said = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+        start = loss_weights.index(1.0)  # the prompt's loss weight is 0
+        prompt, answer = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
         letter = "ABCDE"[problem["answer"]]
-        assert said.startswith(f"The answer is {letter}.")
-        weighted = [i for i, weight in zip(ids, loss_weights) if weight == make_toy_base.LETTER_WEIGHT]
+        assert answer.startswith(f"The answer is {letter}.")
+        weighted = [i for i, weight in zip(ids, loss_weights, strict=True) if weight == make_toy_base.LETTER_WEIGHT]
         assert tokenizer.decode(weighted).strip() == letter
-        assert problem["question"] in told and all(choice in told for choice in problem["choices"])
-        assert data.captions.get(qid, "") in told
+        assert problem["question"] in prompt and all(choice in prompt for choice in problem["choices"])
+        assert data.captions.get(qid, "") in prompt

@@ -1,4 +1,4 @@
-"""Compiled layers: the plain model's numbers, and one program for passes of any size."""
+"""torch.compile: same numbers as eager, and no recompilation when batch sizes change."""
 
 from functools import partial
 
@@ -6,17 +6,16 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from lavin.fast.captured_models import capture_training
 from lavin.fast.speed_up import compile_model, fuse
-from lavin.fast.training_graphs import capture_training
-from lavin.generation.generate import decode
 from lavin.model import pack
-from tiny import mixed_examples, tiny_example, tiny_model
+from tiny import greedy_logits, mixed_examples, tiny_example, tiny_model
 
-SIZES = {"n_layers": 4, "n_kv_heads": 4}
+LLAMA_SHAPE = {"n_layers": 4, "n_kv_heads": 4}
 
 
 def batches(answer: int) -> list[list]:
-    """Three sizes of everything that can differ: samples, pictures, lengths."""
+    """Three batches that differ in the numbers of examples, images and tokens."""
     more = [tiny_example(seed, 3 * seed, answer, image=seed % 2 == 0) for seed in range(5, 10)]
     return [mixed_examples(answer) + more[:n] for n in (1, 3, 5)]
 
@@ -30,44 +29,42 @@ def loss_and_gradients(model, examples):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """A fused, compiled model, its plain twin, and the counter of programs; the compiler stops before it writes code."""
+    """An eager model, the same model fused and compiled, and the counter of compiled frames; no code is generated."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    plain, model = (tiny_model(llama=SIZES, dropout_prob=0.0) for _ in range(2))
+    eager, model = (tiny_model(llama=LLAMA_SHAPE, dropout_prob=0.0) for _ in range(2))
     fuse(model)
     compile_model(model)
-    yield plain, model, counter
+    yield eager, model, counter
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("recorded", [False, True])
-def test_training_compiles_once(compiled, recorded):
-    """The first pass, that is, since a recorded one cannot."""
-    plain, model, counter = compiled
-    plain.train(), model.train()
-    if recorded:
+@pytest.mark.parametrize("captured", [False, True])
+def test_training_compiles_once(compiled, captured):
+    """Only the first pass compiles: captured ones must not."""
+    eager, model, counter = compiled
+    eager.train(), model.train()
+    if captured:
         capture_training(model)
-    programs = []
+    frame_counts = []
     for examples in batches(3):
-        expected, ours = loss_and_gradients(plain, examples), loss_and_gradients(model, examples)
-        assert ours[0] == pytest.approx(expected[0], rel=1e-5)
-        torch.testing.assert_close(ours[1], expected[1], rtol=1e-3, atol=1e-4)
-        programs.append(counter.frame_count)
-    assert programs[0] == programs[-1] > 0
-    assert not recorded or len(model.llama.forward.graphs) == 2
+        expected, actual = loss_and_gradients(eager, examples), loss_and_gradients(model, examples)
+        assert actual[0] == pytest.approx(expected[0], rel=1e-5)
+        torch.testing.assert_close(actual[1], expected[1], rtol=1e-3, atol=1e-4)
+        frame_counts.append(counter.frame_count)
+    assert frame_counts[0] == frame_counts[-1] > 0
+    assert not captured or len(model.llama.forward.graphs) == 2
 
 
-def test_answering_compiles_once(compiled):
-    plain, model, counter = compiled
-    model.use_cuda_graphs = True  # short prompts are filled up
-    programs = []
-    alone = [[tiny_example(seed, 9 + 30 * seed, 0, image=seed % 2 > 0)] for seed in range(4)]
-    for examples in batches(0) + alone:
-        logits = []
-        for m in (plain, model):
-            list(decode(m, examples, 10, lambda seen: logits.append(seen) or seen.argmax(-1)))
-        torch.testing.assert_close(torch.stack(logits[10:]), torch.stack(logits[:10]), rtol=1e-4, atol=1e-4)
-        programs.append(counter.frame_count)
-    assert programs[0] == programs[2] > 0
-    assert programs[4] == programs[-1]  # one sequence has its own, with and without a picture
+def test_decoding_compiles_once(compiled):
+    eager, model, counter = compiled
+    model.use_cuda_graphs = True  # pads short prompts to a bucket
+    frame_counts = []
+    single_examples = [[tiny_example(seed, 9 + 30 * seed, 0, image=seed % 2 > 0)] for seed in range(4)]
+    for examples in batches(0) + single_examples:
+        expected, actual = greedy_logits(eager, examples, 10), greedy_logits(model, examples, 10)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        frame_counts.append(counter.frame_count)
+    assert frame_counts[0] == frame_counts[2] > 0
+    assert frame_counts[4] == frame_counts[-1]  # single examples compile once with and once without an image

@@ -1,20 +1,20 @@
-"""The plain decoder against Hugging Face's, and the shapes that params.json describes."""
+"""The decoder without adapters against Hugging Face's LLaMA, and the configuration read from params.json."""
 
 import pytest
 import torch
 
 from lavin.attention import VarlenMetadata, padded_attention, reference_attention
 from lavin.llama import Block, Llama, LlamaConfig, rotary_frequencies
-from tiny import VOCABULARY, sharpen, tiny_config
+from tiny import VOCAB_SIZE, perturb_weights, tiny_config
 
 
-def half_layout(weight, heads):
-    """Rows of wq or wk from Meta's adjacent rotary pairs to Hugging Face's halves."""
+def to_half_split_rope(weight, heads):
+    """Permute the rows of wq or wk from Meta's adjacent rotary pairs to Hugging Face's half-split layout."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def hugging_face(ours: Llama):
-    """The same weights in an independent implementation."""
+def to_hugging_face(ours: Llama):
+    """The same weights in transformers' LlamaForCausalLM."""
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
     c = ours.config
@@ -29,9 +29,9 @@ def hugging_face(ours: Llama):
     weights = {}
     for name, weight in ours.state_dict().items():
         if "wq" in name or "wk" in name:
-            weight = half_layout(weight, c.n_heads if "wq" in name else c.kv_heads)
-        for a, b in names.items():
-            name = name.replace(a, b)
+            weight = to_half_split_rope(weight, c.n_heads if "wq" in name else c.kv_heads)
+        for meta_name, hf_name in names.items():
+            name = name.replace(meta_name, hf_name)
         weights["model." + name if name.startswith(("layers", "norm")) else name] = weight
     theirs.load_state_dict(weights)
     return theirs
@@ -44,17 +44,17 @@ def test_logits_equal_hugging_face(changes, attention, monkeypatch):
     monkeypatch.setattr("lavin.attention.select_attention", lambda device, dtype, head_dim: attention)
     torch.manual_seed(0)
     ours = Llama(tiny_config(**changes))
-    sharpen(ours)
-    theirs = hugging_face(ours)
+    perturb_weights(ours)
+    theirs = to_hugging_face(ours)
     lengths = [7, 1, 12, 4]
-    ids = torch.randint(VOCABULARY, (sum(lengths),))
+    ids = torch.randint(VOCAB_SIZE, (sum(lengths),))
     with torch.no_grad():
         packed = ours.output(ours(ours.tok_embeddings(ids), VarlenMetadata(lengths, "cpu")))
-        alone = torch.cat([theirs(document[None]).logits[0] for document in ids.split(lengths)])
-    torch.testing.assert_close(packed, alone, atol=1e-4, rtol=0)
+        expected = torch.cat([theirs(document[None]).logits[0] for document in ids.split(lengths)])
+    torch.testing.assert_close(packed, expected, atol=1e-4, rtol=0)
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_keeps_gradients():
     torch.manual_seed(0)
     llama = Llama(tiny_config()).train()
     x = torch.randn(9, 32)
@@ -63,28 +63,28 @@ def test_gradient_checkpointing_changes_nothing():
         llama.zero_grad()
         llama(x, VarlenMetadata([4, 5], "cpu")).square().sum().backward()
         gradients.append([p.grad.clone() for p in llama.layers.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_drop_path_leaves_out_whole_documents():
+def test_drop_path_drops_whole_documents():
     torch.manual_seed(0)
     block = Block(tiny_config(), drop_path=0.5).train()
     attn_metadata = VarlenMetadata([3] * 400, "cpu")
     out = block.residual(torch.zeros(1200, 32), torch.ones(1200, 32), attn_metadata).view(400, 96)
-    assert set(out.unique().tolist()) == {0.0, 2.0}  # dropped, or kept at 1 / (1 - p): the mean stays
+    assert set(out.unique().tolist()) == {0.0, 2.0}  # dropped, or scaled by 1 / (1 - p) to keep the mean
     assert (out == out[:, :1]).all()
     assert 0.8 < out.mean() < 1.2
     assert (block.eval().residual(torch.zeros(1200, 32), torch.ones(1200, 32), attn_metadata) == 1).all()
 
 
 @pytest.mark.parametrize("dim, multiple_of, multiplier, hidden", [
-    (4096, 256, None, 11008), (5120, 256, None, 13824), (8192, 4096, 1.3, 28672)])  # 7B, 13B, and 70B of LLaMA 2
-def test_feed_forward_width(dim, multiple_of, multiplier, hidden):
+    (4096, 256, None, 11008), (5120, 256, None, 13824), (8192, 4096, 1.3, 28672)])  # 7B, 13B, LLaMA 2 70B
+def test_feed_forward_hidden_dim(dim, multiple_of, multiplier, hidden):
     config = LlamaConfig(dim, 1, 1, 1, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
     assert config.hidden_dim == hidden
 
 
-def test_params_json():
+def test_config_from_params_json():
     params = {"dim": 64, "n_layers": 2, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-6, "vocab_size": -1}
     config = LlamaConfig.from_params(params, 321)
     assert (config.vocab_size, config.norm_eps, config.rope_theta, config.kv_heads) == (321, 1e-6, 10000.0, 4)
@@ -96,8 +96,8 @@ def test_params_json():
 
 @pytest.mark.parametrize("dim, entries, factor", [(4096, {}, 8), (2048, {}, 32),
                                                   (2048, {"rope_scaling_factor": 16}, 16)])
-def test_scaled_rope_of_metas_files(dim, entries, factor):
-    """Llama 3.1 8B and 3.2 1B, held against transformers' frequencies for the configuration published there."""
+def test_use_scaled_rope_of_meta_params_json(dim, entries, factor):
+    """Llama 3.1 8B and 3.2 1B: same frequencies as transformers computes from the published Hugging Face configs."""
     from transformers import LlamaConfig as HFConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     rope = {"rope_type": "llama3", "factor": float(factor), "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -1,4 +1,4 @@
-"""The whole model: modality token, routing, packing, and which parameters train."""
+"""The complete model: modality token, routing, packing, and which parameters are trained."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def packed_logits(model, examples):
-    """Logits of each sample."""
+    """The logits of each example, from one packed batch."""
     batch = pack(examples)
     with torch.no_grad():
         return model.llama.output(model.hidden_states(batch)).split(batch.lengths)
@@ -29,51 +29,51 @@ def loss(model, examples):
         return model(pack(examples))
 
 
-@pytest.mark.parametrize("kind, visual", VARIANTS)
+@pytest.mark.parametrize("adapter_type, visual_type", VARIANTS)
 @pytest.mark.parametrize("heads", [None, 2])
-def test_equals_the_padded_reference(kind, visual, heads):
-    """Packing against padding and a written-out mask: logits of every position, and the loss."""
-    model = tiny_model(adapter_type=kind, visual_adapter_type=visual, llama={"n_kv_heads": heads})
+def test_equals_the_padded_reference(adapter_type, visual_type, heads):
+    """Packing gives the logits and the loss of the reference, which pads and uses an explicit mask."""
+    model = tiny_model(adapter_type=adapter_type, visual_adapter_type=visual_type, llama={"n_kv_heads": heads})
     examples = mixed_examples()
     padded = reference.logits(model, examples, padding=3)
-    for ours, theirs, example in zip(packed_logits(model, examples), padded, examples):
-        torch.testing.assert_close(ours, theirs[1:1 + len(example.ids)], **CLOSE)
+    for logits, padded_row, example in zip(packed_logits(model, examples), padded, examples, strict=True):
+        torch.testing.assert_close(logits, padded_row[1:1 + len(example.ids)], **CLOSE)
     torch.testing.assert_close(loss(model, examples), reference.loss(model, examples, padding=3), **CLOSE)
 
 
-def test_clip_like_encoder_equals_the_padded_reference():
+def test_clip_vit_equals_the_padded_reference():
     model = tiny_model(vit="clip")
     torch.testing.assert_close(loss(model, mixed_examples()), reference.loss(model, mixed_examples()), **CLOSE)
 
 
-@pytest.mark.parametrize("kind, visual", VARIANTS)
-def test_batch_mates_change_nothing(kind, visual):
-    """Each sample's logits alone, among others, and in another order: routing is each picture's own."""
-    model = tiny_model(adapter_type=kind, visual_adapter_type=visual)
+@pytest.mark.parametrize("adapter_type, visual_type", VARIANTS)
+def test_logits_are_independent_of_the_batch(adapter_type, visual_type):
+    """The same logits for an example alone, in a batch, and in a reversed batch; each image is routed separately."""
+    model = tiny_model(adapter_type=adapter_type, visual_adapter_type=visual_type)
     examples = mixed_examples()
     together = packed_logits(model, examples)
-    backwards = packed_logits(model, examples[::-1])[::-1]
+    reverse_order = packed_logits(model, examples[::-1])[::-1]
     for i, example in enumerate(examples):
         alone, = packed_logits(model, [example])
         torch.testing.assert_close(together[i], alone, **CLOSE)
-        torch.testing.assert_close(backwards[i], alone, **CLOSE)
+        torch.testing.assert_close(reverse_order[i], alone, **CLOSE)
 
 
-LARGEST = tiny_model(adapter_type="block", visual_adapter_type="router_block")  # once for all examples drawn
+ALL_ADAPTERS_MODEL = tiny_model(adapter_type="block", visual_adapter_type="router_block")  # built once, for Hypothesis
 
 
 @settings(max_examples=25, deadline=None)
 @given(samples=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 4), st.booleans()), min_size=1, max_size=5),
        data=st.data())
 def test_any_packing_gives_the_same_losses(samples, data):
-    model = LARGEST
+    model = ALL_ADAPTERS_MODEL
     examples = [tiny_example(i, *sample) for i, sample in enumerate(samples)]
     alone = [loss(model, [example]) for example in examples]
     order = data.draw(st.permutations(range(len(examples))))
     cut = data.draw(st.integers(0, len(examples) - 1))
-    packs = [part for part in (order[:cut], order[cut:]) if part]
-    together = sum(loss(model, [examples[i] for i in part]) for part in packs)
-    torch.testing.assert_close(together, sum(alone), atol=1e-4, rtol=1e-5)
+    splits = [split for split in (order[:cut], order[cut:]) if split]
+    packed = sum(loss(model, [examples[i] for i in split]) for split in splits)
+    torch.testing.assert_close(packed, sum(alone), atol=1e-4, rtol=1e-5)
 
 
 def llama_adapters(model):
@@ -81,66 +81,66 @@ def llama_adapters(model):
 
 
 def mixtures(model, examples):
-    """Every LLaMA adapter's mixtures [2, 2] in a pass over the examples."""
-    seen, original = {}, RepAdapterRouter.mixture
+    """The mixtures [2, 2] (modality, expert) that each LLaMA adapter computes in a forward pass."""
+    computed, original = {}, RepAdapterRouter.mixture
 
-    def watch(adapter, h):
-        seen[adapter] = original(adapter, h)
-        return seen[adapter]
+    def spy(adapter, h):
+        computed[adapter] = original(adapter, h)
+        return computed[adapter]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RepAdapterRouter, "mixture", watch)
+        patch.setattr(RepAdapterRouter, "mixture", spy)
         loss(model, examples)
-    return torch.stack([seen[adapter] for adapter in llama_adapters(model)])
+    return torch.stack([computed[adapter] for adapter in llama_adapters(model)])
 
 
-def test_mixtures_depend_on_modality_and_parameters_alone():
+def test_mixtures_depend_only_on_modality_and_parameters():
     model = tiny_model(adapter_type="block")
     first = mixtures(model, mixed_examples())
     other = mixtures(model, [tiny_example(77, 11, image=True), tiny_example(78, 3)])
     assert torch.equal(first, other)
     assert first.shape == (6, 2, 2)
     assert (first[:, 0] - first[:, 1]).abs().min() > 1e-3  # text and image differ
-    table = model.routing_cache()
+    cache = model.routing_cache()
     torch.testing.assert_close(
-        torch.stack([known[name][0] for known in table for name in ("adapter_attn", "adapter_mlp")]), first)
+        torch.stack([layer_cache[name][0] for layer_cache in cache for name in ("adapter_attn", "adapter_mlp")]), first)
     model.adapter_modality_embedding.weight.data[1] += 1
-    moved = mixtures(model, mixed_examples())
-    assert torch.equal(moved[:, 0], first[:, 0]) and not torch.isclose(moved[:, 1], first[:, 1]).any()
+    changed = mixtures(model, mixed_examples())
+    assert torch.equal(changed[:, 0], first[:, 0]) and not torch.isclose(changed[:, 1], first[:, 1]).any()
 
 
 def test_no_position_attends_to_the_modality_token():
-    """With the router silenced, the modality token has no other way into the text."""
+    """With the routers' weights at zero, only attention could carry the modality token into the text."""
     model = tiny_model()
     for layer in model.llama.layers:
         layer.adapter_attn.expert_weights.weight.data.zero_()
     before = packed_logits(model, mixed_examples())
     model.adapter_modality_embedding.weight.data.normal_(std=5)
     after = packed_logits(model, mixed_examples())
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_modality_is_the_samples_own():
-    """Moving the image row of the modality embedding moves samples with a picture, and no others."""
+def test_each_example_has_its_own_modality():
+    """Changing the image row of the modality embedding changes the logits of examples with an image only."""
     model = tiny_model()
     examples = mixed_examples()
     before = packed_logits(model, examples)
     model.adapter_modality_embedding.weight.data[1] += 1
-    for a, b, example in zip(before, packed_logits(model, examples), examples):
+    for a, b, example in zip(before, packed_logits(model, examples), examples, strict=True):
         assert torch.equal(a, b) == (example.image is None)
 
 
-def test_pictures_go_to_their_own_samples():
+def test_each_image_affects_its_own_example_only():
     model = tiny_model()
     examples = mixed_examples()
     before = packed_logits(model, examples)
     examples[1].image.copy_(255 - examples[1].image)
-    for i, (a, b) in enumerate(zip(before, packed_logits(model, examples))):
+    for i, (a, b) in enumerate(zip(before, packed_logits(model, examples), strict=True)):
         assert torch.equal(a, b) == (i != 1)
 
 
-def test_loss_is_on_the_answer_alone():
-    """The last token of the answer is foretold but foretells nothing; prompt tokens are not targets."""
+def test_loss_is_on_the_answer_only():
+    """The last answer token is a target but has no logits; prompt tokens are not targets."""
     batch = pack([tiny_example(1, 5, 3), tiny_example(2, 4, 0), tiny_example(3, 2, 2, image=True)])
     first, third = tiny_example(1, 5, 3).ids, tiny_example(3, 2, 2, image=True).ids
     assert batch.targets.tolist() == first[-3:] + third[-2:]
@@ -150,15 +150,15 @@ def test_loss_is_on_the_answer_alone():
     assert batch.image_slots.tolist() == list(range(start + 3, start + 9))
 
 
-def test_text_alone_never_runs_the_vit(monkeypatch):
+def test_text_only_batches_skip_the_vit(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(model.vision, "forward", None)
     assert loss(model, [tiny_example(1, 5), tiny_example(2, 3)]) > 0
 
 
-@pytest.mark.parametrize("kind, visual", VARIANTS)
-def test_only_adapters_train(kind, visual):
-    model = tiny_model(adapter_type=kind, visual_adapter_type=visual).train()
+@pytest.mark.parametrize("adapter_type, visual_type", VARIANTS)
+def test_only_adapters_are_trained(adapter_type, visual_type):
+    model = tiny_model(adapter_type=adapter_type, visual_adapter_type=visual_type).train()
     model(pack(mixed_examples())).backward()
     for name, p in model.named_parameters():
         assert p.requires_grad == ("adapter" in name), name
@@ -168,8 +168,8 @@ def test_only_adapters_train(kind, visual):
             assert p.grad is None, name
 
 
-def test_trained_parameters_at_7b():
-    """Nothing is allocated, but every shape is that of the 7B model and of CLIP's ViT-L/14."""
+def test_number_of_trained_parameters_at_7b():
+    """On the meta device, with the shapes of LLaMA-7B and CLIP's ViT-L/14."""
     with torch.device("meta"):
         vit = timm.create_model("vit_large_patch14_clip_quickgelu_224", num_classes=0)
         model = LaVIN(LlamaConfig(4096, 32, 32, 32000, norm_eps=1e-6), vit, AdapterConfig())
@@ -180,21 +180,21 @@ def test_trained_parameters_at_7b():
     assert frozen == 6_738_415_616  # LLaMA-7B
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_keeps_gradients():
     model = tiny_model(adapter_type="block", visual_adapter_type="router_block", dropout_prob=0.2).train()
     gradients = []
-    for on in (False, True):
-        model.set_gradient_checkpointing(on)
+    for enabled in (False, True):
+        model.set_gradient_checkpointing(enabled)
         model.zero_grad()
-        torch.manual_seed(0)  # dropout is drawn again alike
+        torch.manual_seed(0)  # the same dropout masks
         model(pack(mixed_examples())).backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("heads", [None, 2])
-def test_fused_projections_change_nothing(heads):
-    """Loss, gradients, and the names of what is trained."""
+def test_fused_projections_keep_loss_and_gradients(heads):
+    """Also the names of the trained parameters."""
     model = tiny_model(adapter_type="block", llama={"n_kv_heads": heads}).train()
     results = []
     for fused in (False, True):
@@ -202,8 +202,9 @@ def test_fused_projections_change_nothing(heads):
             fuse(model)
         model.zero_grad()
         torch.manual_seed(0)
-        total = model(pack(mixed_examples()))
-        total.backward()
-        results.append({"loss": total.detach(), **{name: p.grad.clone() for name, p in adapter_parameters(model).items()}})
+        summed_loss = model(pack(mixed_examples()))
+        summed_loss.backward()
+        gradients = {name: p.grad.clone() for name, p in adapter_parameters(model).items()}
+        results.append({"loss": summed_loss.detach(), **gradients})
         assert all(p.requires_grad == ("adapter" in name) for name, p in model.named_parameters())
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)

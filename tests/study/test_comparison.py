@@ -1,4 +1,4 @@
-"""Statistics against hand-worked cases and scipy; runs read, named, grouped and compared; the tables' numbers."""
+"""Statistics against hand-computed cases and scipy; reading, naming, grouping and comparing runs; the tables."""
 
 import csv
 import io
@@ -27,9 +27,13 @@ INCREASING = {"dropout_var": 1.01}
 
 def write_run(folder: Path, right="1111000011", split="test", losses=(1.0, 0.5), files=(), world_size=1,
               **flags) -> str:
-    """A finished run on one question a letter of `right`, all of them NAT, TXT and G1-6; returns its folder."""
+    """Write a finished run; returns its folder.
+
+    `right` has one character per question: 1 if answered correctly, else 0. All questions are NAT, TXT and G1-6.
+    `files` replaces the content of files; None omits a file.
+    """
     folder.mkdir(parents=True)
-    predictions = {str(i): 0 if letter == "1" else 1 for i, letter in enumerate(right)}  # 0 is right
+    predictions = {str(i): 0 if digit == "1" else 1 for i, digit in enumerate(right)}  # the right choice is 0
     n, k = len(right), right.count("1")
     counts = {column: n if column in ("NAT", "TXT", "G1-6", "Avg") else 0 for column in COLUMNS}
     correct = {column: k if counts[column] else 0 for column in COLUMNS}
@@ -54,36 +58,37 @@ def write_run(folder: Path, right="1111000011", split="test", losses=(1.0, 0.5),
 
 
 @pytest.mark.parametrize("correct, n", [(0, 10), (10, 10), (3, 7), (3767, 4241), (1, 300)])
-def test_wilson_is_scipys(correct, n):
+def test_wilson_equals_scipy(correct, n):
     expected = binomtest(correct, n).proportion_ci(method="wilson")
     assert wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_newcombe_is_the_published_example():
-    assert newcombe(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)  # his table II, (a)
+def test_newcombe_equals_the_published_example():
+    assert newcombe(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)  # Newcombe 1998, table II, example (a)
     low, high = newcombe(48, 80, 56, 70)
     assert (low, high) == pytest.approx((-0.3339, -0.0524), abs=5e-5)
 
 
-def answers_with(only_method: int, only_base: int, both: int = 5) -> tuple[np.ndarray, np.ndarray]:
+def right_answers(only_method: int, only_base: int, both: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays [1, questions] of a method and a base, with the number of questions that one or both answered rightly."""
     method = [1] * only_method + [0] * only_base + [1] * both
     base = [0] * only_method + [1] * only_base + [1] * both
     return np.array([method]), np.array([base])
 
 
 def test_mcnemar_by_hand():
-    assert mcnemar(*answers_with(1, 5)) == 2 * (1 + 6) / 2**6
-    assert mcnemar(*answers_with(0, 0)) == 1
-    assert mcnemar(*answers_with(3, 3)) == 1
+    assert mcnemar(*right_answers(1, 5)) == 2 * (1 + 6) / 2**6
+    assert mcnemar(*right_answers(0, 0)) == 1
+    assert mcnemar(*right_answers(3, 3)) == 1
 
 
 @pytest.mark.parametrize("only_method, only_base", [(0, 9), (12, 4), (70, 45), (150, 300), (400, 0)])
-def test_mcnemar_is_scipys_binomial_test(only_method, only_base):
+def test_mcnemar_equals_scipys_binomial_test(only_method, only_base):
     expected = binomtest(only_method, only_method + only_base).pvalue
-    assert mcnemar(*answers_with(only_method, only_base)) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar(*right_answers(only_method, only_base)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_mcnemar_over_seeds_is_every_flip_of_signs():
+def test_mcnemar_over_seeds_equals_enumerating_all_sign_flips():
     rng = np.random.default_rng(1)
     method, base = (rng.random((3, 12)) < 0.8).astype(int), (rng.random((2, 12)) < 0.5).astype(int)
     differences = method.mean(0) - base.mean(0)
@@ -93,16 +98,16 @@ def test_mcnemar_over_seeds_is_every_flip_of_signs():
     assert mcnemar(method, base) == pytest.approx(expected, rel=1e-12)
 
 
-def test_bootstrap_is_that_of_resampled_questions():
-    method, base = answers_with(40, 20, both=140)
+def test_bootstrap_resamples_questions():
+    method, base = right_answers(40, 20, both=140)
     rng = np.random.default_rng(5)
-    drawn = [np.mean((method - base)[0, rng.integers(200, size=200)]) for _ in range(4000)]
-    assert paired_bootstrap(method, base) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.011)
+    means = [np.mean((method - base)[0, rng.integers(200, size=200)]) for _ in range(4000)]
+    assert paired_bootstrap(method, base) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.011)
     assert paired_bootstrap(method, base) == paired_bootstrap(method, base)
     assert paired_bootstrap(method, method) == (0, 0)
 
 
-def test_bootstrap_draws_seeds():
+def test_bootstrap_resamples_seeds():
     right, wrong = np.ones(50, int), np.zeros(50, int)
     assert paired_bootstrap(np.stack([right, wrong]), right[None]) == (-1, 0)
     assert paired_bootstrap(right[None], np.stack([right, wrong])) == (0, 1)
@@ -114,13 +119,13 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-# The published figures
+# Published results
 
 
-def test_published_table_to_the_digit():
-    facts = json.loads(PUBLISHED.read_text())
+def test_published_table_has_the_published_digits():
+    data = json.loads(PUBLISHED.read_text())
     rows = [line.split(" | ") for line in markdown_table(published()).splitlines()]
-    for method, row in zip(facts["methods"], rows[2:], strict=False):
+    for method, row in zip(data["methods"], rows[2:10], strict=True):
         assert row[0] == "| " + method["name"]
         assert row[1:10] == [f"{method['scores'][column]:.2f}" for column in COLUMNS]
         assert row[10] == "4,241"
@@ -131,21 +136,21 @@ def test_published_table_to_the_digit():
     assert "without predictions" in markdown_table(published())
 
 
-def test_published_counts_are_the_only_ones():
-    facts = json.loads(PUBLISHED.read_text())
+def test_only_the_published_counts_give_the_published_percentages():
+    data = json.loads(PUBLISHED.read_text())
     n = np.arange(1, 4242)
-    possible = {}
+    possible = {}  # numbers of questions that give every method's percentage with a whole number of right answers
     for column in COLUMNS:
-        percent = np.array([method["scores"][column] for method in facts["methods"]])[:, None]
-        makes = abs(np.round(100 * np.round(percent * n / 100) / n, 2) - percent) < 1e-6
-        possible[column] = set(n[makes.all(0)].tolist())
+        percent = np.array([method["scores"][column] for method in data["methods"]])[:, None]
+        matches = abs(np.round(100 * np.round(percent * n / 100) / n, 2) - percent) < 1e-6
+        possible[column] = set(n[matches.all(0)].tolist())
     subjects = [(a, b, 4241 - a - b) for a in possible["NAT"] for b in possible["SOC"]
                 if 4241 - a - b in possible["LAN"]]
     grades = [(a, 4241 - a) for a in possible["G1-6"] if 4241 - a in possible["G7-12"]]
     contexts = [(t, i, no) for t in possible["TXT"] for i in possible["IMG"] for no in possible["NO"]
                 if max(t, i) + no <= 4241 <= t + i + no]
     assert (subjects, grades, contexts) == ([(2252, 889, 1100)], [(2724, 1517)], [(2046, 2017, 1435)])
-    assert list(facts["counts"].values()) == [2252, 889, 1100, 2046, 2017, 1435, 2724, 1517, 4241]
+    assert list(data["counts"].values()) == [2252, 889, 1100, 2046, 2017, 1435, 2724, 1517, 4241]
 
 
 def test_published_correct_answers_add_up():
@@ -154,19 +159,19 @@ def test_published_correct_answers_add_up():
         assert correct["NAT"] + correct["SOC"] + correct["LAN"] == correct["G1-6"] + correct["G7-12"] == correct["Avg"]
 
 
-def test_published_names_are_what_their_flags_say():
+def test_published_names_follow_from_the_flags():
     methods = published().methods
     assert [method_name(method.flags, methods[0].flags) for method in methods] == [method.name for method in methods]
 
 
-def test_assets_show_the_table_of_today():
+def test_published_table_in_assets_is_current():
     assert (PUBLISHED.parent / "published_table.md").read_text() == markdown_table(published())
 
 
 # Runs
 
 
-def test_a_finished_run_is_read(tmp_path):
+def test_read_run(tmp_path):
     log = [{"epoch": 0, "train_closs": 2.0}, {"epoch": 1, "train_closs": 1.5}, {"epoch": 1, "train_closs": None},
            {"epoch": 0, "train_closs": 1.0}]
     run = read_run(Path(write_run(tmp_path / "a", "110", files={"log.txt": log}, world_size=2)))
@@ -203,7 +208,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("reason, files", BROKEN.items())
-def test_what_is_wrong_is_named_and_left_out(tmp_path, reason, files):
+def test_broken_runs_are_named_and_left_out(tmp_path, reason, files):
     bad = write_run(tmp_path / "bad", files=files)
     with pytest.raises(UserError) as error:
         compare([bad])
@@ -214,7 +219,7 @@ def test_what_is_wrong_is_named_and_left_out(tmp_path, reason, files):
     assert f"Left out: {bad}: " in text_table(comparison)
 
 
-def test_runs_on_other_questions_are_left_out(tmp_path):
+def test_runs_on_different_questions_are_left_out(tmp_path):
     write_run(tmp_path / "val", split="val", **STEP)
     write_run(tmp_path / "short", "110", **STEP)
     other = {"generations.jsonl": [{"qid": str(i), "prediction": 1, "answer": 1} for i in range(10)],
@@ -230,7 +235,7 @@ def test_runs_on_other_questions_are_left_out(tmp_path):
     assert "val: of split val, not test" in reasons
 
 
-def test_without_a_base_most_runs_decide_on_the_questions(tmp_path):
+def test_without_a_base_the_majority_decides_which_questions(tmp_path):
     write_run(tmp_path / "a", "110", **STEP)
     write_run(tmp_path / "b", **STEP)
     write_run(tmp_path / "c", **INCREASING)
@@ -239,7 +244,7 @@ def test_without_a_base_most_runs_decide_on_the_questions(tmp_path):
     assert comparison.differences == {} and "choose one with --base" in text_table(comparison)
 
 
-def test_folders_are_found_once(tmp_path):
+def test_each_folder_is_read_once(tmp_path):
     write_run(tmp_path / "runs" / "b", **STEP)
     a = write_run(tmp_path / "runs" / "a")
     (tmp_path / "runs" / "plots").mkdir()
@@ -267,12 +272,12 @@ def test_folders_are_found_once(tmp_path):
      "Base + lr 0.002 + warmup_epochs 0 + effective batch 16"),
     ({**CYCLICAL, "warmup_epochs": 0}, "Cyclical LR"), ({"seed": 7, "device": "cuda", "output_dir": "x"}, "Base"),
 ])
-def test_names_tell_what_differs(flags, name):
+def test_method_names_list_the_differing_flags(flags, name):
     reference = {**FLAGS, "effective batch": 32}
     assert method_name({**reference, **flags}, reference) == name
 
 
-def test_seeds_make_a_mean_and_a_deviation(tmp_path):
+def test_seeds_are_averaged_with_a_standard_deviation(tmp_path):
     write_run(tmp_path / "s0", "1111111100", **STEP)
     write_run(tmp_path / "s1", "1111111000", seed=1, **STEP)
     write_run(tmp_path / "s2", "1111110000", seed=2, batch_size=4, accum_iter=4, world_size=2, **STEP)
@@ -288,7 +293,7 @@ def test_seeds_make_a_mean_and_a_deviation(tmp_path):
     assert "70.00 ± 10.00" in text_table(comparison) and "seeds" in text_table(comparison).splitlines()[0]
 
 
-def test_differences_are_paired_with_the_base(tmp_path):
+def test_differences_are_paired_by_question(tmp_path):
     base, step, inc = "1111100000", "1111111111", "0111110000"
     for name, right, flags in (("base", base, {}), ("step", step, STEP), ("inc", inc, INCREASING)):
         write_run(tmp_path / name, right, **flags)
@@ -297,9 +302,9 @@ def test_differences_are_paired_with_the_base(tmp_path):
     assert list(comparison.differences) == ["Step Decay", "Inc. Drop. Prob"]
     to_step, to_inc = comparison.differences.values()
     assert to_step.points == pytest.approx(50) and to_inc.points == 0
-    assert (to_step.p, to_step.holm) == (2 / 2**5, 2 * 2 / 2**5)  # 0 against 5
-    assert (to_inc.p, to_inc.holm) == (1, 1)  # 1 against 1
-    expected = paired_bootstrap(*(np.array([[int(letter) for letter in right]]) for right in (step, base)))
+    assert (to_step.p, to_step.holm) == (2 / 2**5, 2 * 2 / 2**5)  # discordant questions: 0 and 5
+    assert (to_inc.p, to_inc.holm) == (1, 1)  # discordant questions: 1 and 1
+    expected = paired_bootstrap(*(np.array([[int(digit) for digit in right]]) for right in (step, base)))
     assert (to_step.low, to_step.high) == pytest.approx([100 * end for end in expected])
 
 
@@ -312,13 +317,13 @@ def test_without_right_answers_differences_are_unpaired(tmp_path):
     assert "No run kept generations.jsonl" in text_table(comparison)
 
 
-def test_one_run_with_right_answers_serves_all(tmp_path):
+def test_right_answers_of_one_run_are_used_for_all(tmp_path):
     write_run(tmp_path / "base", "1111100000", files={"generations.jsonl": None})
     write_run(tmp_path / "step", "1111111111", **STEP)
     assert compare([str(tmp_path)]).differences["Step Decay"].p == 2 / 2**5
 
 
-def test_which_run_is_the_base(tmp_path):
+def test_choice_of_the_base(tmp_path):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", lr=0.002)
     step = write_run(tmp_path / "step", **STEP)
     with pytest.raises(UserError, match=r"one \(Base\) or .*two \(Base \+ lr 0.002\): choose with --base"):
@@ -333,10 +338,10 @@ def test_which_run_is_the_base(tmp_path):
         compare([one, unfinished], unfinished)
 
 
-# Tables, and the published runs beside
+# Tables, and comparison with the published runs
 
 
-def test_csv_has_a_number_a_cell(tmp_path):
+def test_csv_has_one_number_per_cell(tmp_path):
     write_run(tmp_path / "base", "1111100000")
     write_run(tmp_path / "step0", "1111111110", **STEP)
     write_run(tmp_path / "step1", "1111111000", seed=1, **STEP)
@@ -346,10 +351,11 @@ def test_csv_has_a_number_a_cell(tmp_path):
     assert (step["Avg"], step["Avg_sd"], step["difference"]) == ("80.0000", f"{2 * np.sqrt(2) * 5:.4f}", "30.0000")
     low, high = wilson(8, 10)
     assert (step["Avg_low"], step["Avg_high"]) == (f"{100 * low:.4f}", f"{100 * high:.4f}")
-    assert step["p_mcnemar"] == step["p_holm"] == f"{2 * (0.5**4):.6g}"  # differences 2 2 1 1: all signs alike, 2 of 16
+    # the questions' differences, summed over seeds, are 2, 2, 1, 1: of 16 sign flips, 2 are as extreme
+    assert step["p_mcnemar"] == step["p_holm"] == f"{2 * (0.5**4):.6g}"
 
 
-def test_latex_is_escaped_and_rectangular(tmp_path):
+def test_latex_is_escaped_and_has_equal_rows(tmp_path):
     write_run(tmp_path / "base", "1111100000")
     write_run(tmp_path / "step", "1111111110", warmup_epochs=0, **STEP)
     text = latex_table(compare([str(tmp_path)]))
@@ -359,7 +365,7 @@ def test_latex_is_escaped_and_rectangular(tmp_path):
     assert "%" not in text.replace(r"\%", "").replace("{!}{%", "") and "−" not in text
 
 
-def test_published_runs_beside_ones_own(tmp_path):
+def test_with_published(tmp_path):
     write_run(tmp_path / "few")
     with pytest.raises(UserError, match="--published: .* 4241 questions .* 10 others"):
         with_published(compare([str(tmp_path / "few")]))

@@ -1,4 +1,4 @@
-"""Every figure's data: lines, points, bars, intervals; styles that tell methods apart; what the command writes."""
+"""The data in every figure (lines, points, bars, intervals), distinct styles, and the files that the command writes."""
 
 import itertools
 from dataclasses import replace
@@ -29,7 +29,7 @@ def ax():
 
 @pytest.fixture
 def runs(tmp_path):
-    """Base with three seeds, Step Decay with one, no question of five of the categories."""
+    """Base with three seeds and Step Decay with one; five of the categories have no questions."""
     for seed, right in enumerate(("1111111100", "1111111000", "1111110000")):
         write_run(tmp_path / f"base{seed}", right, losses=(1.0 + seed**2, 0.1), seed=seed)
     write_run(tmp_path / "step", "1111111110", losses=(3.0, 0.2), **STEP)
@@ -37,7 +37,7 @@ def runs(tmp_path):
 
 
 def error_bars(container) -> np.ndarray:
-    """[points, ends, x and y]"""
+    """Shape [points, ends, (x, y)]."""
     return np.array(container.lines[2][0].get_segments())
 
 
@@ -49,7 +49,7 @@ def test_losses_of_the_published_runs(ax):
     methods = published().methods
     figures.draw_losses(ax, methods)
     assert [line.get_label() for line in ax.lines] == NAMES
-    for line, method in zip(ax.lines, methods):
+    for line, method in zip(ax.lines, methods, strict=True):
         assert line.get_xdata().tolist() == list(range(1, 21))
         assert line.get_ydata() == pytest.approx(method.runs[0].losses)
     assert ax.get_yscale() == "log" and "log scale" in ax.get_ylabel()
@@ -58,25 +58,25 @@ def test_losses_of_the_published_runs(ax):
 
 def test_losses_over_seeds_are_a_mean_and_a_band(ax, runs):
     figures.draw_losses(ax, runs.methods)
-    assert ax.lines[0].get_ydata() == pytest.approx([8 / 3, 0.1])  # of 1, 2, 5
+    assert ax.lines[0].get_ydata() == pytest.approx([8 / 3, 0.1])  # the mean of 1, 2, 5
     (band,) = ax.collections
     ends = (8 / 3 + np.array([-1, 1]) * np.sqrt(13 / 3)).round(6).tolist()
     assert set(band.get_paths()[0].vertices[:, 1].round(6)) == {*ends, 0.1}
 
 
 @pytest.mark.parametrize("last", [0.0677, 0.0071, 0.101])
-def test_losses_have_at_least_two_numbers_beside_them(ax, runs, last):
+def test_loss_axis_has_at_least_two_ticks(ax, runs, last):
     figures.draw_losses(ax, [replace(method, runs=[replace(method.runs[0], losses=[0.1066, last])])
-                                  for method in runs.methods])
+                             for method in runs.methods])
     low, high = ax.get_ylim()
     assert 2 <= sum(low <= tick <= high for tick in ax.get_yticks()) <= 10
 
 
-def test_accuracy_close_up(ax):
+def test_accuracy_with_a_cut_axis(ax):
     methods = published().methods
     figures.draw_accuracy(ax, methods, cut=True)
-    assert texts(ax.get_yticklabels()) == NAMES and ax.get_ylim()[0] > ax.get_ylim()[1]  # the base on top
-    for y, (method, container) in enumerate(zip(methods, ax.containers)):
+    assert texts(ax.get_yticklabels()) == NAMES and ax.get_ylim()[0] > ax.get_ylim()[1]  # the base is at the top
+    for y, (method, container) in enumerate(zip(methods, ax.containers, strict=True)):
         low, high = wilson(method.runs[0].correct["Avg"], 4241)
         assert error_bars(container)[0] == pytest.approx(np.array([[100 * low, y], [100 * high, y]]))
         assert container.lines[0].get_xydata()[0] == pytest.approx([method.accuracy("Avg"), y])
@@ -91,7 +91,7 @@ def test_accuracy_bars_start_at_0(ax):
     assert {bar.get_x() for bar in ax.patches} == {0} and ax.get_xlim() == (0, 100) and "cut" not in ax.get_xlabel()
     bars = [container for container in ax.containers if hasattr(container, "has_xerr")]
     assert len(bars) == len(methods)
-    for bar, method in zip(bars, methods):
+    for bar, method in zip(bars, methods, strict=True):
         assert error_bars(bar)[0, :, 0] == pytest.approx(method.interval("Avg"))
 
 
@@ -106,7 +106,7 @@ def test_categories(ax):
     methods = published().methods
     figures.draw_categories(ax, methods)
     assert texts(ax.get_xticklabels())[:3] == ["NAT n = 2,252", "SOC n = 889", "LAN n = 1,100"]
-    for method, container in zip(methods, ax.containers):
+    for method, container in zip(methods, ax.containers, strict=True):
         points = container.lines[0].get_xydata()
         assert points[:, 0].round().tolist() == list(range(8))
         assert points[:, 1] == pytest.approx([method.accuracy(column) for column in CATEGORIES])
@@ -116,13 +116,13 @@ def test_categories(ax):
     assert ax.get_ylabel() == "accuracy (%), axis cut: starts at 78, not 0"
 
 
-def test_categories_without_questions_have_no_point(ax, runs):
+def test_categories_without_questions_have_no_points(ax, runs):
     figures.draw_categories(ax, runs.methods)
     assert ax.containers[0].lines[0].get_xdata().round().tolist() == [0, 3, 6]  # NAT, TXT, G1-6
     assert texts(ax.get_xticklabels())[1] == "SOC n = 0"
 
 
-def test_an_axis_from_0_says_nothing_of_a_cut(ax):
+def test_axis_from_0_is_not_labelled_as_cut(ax):
     figures.cut_axis(ax, "y", [8.0, 60.0], [99.5, 70.0])
     assert ax.get_ylim() == (0, 101) and ax.get_ylabel() == ""
 
@@ -131,7 +131,7 @@ def test_learning_rates_of_the_four_schedules(ax):
     methods = published().methods
     figures.draw_learning_rates(ax, methods)
     assert texts(ax.get_legend().texts) == ["Base and 4 more", "Cyclical LR", "Step Decay", "Exp. Decay"]
-    for line, method in zip(ax.lines, methods):
+    for line, method in zip(ax.lines, methods[:4], strict=True):
         args = SimpleNamespace(**method.flags)
         assert line.get_ydata() == pytest.approx([learning_rate(epoch, args) for epoch in line.get_xdata()])
         assert (line.get_xdata()[0], line.get_xdata()[-1]) == (0, pytest.approx(20, abs=0.02))
@@ -139,18 +139,18 @@ def test_learning_rates_of_the_four_schedules(ax):
     assert ax.lines[1].get_ydata()[0] == pytest.approx(5e-5)
 
 
-def test_dropout_of_every_layer(ax):
+def test_dropout_of_each_layer(ax):
     methods = published().methods
     figures.draw_dropout(ax, methods)
     assert texts(ax.get_legend().texts) == ["Base and 3 more", *NAMES[4:]]
     for line, (prob, var, lim) in zip(ax.lines, [(0.1, 1, 0.2), (0.1, 1.01, 0.2), (0.2, 0.99, 0.1), (0.1, 1.03, 0.2),
-                                                 (0.2, 0.97, 0.1)]):
+                                                 (0.2, 0.97, 0.1)], strict=True):
         assert line.get_xdata().tolist() == list(range(1, 33))
         assert line.get_ydata() == pytest.approx(dropout_schedule(32, prob, var, lim))
     assert ax.get_ylim()[0] == 0
 
 
-def test_dropout_has_the_layers_of_the_run(ax, runs):
+def test_dropout_has_one_point_per_layer_of_the_run(ax, runs):
     figures.draw_dropout(ax, runs.methods)
     assert ax.lines[0].get_xdata().tolist() == [1, 2, 3, 4]
     assert all(tick == round(tick) for tick in ax.get_xticks())
@@ -167,43 +167,45 @@ def test_overview_has_all_panels_and_one_legend():
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_nothing_is_cut_off_or_overlaps(name):
-    """Long names too: titles, labels and legends lie in the figure, and no two of them over one another."""
+def test_no_text_is_cut_off_or_overlaps(name):
+    """Titles, labels and legends lie inside the figure and do not overlap, even with a long method name."""
     methods = published().methods
     methods.append(Method("Inc. Drop. Prob 0.1 x 1.02 to 0.2 + lr 0.002 + warmup_epochs 0", methods[4].runs))
     with plt.rc_context(figures.RC_PARAMS):
         figure = FIGURES[name](methods)
-        figure.suptitle("whose runs these are")
+        figure.suptitle("a subtitle")
         figure.canvas.draw()
-    things = [figure._suptitle, *figure.legends]
+    artists = [figure._suptitle, *figure.legends]
     for ax in figure.axes:
         legend = [ax.get_legend()] if ax.get_legend() else []
-        things += [ax.title, ax.xaxis.label, *legend, *(label for label in ax.get_yticklabels() if label.get_visible())]
-        things += ax.texts
-    boxes = [thing.get_window_extent() for thing in things if not hasattr(thing, "get_text") or thing.get_text()]
+        artists += [ax.title, ax.xaxis.label, *legend]
+        artists += [label for label in ax.get_yticklabels() if label.get_visible()]
+        artists += ax.texts
+    boxes = [artist.get_window_extent() for artist in artists if not hasattr(artist, "get_text") or artist.get_text()]
     for box in boxes:
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     assert [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b) and a.width and b.width] == []
     plt.close(figure)
 
 
-def test_styles_tell_methods_apart():
+def test_styles_are_distinct():
     methods = [Method(f"method {i}", []) for i in range(30)]
-    looks = figures.styles(methods).values()
-    assert len({(style["color"], style["marker"]) for style in looks}) == 30
-    assert len({(style["color"], str(style["linestyle"])) for style in looks}) == 30
+    method_styles = figures.styles(methods).values()
+    assert len({(style["color"], style["marker"]) for style in method_styles}) == 30
+    assert len({(style["color"], str(style["linestyle"])) for style in method_styles}) == 30
     known = list(figures.styles([Method(name, []) for name in NAMES]).values())
     for key in ("color", "marker", "linestyle"):
         assert len({str(style[key]) for style in known}) == len(NAMES)
 
 
-def test_published_twins_are_hollow():
-    looks = figures.styles([Method("Step Decay", []), Method("Step Decay (published)", [], published=True)])
-    own, theirs = looks.values()
-    assert own["color"] == theirs["color"] and theirs["markerfacecolor"] == "white" and "markerfacecolor" not in own
+def test_published_methods_have_the_same_colour_and_hollow_markers():
+    method_styles = figures.styles([Method("Step Decay", []), Method("Step Decay (published)", [], published=True)])
+    style, published_style = method_styles.values()
+    assert style["color"] == published_style["color"]
+    assert published_style["markerfacecolor"] == "white" and "markerfacecolor" not in style
 
 
-# What linear RGB becomes without red, green or blue cones (Machado, Oliveira & Fernandes 2009, severity 1).
+# Linear RGB as seen without red, green or blue cones (Machado, Oliveira & Fernandes 2009, severity 1).
 MISSING_CONES = {
     "none": np.eye(3),
     "red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
@@ -215,16 +217,16 @@ MISSING_CONES = {
 def cielab(linear_rgb: np.ndarray) -> np.ndarray:
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     xyz = to_xyz @ linear_rgb.clip(0, 1)
-    x, y, z = np.cbrt(xyz / [0.9505, 1, 1.089])  # the branch for the darkest tones matters to none but black
+    x, y, z = np.cbrt(xyz / [0.9505, 1, 1.089])  # CIELAB's linear branch, for very dark colours, is left out
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 @pytest.mark.parametrize("cones", MISSING_CONES)
-def test_colours_differ_for_all_kinds_of_vision(cones):
+def test_colours_are_distinct_with_colour_blindness(cones):
     linear = [np.where(np.array(c) <= 0.04045, np.array(c) / 12.92, ((np.array(c) + 0.055) / 1.055) ** 2.4)
               for c in map(to_rgb, COLOURS)]
-    seen = [cielab(MISSING_CONES[cones] @ colour) for colour in linear]
-    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 15
+    perceived = [cielab(MISSING_CONES[cones] @ colour) for colour in linear]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(perceived, 2)) > 15
 
 
 # The command
@@ -239,7 +241,7 @@ FILES = sorted([f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "sv
                + ["table.md", "table.csv", "table.tex"])
 
 
-def test_the_command_writes_all_and_prints_the_paths_last(tmp_path, monkeypatch, capsys):
+def test_command_writes_all_files_and_prints_their_paths_last(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(figures.RC_PARAMS, "figure.dpi", 40)
     for name, flags in (("base", {}), ("cyclical", CYCLICAL), ("inc", INCREASING)):
         write_run(tmp_path / "runs" / name, **flags)
@@ -253,7 +255,7 @@ def test_the_command_writes_all_and_prints_the_paths_last(tmp_path, monkeypatch,
     assert "Step Decay" not in (tmp_path / "out" / "accuracy.svg").read_text()
 
 
-def test_without_arguments_the_published_runs(tmp_path, monkeypatch, capsys):
+def test_without_arguments_the_published_runs_are_plotted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, "FIGURES", {"dropout": FIGURES["dropout"]})
     run_command()
@@ -266,16 +268,16 @@ def test_without_arguments_the_published_runs(tmp_path, monkeypatch, capsys):
     assert "88.82" in capsys.readouterr().out
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+def test_interrupted_save_keeps_the_earlier_file(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_text("old")
     figure = plt.figure()
 
-    def half(file, **kwargs):
+    def interrupted_savefig(file, **kwargs):
         file.write_text("ha")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(figure, "savefig", half)
+    monkeypatch.setattr(figure, "savefig", interrupted_savefig)
     with pytest.raises(KeyboardInterrupt):
         figures.save_figure(figure, path)
     assert path.read_text() == "old"
@@ -293,6 +295,6 @@ def test_user_errors_are_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_the_subtitle_tells_whose_runs(runs):
+def test_subtitle_describes_the_runs(runs):
     assert figures.subtitle(runs) == "these runs: base model toy, 10 test questions, 1 or 3 seeds a method"
     assert figures.subtitle(published()) == "published runs: base model 7B, 4,241 test questions, 1 seed a method"

@@ -1,4 +1,4 @@
-"""The nine accuracies against problems counted by hand."""
+"""The nine accuracies of a few problems, computed by hand."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_nine_accuracies():
 
 
 def test_empty_categories_have_no_accuracy():
-    result = score(PROBLEMS, {"c": 1})  # only what was answered counts
+    result = score(PROBLEMS, {"c": 1})  # only answered questions count
     assert {column: result[column] for column in COLUMNS} == {
         "NAT": None, "SOC": 0, "LAN": None, "TXT": None, "IMG": None, "NO": 0, "G1-6": None, "G7-12": 0, "Avg": 0}
     assert all(score(PROBLEMS, {})[column] is None for column in COLUMNS)

@@ -1,4 +1,4 @@
-"""The four schedules at their formulas and edges."""
+"""The four learning-rate schedules: their formulas and edge cases."""
 
 import argparse
 import math
@@ -28,26 +28,26 @@ def test_cosine():
 
 
 def test_step():
-    """Times 0.65 every two epochs from the end of the warm-up; min_lr plays no part."""
+    """Multiplied by 0.65 every two epochs after the warmup; ignores min_lr."""
     for epoch, expected in [(3.99, 0.1), (4, 0.065), (5.99, 0.065), (6, 0.04225), (19.99, 0.1 * 0.65**8),
                             (20, 0.1 * 0.65**9)]:
         assert learning_rate(epoch, flags("step")) == pytest.approx(expected)
 
 
 def test_exponential():
-    """From lr to 1e-5, in equal ratios."""
+    """Decays exponentially from lr to 1e-5."""
     for epoch, expected in [(11, math.sqrt(0.1 * 1e-5)), (20, 1e-5), (6.5, 0.1 * 1e-4**0.25)]:
         assert learning_rate(epoch, flags("exponential")) == pytest.approx(expected)
 
 
 def test_cyclical():
-    """triangular2 without warm-up: half cycles of E/5 = 4 epochs, peaks at 4, 12 and 20, each half as high."""
+    """triangular2 without warmup: half cycles of E/5 = 4 epochs, peaks at 4, 12 and 20, each half the previous one."""
     for epoch, expected in [(0, 0.01), (1, 0.01 + 0.09 / 4), (4, 0.1), (6, 0.055), (8, 0.01), (12, 0.055), (10, 0.0325),
                             (16, 0.01), (20, 0.01 + 0.09 / 4), (18, 0.01 + 0.09 / 8)]:
         assert learning_rate(epoch, flags("cyclical")) == pytest.approx(expected)
 
 
-def test_adjust_sets_every_group_and_returns_the_rate():
+def test_adjust_learning_rate_sets_every_group_and_returns_the_rate():
     p = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [p]}, {"params": [torch.nn.Parameter(torch.zeros(1))]}], lr=9.0)
     assert adjust_learning_rate(optimizer, 11, flags("cosine")) == pytest.approx(0.055)
@@ -58,15 +58,15 @@ def test_adjust_sets_every_group_and_returns_the_rate():
 @pytest.mark.parametrize("flag, value", [
     ("epochs", 0), ("epochs", -1), ("lr", 0.0), ("lr", -0.1), ("lr", math.inf), ("lr", math.nan), ("min_lr", -1e-3),
     ("min_lr", 0.2), ("min_lr", math.nan)])
-def test_values_that_make_no_schedule(schedule, flag, value):
+def test_invalid_schedules(schedule, flag, value):
     with pytest.raises(ValueError, match=f"--{flag}"):
         check_schedule(flags(schedule, **{flag: value}))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("warmup", [-1.0, 20.0, 21.0, math.nan])
-def test_warmup_that_leaves_no_schedule(schedule, warmup):
-    if schedule == "cyclical":  # has none
+def test_invalid_warmup(schedule, warmup):
+    if schedule == "cyclical":  # has no warmup
         check_schedule(flags(schedule, warmup_epochs=warmup))
     else:
         with pytest.raises(ValueError, match="--warmup_epochs"):
@@ -79,8 +79,8 @@ def test_unknown_schedule():
             function(flags("linear"))
 
 
-def test_published_runs_rates():
-    """The 7B command's defaults: lr is blr by effective batch / 256, at each of the 397 steps of an epoch."""
+def test_learning_rate_of_the_published_runs():
+    """The defaults of the 7B command: lr = blr * effective batch size / 256."""
     args = train.get_args_parser().parse_args([])
     assert (args.blr, args.epochs, args.warmup_epochs, args.min_lr, args.lr_schedule) == (9e-3, 20, 2, 0, "cosine")
     args.lr = args.blr * 32 / 256

@@ -1,5 +1,6 @@
-"""Gradients, and the optimizer step: the same however its samples are shared out, resumed or repeated."""
+"""Gradients and optimizer steps do not depend on micro-batches, splits and processes; runs repeat and resume."""
 
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from lavin.runtime import distributed
 from lavin.tokenizer import Example
 from reference import loss as reference_loss
 from tiny import ROOT, mixed_examples, tiny_example, tiny_model
-from tiny_runs import NO_SCALING, load, log, run, run_flags
+from tiny_runs import NO_SCALING, load_checkpoint, read_log, run_flags, train_run
 from util.data.batches import epoch_batches, steps_per_epoch
 from util.training import accumulation
 from util.training.accumulation import (
@@ -38,8 +39,8 @@ from util.training.optimizer import make_optimizer, optimizer_step
 
 
 def test_gradients_equal_finite_differences(monkeypatch):
-    """In float64, along a random direction for every trained tensor."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the model's own steps to float32
+    """In float64, along one random direction for each trained tensor."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the model casts to float32 with .float()
     model = tiny_model(adapter_type="block", visual_adapter_type="router_block", llama={"n_layers": 2}).double()
     batch = pack(mixed_examples())
     model(batch).backward()
@@ -54,31 +55,34 @@ def test_gradients_equal_finite_differences(monkeypatch):
                 p += h * direction
                 losses.append(model(batch).item())
                 p -= h * direction
-        slope = (losses[0] - losses[1]) / 2e-5
-        assert (p.grad * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-7), name
+        finite_difference = (losses[0] - losses[1]) / 2e-5
+        assert (p.grad * direction).sum().item() == pytest.approx(finite_difference, rel=1e-5, abs=1e-7), name
 
 
 def samples():
-    """Eight, of very different answer lengths, so that a mean of means is another mean."""
+    """Eight examples; their answer lengths differ widely, so a mean over micro-batch means is not the overall mean."""
     return [tiny_example(i, 2 + i, answer, image=i % 2 == 0) for i, answer in enumerate((1, 9, 2, 7, 1, 1, 8, 3))]
 
 
-def one_step(batch_size: int, loss_norm: str, world: int = 1, rank: int = 0, poisoned: bool = False,
-             most_tokens: float = math.inf) -> dict:
-    """The optimizer step on all samples, this process's share of it in micro-batches; its loss, gradients, parameters."""
+def one_step(batch_size: int, loss_norm: str, world_size: int = 1, rank: int = 0, with_nan: bool = False,
+             max_tokens: float = math.inf) -> dict:
+    """One optimizer step on all samples, of which this process takes its part in micro-batches of `batch_size`.
+
+    Returns the loss, whether the optimizer stepped, the change of the parameters, and whether gradients are left.
+    """
     model = tiny_model().train()
     for module in model.modules():
         if hasattr(module, "dropout"):
             module.dropout.zero_()
-    if poisoned:
+    if with_nan:
         model.llama.layers[0].adapter_attn.conv_A.bias.data[0] = math.nan
-    everyone = samples()
-    own = everyone[rank::world]
+    global_batch = samples()
+    local_batch = global_batch[rank::world_size]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1, fused=True)
-    pairs = with_loss_weights([own[i:i + batch_size] for i in range(0, len(own), batch_size)],
-                        count_answer_tokens(everyone), loss_norm, len(everyone) // batch_size)
-    loss = accumulate_gradients(model, pairs, most_tokens, NO_SCALING)
+    pairs = with_loss_weights([local_batch[i:i + batch_size] for i in range(0, len(local_batch), batch_size)],
+                              count_answer_tokens(global_batch), loss_norm, len(global_batch) // batch_size)
+    loss = accumulate_gradients(model, pairs, max_tokens, NO_SCALING)
     before = torch.cat([p.detach().flatten().clone() for p in parameters])
     loss, stepped = optimizer_step(optimizer, NO_SCALING, parameters, loss, None).tolist()
     return {"loss": loss, "stepped": stepped, "step": torch.cat([p.detach().flatten() for p in parameters]) - before,
@@ -91,41 +95,41 @@ def assert_same(a: dict, b: dict) -> None:
 
 
 def test_accumulation_gives_the_same_step():
-    whole = one_step(8, "batch")
-    assert whole["stepped"] and whole["step"].abs().max() > 1e-3 and not whole["gradients_left"]
+    full_batch = one_step(8, "batch")
+    assert full_batch["stepped"] and full_batch["step"].abs().max() > 1e-3 and not full_batch["gradients_left"]
     mean = reference_loss(tiny_model(), samples()).item() / count_answer_tokens(samples())
-    assert whole["loss"] == pytest.approx(mean, rel=1e-5)
+    assert full_batch["loss"] == pytest.approx(mean, rel=1e-5)
     for batch_size in (4, 2):
-        assert_same(one_step(batch_size, "batch"), whole)
+        assert_same(one_step(batch_size, "batch"), full_batch)
 
 
 @pytest.mark.parametrize("loss_norm", ["batch", "microbatch"])
-def test_any_regrouping_into_passes_gives_the_same_step(loss_norm):
-    """By tokens, across micro-batches and within them; the longest sample has 26 tokens."""
-    whole = one_step(2, loss_norm)
-    for most_tokens in (40, 30, 5):
-        assert_same(one_step(2, loss_norm, most_tokens=most_tokens), whole)
+def test_any_split_by_tokens_gives_the_same_step(loss_norm):
+    """Splits combine or divide micro-batches; the longest sample has 26 tokens."""
+    unsplit = one_step(2, loss_norm)
+    for max_tokens in (40, 30, 5):
+        assert_same(one_step(2, loss_norm, max_tokens=max_tokens), unsplit)
 
 
-def test_too_large_a_pass_is_halved_and_the_step_is_the_same(monkeypatch):
-    """A model whose memory holds 45 tokens; where not even one sample fits, the error stands."""
+def test_out_of_memory_halves_the_splits_and_keeps_the_gradients(monkeypatch):
+    """Memory for 45 tokens; if a single sample does not fit, the error is raised."""
     limit, forward = 45, LaVIN.forward
 
-    def small_memory(model, batch):
+    def forward_with_little_memory(model, batch):
         loss = forward(model, batch)
         if len(batch.ids) > limit:
-            loss.backward()  # what is half done must not count
+            loss.backward()  # partial gradients, which must be discarded
             raise torch.OutOfMemoryError
         return loss
     model, pairs = tiny_model(), [(example, 0.1) for example in samples()]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    whole = accumulate_gradients(model, pairs, math.inf, NO_SCALING)
+    expected_loss = accumulate_gradients(model, pairs, math.inf, NO_SCALING)
     expected = [p.grad.clone() for p in parameters]
-    monkeypatch.setattr(LaVIN, "forward", small_memory)
+    monkeypatch.setattr(LaVIN, "forward", forward_with_little_memory)
     model.zero_grad()
-    loss, most = accumulate_with_oom_retry(model, pairs, math.inf, NO_SCALING)
-    assert loss.item() == pytest.approx(whole.item(), rel=1e-5) and most < 60
-    for p, gradient in zip(parameters, expected):
+    loss, max_tokens = accumulate_with_oom_retry(model, pairs, math.inf, NO_SCALING)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5) and max_tokens < 60
+    for p, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-4)
     limit = 5
     with pytest.raises(torch.OutOfMemoryError):
@@ -133,16 +137,16 @@ def test_too_large_a_pass_is_halved_and_the_step_is_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [1e9, 1100, 300])
-def test_memory_trial(monkeypatch, limit):
-    """A GPU of 100,000 bytes, of which 20,000 are taken, and of 10 a token; passes above `limit` tokens fail."""
-    peak, groups = [], []
+def test_probe_max_tokens(monkeypatch, limit):
+    """A GPU of 100,000 bytes: the weights take 20,000, a token takes 10; splits above `limit` tokens do not fit."""
+    peak, split_sizes = [], []
 
-    def accumulate(model, pairs, most_tokens, scaler):
-        for group in split_by_tokens(pairs, most_tokens):
-            groups.append(sum(len(example.ids) for example, _ in group))
-            if groups[-1] > limit:
+    def accumulate(model, pairs, max_tokens, scaler):
+        for split in split_by_tokens(pairs, max_tokens):
+            split_sizes.append(sum(len(example.ids) for example, _ in split))
+            if split_sizes[-1] > limit:
                 raise torch.OutOfMemoryError
-            peak.append(20_000 + 10 * groups[-1])
+            peak.append(20_000 + 10 * split_sizes[-1])
     monkeypatch.setattr(accumulation, "accumulate_gradients", accumulate)
     for name, value in {"memory_allocated": lambda device: 20_000, "max_memory_allocated": lambda device: max(peak),
                         "reset_peak_memory_stats": lambda device: peak.clear(),
@@ -155,35 +159,35 @@ def test_memory_trial(monkeypatch, limit):
         with pytest.raises(torch.OutOfMemoryError):
             probe_max_tokens(model, examples, NO_SCALING)
         return
-    found = probe_max_tokens(model, examples, NO_SCALING)
-    assert groups[0] == 511  # compiles in little memory
-    assert found == (pytest.approx(7000) if limit > 2048 else 1022)
+    max_tokens = probe_max_tokens(model, examples, NO_SCALING)
+    assert split_sizes[0] == 511  # the first split, which compiles, is small
+    assert max_tokens == (pytest.approx(7000) if limit > 2048 else 1022)
 
 
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), most=st.integers(1, 60))
-def test_passes_keep_order_and_limit_and_are_few(lengths, most):
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), max_tokens=st.integers(1, 60))
+def test_splits_keep_the_order_and_the_limit_and_are_as_few_as_possible(lengths, max_tokens):
     pairs = [(Example([3] * n, n), i) for i, n in enumerate(lengths)]
-    groups = split_by_tokens(pairs, most)
-    assert [pair for group in groups for pair in group] == pairs
-    sizes = [[len(example.ids) for example, _ in group] for group in groups]
-    assert all(sum(size) <= most or len(size) == 1 for size in sizes)
-    assert all(sum(a) + b[0] > most for a, b in zip(sizes, sizes[1:]))
+    splits = split_by_tokens(pairs, max_tokens)
+    assert [pair for split in splits for pair in split] == pairs
+    sizes = [[len(example.ids) for example, _ in split] for split in splits]
+    assert all(sum(size) <= max_tokens or len(size) == 1 for size in sizes)
+    assert all(sum(size) + next_size[0] > max_tokens for size, next_size in itertools.pairwise(sizes))
 
 
-def test_microbatch_norm_is_the_published_mean_of_means():
+def test_microbatch_norm_is_the_published_mean_over_micro_batches():
     model = tiny_model()
     for batch_size in (8, 4, 2):
-        parts = [samples()[i:i + batch_size] for i in range(0, 8, batch_size)]
-        means = [reference_loss(model, part).item() / count_answer_tokens(part) for part in parts]
+        micro_batches = [samples()[i:i + batch_size] for i in range(0, 8, batch_size)]
+        means = [reference_loss(model, batch).item() / count_answer_tokens(batch) for batch in micro_batches]
         result = one_step(batch_size, "microbatch")
         assert result["loss"] == pytest.approx(sum(means) / len(means), rel=1e-5)
-    whole, parted = one_step(8, "batch"), one_step(2, "microbatch")
-    assert abs(parted["loss"] - whole["loss"]) > 1e-3  # or this test could not tell the two apart
-    assert not torch.allclose(parted["step"], whole["step"], atol=1e-4)
+    by_batch, by_micro_batch = one_step(8, "batch"), one_step(2, "microbatch")
+    assert abs(by_micro_batch["loss"] - by_batch["loss"]) > 1e-3  # the two differ on these samples
+    assert not torch.allclose(by_micro_batch["step"], by_batch["step"], atol=1e-4)
 
 
-def test_non_finite_step_is_left_out():
-    result = one_step(4, "batch", poisoned=True)
+def test_non_finite_step_is_skipped():
+    result = one_step(4, "batch", with_nan=True)
     assert not result["stepped"] and not math.isfinite(result["loss"]) and not result["gradients_left"]
     assert not result["step"].nan_to_num().any()
 
@@ -195,13 +199,13 @@ import eval, train
 from lavin.runtime import distributed
 from test_training import one_step
 torch.set_num_threads(1)
-rank, world, _ = distributed.init()
-results = [one_step(4, "batch", world, rank), one_step(2, "batch", world, rank), one_step(2, "microbatch", world, rank),
-           one_step(4, "batch", world, rank, poisoned=rank == 1)]
+rank, world_size, _ = distributed.init()
+results = [one_step(4, "batch", world_size, rank), one_step(2, "batch", world_size, rank),
+           one_step(2, "microbatch", world_size, rank), one_step(4, "batch", world_size, rank, with_nan=rank == 1)]
 torch.save(results, f"{out}/{{rank}}.pt")
-close, distributed.close = distributed.close, lambda: None  # one group for both commands
+close, distributed.close = distributed.close, lambda: None  # keep the process group for both commands
 train.main(train.get_args_parser().parse_args({flags!r} + ["--batch_size", "2"]))
-torch.distributed.barrier()  # the first process writes the checkpoint
+torch.distributed.barrier()  # rank 0 writes the checkpoint
 eval.main(eval.get_args_parser().parse_args(["--adapter_path", {folder!r}, "--device", "cpu"]))
 close()
 """
@@ -209,7 +213,7 @@ close()
 
 @pytest.fixture(scope="module")
 def two_processes(base, scienceqa, tmp_path_factory):
-    """Both processes' results of one_step, and a run of theirs, trained and evaluated."""
+    """The results of one_step on both processes, and the folder of a run that they trained and evaluated."""
     out = tmp_path_factory.mktemp("two")
     flags = run_flags(base, scienceqa, out / "run", "--dropout_prob", "0")
     (out / "worker.py").write_text(WORKER.format(path=sys.path, out=str(out), flags=flags,
@@ -220,43 +224,44 @@ def two_processes(base, scienceqa, tmp_path_factory):
         try:
             errors = workers.communicate(timeout=120)[1]
         except subprocess.TimeoutExpired:
-            workers.terminate()  # torchrun ends its processes; killed, it would leave them behind
+            workers.terminate()  # SIGTERM lets torchrun stop its workers; SIGKILL would orphan them
             raise
     assert workers.returncode == 0, errors
     return [torch.load(out / f"{rank}.pt") for rank in (0, 1)], out / "run"
 
 
 def test_two_processes_give_the_same_step(two_processes):
-    """2 x 4 and 2 x 2 x 2 samples against 1 x 8."""
-    whole = one_step(8, "batch")
-    for process in two_processes[0]:
-        assert_same(process[0], whole)
-        assert_same(process[1], whole)
+    """Processes x micro-batches x size: 2 x 1 x 4 and 2 x 2 x 2 samples against 1 x 1 x 8."""
+    full_batch = one_step(8, "batch")
+    for results in two_processes[0]:
+        assert_same(results[0], full_batch)
+        assert_same(results[1], full_batch)
 
 
-def test_two_processes_give_the_published_mean_of_means(two_processes):
-    """Each rank's samples, two by two: four micro-batches."""
+def test_two_processes_give_the_published_mean_over_micro_batches(two_processes):
+    """Two micro-batches of two samples on each rank."""
     (_, _, first, _), (_, _, second, _) = two_processes[0]
-    order = samples()[0::2] + samples()[1::2]
-    means = [reference_loss(tiny_model(), order[i:i + 2]).item() / count_answer_tokens(order[i:i + 2]) for i in (0, 2, 4, 6)]
+    by_rank = samples()[0::2] + samples()[1::2]
+    micro_batches = [by_rank[i:i + 2] for i in (0, 2, 4, 6)]
+    means = [reference_loss(tiny_model(), batch).item() / count_answer_tokens(batch) for batch in micro_batches]
     assert first["loss"] == second["loss"] == pytest.approx(sum(means) / 4, rel=1e-5)
     assert torch.equal(first["step"], second["step"])
 
 
-def test_one_process_not_finite_leaves_the_step_out_on_both(two_processes):
-    for *_, poisoned in two_processes[0]:
-        assert not poisoned["stepped"] and not poisoned["step"].nan_to_num().any() and not poisoned["gradients_left"]
+def test_non_finite_loss_on_one_process_skips_the_step_on_both(two_processes):
+    for *_, with_nan in two_processes[0]:
+        assert not with_nan["stepped"] and not with_nan["step"].nan_to_num().any() and not with_nan["gradients_left"]
 
 
 def test_two_processes_give_the_same_run(two_processes, base, scienceqa, tmp_path):
-    """Training and evaluation, against one process with the same effective batch."""
+    """Training and evaluation equal those of one process with the same effective batch size."""
     folder = two_processes[1]
-    alone = run(base, scienceqa, tmp_path, "--dropout_prob", "0")
-    together = load(folder / "checkpoint-2.pth")["model"]
-    for name, tensor in alone["model"].items():
-        torch.testing.assert_close(together[name], tensor, atol=2e-3, rtol=0, msg=name)
-    assert [line["train_closs"] for line in log(folder)] == pytest.approx(
-        [line["train_closs"] for line in log(tmp_path)], rel=1e-4)
+    one_process = train_run(base, scienceqa, tmp_path, "--dropout_prob", "0")
+    adapters = load_checkpoint(folder / "checkpoint-2.pth")["model"]
+    for name, tensor in one_process["model"].items():
+        torch.testing.assert_close(adapters[name], tensor, atol=2e-3, rtol=0, msg=name)
+    assert [line["train_closs"] for line in read_log(folder)] == pytest.approx(
+        [line["train_closs"] for line in read_log(tmp_path)], rel=1e-4)
     assert json.loads((folder / "config.json").read_text())["world_size"] == 2
     shutil.copy(folder / "checkpoint-2.pth", tmp_path)
     evaluation.main(evaluation.get_args_parser().parse_args(["--adapter_path", str(tmp_path), "--device", "cpu"]))
@@ -264,15 +269,15 @@ def test_two_processes_give_the_same_run(two_processes, base, scienceqa, tmp_pat
         assert (folder / name).read_text() == (tmp_path / name).read_text()
 
 
-def test_what_has_no_gradient_gets_zeros():
-    """As the ViT's adapters in a step without pictures: weight decay and moments go on."""
+def test_missing_gradients_become_zeros():
+    """Without images, the ViT's adapters get no gradient; weight decay and moments must be updated all the same."""
     p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1, 2))
     p.grad = torch.tensor([3.0, 4.0])
     assert distributed.all_reduce_gradients([p, q], torch.tensor(5.0)) == 5
     assert torch.equal(p.grad, torch.tensor([3.0, 4.0])) and torch.equal(q.grad, torch.zeros(1, 2))
 
 
-def test_gradients_are_clipped_at_their_common_norm():
+def test_gradients_are_clipped_by_their_global_norm():
     steps = []
     for clip in (None, 0.5):
         p, q = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
@@ -297,35 +302,36 @@ def test_weight_decay_is_on_matrices_only():
 
 @pytest.mark.parametrize("n, batch_size, accum", [(23, 2, 2), (16, 1, 4), (9, 4, 1)])
 def test_steps_take_the_same_samples_on_any_number_of_processes(n, batch_size, accum):
-    def steps(batch_size, accum, world, epoch=3):
-        ranks = [list(epoch_batches(n, batch_size, accum, rank, world, 7, epoch)) for rank in range(world)]
-        for parts in zip(*ranks):
-            shares = [i for _, own in parts for micro in own for i in micro]
-            assert sorted(shares) == sorted(parts[0][0]) and all(p[0] == parts[0][0] for p in parts)
-            assert all(len(micro) == batch_size for _, own in parts for micro in own)
-        return [sorted(everyone) for everyone, _ in ranks[0]]
+    def steps(batch_size, accum, world_size, epoch=3):
+        ranks = [list(epoch_batches(n, batch_size, accum, rank, world_size, 7, epoch)) for rank in range(world_size)]
+        for step in zip(*ranks, strict=True):
+            samples = [i for _, local_batches in step for micro_batch in local_batches for i in micro_batch]
+            assert sorted(samples) == sorted(step[0][0])
+            assert all(global_batch == step[0][0] for global_batch, _ in step)
+            assert all(len(micro_batch) == batch_size for _, local_batches in step for micro_batch in local_batches)
+        return [sorted(global_batch) for global_batch, _ in ranks[0]]
 
-    whole = steps(batch_size * accum * 2, 1, 1)
-    assert len(whole) == steps_per_epoch(n, batch_size * accum * 2) == n // (batch_size * accum * 2)
-    assert steps(batch_size, accum, 2) == steps(batch_size * accum, 1, 2) == steps(batch_size, 2 * accum, 1) == whole
-    seen = [i for step in whole for i in step]
-    assert len(set(seen)) == len(seen) and set(seen) <= set(range(n))
-    assert steps(batch_size * accum * 2, 1, 1, epoch=4) != whole
-
-
-def test_fewer_samples_than_a_step_make_one_step():
-    (everyone, own), = epoch_batches(3, 4, 2, 0, 1, 0, 0)
-    assert sorted(everyone) == sorted(own[0]) == [0, 1, 2]
+    expected = steps(batch_size * accum * 2, 1, 1)
+    assert len(expected) == steps_per_epoch(n, batch_size * accum * 2) == n // (batch_size * accum * 2)
+    assert steps(batch_size, accum, 2) == steps(batch_size * accum, 1, 2) == steps(batch_size, 2 * accum, 1) == expected
+    used = [i for step in expected for i in step]
+    assert len(set(used)) == len(used) and set(used) <= set(range(n))
+    assert steps(batch_size * accum * 2, 1, 1, epoch=4) != expected
 
 
-def rank_one_of(launcher: int) -> int:
-    """The process of rank 1 that torchrun started."""
+def test_fewer_samples_than_the_effective_batch_make_one_step():
+    (global_batch, local_batches), = epoch_batches(3, 4, 2, 0, 1, 0, 0)
+    assert sorted(global_batch) == sorted(local_batches[0]) == [0, 1, 2]
+
+
+def pid_of_rank_one(launcher: int) -> int:
+    """torchrun's child process of rank 1."""
     children = (Path("/proc") / str(launcher) / "task" / str(launcher) / "children").read_text().split()
     return next(int(pid) for pid in children if b"\0RANK=1\0" in (Path("/proc") / pid / "environ").read_bytes())
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc to find the processes in")
-def test_a_killed_process_ends_the_run_which_then_resumes(base, scienceqa, tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find the worker processes")
+def test_run_ends_when_a_process_is_killed_and_can_be_resumed(base, scienceqa, tmp_path):
     folder = tmp_path / "run"
     flags = run_flags(base, scienceqa, folder, "--batch_size", "2", "--epochs", "1000")
     with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -336,61 +342,68 @@ def test_a_killed_process_ends_the_run_which_then_resumes(base, scienceqa, tmp_p
             while not (folder / "checkpoint-1.pth").exists():
                 assert workers.poll() is None and time.monotonic() < deadline
                 time.sleep(0.1)
-            os.kill(rank_one_of(workers.pid), signal.SIGKILL)
+            os.kill(pid_of_rank_one(workers.pid), signal.SIGKILL)
             errors = workers.communicate(timeout=60)[1]
         finally:
             workers.terminate()
     assert workers.returncode != 0 and "Signal 9 (SIGKILL)" in errors and "rank      : 1" in errors
-    done = len(log(folder))
+    done = len(read_log(folder))
     resumed = [*flags[:-1], str(done + 1), "--lr", "1e-2", "--batch_size", "4", "--resume", str(folder)]
     train.main(train.get_args_parser().parse_args(resumed))
-    assert [line["epoch"] for line in log(folder)] == list(range(done + 1))
-    assert load(folder / f"checkpoint-{done}.pth")["epoch"] == done
+    assert [line["epoch"] for line in read_log(folder)] == list(range(done + 1))
+    assert load_checkpoint(folder / f"checkpoint-{done}.pth")["epoch"] == done
 
 
-def flat(thing):
-    """All tensors and numbers of a checkpoint, in order."""
-    if isinstance(thing, dict):
-        return [leaf for key in sorted(thing, key=str) for leaf in flat(thing[key])]
-    if isinstance(thing, (list, tuple)):
-        return [leaf for item in thing for leaf in flat(item)]
-    return [torch.as_tensor(thing)] if isinstance(thing, (int, float, torch.Tensor)) else []
+def flatten(value):
+    """All tensors and numbers of a nested structure, in order."""
+    if isinstance(value, dict):
+        return [leaf for key in sorted(value, key=str) for leaf in flatten(value[key])]
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in flatten(item)]
+    return [torch.as_tensor(value)] if isinstance(value, (int, float, torch.Tensor)) else []
 
 
 def identical(a, b) -> bool:
-    return all(flat(a[part]) and len(flat(a[part])) == len(flat(b[part])) and
-               all(torch.equal(x, y) for x, y in zip(flat(a[part]), flat(b[part]))) for part in ("model", "optimizer"))
+    """Whether two checkpoints hold the same bits in model and optimizer."""
+    for name in ("model", "optimizer"):
+        leaves, other_leaves = flatten(a[name]), flatten(b[name])
+        if not leaves or len(leaves) != len(other_leaves):
+            return False
+        if not all(torch.equal(x, y) for x, y in zip(leaves, other_leaves, strict=True)):
+            return False
+    return True
 
 
-def test_runs_repeat_and_resume_bit_for_bit(base, scienceqa, tmp_path):
-    """With dropout and stochastic depth on: both draw alike again."""
+def test_runs_are_reproducible_and_resume_bit_for_bit(base, scienceqa, tmp_path):
+    """With dropout and stochastic depth, whose masks must repeat too."""
     flags = ("--drop_path", "0.2", "--dropout_prob", "0.3", "--dropout_lim", "0.3")
-    first = run(base, scienceqa, tmp_path / "a", *flags)
-    assert identical(run(base, scienceqa, tmp_path / "b", *flags), first)
-    assert not identical(load(tmp_path / "a" / "checkpoint-1.pth"), first)
+    first = train_run(base, scienceqa, tmp_path / "a", *flags)
+    assert identical(train_run(base, scienceqa, tmp_path / "b", *flags), first)
+    assert not identical(load_checkpoint(tmp_path / "a" / "checkpoint-1.pth"), first)
     (tmp_path / "b" / "checkpoint-2.pth").unlink()
     (tmp_path / "b" / "checkpoint-1.pth").unlink()
     torch.manual_seed(99)
-    assert identical(run(base, scienceqa, tmp_path / "b", *flags, "--resume", str(tmp_path / "b")), first)
-    logs = [[{key: line[key] for key in ("epoch", "train_lr", "train_closs")} for line in log(tmp_path / name)]
+    assert identical(train_run(base, scienceqa, tmp_path / "b", *flags, "--resume", str(tmp_path / "b")), first)
+    logs = [[{key: line[key] for key in ("epoch", "train_lr", "train_closs")} for line in read_log(tmp_path / name)]
             for name in "ab"]
     assert logs[0] == logs[1] and [line["epoch"] for line in logs[0]] == [0, 1, 2]
-    assert not identical(run(base, scienceqa, tmp_path / "c", *flags, "--seed", "1"), first)
+    assert not identical(train_run(base, scienceqa, tmp_path / "c", *flags, "--seed", "1"), first)
 
 
 def test_micro_batches_give_the_same_run(base, scienceqa, tmp_path):
-    """Whole runs: the loss of every epoch, and the adapters at the end."""
-    still = ("--dropout_prob", "0")
-    whole = run(base, scienceqa, tmp_path / "whole", *still)
-    parts = run(base, scienceqa, tmp_path / "parts", *still, "--batch_size", "1", "--accum_iter", "4")
-    moved = 0.0
-    for name, tensor in whole["model"].items():
-        torch.testing.assert_close(parts["model"][name], tensor, atol=2e-3, rtol=0, msg=name)
-        moved = max(moved, tensor.abs().max().item() if ".conv_D." in name else 0.0)
-    assert moved > 0.02  # far more than the tolerance: it trained
+    """Complete runs end with the same adapters."""
+    no_dropout = ("--dropout_prob", "0")
+    full_batch = train_run(base, scienceqa, tmp_path / "full_batch", *no_dropout)
+    accumulated = train_run(base, scienceqa, tmp_path / "accumulated", *no_dropout, "--batch_size", "1",
+                            "--accum_iter", "4")
+    max_change = 0.0
+    for name, tensor in full_batch["model"].items():
+        torch.testing.assert_close(accumulated["model"][name], tensor, atol=2e-3, rtol=0, msg=name)
+        max_change = max(max_change, tensor.abs().max().item() if ".conv_D." in name else 0.0)
+    assert max_change > 0.02  # conv_D starts at zero: the run changed it by far more than the tolerance
 
 
 def test_training_lowers_the_loss(base, scienceqa, tmp_path):
-    run(base, scienceqa, tmp_path, "--epochs", "8", "--lr", "3e-2")
-    losses = [line["train_closs"] for line in log(tmp_path)]
+    train_run(base, scienceqa, tmp_path, "--epochs", "8", "--lr", "3e-2")
+    losses = [line["train_closs"] for line in read_log(tmp_path)]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.4

@@ -1,4 +1,4 @@
-"""LLaMA from the files of others: Meta's shards, folders that transformers writes, Vicuna's delta, real shapes."""
+"""LLaMA weights from Meta's shards, Hugging Face folders and Vicuna's delta; names and shapes of real models."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from tiny_weights import HF_VARIANTS, LLAMA_3, write_hugging_face, write_shards
 CPU = torch.device("cpu")
 
 
-def error(function, *args, **kwargs) -> str:
+def error_message(function, *args, **kwargs) -> str:
     with pytest.raises(UserError) as caught:
         function(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -34,24 +34,24 @@ def load(weights, name, vision, **changes):
 # --- Meta ---
 
 @pytest.mark.parametrize("embedding_dim", [1, 0])  # LLaMA 1 and 2; Llama 3
-def test_shards_join_as_metas(base, tmp_path, embedding_dim):
-    whole = torch.load(base.weights / "tiny" / "consolidated.00.pth", weights_only=True)
+def test_meta_shards_are_joined(base, tmp_path, embedding_dim):
+    tensors = torch.load(base.weights / "tiny" / "consolidated.00.pth", weights_only=True)
     folder = tmp_path / "two"
     folder.mkdir()
     shutil.copy(base.weights / "tiny" / "params.json", folder)
-    write_shards(whole, folder, 2, embedding_dim)
+    write_shards(tensors, folder, 2, embedding_dim)
     joined = open_base(folder, 480).tensors
-    assert joined.keys() == whole.keys() - {"rope.freqs"} and len(joined) == len(whole) - 1
-    assert all(torch.equal(joined[name], whole[name]) for name in joined)
+    assert joined.keys() == tensors.keys() - {"rope.freqs"} and len(joined) == len(tensors) - 1
+    assert all(torch.equal(joined[name], tensors[name]) for name in joined)
 
 
-def test_shards_of_different_models_are_named(base, tmp_path):
+def test_error_names_a_shard_of_another_model(base, tmp_path):
     shutil.copytree(base.weights / "tiny", tmp_path / "two")
     torch.save({"norm.weight": torch.zeros(1)}, tmp_path / "two" / "consolidated.01.pth")
-    assert "two/consolidated.01.pth does not hold" in error(open_base, tmp_path / "two", 480)
+    assert "two/consolidated.01.pth does not hold" in error_message(open_base, tmp_path / "two", 480)
 
 
-# params.json and number of parameters, as published
+# params.json and number of parameters of the published models
 META = {
     "7B": ({"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6, "vocab_size": -1},
            6_738_415_616),
@@ -64,12 +64,12 @@ META = {
                    8_030_261_248),
     "Llama 3.2 1B": ({"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256,
                       "ffn_dim_multiplier": 1.5, "multiple_of": 256, "norm_eps": 1e-5, "rope_theta": 500000.0,
-                      "use_scaled_rope": True}, 1_235_814_400 + 128256 * 2048),  # in Meta's files nothing is tied
+                      "use_scaled_rope": True}, 1_235_814_400 + 128256 * 2048),  # Meta's files hold tied weights twice
 }
 
 
 @pytest.mark.parametrize("name", META)
-def test_published_params_describe_the_published_model(name):
+def test_params_json_gives_the_published_number_of_parameters(name):
     params, count = META[name]
     with torch.device("meta"):
         llama = Llama(LlamaConfig.from_params(params, 32000))
@@ -82,22 +82,22 @@ def test_published_params_describe_the_published_model(name):
 def assert_same_logits(ours, theirs, lengths=(70, 3, 20)):
     ids = [torch.randint(480, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
     batch = pack([Example(row.tolist(), len(row)) for row in ids])
-    found = ours.llama.output(ours.hidden_states(batch)).split(list(lengths))
-    for row, logits in zip(ids, found):
+    packed_logits = ours.llama.output(ours.hidden_states(batch)).split(list(lengths))
+    for row, logits in zip(ids, packed_logits, strict=True):
         expected = theirs(row[None]).logits[0]
         assert expected.std() > 0.1
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", HF_VARIANTS)
-def test_logits_equal_transformers(base, tokenizer_file, tmp_path, kind):
-    theirs = write_hugging_face(tmp_path / "hf", tokenizer_file, **HF_VARIANTS[kind])
+@pytest.mark.parametrize("variant", HF_VARIANTS)
+def test_logits_equal_transformers(base, tokenizer_file, tmp_path, variant):
+    theirs = write_hugging_face(tmp_path / "hf", tokenizer_file, **HF_VARIANTS[variant])
     require_base("nowhere", str(tmp_path / "hf"))
     assert_same_logits(load("nowhere", tmp_path / "hf", base.vision), theirs)
 
 
 def test_configs_from_before_transformers_5(base, tokenizer_file, tmp_path):
-    """rope_theta and rope_scaling beside one another, "type" for rope_type, no head_dim."""
+    """Separate rope_theta and rope_scaling, "type" instead of rope_type, no head_dim."""
     theirs = write_hugging_face(tmp_path / "hf", tokenizer_file, rope_scaling={**LLAMA_3, "rope_theta": 500.0})
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
@@ -112,26 +112,26 @@ def test_sharded_folder(base, tokenizer_file, tmp_path):
     theirs = write_hugging_face(tmp_path / "weights" / "hf", tokenizer_file, max_shard_size="50KB")
     assert len(list((tmp_path / "weights" / "hf").glob("model-*.safetensors"))) > 2
     assert_same_logits(load(tmp_path / "weights", "hf", base.vision), theirs)
-    lost = sorted((tmp_path / "weights" / "hf").glob("model-*.safetensors"))[1]
-    lost.unlink()
-    assert f"missing {lost}" in error(require_base, str(tmp_path / "weights"), "hf")
-    assert f"missing {lost}" in error(load, tmp_path / "weights", "hf", base.vision)
+    shard = sorted((tmp_path / "weights" / "hf").glob("model-*.safetensors"))[1]
+    shard.unlink()
+    assert f"missing {shard}" in error_message(require_base, str(tmp_path / "weights"), "hf")
+    assert f"missing {shard}" in error_message(load, tmp_path / "weights", "hf", base.vision)
 
 
-@pytest.mark.parametrize("zipped", [True, False])  # torch's file format since 1.6, and before
+@pytest.mark.parametrize("zipped", [True, False])  # PyTorch's file format since 1.6, and the one before
 @pytest.mark.parametrize("files", [1, 2])
 def test_pytorch_bin(base, tokenizer_file, tmp_path, files, zipped):
-    """With the inverse frequencies that older versions saved."""
+    """With inv_freq, which older versions of transformers saved."""
     theirs = write_hugging_face(tmp_path / "hf", tokenizer_file)
     (tmp_path / "hf" / "model.safetensors").unlink()
     tensors = {**theirs.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     names = [f"pytorch_model-{i}.bin" for i in range(files)] if files > 1 else ["pytorch_model.bin"]
     for i, name in enumerate(names):
-        part = dict(list(tensors.items())[i::files])
-        torch.save(part, tmp_path / "hf" / name, _use_new_zipfile_serialization=zipped)
+        shard = dict(list(tensors.items())[i::files])
+        torch.save(shard, tmp_path / "hf" / name, _use_new_zipfile_serialization=zipped)
     if files > 1:
-        where = {name: names[i % files] for i, name in enumerate(tensors)}
-        (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+        weight_map = {name: names[i % files] for i, name in enumerate(tensors)}
+        (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert_same_logits(load("nowhere", tmp_path / "hf", base.vision), theirs)
 
 
@@ -143,37 +143,37 @@ def test_pytorch_bin(base, tokenizer_file, tmp_path, files, zipped):
     ({"num_hidden_layers": 3}, "lacks 9 tensors"), ({"num_hidden_layers": 1}, "unknown 9 tensors"),
     ({"intermediate_size": 48}, "w1.weight is [56, 32]"), ({"num_key_value_heads": 2}, "wk.weight is [32, 32]"),
     ({"vocab_size": 479}, "[480, 32]"), ({"hidden_size": None}, "hidden_size, ")])
-def test_folders_that_are_not_this_llama(base, tokenizer_file, tmp_path, changes, words):
+def test_unsupported_configurations_and_mismatched_tensors(base, tokenizer_file, tmp_path, changes, words):
     write_hugging_face(tmp_path / "hf", tokenizer_file)
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    message = error(load, "nowhere", tmp_path / "hf", base.vision)
+    message = error_message(load, "nowhere", tmp_path / "hf", base.vision)
     assert words in message and str(tmp_path / "hf") in message
 
 
 @pytest.mark.parametrize("file, content", [
     ("config.json", "{"), ("config.json", "[]"), ("config.json", '{"model_type": "llama"}'),
     ("model.safetensors", "nothing")])
-def test_broken_folders(base, tokenizer_file, tmp_path, file, content):
+def test_error_names_the_broken_file(base, tokenizer_file, tmp_path, file, content):
     write_hugging_face(tmp_path / "hf", tokenizer_file)
     (tmp_path / "hf" / file).write_text(content)
-    assert str(tmp_path / "hf" / file) in error(load, "nowhere", tmp_path / "hf", base.vision)
+    assert str(tmp_path / "hf" / file) in error_message(load, "nowhere", tmp_path / "hf", base.vision)
 
 
-def test_missing_files_of_a_folder_are_named(tokenizer_file, tmp_path):
+def test_error_names_the_missing_file(tokenizer_file, tmp_path):
     write_hugging_face(tmp_path / "hf", tokenizer_file)
     (tmp_path / "hf" / "tokenizer.model").unlink()
-    assert "tokenizer.model" in error(require_base, str(tmp_path), "hf")
+    assert "tokenizer.model" in error_message(require_base, str(tmp_path), "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
-    assert f"missing {tmp_path / 'hf' / 'model.safetensors'}" in error(require_base, str(tmp_path), "hf")
+    assert f"missing {tmp_path / 'hf' / 'model.safetensors'}" in error_message(require_base, str(tmp_path), "hf")
 
 
-def test_tokenizer_of_more_pieces_than_embeddings(base, tokenizer_file, tmp_path):
+def test_tokenizer_with_more_tokens_than_embeddings(base, tokenizer_file, tmp_path):
     write_hugging_face(tmp_path / "hf", tokenizer_file, vocab_size=470)
-    assert "480 pieces" in error(load, "nowhere", tmp_path / "hf", base.vision)
+    assert "480 pieces" in error_message(load, "nowhere", tmp_path / "hf", base.vision)
 
 
-# as published with the weights; parameters, tied ones once
+# config.json and number of parameters of the published models; tied weights count once
 HUGGING_FACE = {
     "7B": ({"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
             "num_attention_heads": 32, "rms_norm_eps": 1e-6}, 6_738_415_616),
@@ -192,8 +192,8 @@ HUGGING_FACE = {
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_every_tensor_of_the_real_shapes_has_its_place(name):
-    """Nothing is allocated: both models and all tensors are on the meta device."""
+def test_hugging_face_names_and_shapes_of_real_models(name):
+    """All on the meta device."""
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
     content, count = HUGGING_FACE[name]
@@ -203,9 +203,9 @@ def test_every_tensor_of_the_real_shapes_has_its_place(name):
         ours = Llama(config)
     tied = content.get("tie_word_embeddings", False)
     tensors = HuggingFaceLlama(dict(theirs.named_parameters()), config, tied)
-    places = frozen_parameters(ours)
-    assert places.keys() == tensors.keys()
-    assert {name: shape for name, (_, shape) in places.items()} == {name: t.shape for name, t in tensors.items()}
+    parameters = frozen_parameters(ours)
+    assert parameters.keys() == tensors.keys()
+    assert {name: shape for name, (_, shape) in parameters.items()} == {name: t.shape for name, t in tensors.items()}
     shared = ours.output.weight.numel() if tied else 0
     assert sum(p.numel() for p in ours.parameters()) - shared == sum(p.numel() for p in theirs.parameters()) == count
 
@@ -214,14 +214,14 @@ def test_every_tensor_of_the_real_shapes_has_its_place(name):
 
 @pytest.fixture
 def vicuna(base, tokenizer_file, tmp_path):
-    """Vicuna, and the folders of LLaMA and of the delta between them, which has a row for [PAD] more."""
+    """Writes LLaMA, Vicuna, and the delta, which has one more embedding ([PAD]); returns Vicuna."""
     llama = write_hugging_face(tmp_path / "7B", tokenizer_file, seed=1)
     vicuna = write_hugging_face(tmp_path / "full", tokenizer_file, seed=2)
     delta = write_hugging_face(tmp_path / "vicuna_7B", tokenizer_file, vocab_size=481)
     with torch.no_grad():
         for name, p in delta.named_parameters():
-            a, b = vicuna.get_parameter(name), llama.get_parameter(name)
-            p[:len(a)] = a - b
+            tuned, original = vicuna.get_parameter(name), llama.get_parameter(name)
+            p[:len(tuned)] = tuned - original
     delta.save_pretrained(tmp_path / "vicuna_7B")
     return vicuna
 
@@ -233,8 +233,8 @@ def test_vicuna_delta_is_added(base, vicuna, tmp_path):
         assert_same_logits(load(tmp_path, "7B", base.vision), vicuna)
 
 
-def test_vicuna_delta_on_metas_files(base, vicuna, tmp_path):
-    """The same LLaMA in Meta's format: its tensors by our reader of the Hugging Face folder."""
+def test_vicuna_delta_on_meta_shards(base, vicuna, tmp_path):
+    """The same LLaMA, converted to Meta's format by reading the Hugging Face folder with open_base."""
     llama = open_base(tmp_path / "7B", 480)
     (tmp_path / "7B").rename(tmp_path / "hf")
     (tmp_path / "7B").mkdir()
@@ -245,10 +245,10 @@ def test_vicuna_delta_on_metas_files(base, vicuna, tmp_path):
     write_shards(dict(llama.tensors.items()), tmp_path / "7B", 2, 1)
     assert_same_logits(load(tmp_path, "7B", base.vision, use_vicuna=True), vicuna)
     shutil.rmtree(tmp_path / "vicuna_7B")
-    assert "vicuna_7B" in error(require_base, str(tmp_path), "7B", use_vicuna=True)
+    assert "vicuna_7B" in error_message(require_base, str(tmp_path), "7B", use_vicuna=True)
 
 
-def test_vicuna_as_full_weights_needs_no_delta(base, vicuna, tmp_path):
+def test_full_vicuna_weights_need_no_delta(base, vicuna, tmp_path):
     require_base(str(tmp_path), "full", use_vicuna=True)
     assert_same_logits(load(tmp_path, "full", base.vision, use_vicuna=True), vicuna)
 
@@ -260,14 +260,14 @@ def test_delta_of_another_model(base, vicuna, tokenizer_file, tmp_path, changes,
     delta = write_hugging_face(tmp_path / "vicuna_7B", tokenizer_file, **changes)
     delta.model.norm.weight.data.zero_()
     delta.save_pretrained(tmp_path / "vicuna_7B")
-    message = error(load, tmp_path, "7B", base.vision, use_vicuna=True)
+    message = error_message(load, tmp_path, "7B", base.vision, use_vicuna=True)
     assert words in message and "vicuna_7B" in message
 
 
-def test_full_weights_in_the_place_of_the_delta(base, vicuna, tmp_path):
+def test_full_weights_in_the_folder_of_the_delta(base, vicuna, tmp_path):
     shutil.rmtree(tmp_path / "vicuna_7B")
     (tmp_path / "full").rename(tmp_path / "vicuna_7B")
-    assert "vicuna_7B holds full weights" in error(load, tmp_path, "7B", base.vision, use_vicuna=True)
+    assert "vicuna_7B holds full weights" in error_message(load, tmp_path, "7B", base.vision, use_vicuna=True)
     assert_same_logits(load(tmp_path, "vicuna_7B", base.vision), vicuna)
 
 
@@ -275,7 +275,7 @@ def test_full_weights_in_the_place_of_the_delta(base, vicuna, tmp_path):
 
 @pytest.fixture(scope="module")
 def bpe_folder(tmp_path_factory):
-    """A byte-level BPE as Llama 3's, written by transformers."""
+    """A byte-level BPE tokenizer like Llama 3's, saved by transformers."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
     folder = tmp_path_factory.mktemp("bpe")
@@ -296,21 +296,21 @@ def test_tokenizer_json_equals_transformers(bpe_folder):
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text) == ids and ours.decode(ids) == text
         assert ours.encode(text, bos=True, eos=True) == [1, *ids, 2]
-    assert ours.decode([1, *ids, 2]) == text  # special tokens are no text
+    assert ours.decode([1, *ids, 2]) == text  # special tokens are skipped
     example = ours.example("Which pond?", "The answer is A.")
     assert ours.decode(example.ids) == "Image: N/AWhich pond?The answer is A."
 
 
-@pytest.mark.parametrize("ids, expected", [((0, 2), (0, 2)), ((1, [2, 0]), (1, 2))])  # Llama 3 has several ends
-def test_special_ids_of_the_configuration(bpe_folder, tmp_path, ids, expected):
+@pytest.mark.parametrize("ids, expected", [((0, 2), (0, 2)), ((1, [2, 0]), (1, 2))])  # Llama 3 has several EOS tokens
+def test_special_token_ids_from_config_json(bpe_folder, tmp_path, ids, expected):
     shutil.copy(bpe_folder / "tokenizer.json", tmp_path)
-    assert "names a BOS token" in error(Tokenizer, tmp_path / "tokenizer.json")
-    (tmp_path / "config.json").write_text(json.dumps(dict(zip(("bos_token_id", "eos_token_id"), ids))))
+    assert "names a BOS token" in error_message(Tokenizer, tmp_path / "tokenizer.json")
+    (tmp_path / "config.json").write_text(json.dumps(dict(zip(("bos_token_id", "eos_token_id"), ids, strict=True))))
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     assert (tokenizer.bos_id, tokenizer.eos_id) == expected
 
 
-def test_folder_with_a_tokenizer_json(base, tokenizer_file, bpe_folder, tmp_path):
+def test_folder_with_tokenizer_json(base, tokenizer_file, bpe_folder, tmp_path):
     write_hugging_face(tmp_path / "hf", tokenizer_file)
     (tmp_path / "hf" / "tokenizer.model").unlink()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -322,9 +322,9 @@ def test_folder_with_a_tokenizer_json(base, tokenizer_file, bpe_folder, tmp_path
 
 def test_tokenizer_json_without_the_package(bpe_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert "pip install tokenizers" in error(Tokenizer, bpe_folder / "tokenizer.json")
+    assert "pip install tokenizers" in error_message(Tokenizer, bpe_folder / "tokenizer.json")
 
 
 def test_broken_tokenizer_json(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert str(tmp_path / "tokenizer.json") in error(Tokenizer, tmp_path / "tokenizer.json")
+    assert str(tmp_path / "tokenizer.json") in error_message(Tokenizer, tmp_path / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""The exported folder, read by transformers, against LaVIN itself."""
+"""The folder that export_hf.py writes, loaded by transformers, against LaVIN."""
 
 import json
 
@@ -21,8 +21,8 @@ PROMPT = "Question: Which pond is deeper?\nContext: N/A\nOptions: (A) one (B) tw
 
 
 @pytest.fixture(scope="module", params=["attn", "block"])
-def run(request, base, tmp_path_factory):
-    """A model with trained adapters, its tokenizer, and its checkpoint."""
+def trained(request, base, tmp_path_factory):
+    """A model with random adapters, its tokenizer, and its checkpoint."""
     adapter = AdapterConfig(adapter_type=request.param, **ADAPTER)
     model, tokenizer = load_base(str(base.weights), "tiny", str(base.vision), adapter, torch.device("cpu"),
                                  torch.float32)
@@ -43,23 +43,23 @@ def export(base, path, out, *flags):
 
 
 @torch.no_grad()
-def test_logits_and_answers_without_pictures(base, run, tmp_path, monkeypatch):
-    model, tokenizer, path = run
-    monkeypatch.setattr("util.trained_model.speed_up", None)  # would join matrices that a Hugging Face LLaMA has apart
+def test_logits_and_answers_without_images(base, trained, tmp_path, monkeypatch):
+    model, tokenizer, path = trained
+    monkeypatch.setattr("util.trained_model.speed_up", None)  # the export must not call it: it fuses weight matrices
     theirs = export(base, path, tmp_path / "hf")
     example = tokenizer.example(PROMPT)
     ids = torch.tensor(example.ids)[None]
-    expected = reference.logits(model, [example])[0, 1:]  # behind the modality token
+    expected = reference.logits(model, [example])[0, 1:]  # without the modality token
     torch.testing.assert_close(theirs(ids).logits[0], expected, atol=1e-4, rtol=1e-4)
-    rows = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    new = tokenizer.decode([i for i in rows[0, len(example.ids):].tolist() if i != tokenizer.eos_id])
-    assert new and new == generate(model, tokenizer, [example], 12)[0]
+    output_ids = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    answer = tokenizer.decode([i for i in output_ids[0, len(example.ids):].tolist() if i != tokenizer.eos_id])
+    assert answer and answer == generate(model, tokenizer, [example], 12)[0]
 
 
-def test_tokenizer_beside_the_model(base, run, tmp_path):
+def test_exported_tokenizer(base, trained, tmp_path):
     pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece models through protobuf")
     from transformers import AutoTokenizer
-    _, tokenizer, path = run
+    _, tokenizer, path = trained
     export(base, path, tmp_path / "hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
@@ -69,31 +69,31 @@ def test_tokenizer_beside_the_model(base, run, tmp_path):
 
 
 @torch.no_grad()
-def test_logits_with_a_picture(base, run, scienceqa, tmp_path):
-    """The folder for images, from the picture's file and the embedded prompt; in several files."""
+def test_logits_with_an_image(base, trained, scienceqa, tmp_path):
+    """--modality image: the saved embeddings of the image, followed by those of the prompt; in several shards."""
     from safetensors.torch import load_file
-    model, tokenizer, path = run
-    picture = scienceqa / "images" / "train" / "101" / "image.png"
-    export_hf.SHARD_BYTES, whole = 20_000, export_hf.SHARD_BYTES
+    model, tokenizer, path = trained
+    image_path = scienceqa / "images" / "train" / "101" / "image.png"
+    export_hf.SHARD_BYTES, default = 20_000, export_hf.SHARD_BYTES
     try:
-        theirs = export(base, path, tmp_path / "hf", "--modality", "image", "--pictures", picture)
+        theirs = export(base, path, tmp_path / "hf", "--modality", "image", "--pictures", image_path)
     finally:
-        export_hf.SHARD_BYTES = whole
+        export_hf.SHARD_BYTES = default
     assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 2
-    start = load_file(tmp_path / "hf" / "image.inputs_embeds.safetensors")["inputs_embeds"]
+    image_embeds = load_file(tmp_path / "hf" / "image.inputs_embeds.safetensors")["inputs_embeds"]
     ids = tokenizer.encode(PROMPT)
-    embedded = torch.cat((start, theirs.get_input_embeddings()(torch.tensor(ids))))[None]
-    example = tokenizer.example(PROMPT, None, load_image(picture, model.vision.image_size))
-    assert len(example.ids) == embedded.shape[1]
+    inputs_embeds = torch.cat((image_embeds, theirs.get_input_embeddings()(torch.tensor(ids))))[None]
+    example = tokenizer.example(PROMPT, None, load_image(image_path, model.vision.image_size))
+    assert len(example.ids) == inputs_embeds.shape[1]
     expected = reference.logits(model, [example])[0, 1:]
-    torch.testing.assert_close(theirs(inputs_embeds=embedded).logits[0], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(theirs(inputs_embeds=inputs_embeds).logits[0], expected, atol=1e-4, rtol=1e-4)
     text = Example(tokenizer.example(PROMPT).ids, 0)
-    apart = theirs(torch.tensor(text.ids)[None]).logits[0] - reference.logits(model, [text])[0, 1:]
-    assert apart.abs().max() > 0.1  # this folder is for pictures alone
+    difference = theirs(torch.tensor(text.ids)[None]).logits[0] - reference.logits(model, [text])[0, 1:]
+    assert difference.abs().max() > 0.1  # this export is for prompts with an image only
 
 
-def test_shape_of_a_base_from_hugging_face_survives(base, tokenizer_file, tmp_path):
-    """A base that came from Hugging Face: Llama 3's rotary scaling, wide heads, tied embeddings."""
+def test_export_of_a_base_from_hugging_face(base, tokenizer_file, tmp_path):
+    """With Llama 3's RoPE scaling, wide heads and tied embeddings."""
     from tiny_weights import HF_VARIANTS, write_hugging_face
     write_hugging_face(tmp_path / "llama3", tokenizer_file, **HF_VARIANTS["llama3"], tie_word_embeddings=True)
     flags = ["--llm_model", tmp_path / "llama3", "--vision_model", base.vision]
@@ -114,14 +114,14 @@ def test_shape_of_a_base_from_hugging_face_survives(base, tokenizer_file, tmp_pa
     (["--model_parallel_size", "2"], "--model_parallel_size"),
     (["--modality", "image", "--pictures", "a/x.png", "b/x.png"], "same name"),
     (["--modality", "image", "--pictures", "no.png"], "no.png")])
-def test_mistakes(base, run, tmp_path, flags, words):
+def test_invalid_flags(base, trained, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
-        export(base, run[2], tmp_path / "hf", *flags)
+        export(base, trained[2], tmp_path / "hf", *flags)
     assert not (tmp_path / "hf").exists() or not list((tmp_path / "hf").iterdir())
 
 
-def test_a_model_is_not_written_over(base, run, tmp_path):
+def test_existing_model_is_not_overwritten(base, trained, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds a model"):
-        export(base, run[2], tmp_path)
+        export(base, trained[2], tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == {}

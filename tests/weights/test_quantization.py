@@ -1,4 +1,4 @@
-"""4 and 8 bits: what bitsandbytes makes of a weight, against the papers; the model, against one of rounded weights."""
+"""4 and 8 bits: bitsandbytes' quantization against the papers; a quantized model against its dequantized weights."""
 
 import sys
 import weakref
@@ -16,7 +16,7 @@ from lavin.model import LaVIN, pack
 from lavin.runtime.errors import UserError
 from lavin.weights.load import frozen_parameters, load_base, load_frozen_tensor, quantize_model
 from tiny import mixed_examples, tiny_model, tiny_vit
-from tiny_runs import load, log, run
+from tiny_runs import load_checkpoint, read_log, train_run
 
 CPU = torch.device("cpu")
 BITS = ["4bit", "8bit"]
@@ -27,22 +27,22 @@ NF4 = torch.tensor([  # QLoRA, appendix E
 
 
 @pytest.fixture(scope="module")
-def lite():
+def quantization():
     pytest.importorskip("bitsandbytes")
     import lavin.weights.quantization
     return lavin.weights.quantization
 
 
-def linear_of(lite, weight: torch.Tensor, bits: str):
-    linear = lite.QUANTIZED_LINEARS[bits]()
+def make_linear(quantization, weight: torch.Tensor, bits: str):
+    linear = quantization.QUANTIZED_LINEARS[bits]()
     linear.load(weight, CPU, torch.float32)
     return linear
 
 
-def rounded(linear, width: int) -> torch.Tensor:
-    """The weight [O, K] by which the linear multiplies."""
+def dequantized_weight(linear, in_features: int) -> torch.Tensor:
+    """The weight [O, K] that the quantized layer multiplies with."""
     with torch.no_grad():
-        return linear(torch.eye(width)).t().contiguous()
+        return linear(torch.eye(in_features)).t().contiguous()
 
 
 @pytest.fixture
@@ -50,135 +50,137 @@ def weight():
     return torch.randn(96, 256, generator=torch.Generator().manual_seed(0)) / 16
 
 
-def test_4_bits_are_the_nearest_nf4_levels(lite, weight):
-    """Of each 64 weights over their largest, itself kept in 8 bits: right to 2% where these vary by a tenth."""
+def test_4_bit_weights_are_the_nearest_nf4_levels(quantization, weight):
+    """Blocks of 64 are scaled by their absolute maximum, which double quantization keeps in 8 bits (within 2% here)."""
     blocks = weight.view(-1, 64)
-    largest = blocks.abs().amax(1, keepdim=True)
-    nearest = NF4[(blocks / largest)[..., None].sub(NF4).abs().argmin(-1)] * largest
-    ours = rounded(linear_of(lite, weight, "4bit"), 256).view(-1, 64)
-    assert ((ours - nearest).abs() <= 0.02 * nearest.abs() + 1e-6).all()
-    assert not torch.equal(ours, nearest)  # or the scales would not be quantized themselves
+    absmax = blocks.abs().amax(1, keepdim=True)
+    nearest = NF4[(blocks / absmax)[..., None].sub(NF4).abs().argmin(-1)] * absmax
+    dequantized = dequantized_weight(make_linear(quantization, weight, "4bit"), 256).view(-1, 64)
+    assert ((dequantized - nearest).abs() <= 0.02 * nearest.abs() + 1e-6).all()
+    assert not torch.equal(dequantized, nearest)  # equal only if the scales were not quantized
 
 
-def test_8_bits_are_right_to_half_a_step(lite, weight):
-    """Steps of a 127th of the row's largest; before that, the weight is rounded to float16's 11 bits."""
-    error = (rounded(linear_of(lite, weight, "8bit"), 256) - weight).abs()
-    largest = weight.abs().amax(1, keepdim=True)
-    assert (error <= 1.001 * (largest / 254 + weight.abs() * 2**-11)).all()
+def test_8_bit_weights_are_within_half_a_step(quantization, weight):
+    """A step is the row's absolute maximum / 127; the weight is first rounded to float16, with 11 significant bits."""
+    error = (dequantized_weight(make_linear(quantization, weight, "8bit"), 256) - weight).abs()
+    absmax = weight.abs().amax(1, keepdim=True)
+    assert (error <= 1.001 * (absmax / 254 + weight.abs() * 2**-11)).all()
 
 
-@pytest.mark.parametrize("bits, least, most", [("4bit", 0.08, 0.11), ("8bit", 0.004, 0.01)])
-def test_products_are_near_those_in_16_bits(lite, weight, bits, least, most):
-    """Normal weights lose 9% of their size to NF4's levels, and 3.0 / 127 / sqrt(12) = 0.7% to steps of 8 bits."""
+@pytest.mark.parametrize("bits, min_error, max_error", [("4bit", 0.08, 0.11), ("8bit", 0.004, 0.01)])
+def test_outputs_are_close_to_those_of_exact_weights(quantization, weight, bits, min_error, max_error):
+    """For normal weights, the relative error is 9% with NF4, and 3.0 / 127 / sqrt(12) = 0.7% with 8 bits."""
     x = torch.randn(33, 256, generator=torch.Generator().manual_seed(1))
     exact = x @ weight.t()
-    assert least < (linear_of(lite, weight, bits)(x) - exact).norm() / exact.norm() < most
+    assert min_error < (make_linear(quantization, weight, bits)(x) - exact).norm() / exact.norm() < max_error
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_gradient_of_the_input(lite, weight, bits):
-    linear = linear_of(lite, weight, bits)
-    x, slope = torch.randn(33, 256, requires_grad=True), torch.randn(33, 96)
-    of_x, = torch.autograd.grad(linear(x), x, slope)
-    torch.testing.assert_close(of_x, slope @ rounded(linear, 256))
+def test_gradient_of_the_input(quantization, weight, bits):
+    linear = make_linear(quantization, weight, bits)
+    x, grad_output = torch.randn(33, 256, requires_grad=True), torch.randn(33, 96)
+    grad_x, = torch.autograd.grad(linear(x), x, grad_output)
+    torch.testing.assert_close(grad_x, grad_output @ dequantized_weight(linear, 256))
 
 
-@pytest.mark.parametrize("bits, held", [("4bit", 96 * 256 // 2 + 384 + 4 * 2 + 4 + 4 * (16 + 256)), ("8bit", 96 * 260)])
-def test_the_weight_given_is_not_kept(lite, weight, bits, held):
-    """4 bits: 384 blocks of 64, whose scales have 2 blocks of their own, an offset, and tables of 16 and 256 levels."""
+@pytest.mark.parametrize("bits, num_bytes", [("4bit", 96 * 256 // 2 + 384 + 4 * 2 + 4 + 4 * (16 + 256)),
+                                             ("8bit", 96 * 260)])
+def test_only_the_quantized_weight_is_kept(quantization, weight, bits, num_bytes):
+    """4 bits: 384 blocks of 64; their scales fill 2 blocks, plus an offset; lookup tables of 16 and 256 levels."""
     weight = weight.clone()
-    linear, gone = linear_of(lite, weight, bits), weakref.ref(weight)
+    linear, original = make_linear(quantization, weight, bits), weakref.ref(weight)
     del weight
-    assert gone() is None and lite.weight_bytes(linear) == held
+    assert original() is None and quantization.weight_bytes(linear) == num_bytes
 
 
-def twins(lite, bits: str) -> tuple[LaVIN, LaVIN]:
-    """A quantized model, and a plain one of the weights by which it multiplies."""
-    quantized, plain = tiny_model(), tiny_model()
+def quantized_and_dequantized_model(quantization, bits: str) -> tuple[LaVIN, LaVIN]:
+    """A quantized model, and an unquantized one with the first one's dequantized weights."""
+    quantized, dequantized = tiny_model(), tiny_model()
     exact = dict(quantized.llama.named_parameters())
     quantize_model(quantized, bits)
     for name, module in quantized.llama.layers.named_modules():
-        if type(module) is lite.QUANTIZED_LINEARS[bits]:
+        if type(module) is quantization.QUANTIZED_LINEARS[bits]:
             weight = exact[f"layers.{name}.weight"]
             module.load(weight.detach(), CPU, torch.float32)
-            plain.llama.layers.get_submodule(name).weight.data = rounded(module, weight.shape[1])
-    return quantized, plain
+            dequantized.llama.layers.get_submodule(name).weight.data = dequantized_weight(module, weight.shape[1])
+    return quantized, dequantized
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_model_is_that_of_the_rounded_weights(lite, bits):
-    """Loss, all gradients, also recomputed; the greedy answers."""
-    quantized, plain = twins(lite, bits)
-    exact = tiny_model()(pack(mixed_examples())).item()
-    for model, recompute in ((plain, False), (quantized, False), (quantized, True)):
+def test_model_equals_one_with_dequantized_weights(quantization, bits):
+    """The loss and all gradients, with and without gradient checkpointing; the greedy answers."""
+    quantized, dequantized = quantized_and_dequantized_model(quantization, bits)
+    exact_loss = tiny_model()(pack(mixed_examples())).item()
+    for model, checkpointing in ((dequantized, False), (quantized, False), (quantized, True)):
         model.train()
         for module in model.modules():
             if hasattr(module, "dropout"):
                 module.dropout.zero_()
-        model.set_gradient_checkpointing(recompute)
+        model.set_gradient_checkpointing(checkpointing)
         model.zero_grad()
         loss = model(pack(mixed_examples()))
         loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        if model is plain:
-            expected, of_plain = loss, gradients
-            assert abs(loss.item() - exact) > 1e-3  # rounding shows
-        torch.testing.assert_close(loss, expected)
+        if model is dequantized:
+            expected_loss, expected_gradients = loss, gradients
+            assert abs(loss.item() - exact_loss) > 1e-3  # quantization changes the loss
+        torch.testing.assert_close(loss, expected_loss)
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, of_plain[name], atol=1e-5, rtol=1e-4, msg=name)
+            torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
     answers = [torch.stack(list(decode(model.eval(), mixed_examples(0), 8, sampler(0, 1, []))))
-               for model in (plain, quantized)]
+               for model in (dequantized, quantized)]
     assert torch.equal(*answers)
 
 
-def test_only_the_matrices_of_llamas_layers_are_quantized(lite, base):
+def test_only_the_linear_layers_of_llama_are_quantized(quantization, base):
     model, _ = load_base(str(base.weights), "tiny", str(base.vision), AdapterConfig(), CPU, torch.bfloat16, bits="4bit")
-    quantized = {name for name, module in model.named_modules() if isinstance(module, lite.Linear4bit)}
+    quantized = {name for name, module in model.named_modules() if isinstance(module, quantization.Linear4bit)}
     assert quantized == {f"llama.layers.{i}.{name}" for i in (0, 1) for name in (
         "attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2",
         "feed_forward.w3")}
     assert {p.dtype for name, p in model.named_parameters() if "adapter" not in name} == {torch.bfloat16}
-    assert speed_up(model, "fp8") is model and isinstance(model.llama.layers[1].attention.wo, lite.Linear4bit)
+    assert speed_up(model, "fp8") is model and isinstance(model.llama.layers[1].attention.wo, quantization.Linear4bit)
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_runs_and_their_scores(lite, base, scienceqa, tmp_path, bits):
-    """train.py and eval.py, which takes --bits from the run."""
-    run(base, scienceqa, tmp_path, "--bits", bits, "--gradient_checkpointing")
-    losses = [line["train_closs"] for line in log(tmp_path)]
-    run(base, scienceqa, tmp_path / "exact", "--gradient_checkpointing")
-    exact = [line["train_closs"] for line in log(tmp_path / "exact")]
+def test_training_and_evaluation(quantization, base, scienceqa, tmp_path, bits):
+    """With train.py and eval.py, which reads --bits from the run."""
+    train_run(base, scienceqa, tmp_path, "--bits", bits, "--gradient_checkpointing")
+    losses = [line["train_closs"] for line in read_log(tmp_path)]
+    train_run(base, scienceqa, tmp_path / "exact", "--gradient_checkpointing")
+    exact = [line["train_closs"] for line in read_log(tmp_path / "exact")]
     assert losses[2] < losses[0] - 0.05 and losses != exact and losses == pytest.approx(exact, rel=0.05)
-    assert load(tmp_path / "checkpoint-2.pth")["flags"]["bits"] == bits
+    assert load_checkpoint(tmp_path / "checkpoint-2.pth")["flags"]["bits"] == bits
     flags = evaluation.get_args_parser().parse_args(["--adapter_path", str(tmp_path), "--device", "cpu"])
     model, _, _ = evaluation.load_model(flags)
-    assert isinstance(model.llama.layers[0].attention.wq, lite.QUANTIZED_LINEARS[bits])
+    assert isinstance(model.llama.layers[0].attention.wq, quantization.QUANTIZED_LINEARS[bits])
 
 
-SIZES = {"7B": LlamaConfig(4096, 32, 32, 32000), "13B": LlamaConfig(5120, 40, 40, 32000)}
+CONFIGS = {"7B": LlamaConfig(4096, 32, 32, 32000), "13B": LlamaConfig(5120, 40, 40, 32000)}
 
 
-@pytest.mark.parametrize("size, bits, linears", [  # layers x (4 D D + 3 D H) weights, by hand
+@pytest.mark.parametrize("size, bits, num_quantized", [  # layers x (4 D D + 3 D H) weights
     ("7B", "4bit", 32 * (4 * 4096**2 + 3 * 4096 * 11008)), ("7B", "8bit", 32 * (4 * 4096**2 + 3 * 4096 * 11008)),
     ("13B", "4bit", 40 * (4 * 5120**2 + 3 * 5120 * 13824))])
-def test_memory_of_real_sizes(lite, size, bits, linears):
-    """Counted on meta. 16 bits for both embeddings and the norms, float32 for the adapters, and the matrices."""
-    config = SIZES[size]
+def test_memory_of_real_sizes(quantization, size, bits, num_quantized):
+    """On the meta device: adapters in float32, embeddings, output layer and norms in 16 bits, the rest quantized."""
+    config = CONFIGS[size]
     with torch.device("meta"):
         model = LaVIN(config, tiny_vit(), AdapterConfig())
-    places = frozen_parameters(model.llama)
+    parameters = frozen_parameters(model.llama)
     quantize_model(model, bits)
-    for place, shape in places.values():
-        owner, _, name = place.rpartition(".")
-        load_frozen_tensor(model.llama.get_submodule(owner), name, torch.empty(shape, device="meta"), "meta", torch.bfloat16)
-    adapters = sum(p.nbytes for name, p in model.llama.named_parameters() if "adapter" in name)
-    others = 2 * config.dim * (2 * config.vocab_size + 2 * config.n_layers + 1)
-    counted = lite.weight_bytes(model.llama) - adapters - others
-    per_weight = {"4bit": 1 / 2 + 1 / 64 + 4 / 64 / 256, "8bit": 1 + 4 / 4096}[bits]
-    assert counted == pytest.approx(linears * per_weight, rel=1e-3)
+    for full_name, shape in parameters.values():
+        module_name, _, name = full_name.rpartition(".")
+        tensor = torch.empty(shape, device="meta")
+        load_frozen_tensor(model.llama.get_submodule(module_name), name, tensor, "meta", torch.bfloat16)
+    adapter_bytes = sum(p.nbytes for name, p in model.llama.named_parameters() if "adapter" in name)
+    bytes_in_16_bits = 2 * config.dim * (2 * config.vocab_size + 2 * config.n_layers + 1)
+    quantized_bytes = quantization.weight_bytes(model.llama) - adapter_bytes - bytes_in_16_bits
+    bytes_per_weight = {"4bit": 1 / 2 + 1 / 64 + 4 / 64 / 256, "8bit": 1 + 4 / 4096}[bits]
+    assert quantized_bytes == pytest.approx(num_quantized * bytes_per_weight, rel=1e-3)
 
 
-def test_without_bitsandbytes_the_error_says_what_to_install(base, monkeypatch):
+def test_error_without_bitsandbytes_says_what_to_install(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "lavin.weights.quantization", raising=False)
     with pytest.raises(UserError, match="--bits 8bit needs bitsandbytes .*requirements-lite.txt"):

@@ -1,4 +1,4 @@
-"""One model on two processes: loss, gradients, runs and answers as on one, and each reads its part of the weights."""
+"""Tensor parallelism: loss, gradients, runs and answers equal those of one process; each rank loads its shard."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from lavin.weights.base import open_base
 from lavin.weights.load import load_base
 from lavin.weights.meta import MetaShards
 from tiny import mixed_examples, randomise_adapters, tiny_config, tiny_vit
-from tiny_runs import NO_SCALING, load, log, run, run_flags, write_run
+from tiny_runs import NO_SCALING, load_checkpoint, read_log, run_flags, train_run, write_run
 from tiny_weights import write_shards
 from util.flags import check_shared
 from util.training.accumulation import accumulate_with_oom_retry
@@ -37,7 +37,7 @@ DROPOUT = 0.3
 
 
 def losses_gradients_answers(base, llm_model: str) -> dict:
-    """Of trained adapters on a base from its files, dropout on; as many processes as started this together."""
+    """Results with random adapters and dropout on base weights loaded from files, in any number of processes."""
     model, _ = load_base(str(base.weights), llm_model, str(base.vision), AdapterConfig(dropout_prob=DROPOUT,
                          dropout_lim=DROPOUT, adapter_type="block"), torch.device("cpu"), torch.float32)
     torch.manual_seed(5)
@@ -48,7 +48,7 @@ def losses_gradients_answers(base, llm_model: str) -> dict:
     return {"loss": loss.detach(), "answers": torch.stack(answers),
             "gradients": {name: p.grad for name, p in model.named_parameters() if p.requires_grad},
             "cache": KVCache(model.llama.config, 1, 64, "cpu", torch.float32).keys.numel(),
-            "held": {name: list(p.shape) for name, p in model.llama.named_parameters() if "adapter" not in name}}
+            "shapes": {name: list(p.shape) for name, p in model.llama.named_parameters() if "adapter" not in name}}
 
 
 WORKER = """
@@ -64,18 +64,19 @@ distributed.init(2)
 base = Base(Path({weights!r}), Path({vision!r}))
 rank = torch.distributed.get_rank()
 results = [losses_gradients_answers(base, name) for name in {models!r}]
-torch.save([*results, distributed.gather_data_parallel(rank), distributed.all_min(rank + 3)], "{out}/" + str(rank) + ".pt")
-close, distributed.close = distributed.close, lambda: None  # one group for both commands
+gathered = distributed.gather_data_parallel(rank)
+torch.save([*results, gathered, distributed.all_min(rank + 3)], "{out}/" + str(rank) + ".pt")
+close, distributed.close = distributed.close, lambda: None  # keep the process group for both commands
 train.main(train.get_args_parser().parse_args({flags!r}))
-torch.distributed.barrier()  # the first process writes the checkpoint
+torch.distributed.barrier()  # rank 0 writes the checkpoint
 eval.main(eval.get_args_parser().parse_args(["--adapter_path", {folder!r}, "--device", "cpu", "--model_parallel_size",
                                              "2"]))
 close()
 """
 
 
-def start(n: int, out: Path, base, models: list[str], flags: list[str]) -> list:
-    """n processes, two of which share a model: what each returned; and a run, trained and scored, in out/run."""
+def run_workers(n: int, out: Path, base, models: list[str], flags: list[str]) -> list:
+    """Run WORKER in n processes with model parallel size 2; returns what each saved. They train the run in out/run."""
     (out / "worker.py").write_text(WORKER.format(
         path=sys.path, weights=str(base.weights), vision=str(base.vision), models=models,
         out=out, flags=[*flags, "--model_parallel_size", "2"], folder=str(out / "run")))
@@ -85,174 +86,180 @@ def start(n: int, out: Path, base, models: list[str], flags: list[str]) -> list:
         try:
             errors = workers.communicate(timeout=180)[1]
         except subprocess.TimeoutExpired:
-            workers.terminate()  # torchrun ends its processes; killed, it would leave them behind
+            workers.terminate()  # SIGTERM lets torchrun stop its workers; SIGKILL would orphan them
             raise
     assert workers.returncode == 0, errors
     return [torch.load(out / f"{rank}.pt") for rank in range(n)]
 
 
 def add_shards(base, counts) -> list[str]:
-    """Beside the tiny base, the same in several shards, as Meta writes 13B. Returns all their names."""
-    whole = load(base.weights / "tiny" / "consolidated.00.pth")
+    """Add copies of the tiny base in several shards, the format of Meta's 13B; returns the names of all bases."""
+    tensors = load_checkpoint(base.weights / "tiny" / "consolidated.00.pth")
     names = ["tiny"]
     for count in counts:
         names.append(f"tiny{count}")
         folder = base.weights / names[-1]
         folder.mkdir(exist_ok=True)
         shutil.copy(base.weights / "tiny" / "params.json", folder)
-        write_shards(whole, folder, count, embedding_dim=1)
+        write_shards(tensors, folder, count, embedding_dim=1)
     return names
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tokenizer_file):
-    """One of our own, beside which there will be others."""
+    """A base of this module, to which tests add sharded copies."""
     return write_base(tmp_path_factory.mktemp("base"), tokenizer_file)
 
 
 @pytest.fixture(scope="module")
-def two(base, scienceqa, tmp_path_factory):
-    """One model on two processes, from one file, two, and four."""
+def two_processes(base, scienceqa, tmp_path_factory):
+    """Results of one model on two processes, loaded from one, two and four files; and the folder of their run."""
     out = tmp_path_factory.mktemp("two")
     flags = run_flags(base, scienceqa, out / "run", "--dropout_prob", str(DROPOUT), "--dropout_lim", str(DROPOUT))
-    return start(2, out, base, add_shards(base, (2, 4)), flags), out / "run"
+    return run_workers(2, out, base, add_shards(base, (2, 4)), flags), out / "run"
 
 
 @pytest.fixture(scope="module")
-def alone(base, two):
+def one_process(base, two_processes):
     return losses_gradients_answers(base, "tiny")
 
 
-@pytest.mark.parametrize("files", [0, 1, 2], ids=["one file", "a file a process", "two files a process"])
-def test_loss_and_gradients_are_those_of_one_process(two, alone, files):
-    """On both processes; dropout draws alike in both."""
-    for process in two[0]:
-        torch.testing.assert_close(process[files]["loss"], alone["loss"])
-        for name, gradient in alone["gradients"].items():
-            torch.testing.assert_close(process[files]["gradients"][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+@pytest.mark.parametrize("base_index", [0, 1, 2], ids=["one file", "one file per process", "two files per process"])
+def test_loss_and_gradients_equal_those_of_one_process(two_processes, one_process, base_index):
+    """On both ranks, which must draw the same dropout masks."""
+    for results in two_processes[0]:
+        torch.testing.assert_close(results[base_index]["loss"], one_process["loss"])
+        for name, gradient in one_process["gradients"].items():
+            torch.testing.assert_close(results[base_index]["gradients"][name], gradient, atol=1e-5, rtol=1e-4,
+                                       msg=name)
 
 
-def test_answers_are_those_of_one_process(two, alone):
-    for process in two[0]:
-        for result in process[:3]:
-            assert torch.equal(result["answers"], alone["answers"])
+def test_answers_equal_those_of_one_process(two_processes, one_process):
+    for results in two_processes[0]:
+        for result in results[:3]:
+            assert torch.equal(result["answers"], one_process["answers"])
 
 
-def test_each_process_holds_half_of_every_matrix_and_cache(two, alone):
-    for process in two[0]:
-        assert 2 * process[0]["cache"] == alone["cache"]
-        for name, shape in process[0]["held"].items():
-            whole = alone["held"][name]
-            share = 1 if len(whole) == 1 else 2  # norms are whole
-            assert share * math.prod(shape) == math.prod(whole), name
+def test_each_process_holds_half_of_every_matrix_and_of_the_kv_cache(two_processes, one_process):
+    for results in two_processes[0]:
+        assert 2 * results[0]["cache"] == one_process["cache"]
+        for name, shape in results[0]["shapes"].items():
+            full_shape = one_process["shapes"][name]
+            num_shards = 1 if len(full_shape) == 1 else 2  # norms are replicated
+            assert num_shards * math.prod(shape) == math.prod(full_shape), name
 
 
-def assert_same_run(folder: Path, alone: Path) -> None:
-    """Losses, adapters, and what eval.py makes of the same checkpoint."""
-    assert [line["train_closs"] for line in log(folder)] == pytest.approx(
-        [line["train_closs"] for line in log(alone)], rel=1e-4)
-    trained = load(alone / "checkpoint-2.pth")["model"]
-    for name, tensor in load(folder / "checkpoint-2.pth")["model"].items():
+def assert_same_run(folder: Path, one_process: Path) -> None:
+    """Same losses and adapters, and the same evaluation of the same checkpoint."""
+    assert [line["train_closs"] for line in read_log(folder)] == pytest.approx(
+        [line["train_closs"] for line in read_log(one_process)], rel=1e-4)
+    trained = load_checkpoint(one_process / "checkpoint-2.pth")["model"]
+    for name, tensor in load_checkpoint(folder / "checkpoint-2.pth")["model"].items():
         torch.testing.assert_close(tensor, trained[name], atol=2e-3, rtol=0, msg=name)
-    shutil.copy(folder / "checkpoint-2.pth", alone)
-    evaluation.main(evaluation.get_args_parser().parse_args(["--adapter_path", str(alone), "--device", "cpu"]))
+    shutil.copy(folder / "checkpoint-2.pth", one_process)
+    evaluation.main(evaluation.get_args_parser().parse_args(["--adapter_path", str(one_process), "--device", "cpu"]))
     for name in ("preds.json", "generations.jsonl", "scores.json"):
-        assert (folder / name).read_text() == (alone / name).read_text()
+        assert (folder / name).read_text() == (one_process / name).read_text()
 
 
-def test_run_is_that_of_one_process(two, base, scienceqa, tmp_path):
-    """With dropout: processes that share a model draw alike, and as one that has it to itself."""
-    run(base, scienceqa, tmp_path, "--dropout_prob", str(DROPOUT), "--dropout_lim", str(DROPOUT))
-    assert_same_run(two[1], tmp_path)
+def test_run_equals_that_of_one_process(two_processes, base, scienceqa, tmp_path):
+    """With dropout: all ranks of a model draw the same masks as a single process."""
+    train_run(base, scienceqa, tmp_path, "--dropout_prob", str(DROPOUT), "--dropout_lim", str(DROPOUT))
+    assert_same_run(two_processes[1], tmp_path)
 
 
 def test_two_models_on_two_processes_each(base, scienceqa, tmp_path):
-    """Together with data distributed: each model sees half of the samples."""
-    still = ("--dropout_prob", "0")
-    flags = run_flags(base, scienceqa, tmp_path / "run", *still)
-    for gathered, least in start(4, tmp_path, base, [], [*flags, "--batch_size", "2"]):
-        assert gathered == [0, 2] and least == 3  # one of each model; processes that share one agree
-    run(base, scienceqa, tmp_path / "alone", *still)
+    """Combined with data parallelism: each model sees half of the samples."""
+    no_dropout = ("--dropout_prob", "0")
+    flags = run_flags(base, scienceqa, tmp_path / "run", *no_dropout)
+    for gathered, minimum in run_workers(4, tmp_path, base, [], [*flags, "--batch_size", "2"]):
+        assert gathered == [0, 2] and minimum == 3  # one rank of each model; the minimum is over all ranks
+    train_run(base, scienceqa, tmp_path / "one_process", *no_dropout)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
-    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    assert_same_run(tmp_path / "run", tmp_path / "one_process")
 
 
-def test_a_conversation_is_that_of_one_process(base, tmp_path):
-    """Runs switched and compared, and a question that is refused, after which the processes still go together."""
+def test_a_conversation_equals_that_of_one_process(base, tmp_path):
+    """Switches and compares runs, and asks a question that is refused, after which the ranks must stay in sync."""
     for seed, name in enumerate(("one", "other")):
         write_run(tmp_path / name, base, seed)
     lines = ["Which pond is warm?", "why " * 300, "And the river?", "/options north | south", "Which pond?",
              "/compare 1 2", "/run 2", "Which lizard?"]
-    ours = [str(Path(demo.__file__)), "--runs", str(tmp_path), "--cli", "--device", "cpu", "--max_new_tokens", "9",
-            "--max_seq_len", "120"]
-    shared = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *ours, "--model_parallel_size", "2"]
-    alone, both = (subprocess.run([sys.executable, *command], input="\n".join(lines), capture_output=True, text=True,
-                                  timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}) for command in (ours, shared))
-    assert both.returncode == 0, both.stderr
-    assert both.stdout == alone.stdout and "tokens too many" in alone.stdout and alone.stdout.count("(A) north") == 3
+    arguments = [str(Path(demo.__file__)), "--runs", str(tmp_path), "--cli", "--device", "cpu", "--max_new_tokens", "9",
+                 "--max_seq_len", "120"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    one_process, two_processes = (
+        subprocess.run([sys.executable, *command], input="\n".join(lines), capture_output=True, text=True, timeout=120,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for command in (arguments, [*launch, *arguments, "--model_parallel_size", "2"]))
+    assert two_processes.returncode == 0, two_processes.stderr
+    assert two_processes.stdout == one_process.stdout
+    assert "tokens too many" in one_process.stdout and one_process.stdout.count("(A) north") == 3
 
 
-# --- in this process, as if it were one of several ---
+# --- In this process, with a mocked rank ---
 
 @pytest.fixture
-def second_of(monkeypatch):
+def become_rank_one_of(monkeypatch):
     def become(size: int) -> None:
         monkeypatch.setattr(distributed, "model_parallel_size", size)
         monkeypatch.setattr(tensor_parallel, "get_model_parallel_rank", lambda: 1)
     return become
 
 
-def test_a_process_reads_its_own_file_alone(base, tmp_path, second_of):
+def test_a_rank_reads_only_its_own_shard(base, tmp_path, become_rank_one_of):
     add_shards(base, [2])
     tensors = open_base(base.weights / "tiny2", 480).tensors
-    own = tensors.shards[1]
-    tensors.shards[0] = {name: torch.empty_like(tensor, device="meta") for name, tensor in own.items()}  # unreadable
-    second_of(2)
-    parts = tensor_parallel.ShardedTensors(tensors)
-    assert len(parts) == len(own) - 1 and all(parts[name] is own[name] for name in parts)  # rope.freqs is computed
+    own_shard = tensors.shards[1]
+    tensors.shards[0] = {name: torch.empty_like(tensor, device="meta") for name, tensor in own_shard.items()}  # no data
+    become_rank_one_of(2)
+    sharded = tensor_parallel.ShardedTensors(tensors)
+    assert len(sharded) == len(own_shard) - 1  # rope.freqs is not used
+    assert all(sharded[name] is own_shard[name] for name in sharded)
 
 
-@pytest.mark.parametrize("shards", [1, 4])
-def test_other_files_are_divided_as_meta_divides(base, shards, second_of):
-    name, = add_shards(base, [shards])[1:]
+@pytest.mark.parametrize("num_files", [1, 4])
+def test_other_numbers_of_files_are_resharded_as_meta_shards(base, num_files, become_rank_one_of):
+    base_name, = add_shards(base, [num_files])[1:]
     add_shards(base, [2])
-    expected = load(base.weights / "tiny2" / "consolidated.01.pth")
-    second_of(2)
-    parts = tensor_parallel.ShardedTensors(open_base(base.weights / name, 480).tensors)
-    assert all(torch.equal(parts[name], expected[name]) for name in parts)
+    expected = load_checkpoint(base.weights / "tiny2" / "consolidated.01.pth")
+    become_rank_one_of(2)
+    sharded = tensor_parallel.ShardedTensors(open_base(base.weights / base_name, 480).tensors)
+    assert all(torch.equal(sharded[name], expected[name]) for name in sharded)
 
 
-def test_a_vocabulary_that_files_divide_is_divided_by_dimensions(second_of):
-    """Llama 3."""
-    whole = torch.randn(6, 8)
-    second_of(2)
-    parts = tensor_parallel.ShardedTensors(MetaShards([{"tok_embeddings.weight": half} for half in whole.chunk(2)], dim=8))
-    assert torch.equal(parts["tok_embeddings.weight"], whole[:, 4:])
+def test_embedding_sharded_by_vocabulary_is_resharded_by_dimension(become_rank_one_of):
+    """Llama 3's files split the embedding by vocabulary."""
+    embedding = torch.randn(6, 8)
+    become_rank_one_of(2)
+    files = MetaShards([{"tok_embeddings.weight": half} for half in embedding.chunk(2)], dim=8)
+    sharded = tensor_parallel.ShardedTensors(files)
+    assert torch.equal(sharded["tok_embeddings.weight"], embedding[:, 4:])
 
 
-def described(**llama) -> LaVIN:
+def meta_model(**llama) -> LaVIN:
     with torch.device("meta"):
         return LaVIN(tiny_config(**llama), tiny_vit(), AdapterConfig())
 
 
-@pytest.mark.parametrize("size, llama, what", [
+@pytest.mark.parametrize("size, llama, words", [
     (4, {}, "2 key and value heads"), (3, {}, "4 heads"), (2, {"vocab_size": 51}, "51 pieces"),
     (2, {"d_ff": 45}, "45 hidden units")])
-def test_what_cannot_be_divided_is_named(second_of, size, llama, what):
-    second_of(size)
-    with pytest.raises(UserError, match=f"--model_parallel_size {size} does not divide this model's {what}"):
-        tensor_parallel.shard_model(described(**llama))
+def test_error_names_what_cannot_be_sharded(become_rank_one_of, size, llama, words):
+    become_rank_one_of(size)
+    with pytest.raises(UserError, match=f"--model_parallel_size {size} does not divide this model's {words}"):
+        tensor_parallel.shard_model(meta_model(**llama))
 
 
-def test_the_fast_path_is_not_for_divided_models(second_of):
-    second_of(2)
-    model = described()
+def test_speed_up_keeps_sharded_layers(become_rank_one_of):
+    become_rank_one_of(2)
+    model = meta_model()
     tensor_parallel.shard_model(model)
     assert isinstance(speed_up(model, "fp8").llama.layers[0].attention.wq, tensor_parallel.ColumnParallelLinear)
 
 
-def test_lack_of_memory_ends_a_shared_model(monkeypatch):
-    """Half a pass later, the others would wait for ever."""
+def test_out_of_memory_is_not_retried_with_model_parallelism(monkeypatch):
+    """Other ranks would wait forever in their collective operations."""
     monkeypatch.setattr(distributed, "model_parallel_size", 2)
     calls = []
 
@@ -265,7 +272,7 @@ def test_lack_of_memory_ends_a_shared_model(monkeypatch):
     assert len(calls) == 1
 
 
-def test_processes_and_flags_that_do_not_fit():
+def test_invalid_model_parallel_size_and_flags():
     for size in (0, 2):
         with pytest.raises(UserError, match=f"--model_parallel_size {size} does not divide the number of processes, 1"):
             distributed.init(size)

@@ -24,7 +24,7 @@ from lavin.runtime.files import read_json
 from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.adapters import load_adapters, read_adapters
 from util.data.prompts import OPTIONS, answer_text, build_prompt, instruction_prompt
-from util.runs import checkpoints, last_checkpoint, run_folders, written_by_us
+from util.runs import checkpoints, last_checkpoint, run_folders, user_error_if_malformed
 
 # flags that must be equal in all runs on one model: they determine the base model and the shapes of the adapters
 SHARED_FLAGS = ("llm_model", "use_vicuna", "vision_model", "adapter_type", "visual_adapter_type", "adapter_dim",
@@ -97,7 +97,7 @@ def find_runs(folder: str) -> tuple[dict[str, Path], list[str]]:
 
 def read_flags(run: Path) -> dict:
     path = run / "config.json"
-    with written_by_us(path):
+    with user_error_if_malformed(path):
         return dict(read_json(path)["flags"])
 
 

@@ -41,7 +41,7 @@ class DistributedChatbot(Chatbot):
 
     def follow(self) -> None:
         """Runs the same steps as rank 0 until it ends; user errors are left to rank 0, which reports them."""
-        steps = iter(())
+        steps: Iterator[Answer] = iter(())
         while (message := self.broadcast()) != END:
             if message != NEXT:
                 steps = super().steps(*message)

@@ -104,6 +104,6 @@ def show(answers: Iterator[Answer], question: Question) -> Answer:
         print(f"(the {answer.dropped} oldest turns no longer fit and were left out)")
     if answer.probabilities:
         rows = [[f"({letter}) {option}", f"{100 * p:.1f} %"]
-                for letter, option, p in zip(OPTIONS, question.options, answer.probabilities)]
+                for letter, option, p in zip(OPTIONS, question.options, answer.probabilities, strict=False)]
         print(format_table(["option", "probability"], rows))
     return answer

@@ -87,7 +87,9 @@ class Page:
             return
         settings = make_settings(max_new_tokens, greedy, temperature, top_p)
         answer = None
-        for answer, html in self.stream(run, conversation.turns, conversation.question, settings, request.session_hash):
+        for partial, html in self.stream(run, conversation.turns, conversation.question, settings,
+                                         request.session_hash):
+            answer = partial
             history[-1]["content"] = note_html(run) + html
             yield history, conversation
         if answer:
@@ -114,7 +116,8 @@ class Page:
         settings = make_settings(max_new_tokens, greedy, temperature, top_p)
         answers = dict.fromkeys(runs, "…")
         for run in runs:
-            for _, answers[run] in self.stream(run, [], question, settings, request.session_hash):
+            for _, html in self.stream(run, [], question, settings, request.session_hash):
+                answers[run] = html
                 yield cards_html(answers)
 
     def stream(self, run: str, turns: list[Turn], question: Question, settings: Settings, session: str
@@ -167,7 +170,7 @@ def find_examples(data_root: str) -> list[list]:
             "\n".join(problem["choices"])])
     with_image, text_only = ([example for (has_image, _), example in examples.items() if has_image == wanted]
                              for wanted in (True, False))
-    return [example for pair in zip(with_image, text_only) for example in pair][:N_EXAMPLES]
+    return [example for pair in zip(with_image, text_only, strict=False) for example in pair][:N_EXAMPLES]
 
 
 def message_box(placeholder: str) -> gr.MultimodalTextbox:

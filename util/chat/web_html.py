@@ -36,7 +36,7 @@ def escape_html(text: str) -> str:
 
 
 def question_html(question: Question) -> str:
-    options = [f"({letter}) {option}" for letter, option in zip(OPTIONS, question.options)]
+    options = [f"({letter}) {option}" for letter, option in zip(OPTIONS, question.options, strict=False)]
     lines = filter(None, [question.text, question.context, *options])
     return "<div class='answer'>" + "<br>".join(map(escape_html, lines)) + "</div>"
 

@@ -1,6 +1,7 @@
-"""Image decoding: all images of a split are decoded once, before the first step.
+"""Image decoding and resizing.
 
-So a bad file is reported at the start, not an hour later, and no step waits for decoding.
+The images of a ScienceQA split are all decoded before the first step: a bad file is reported at the start, not an hour
+later, and no step waits for decoding. (Instruction tuning has too many: util/data/instructions.py.)
 """
 
 from concurrent.futures import ThreadPoolExecutor

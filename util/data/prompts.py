@@ -63,6 +63,11 @@ def answer_text(index: int) -> str:
     return f"The answer is {OPTIONS[index]}."
 
 
+def is_answered(text: str) -> bool:
+    """Whether a text names an option, so that generation may stop."""
+    return parse_answer(text, len(OPTIONS)) is not None
+
+
 def parse_answer(text: str, n_choices: int) -> int | None:
     """Index of the option that the text names, or None where it names none of the n_choices options."""
     match = ANSWER.search(text)

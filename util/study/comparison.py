@@ -49,6 +49,11 @@ class Method:
     def correct(self, column: str) -> float:
         return sum(run.correct[column] for run in self.runs) / len(self.runs)
 
+    @property
+    def overall(self) -> float:
+        """Accuracy over all questions, of which every run has some."""
+        return 100 * self.correct("Avg") / self.counts["Avg"]
+
     def accuracies(self, column: str) -> np.ndarray:
         """[seeds]"""
         return np.array([100 * run.correct[column] / self.counts[column] for run in self.runs])
@@ -215,11 +220,13 @@ def differences_to_first(methods: list[Method], answers: dict[str, int] | None) 
     """Of each method to the first one: paired if the correct answers are given, else from the counts alone."""
     base, *others = methods
     if answers is None:
-        results = [(newcombe(m.correct("Avg"), m.counts["Avg"], base.correct("Avg"), base.counts["Avg"]), ())
-                   for m in others]
+        intervals = [newcombe(m.correct("Avg"), m.counts["Avg"], base.correct("Avg"), base.counts["Avg"])
+                     for m in others]
+        p_pairs: list[tuple] = [(None, None)] * len(others)
     else:
         base_outcomes, *outcomes = [method.outcomes(answers) for method in methods]
+        intervals = [paired_bootstrap(o, base_outcomes) for o in outcomes]
         p_values = [mcnemar(o, base_outcomes) for o in outcomes]
-        results = [(paired_bootstrap(o, base_outcomes), p) for o, p in zip(outcomes, zip(p_values, holm(p_values)))]
-    return {method.name: Difference(method.accuracy("Avg") - base.accuracy("Avg"), 100 * low, 100 * high, *p)
-            for method, ((low, high), p) in zip(others, results)}
+        p_pairs = list(zip(p_values, holm(p_values), strict=True))
+    return {method.name: Difference(method.overall - base.overall, 100 * low, 100 * high, *p_pair)
+            for method, (low, high), p_pair in zip(others, intervals, p_pairs, strict=True)}

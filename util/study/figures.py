@@ -40,7 +40,7 @@ RC_PARAMS = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": Fals
 def styles(methods: list[Method]) -> dict[str, dict]:
     """Plot styles by method name. The methods in NAMES always have the same style; others get the next unused ones."""
     names = dict.fromkeys([*NAMES, *(method.name.removesuffix(" (published)") for method in methods)])
-    style_by_name = dict(zip(names, zip(cycle(COLOURS), cycle(MARKERS), cycle(DASHES))))
+    style_by_name = dict(zip(names, zip(cycle(COLOURS), cycle(MARKERS), cycle(DASHES), strict=False), strict=False))
     mixed = len({method.published for method in methods}) > 1
     result = {}
     for method in methods:
@@ -59,7 +59,7 @@ def wrap(name: str) -> str:
 
 
 def draw_losses(ax: Axes, methods: list[Method]) -> None:
-    for method, style in zip(methods, styles(methods).values()):
+    for method, style in zip(methods, styles(methods).values(), strict=True):
         losses = [run.losses for run in method.runs]
         mean, deviation = np.mean(losses, 0), np.std(losses, 0, ddof=min(1, len(losses) - 1))
         epochs = np.arange(1, len(mean) + 1)
@@ -79,7 +79,7 @@ def draw_accuracy(ax: Axes, methods: list[Method], cut: bool) -> None:
     """Avg by method, the first on top. cut: points on a truncated axis; otherwise bars from 0."""
     style_by_name = styles(methods)
     for y, method in enumerate(methods):
-        mean, style = method.accuracy("Avg"), style_by_name[method.name]
+        mean, style = method.overall, style_by_name[method.name]
         low, high = method.interval("Avg")
         error = {"xerr": [[mean - low], [high - mean]], "capsize": 2.5}
         if cut:
@@ -95,8 +95,9 @@ def draw_accuracy(ax: Axes, methods: list[Method], cut: bool) -> None:
            yticks=range(len(methods)), yticklabels=[wrap(method.name) for method in methods])
     ax.grid(axis="y", visible=False)
     if cut:
-        ax.axvline(methods[0].accuracy("Avg"), color="grey", linewidth=0.8, linestyle="--", zorder=0)
-        cut_axis(ax, "x", *zip(*(method.interval("Avg") for method in methods)))
+        ax.axvline(methods[0].overall, color="grey", linewidth=0.8, linestyle="--", zorder=0)
+        intervals = [method.interval("Avg") for method in methods]
+        cut_axis(ax, "x", [low for low, _ in intervals], [high for _, high in intervals])
     else:
         ax.set_xlim(0, 100)
 
@@ -111,7 +112,7 @@ def draw_categories(ax: Axes, methods: list[Method]) -> None:
     style_by_name = styles(methods)
     offsets = np.linspace(-0.38, 0.38, len(methods)) if len(methods) > 1 else [0]
     intervals = []
-    for offset, method in zip(offsets, methods):
+    for offset, method in zip(offsets, methods, strict=True):
         nonempty = [i for i, column in enumerate(CATEGORIES) if method.counts[column]]
         means = np.array([method.accuracy(CATEGORIES[i]) for i in nonempty])
         bounds = np.array([method.interval(CATEGORIES[i]) for i in nonempty])
@@ -125,7 +126,7 @@ def draw_categories(ax: Axes, methods: list[Method]) -> None:
         ax.axvline(edge - 0.5, color="grey", linewidth=0.6, alpha=0.5)
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="x", visible=False)
-    cut_axis(ax, "y", *zip(*intervals))
+    cut_axis(ax, "y", [low for low, _ in intervals], [high for _, high in intervals])
 
 
 def cut_axis(ax: Axes, axis: str, lows: list[float], highs: list[float]) -> None:

@@ -1,6 +1,6 @@
 """Reads finished runs for a comparison. An unfinished or inconsistent run raises UserError with the reason."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from lavin.mm_adapter import dropout_schedule
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, read_json_lines
 from util.lr_sched import check_schedule
-from util.runs import written_by_us
+from util.runs import user_error_if_malformed
 from util.scoring import COLUMNS
 
 N_LAYERS = 32  # of LLaMA-7B
@@ -16,7 +16,7 @@ N_LAYERS = 32  # of LLaMA-7B
 
 @dataclass(frozen=True)
 class Run:
-    """One seed of one method. predictions: None for published runs. answers: the correct ones, None if not saved."""
+    """One seed of one method. predictions: none for published runs. answers: the correct ones, None if not saved."""
 
     folder: str
     flags: dict  # train.py's flags, plus "effective batch"
@@ -24,7 +24,7 @@ class Run:
     counts: dict[str, int]  # number of questions by column
     correct: dict[str, int]
     split: str = "test"
-    predictions: dict[str, int] | None = None
+    predictions: dict[str, int] = field(default_factory=dict)
     answers: dict[str, int] | None = None
     n_layers: int = N_LAYERS
 
@@ -34,7 +34,7 @@ def read_run(folder: Path) -> Run:
     losses = read_losses(folder / "log.txt", flags["epochs"])
     hint = f"run eval.py --adapter_path {folder}"
     scores, predictions = (read_json(folder / name, hint) for name in ("scores.json", "preds.json"))
-    with written_by_us(folder / "scores.json"):
+    with user_error_if_malformed(folder / "scores.json"):
         counts, correct = ({column: int(scores[key][column]) for column in COLUMNS} for key in ("counts", "correct"))
         check_scores(scores, counts, correct, len(predictions))
         split = scores["split"]
@@ -47,7 +47,7 @@ def read_run(folder: Path) -> Run:
 def read_config(path: Path) -> tuple[dict, int]:
     """The flags of the run and the number of LLaMA's layers."""
     config = read_json(path, "train.py writes it: name the folder of a training run")
-    with written_by_us(path):
+    with user_error_if_malformed(path):
         flags = dict(config["flags"])
         args = SimpleNamespace(**flags)
         check_schedule(args)
@@ -60,7 +60,7 @@ def read_config(path: Path) -> tuple[dict, int]:
 def read_losses(path: Path, epochs: int) -> list[float]:
     """Mean loss by epoch. A resumed run may have logged an epoch twice: the last line counts."""
     lines = read_json_lines(path) if path.is_file() else []
-    with written_by_us(path):
+    with user_error_if_malformed(path):
         losses = {line["epoch"]: float("nan" if line["train_closs"] is None else line["train_closs"]) for line in lines}
         done = sum(epoch in losses for epoch in range(epochs))
     if done < epochs:
@@ -84,7 +84,7 @@ def read_answers(path: Path, predictions: dict[str, int]) -> dict[str, int] | No
     if not path.is_file():
         return None
     lines = read_json_lines(path)
-    with written_by_us(path):
+    with user_error_if_malformed(path):
         if {line["qid"]: line["prediction"] for line in lines} != predictions:
             raise ValueError("its predictions are not those of preds.json")
         return {line["qid"]: line["answer"] for line in lines}

@@ -1,4 +1,4 @@
-"""Confidence intervals and significance tests for the difference of two accuracies, in NumPy alone.
+"""Confidence intervals of accuracies and of their differences, and significance tests, in NumPy alone.
 
 An accuracy is `correct` out of `n` questions. Intervals are (low, high) fractions at the 95 % confidence level.
 Outcomes are arrays [seeds, n] of 0 (wrong) and 1 (correct), with the questions in the same order.
@@ -37,7 +37,7 @@ def mcnemar(method: np.ndarray, base: np.ndarray) -> float:
     differences = len(base) * method.sum(0, dtype=int) - len(method) * base.sum(0, dtype=int)  # scaled to integers
     sizes, counts = np.unique(abs(differences[differences != 0]), return_counts=True)
     pmf = np.ones(1)  # of the sum of the positive differences, under random signs
-    for size, count in zip(sizes, counts.tolist()):
+    for size, count in zip(sizes, counts.tolist(), strict=True):
         binomial = np.zeros(size * count + 1)
         binomial[::size] = [math.comb(count, k) / 2**count for k in range(count + 1)]
         pmf = np.convolve(pmf, binomial)

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from lavin.fast.training_graphs import free_graphs
+from lavin.fast.captured_models import free_graphs
 from lavin.model import pack
 from lavin.runtime import distributed
 from util.data.instructions import decode_images
@@ -36,7 +36,8 @@ def split_by_tokens(weighted_examples: list[tuple], max_tokens: float) -> list[l
 
     The loss weights do not depend on the groups, so the gradients are the same for any split.
     """
-    groups, tokens_left = [], 0
+    groups: list[list[tuple]] = []
+    tokens_left: float = 0
     for example, loss_weight in weighted_examples:
         if len(example.ids) > tokens_left:
             groups.append([])
@@ -50,7 +51,8 @@ def accumulate_gradients(model, weighted_examples: list[tuple], max_tokens: floa
     """Adds up the gradients of this rank's samples; returns this rank's part of the step's loss."""
     total = torch.zeros((), device=model.device)
     for group in split_by_tokens(weighted_examples, max_tokens):
-        loss = model(pack(*zip(*group, strict=True)).to(model.device))
+        batch = pack([example for example, _ in group], [loss_weight for _, loss_weight in group])
+        loss = model(batch.to(model.device))
         scaler.scale(loss).backward()
         total += loss.detach()
     return total

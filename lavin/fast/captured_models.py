@@ -1,4 +1,7 @@
-"""Training passes of LLaMA and the ViT in CUDA graphs (cuda_graphs.py): their static inputs, buckets and padding."""
+"""LLaMA and the ViT with captured training passes: their static inputs, buckets and padding (cuda_graphs.py).
+
+Whether a pass is captured is decided in CapturedModule.__call__ (cuda_graphs.py), and for a whole model in speed_up.py.
+"""
 
 from functools import partial
 

@@ -1,0 +1,85 @@
+"""The tree itself: imports between folders go one way, folders say what they hold, Python's version is one number."""
+
+import ast
+import re
+from graphlib import TopologicalSorter
+
+import pytest
+
+from tiny import ROOT
+
+PACKAGES = ("lavin", "util")
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def folder(module: str) -> str:
+    """`lavin.fast.speed_up` and `lavin.fast` -> `lavin.fast`; `lavin.llama` -> `lavin`."""
+    path = ROOT.joinpath(*module.split("."))
+    return module if path.is_dir() else module.rpartition(".")[0]
+
+
+def imported_folders(path) -> set[str]:
+    """Folders of this project that a file imports from, inside functions too."""
+    folders = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            folders |= {folder(f"{node.module}.{alias.name}") if ROOT.joinpath(*node.module.split(".")).is_dir()
+                        else folder(node.module) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            folders |= {folder(alias.name) for alias in node.names}
+    return {name for name in folders if name.split(".")[0] in PACKAGES}
+
+
+def import_graph() -> dict[str, set[str]]:
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        name = ".".join(path.parent.relative_to(ROOT).parts)
+        graph.setdefault(name, set()).update(imported_folders(path) - {name})
+    return graph
+
+
+def test_imports_between_folders_have_no_cycle():
+    graph = import_graph()
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
+    assert order[0] == "lavin.runtime" and {"lavin.kernels", "lavin.weights", "util.chat"} < set(order)
+
+
+def test_lavin_imports_nothing_of_util():
+    assert not any(name.startswith("util") for folder, names in import_graph().items() if folder.startswith("lavin")
+                   for name in names)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"],
+                         ids=lambda path: path.parent.name)
+def test_a_folder_says_in_one_line_what_it_holds(path):
+    assert re.fullmatch(r'"""[^\n]+\."""\n', path.read_text())
+    assert 3 <= len(list(path.parent.glob("*.py"))) - 1 <= 9
+
+
+SCRIPTS = [path for folder in ("tools", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))
+           if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_extend_sys_path_before_they_import_the_project(path):
+    """Else they start only where pytest, with its own paths, starts them. benchmarks/timing.py does it for the rest."""
+    project = {*PACKAGES, *(file.stem for file in ROOT.glob("*.py"))}
+    project |= {file.stem for file in path.parent.glob("*.py")
+                if re.search(rf"^(from|import) ({'|'.join(project)})\b", file.read_text(), re.M)}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Expr) and ast.unparse(node).startswith("sys.path.insert"):
+            return
+        modules = [node.module] if isinstance(node, ast.ImportFrom) else \
+            [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        first = next((module for module in modules if module.split(".")[0] in project), None)
+        if first:
+            assert first == "timing", f"{first} is imported first"
+            return
+
+
+def test_the_promised_python_is_one_number():
+    promised = re.search(r'requires-python = ">=(3\.\d+)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert f"Python {promised} or newer" in (ROOT / "README.md").read_text()
+    assert f"Python {promised} or newer" in (ROOT / "scripts" / "environment.sh").read_text()
+    assert f"sys.version_info < ({promised.replace('.', ', ')})" in (ROOT / "scripts" / "environment.sh").read_text()
+    assert f'python_version = "{promised}"' in (ROOT / "pyproject.toml").read_text()
