@@ -6,4 +6,5 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh requirements-test.txt
 ruff check .
 mypy
-python -m pytest -q -n 2 --dist loadfile "$@"
+# without reordering, the slowest file stays first (tests/conftest.py), and the other process takes the rest meanwhile
+python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
