@@ -14,7 +14,7 @@ from lavin.runtime.files import read_json_lines, write_json, write_json_lines
 
 RUN_FILES = ("config.json", "log.txt", "scores.json", "preds.json")  # a folder with any of them is a run
 RESULTS = ("log.txt", "preds.json", "generations.jsonl", "scores.json")
-PACKAGES = ("torch", "timm", "sentencepiece", "numpy", "pillow")
+PACKAGES = ("timm", "sentencepiece", "numpy", "pillow")
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
@@ -49,7 +49,8 @@ def git_commit() -> str | None:
 def write_config(folder: Path, flags: dict, device: torch.device, world: int, n_layers: int) -> None:
     """Writes config.json. n_layers: LLaMA's, needed to recompute the dropout schedule."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    versions = {"python": platform.python_version(), "torch": torch.__version__,  # which names its CUDA version, too
+                **{package: version(package) for package in PACKAGES}}
     write_json(folder / "config.json", {"flags": flags, "versions": versions, "git_commit": git_commit(),
                                         "device": f"{device.type}: {name}", "world_size": world,
                                         "n_layers": n_layers})
