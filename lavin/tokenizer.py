@@ -60,7 +60,7 @@ class HuggingFaceTokenizer:
             token_id = self.model.token_to_id(value) if isinstance(value, str) else value
             if token_id is not None:
                 return token_id
-        raise UserError(f"{path}: neither tokenizer_config.json nor config.json beside it names a {name.upper()} "
+        raise UserError(f"{path}: neither tokenizer_config.json nor config.json in its folder names a {name.upper()} "
                         "token: copy them there")
 
     def encode(self, text: str) -> list[int]:

@@ -24,7 +24,7 @@ from lavin.runtime import distributed
 from lavin.tokenizer import Example
 from reference import loss as reference_loss
 from tiny import ROOT, mixed_examples, tiny_example, tiny_model
-from tiny_runs import NO_SCALING, load_checkpoint, read_log, run_flags, train_run
+from tiny_runs import NO_SCALING, load_checkpoint, read_log, run_flags, run_workers, train_run
 from util.data.batches import epoch_batches, steps_per_epoch
 from util.training import accumulation
 from util.training.accumulation import (
@@ -216,18 +216,8 @@ def two_processes(base, scienceqa, tmp_path_factory):
     """The results of one_step on both processes, and the folder of a run that they trained and evaluated."""
     out = tmp_path_factory.mktemp("two")
     flags = run_flags(base, scienceqa, out / "run", "--dropout_prob", "0")
-    (out / "worker.py").write_text(WORKER.format(path=sys.path, out=str(out), flags=flags,
-                                                 folder=str(out / "run")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    with subprocess.Popen([*command, str(out / "worker.py")], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as workers:
-        try:
-            errors = workers.communicate(timeout=120)[1]
-        except subprocess.TimeoutExpired:
-            workers.terminate()  # SIGTERM lets torchrun stop its workers; SIGKILL would orphan them
-            raise
-    assert workers.returncode == 0, errors
-    return [torch.load(out / f"{rank}.pt") for rank in (0, 1)], out / "run"
+    script = WORKER.format(path=sys.path, out=str(out), flags=flags, folder=str(out / "run"))
+    return run_workers(script, 2, out), out / "run"
 
 
 def test_two_processes_give_the_same_step(two_processes):

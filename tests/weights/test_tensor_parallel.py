@@ -27,7 +27,7 @@ from lavin.weights.base import open_base
 from lavin.weights.load import load_base
 from lavin.weights.meta import MetaShards
 from tiny import mixed_examples, randomise_adapters, tiny_config, tiny_vit
-from tiny_runs import NO_SCALING, load_checkpoint, read_log, run_flags, train_run, write_run
+from tiny_runs import NO_SCALING, load_checkpoint, read_log, run_flags, run_workers, train_run, write_run
 from tiny_weights import write_shards
 from util.flags import check_shared
 from util.training.accumulation import accumulate_with_oom_retry
@@ -75,21 +75,11 @@ close()
 """
 
 
-def run_workers(n: int, out: Path, base, models: list[str], flags: list[str]) -> list:
+def run_two_per_model(n: int, out: Path, base, models: list[str], flags: list[str]) -> list:
     """Run WORKER in n processes with model parallel size 2; returns what each saved. They train the run in out/run."""
-    (out / "worker.py").write_text(WORKER.format(
-        path=sys.path, weights=str(base.weights), vision=str(base.vision), models=models,
-        out=out, flags=[*flags, "--model_parallel_size", "2"], folder=str(out / "run")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-    with subprocess.Popen([*command, str(out / "worker.py")], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as workers:
-        try:
-            errors = workers.communicate(timeout=180)[1]
-        except subprocess.TimeoutExpired:
-            workers.terminate()  # SIGTERM lets torchrun stop its workers; SIGKILL would orphan them
-            raise
-    assert workers.returncode == 0, errors
-    return [torch.load(out / f"{rank}.pt") for rank in range(n)]
+    script = WORKER.format(path=sys.path, weights=str(base.weights), vision=str(base.vision), models=models, out=out,
+                           flags=[*flags, "--model_parallel_size", "2"], folder=str(out / "run"))
+    return run_workers(script, n, out)
 
 
 def add_shards(base, counts) -> list[str]:
@@ -116,7 +106,7 @@ def two_processes(base, scienceqa, tmp_path_factory):
     """Results of one model on two processes, loaded from one, two and four files; and the folder of their run."""
     out = tmp_path_factory.mktemp("two")
     flags = run_flags(base, scienceqa, out / "run", "--dropout_prob", str(DROPOUT), "--dropout_lim", str(DROPOUT))
-    return run_workers(2, out, base, add_shards(base, (2, 4)), flags), out / "run"
+    return run_two_per_model(2, out, base, add_shards(base, (2, 4)), flags), out / "run"
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +162,7 @@ def test_two_models_on_two_processes_each(base, scienceqa, tmp_path):
     """Combined with data parallelism: each model sees half of the samples."""
     no_dropout = ("--dropout_prob", "0")
     flags = run_flags(base, scienceqa, tmp_path / "run", *no_dropout)
-    for gathered, minimum in run_workers(4, tmp_path, base, [], [*flags, "--batch_size", "2"]):
+    for gathered, minimum in run_two_per_model(4, tmp_path, base, [], [*flags, "--batch_size", "2"]):
         assert gathered == [0, 2] and minimum == 3  # one rank of each model; the minimum is over all ranks
     train_run(base, scienceqa, tmp_path / "one_process", *no_dropout)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
