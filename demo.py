@@ -11,24 +11,24 @@ from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.errors import UserError, one_line_errors
 from util.chat.chatbot import Chatbot, Settings, find_runs
 from util.chat.distributed_chatbot import DistributedChatbot
-from util.flags import shared_flags
+from util.flags import Parser, count, interval, non_negative, shared_flags
 from util.trained_model import load_model
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     shared = shared_flags()
-    parser = argparse.ArgumentParser("demo.py", description=__doc__.splitlines()[0], parents=[shared], epilog=(
+    parser = Parser("demo.py", description=__doc__.splitlines()[0], parents=[shared], epilog=(
         "Flags of model and data that are left out are those of the runs."))
     parser.set_defaults(**dict.fromkeys(vars(shared.parse_args([]))))
     add = parser.add_argument
     add("--runs", default=".", help="folder of finished runs, or one of them (.)")
     add("--cli", action="store_true", help="in the terminal")
     add("--share", action="store_true", help="a public link through gradio.live; else this machine alone can connect")
-    add("--port", type=int, help="of http://127.0.0.1 (the first free one from 7860)")
+    add("--port", type=interval(int, "[1, 65535]"), help="of http://127.0.0.1 (the first free one from 7860)")
     add("--tokenizer_path", help="tokenizer.model (the base model's)")
-    add("--generation_temperature", default=0.0, type=float, help="initial sampling temperature (0: greedy)")
-    add("--top_p", default=0.75, type=float, help="initial threshold of nucleus sampling (0.75)")
-    add("--max_new_tokens", default=128, type=int, help="initial limit on the length of an answer (128)")
+    add("--generation_temperature", default=0.0, type=non_negative, help="initial sampling temperature (0: greedy)")
+    add("--top_p", default=0.75, type=interval(float, "(0, 1]"), help="initial threshold of nucleus sampling (0.75)")
+    add("--max_new_tokens", default=128, type=count, help="initial limit on the length of an answer (128)")
     return parser
 
 

@@ -1,59 +1,122 @@
 """Scores a run on ScienceQA: `python eval.py --adapter_path RUN ...`, or under torchrun, which divides the questions.
 
-Writes preds.json, generations.jsonl and scores.json to the run's folder. Adapter flags are read from the checkpoint.
+Writes preds.json, generations.jsonl and scores.json to the run's folder; those of a run's early checkpoint to a folder
+inside it. Adapter flags are read from the checkpoint. The same command again goes on where it was killed.
 """
 
 import argparse
 import zlib
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from lavin.generation.generate import generate
 from lavin.generation.option_scoring import option_example, score_options
+from lavin.generation.sampling import NotFinite
 from lavin.runtime import distributed
 from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar
+from lavin.runtime.device import DTYPES
 from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.files import write_json, write_json_lines
-from util.data.datasets import load_scienceqa
+from lavin.runtime.files import sampled_sha256, sha256, write_json, write_json_lines
+from util.data.datasets import ScienceQA, load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import answer_text, build_prompt, is_answered, parse_answer
-from util.flags import caption_path, check_counts, shared_flags
+from util.flags import Parser, caption_path, count, interval, non_negative, seed, shared_flags
+from util.results import answer_all, drop_partial, results_folder, scored_before
+from util.runs import checkpoints, locked
 from util.scoring import COLUMNS, score
-from util.trained_model import load_model, results_folder
+from util.trained_model import Trained, load_model, read_trained
+from util.training.recipe import base_files, vision_fingerprint
+from util.training.resume import take_flags_of_run
 
 MAX_ANSWER_TOKENS = 64  # in formats that begin with the answer; in others, --max_seq_len
+PREFIX_TOKENS = 16  # at most, of the modality token, BOS and "Image: N/A"
+FILES = ("generations.jsonl", "preds.json", "scores.json")
+PARTIAL = "answers"  # beginning of the names of the files of answers as they come
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     shared = shared_flags()
-    parser = argparse.ArgumentParser("eval.py", description=__doc__.splitlines()[0], parents=[shared], epilog=(
+    parser = Parser("eval.py", description=__doc__.splitlines()[0], parents=[shared], epilog=(
         "Model and data flags that are left out take the values of the training run."))
     parser.set_defaults(**dict.fromkeys(vars(shared.parse_args([]))))
     add = parser.add_argument
     add("--adapter_path", help="a checkpoint, or a run's folder (without it: the untuned base)")
-    add("--output_dir", help="folder for the results (the folder of --adapter_path)")
+    add("--output_dir", help="folder for the results (that of the run; for an early checkpoint, one inside it)")
     add("--tokenizer_path", help="tokenizer.model (the base model's)")
     add("--split", default="test", help="split of pid_splits.json (test)")
     add("--decode", default="generate", choices=["generate", "score"],
         help="generate the answer's text, or compare the option letters' probabilities in one pass (generate)")
-    add("--max_batch_size", default=64, type=int, help="questions per batch (64)")
-    add("--generation_temperature", default=0.0, type=float, help="sampling temperature (0: greedy decoding)")
-    add("--top_p", default=0.75, type=float, help="nucleus of sampling, used when the temperature is not 0 (0.75)")
-    add("--seed", default=0, type=int, help="sampling seed (0)")
+    add("--max_batch_size", default=64, type=count, help="questions per batch (64)")
+    add("--generation_temperature", default=0.0, type=non_negative, help="sampling temperature (0: greedy decoding)")
+    add("--top_p", default=0.75, type=interval(float, "(0, 1]"),
+        help="nucleus of sampling, used when the temperature is not 0 (0.75)")
+    add("--seed", default=0, type=seed, help="sampling seed (0)")
+    add("--trained_with", nargs=argparse.REMAINDER, metavar="FLAG",
+        help="the run that train.py writes with these flags, in place of --adapter_path; comes last")
     return parser
 
 
+# --- What is scored ---
+
+def take_run(args) -> None:
+    """Sets --adapter_path to the run that train.py writes with the flags of --trained_with. Raises UserError where it
+    is unfinished."""
+    if args.trained_with is None:
+        return
+    if args.adapter_path:
+        raise UserError("--trained_with names a run, and so does --adapter_path: leave one out")
+    import train  # late: it also sets environment variables that only training needs
+    trained: Any = train.get_args_parser().parse_args(args.trained_with)
+    if trained.resume:
+        take_flags_of_run(trained)
+    n_done = max(checkpoints(Path(trained.output_dir)), default=-1) + 1
+    if n_done < trained.epochs:
+        raise UserError(f"{trained.output_dir} is unfinished ({n_done} of {trained.epochs} epochs): train it first")
+    args.adapter_path = trained.output_dir
+
+
+def model_identity(args, trained: Trained) -> dict:
+    """The model that answers. Known before it is loaded."""
+    tokenizer, *weights = base_files(args)
+    return {"checkpoint": trained.path and trained.path.name,
+            "checkpoint_sha256": trained.path and sha256(trained.path),
+            "precision": next(name for name, dtype in DTYPES.items() if dtype == trained.dtype), "bits": args.bits,
+            "base": sampled_sha256([Path(args.tokenizer_path or tokenizer), *weights]),
+            "vision": vision_fingerprint(args.vision_model), "adapter": asdict(trained.adapter)}
+
+
+def sampling_identity(args) -> dict:
+    names = ("generation_temperature", "top_p", "seed") if args.generation_temperature else ()
+    return {name: getattr(args, name) for name in names}
+
+
+def identity(args, trained: Trained, data: ScienceQA) -> dict:
+    """All that determines the scores, except whether pictures that --skip_bad leaves out are there."""
+    return {**model_identity(args, trained), "prompt_format": args.prompt_format, "max_seq_len": args.max_seq_len,
+            "decode": args.decode, **(sampling_identity(args) if args.decode == "generate" else {}),
+            "split": args.split, "data": data.fingerprint}
+
+
+# --- Answers ---
+
 class EvalQuestion(NamedTuple):
-    """A question as the model gets it. image: uint8 [3, S, S] or None. seed: for sampling, independent of the batch."""
+    """A question as the model gets it. image: uint8 [3, S, S] or None. seed: for sampling, independent of the batch.
+    cut: whether the prompt was too long, and words in its middle are left out.
+    """
 
     qid: str
     prompt: str
     image: torch.Tensor | None
     n_choices: int
     seed: int
+    cut: bool = False
 
 
 def most_likely_options(model, tokenizer, batches: Iterable[list[EvalQuestion]]) -> Iterator[list[int]]:
@@ -90,32 +153,76 @@ def answers_first(prompt_format: str) -> bool:
     return prompt_format.split("-")[1].startswith("A")
 
 
-def answer_questions(model, tokenizer, data, images: dict, args) -> list[dict]:
-    """The answers to this rank's part of the questions."""
-    rank, world, _ = distributed.init()
-    questions = [EvalQuestion(qid, build_prompt(problem, args.prompt_format, data.captions.get(qid, ""))[0],
-                              images.get(qid), len(problem["choices"]), zlib.crc32(f"{args.seed} {qid}".encode()))
-                 for qid, problem in list(data.problems.items())[rank::world]]
+def fit_prompt(tokenizer, prompt: str, image: torch.Tensor | None, n_prompt: int, max_seq_len: int) -> str:
+    """The prompt, without as many words in its middle as are too many for --max_seq_len: training sees no longer texts,
+    the question is at the beginning (or, with CQM, in the second half), and the options are at the end."""
+    if len(prompt.encode()) + n_prompt + PREFIX_TOKENS < max_seq_len:  # no token is shorter than a byte
+        return prompt
+    words = prompt.split(" ")
+
+    def without(n: int) -> str:
+        start = (len(words) - n) // 2
+        return " ".join(words[:start] + words[start + n:])
+
+    def fits(n: int) -> bool:
+        return len(tokenizer.example(without(n), None, image, n_prompt).ids) < max_seq_len  # 1: the modality token
+
+    return prompt if fits(0) else without(bisect_left(range(len(words)), True, key=fits))
+
+
+def make_question(tokenizer, n_prompt: int, data, qid: str, image: torch.Tensor | None, args) -> EvalQuestion:
+    whole, _ = build_prompt(data.problems[qid], args.prompt_format, data.captions.get(qid, ""))
+    prompt = fit_prompt(tokenizer, whole, image, n_prompt, args.max_seq_len)
+    return EvalQuestion(qid, prompt, image, len(data.problems[qid]["choices"]),
+                        zlib.crc32(f"{args.seed} {qid}".encode()), prompt != whole)
+
+
+def answer_questions(model, tokenizer, data, images: dict, args, qids: list[str] | None = None,
+                     save: Callable[[dict[str, dict]], None] = lambda answers: None) -> list[dict]:
+    """The answers to the questions `qids`; without them, to this rank's part of all.
+
+    save: gets each batch's answers, by id. Raises UserError, which names the questions, where the model gives NaN.
+    """
+    if qids is None:
+        rank, world, _ = distributed.init()
+        qids = list(data.problems)[rank::world]
+    questions = [make_question(tokenizer, model.adapter.n_prompt, data, qid, images.get(qid), args) for qid in qids]
     batches = [questions[start:start + args.max_batch_size] for start in range(0, len(questions), args.max_batch_size)]
-    answers = []
+    results, answers = answer_batches(model, tokenizer, batches, args), []
     with progress_bar(None, "questions", total=len(questions), unit="question") as bar:
-        for batch, results in zip(batches, answer_batches(model, tokenizer, batches, args), strict=True):
-            answers += [{"qid": question.qid, "text": text, "prediction": prediction, "parsed": parsed,
-                         "answer": data.problems[question.qid]["answer"]}
-                        for question, (text, prediction, parsed) in zip(batch, results, strict=True)]
+        for batch in batches:
+            with named_failures([f"question {question.qid}" for question in batch]):
+                answered = next(results)
+            new = [{"qid": question.qid, "text": text, "prediction": prediction, "parsed": parsed,
+                    "answer": data.problems[question.qid]["answer"], **({"cut": True} if question.cut else {})}
+                   for question, (text, prediction, parsed) in zip(batch, answered, strict=True)]
+            save({answer["qid"]: answer for answer in new})
+            answers += new
             bar.update(len(batch))
     return answers
 
 
-def write_results(folder: Path, answers: list[dict], data, args, path: Path | None) -> dict:
-    """Writes the three result files; returns the scores. path: of the checkpoint."""
+@contextmanager
+def named_failures(names: list[str]) -> Iterator[None]:
+    """names: of the batch's sequences."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(error.indices, f" for {', '.join(names[i] for i in error.indices[:8])}") from error
+
+
+# --- Results ---
+
+def write_results(folder: Path, answers: list[dict], data: ScienceQA, what: dict) -> dict:
+    """Writes the three result files; returns the scores. what: is scored."""
     predictions = {answer["qid"]: answer["prediction"] for answer in answers}
     scores = {**score(data.problems, predictions), "questions": len(answers),
               "parse_failures": sum(not answer["parsed"] for answer in answers), "skipped": len(data.skipped),
-              "split": args.split, "checkpoint": path and path.name}
+              "prompts_cut": sum("cut" in answer for answer in answers), **what}
+    (folder / "scores.json").unlink(missing_ok=True)
     write_json_lines(folder / "generations.jsonl", answers)
     write_json(folder / "preds.json", predictions)
-    write_json(folder / "scores.json", scores)
+    write_json(folder / "scores.json", scores)  # last: where it is, all files are there, and of one evaluation
     return scores
 
 
@@ -124,26 +231,52 @@ def score_table(scores: dict) -> str:
     return format_table(["", *COLUMNS], [["accuracy %", *percent], ["questions", *scores["counts"].values()]])
 
 
+def report(folder: Path, scores: dict, trained: Trained) -> None:
+    print_rank0(score_table(scores))
+    print_rank0(f"{scores['parse_failures']} answers named no option, "
+                f"{scores['skipped']} problems left out for their picture")
+    if scores["prompts_cut"]:
+        print_rank0(f"{scores['prompts_cut']} prompts are longer than --max_seq_len {scores['max_seq_len']}: words in "
+                    "their middle are left out")
+    print_rank0(f"scores: {folder / 'scores.json'}{beside(folder, trained)}")
+
+
+def beside(folder: Path, trained: Trained) -> str:
+    """What the last line says of a run's early checkpoint."""
+    path = trained.path
+    return (f" ({path.name} is not the run's last checkpoint, so the run's own scores stay)"
+            if path and folder == path.parent / path.stem else "")
+
+
 def main(args) -> None:
-    folder = results_folder(args)
-    check_counts(args, "max_batch_size")
-    torch.manual_seed(args.seed)
-    model, tokenizer, path = load_model(args)
+    take_run(args)
+    trained = read_trained(args)
     if args.decode == "score" and not answers_first(args.prompt_format):
         raise UserError(f"--decode score compares answers, but in --prompt_format {args.prompt_format} the solution "
                         "comes first: leave --decode out")
     data = load_scienceqa(args.data_root, args.split, caption_path(args))
-    images = load_images(data, model.vision.image_size, args.num_workers, args.skip_bad)
-
-    answers_by_rank = distributed.gather_data_parallel(answer_questions(model, tokenizer, data, images, args))
-    by_qid = {answer["qid"]: answer for answers in answers_by_rank for answer in answers}
-    if is_main_process():
-        scores = write_results(folder, [by_qid[qid] for qid in data.problems], data, args, path)
-        print_rank0(score_table(scores))
-        print_rank0(f"{scores['parse_failures']} answers named no option, "
-                    f"{scores['skipped']} problems left out for their picture")
-        print_rank0(f"scores: {folder / 'scores.json'}")
+    folder = distributed.from_rank_0(lambda: results_folder(args.output_dir, trained.path))
+    with locked(folder):
+        evaluate(args, trained, data, folder)
     distributed.close()
+
+
+def evaluate(args, trained: Trained, data: ScienceQA, folder: Path) -> None:
+    what = distributed.from_rank_0(lambda: identity(args, trained, data))
+    scores = distributed.from_rank_0(lambda: scored_before([folder / name for name in FILES], what))
+    if scores:
+        print_rank0("scored before, with the same settings:")
+        report(folder, scores, trained)
+        return
+    torch.manual_seed(args.seed)
+    model, tokenizer, _ = load_model(args, trained)
+    images = load_images(data, model.vision.image_size, args.num_workers, args.skip_bad)
+    answers = answer_all(folder, PARTIAL, what, list(data.problems),
+                         partial(answer_questions, model, tokenizer, data, images, args))
+    if is_main_process():
+        scores = write_results(folder, list(answers.values()), data, what)
+        drop_partial(folder, PARTIAL)
+        report(folder, scores, trained)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ Writes mme_answers.jsonl and mme_scores.json to the run's folder. Adapter flags 
 """
 
 import argparse
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -13,21 +16,29 @@ from lavin.generation.generate import generate
 from lavin.runtime import distributed
 from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar
 from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.files import write_json, write_json_lines
+from lavin.runtime.files import json_sha256, write_json, write_json_lines
 from util.data.images import IMAGE_ERRORS, load_image
 from util.data.mme import Pair, is_decided, load_mme, read_answer, score
 from util.data.prompts import instruction_prompt
-from util.flags import check_counts
-from util.trained_model import load_model, results_folder
+from util.flags import Parser
+from util.results import answer_all, drop_partial, results_folder, scored_before
+from util.runs import locked
+from util.trained_model import Trained, load_model, read_trained
 
 MAX_ANSWER_TOKENS = 20  # generation stops earlier, as soon as the answer is decided
+FILES = ("mme_answers.jsonl", "mme_scores.json")
+PARTIAL = "mme_answers"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("eval_mme.py", description=__doc__.splitlines()[0],
-                                     parents=[evaluation.get_args_parser()], add_help=False)
+    parser = Parser("eval_mme.py", description=__doc__.splitlines()[0], parents=[evaluation.get_args_parser()],
+                    add_help=False)
     parser.add_argument("--mme_root", help="folder of MME's subtasks (mme in --data_root)")
     return parser
+
+
+def fingerprint(pairs: list[Pair]) -> str:
+    return json_sha256([[pair.name, *pair.questions, *pair.answers] for pair in pairs])
 
 
 def load_pair_images(pairs: list[Pair], size: int, threads: int) -> list[torch.Tensor]:
@@ -42,27 +53,31 @@ def load_pair_images(pairs: list[Pair], size: int, threads: int) -> list[torch.T
         return list(pool.map(load, pairs))
 
 
-def answer_pairs(model, tokenizer, pairs: list[Pair], args) -> list[tuple[int, dict]]:
-    """The answers to this rank's part of the pairs, each with its pair's index. A pair's questions share a batch."""
-    rank, world, _ = distributed.init()
-    local_pairs, batch_size = list(enumerate(pairs))[rank::world], max(1, args.max_batch_size // 2)
-    answers = []
-    with progress_bar(None, "pictures", total=len(local_pairs), unit="picture") as bar:
-        for start in range(0, len(local_pairs), batch_size):
-            indexed_batch = local_pairs[start:start + batch_size]
-            indices, batch = [index for index, _ in indexed_batch], [pair for _, pair in indexed_batch]
-            images = load_pair_images(batch, model.vision.image_size, args.num_workers)
-            examples = [tokenizer.example(instruction_prompt(question), None, image, model.adapter.n_prompt)
-                        for pair, image in zip(batch, images, strict=True) for question in pair.questions]
+def answer_pairs(model, tokenizer, pairs: list[Pair], args, names: list[str], save: Callable[[dict], None]) -> None:
+    """Calls save({name: its two answers}) batch by batch, for the pairs called `names`. A pair's questions share a
+    batch."""
+    index_of, batch_size = {pair.name: i for i, pair in enumerate(pairs)}, max(1, args.max_batch_size // 2)
+    with progress_bar(None, "pictures", total=len(names), unit="picture") as bar:
+        for start in range(0, len(names), batch_size):
+            indices = [index_of[name] for name in names[start:start + batch_size]]
+            batch = [pairs[index] for index in indices]
             seeds = [args.seed + 2 * index + i for index in indices for i in range(2)]
-            texts = iter(generate(model, tokenizer, examples, MAX_ANSWER_TOKENS, is_decided,
-                                  args.generation_temperature, args.top_p, seeds))
-            answers += [(index, {"subtask": pair.subtask, "picture": pair.name, "question": question, "answer": answer,
-                                 "text": (text := next(texts)), "prediction": read_answer(text)})
-                        for index, pair in zip(indices, batch, strict=True)
-                        for question, answer in zip(pair.questions, pair.answers, strict=True)]
+            texts = iter(answer_batch(model, tokenizer, batch, seeds, args))
+            save({pair.name: [
+                {"subtask": pair.subtask, "picture": pair.name, "question": question, "answer": answer,
+                 "text": (text := next(texts)), "prediction": read_answer(text)}
+                for question, answer in zip(pair.questions, pair.answers, strict=True)] for pair in batch})
             bar.update(len(batch))
-    return answers
+
+
+def answer_batch(model, tokenizer, batch: list[Pair], seeds: list[int], args) -> list[str]:
+    """The texts of two answers a pair."""
+    images = load_pair_images(batch, model.vision.image_size, args.num_workers)
+    examples = [tokenizer.example(instruction_prompt(question), None, image, model.adapter.n_prompt)
+                for pair, image in zip(batch, images, strict=True) for question in pair.questions]
+    with evaluation.named_failures([f"picture {pair.name}" for pair in batch for _ in pair.questions]):
+        return generate(model, tokenizer, examples, MAX_ANSWER_TOKENS, is_decided, args.generation_temperature,
+                        args.top_p, seeds)
 
 
 def score_table(scores: dict) -> str:
@@ -73,23 +88,41 @@ def score_table(scores: dict) -> str:
     return format_table(["", "accuracy", "accuracy+", "score", "questions", "other"], rows)
 
 
-def main(args) -> None:
-    folder = results_folder(args)
-    check_counts(args, "max_batch_size")
-    pairs = load_mme(args.mme_root) if args.mme_root else None  # reports a wrong folder before the model is loaded
-    model, tokenizer, path = load_model(args)
-    pairs = pairs or load_mme(f"{args.data_root}/mme")
+def report(folder: Path, scores: dict, trained: Trained) -> None:
+    print_rank0(score_table(scores))
+    print_rank0(f"scores: {folder / 'mme_scores.json'}{evaluation.beside(folder, trained)}")
 
-    answers_by_rank = distributed.gather_data_parallel(answer_pairs(model, tokenizer, pairs, args))
+
+def main(args) -> None:
+    evaluation.take_run(args)
+    pairs = load_mme(args.mme_root) if args.mme_root else None  # reports a wrong folder before the checkpoint is read
+    trained = read_trained(args)
+    pairs = pairs or load_mme(f"{args.data_root}/mme")
+    folder = distributed.from_rank_0(lambda: results_folder(args.output_dir, trained.path))
+    with locked(folder):
+        evaluate(args, trained, pairs, folder)
+    distributed.close()
+
+
+def evaluate(args, trained: Trained, pairs: list[Pair], folder: Path) -> None:
+    what = distributed.from_rank_0(lambda: {
+        **evaluation.model_identity(args, trained), **evaluation.sampling_identity(args), "data": fingerprint(pairs)})
+    scores = distributed.from_rank_0(lambda: scored_before([folder / name for name in FILES], what))
+    if scores:
+        print_rank0("scored before, with the same settings:")
+        report(folder, scores, trained)
+        return
+    model, tokenizer, _ = load_model(args, trained)
+    answers_by_name = answer_all(folder, PARTIAL, what, [pair.name for pair in pairs],
+                                 partial(answer_pairs, model, tokenizer, pairs, args))
     if is_main_process():
-        indexed_answers = [item for items in answers_by_rank for item in items]
-        answers = [answer for _, answer in sorted(indexed_answers, key=lambda item: item[0])]
-        scores = {**score(answers), "checkpoint": path and path.name}
+        answers = [answer for of_pair in answers_by_name.values() for answer in of_pair]
+        scores = {**score(answers), **what}
+        (folder / "mme_scores.json").unlink(missing_ok=True)  # where it is, the answers are those that it scores
         write_json_lines(folder / "mme_answers.jsonl", answers)
         write_json(folder / "mme_scores.json", scores)
-        print_rank0(score_table(scores))
-        print_rank0(f"scores: {folder / 'mme_scores.json'}")
-    distributed.close()
+        drop_partial(folder, PARTIAL)
+        report(folder, scores, trained)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import write_text
+from util.flags import Parser
 from util.study.comparison import Comparison, compare, published, with_published
 from util.study.figures import write_figures
 from util.study.tables import csv_table, latex_table, markdown_table, text_table
@@ -16,8 +17,8 @@ TABLES = {"md": markdown_table, "csv": csv_table, "tex": latex_table}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("plot_results.py", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("plot_results.py", description=__doc__.splitlines()[0],
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, or a folder of runs")
     parser.add_argument("--base", default=None, metavar="RUN",
                         help="the run that others are compared to; default: cosine schedule, --dropout_var 1")

@@ -97,7 +97,7 @@ def measure_training(args, model, rank: int, world: int) -> dict:
         samples = [random_examples(model, n, 100 + i) for i in range(args.warm_up + args.repeats)]
         seconds = step_seconds(lambda i, s=samples: step(s[i]), model.device, args.repeats, args.warm_up)
         rates.append(n / seconds)
-    zero = torch.zeros((), device=model.device)
+    zero = torch.zeros(1, device=model.device)
     all_reduce = step_seconds(lambda i: distributed.all_reduce_gradients(parameters, zero), model.device, args.repeats,
                               warm_up=2)
     return {"losses": losses.cpu(), "adapters": adapters, "rates": rates, "all_reduce": all_reduce,

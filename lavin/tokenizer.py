@@ -2,14 +2,31 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator
 from sentencepiece import SentencePieceProcessor
+from typing_extensions import TypedDict
 
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json
+from lavin.runtime.schema import declared, read_validated
 
 IMAGE_SLOT = -1  # placeholder among token ids for an image embedding
+
+# a special token is text, or an object with its text; its id is a number, or a list whose first is the usual one
+Token = Annotated[str | None, BeforeValidator(lambda token: token.get("content") if isinstance(token, dict) else token)]
+TokenId = Annotated[int | None, BeforeValidator(lambda ids: ids[0] if isinstance(ids, list) and ids else ids)]
+
+
+@declared
+class TokenizerConfig(TypedDict, total=False):
+    """tokenizer_config.json, or config.json in the same folder."""
+
+    bos_token: Token
+    eos_token: Token
+    bos_token_id: TokenId
+    eos_token_id: TokenId
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,8 @@ class SentencePiece:
             raise UserError(f"{path} is no SentencePiece model: copy tokenizer.model again; Llama 3's is of another "
                             "kind: put its tokenizer.json from Hugging Face in its place") from error
         self.n_words, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise UserError(f"{path} has no BOS or no EOS token: take the tokenizer.model of the base model")
         self.encode, self.decode = self.model.encode, self.model.decode
 
 
@@ -55,11 +74,14 @@ class HuggingFaceTokenizer:
 
     def special_id(self, path: Path, name: str) -> int:
         for file, key in (("tokenizer_config.json", f"{name}_token"), ("config.json", f"{name}_token_id")):
-            value = read_json(path.with_name(file)).get(key) if path.with_name(file).is_file() else None
-            value = value.get("content") if isinstance(value, dict) else value[0] if isinstance(value, list) else value
+            config_path = path.with_name(file)
+            config: Any = read_validated(config_path, TokenizerConfig) if config_path.is_file() else {}
+            value = config.get(key)
             token_id = self.model.token_to_id(value) if isinstance(value, str) else value
-            if token_id is not None:
+            if token_id in range(self.n_words):
                 return token_id
+            if token_id is not None:
+                raise UserError(f"{config_path}: {key}: {path.name} has no token {token_id}: fetch both again")
         raise UserError(f"{path}: neither tokenizer_config.json nor config.json in its folder names a {name.upper()} "
                         "token: copy them there")
 

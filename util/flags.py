@@ -1,25 +1,84 @@
-"""Flags shared by train.py, eval.py and demo.py: base model, adapters, data. Checkpoints store their values."""
+"""Flags: their ranges, which of them the command line names, and those that train.py, eval.py and demo.py share."""
 
 import argparse
+import re
+import sys
+from collections.abc import Callable
 
-from lavin.runtime.errors import UserError
+from lavin.runtime.errors import UsageError, UserError
 from util.data.prompts import PROMPT_FORMATS
+
+UNSET = object()
+
+
+class Flags(argparse.Namespace):
+    """Parsed flags. given: the names of those on the command line; it is not among `vars`."""
+
+    __slots__ = ("given",)
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviated flags, says which flags were given, and reports mistakes in one line (UsageError)."""
+
+    def __init__(self, prog: str | None = None, **kwargs):
+        super().__init__(prog, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        flags, unknown = super().parse_known_args(args, namespace or Flags())
+        unset = argparse.Namespace(**dict.fromkeys(vars(flags), UNSET))
+        flags.given = {name for name, value in vars(super().parse_known_args(args, unset)[0]).items()
+                       if value is not UNSET}
+        return flags, unknown
+
+    def error(self, message):
+        message = re.sub(r"^argument (\S+?)(/\S+)?: ", r"\1 ", message)
+        raise UsageError(f"{message} (python {self.prog} --help lists all flags)")
+
+
+def interval(kind: type, bounds: str) -> Callable:
+    """An argparse type: a number in an interval such as "[0, 1)". nan lies in none."""
+    low, high = map(float, bounds[1:-1].split(","))
+
+    def parse(text: str):
+        value = kind(text)
+        if not ((low < value or (bounds[0] == "[" and value == low))
+                and (value < high or (bounds[-1] == "]" and value == high))):
+            raise argparse.ArgumentTypeError(f"{text} does not lie in {bounds}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"  # in argparse's messages
+    return parse
+
+
+count = interval(int, "[1, 1e6]")
+positive = interval(float, "(0, inf)")
+non_negative = interval(float, "[0, inf)")
+probability = interval(float, "[0, 1)")
+# of torch's generators, and of what is computed from it and the number of an epoch
+seed = interval(int, "[0, 4294967295]")
+
+
+def non_empty(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("'' names no file or folder")
+    return text
 
 
 def shared_flags() -> argparse.ArgumentParser:
     """A parent for the parsers of the commands (argparse's `parents`)."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     add = parser.add_argument
-    add("--llm_model", default="7B",
+    add("--llm_model", default="7B", type=non_empty,
         help="the base model: a folder in --llama_model_path, or a path; Meta's files or Hugging Face's")
     add("--llama_model_path", "--ckpt_dir", default="../data/weights/",
         help="folder of the base models and tokenizer.model")
-    add("--vision_model", default="vit_large_patch14_clip_quickgelu_224.openai",
+    add("--vision_model", default="vit_large_patch14_clip_quickgelu_224.openai", type=non_empty,
         help="image encoder: OpenAI's ViT-L-14.pt, a Hugging Face or timm folder or file, or a timm model name")
     add("--cpu_load", action="store_true", help="published flag; weights are always read through host memory")
     add("--bits", default="16bit", choices=["16bit", "8bit", "4bit", "fp8"],
         help="LLaMA's frozen matrices; 4bit and 8bit: pip install -r requirements-lite.txt")
-    add("--model_parallel_size", default=1, type=int,
+    add("--model_parallel_size", default=1, type=count,
         help="consecutive processes that share one model, for models too large for one GPU")
     add("--use_vicuna", action="store_true",
         help="Vicuna: adds its v0 delta, in folder vicuna_NAME next to --llm_model NAME; full weights need no delta")
@@ -33,18 +92,19 @@ def shared_flags() -> argparse.ArgumentParser:
     add("--skip_bad", action="store_true", help="leave out problems whose picture is missing or broken")
     add("--prompt_format", default="QCM-ALE", choices=PROMPT_FORMATS,
         help="parts of the prompt and of the answer, in order")
-    add("--max_seq_len", default=512, type=int, help="maximum number of tokens of prompt and answer")
-    add("--num_workers", default=4, type=int, help="threads that decode pictures")
+    add("--max_seq_len", default=512, type=count, help="maximum number of tokens of prompt and answer")
+    add("--num_workers", default=4, type=interval(int, "[0, 1024]"), help="threads that decode pictures")
 
     add("--adapter_type", default="attn", choices=["attn", "block"],
         help="adapters in LLaMA: before attention, or also before the feed-forward layer")
     add("--visual_adapter_type", default="router", choices=["normal", "router", "router_block"],
         help="adapters in the ViT")
-    add("--adapter_dim", default=8, type=int, help="rank of the adapters")
-    add("--adapter_scale", default=1.0, type=float, help="scale of the adapters' output")
-    add("--temperature", default=10.0, type=float, help="router temperature: 10 for 7B, 5 for 13B")
-    add("--hidden_proj", default=128, type=int, help="hidden width of the image projection")
-    add("--n_prompt", default=6, type=int, help="number of image features; must divide the ViT's depth")
+    add("--adapter_dim", default=8, type=interval(int, "[1, 65536]"), help="rank of the adapters")
+    add("--adapter_scale", default=1.0, type=interval(float, "(0, 1e6]"), help="scale of the adapters' output")
+    add("--temperature", default=10.0, type=interval(float, "(0, 1e6]"),
+        help="router temperature: 10 for 7B, 5 for 13B")
+    add("--hidden_proj", default=128, type=interval(int, "[1, 65536]"), help="hidden width of the image projection")
+    add("--n_prompt", default=6, type=count, help="number of image features; must divide the ViT's depth")
     return parser
 
 
@@ -64,18 +124,8 @@ def caption_path(args: argparse.Namespace) -> str | None:
     return (args.caption_file or f"{args.data_root}/captions.json") if args.use_caption else None
 
 
-def check_counts(args: argparse.Namespace, *flags: str) -> None:
-    """Raises UserError for a flag below 1."""
-    for flag in flags:
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")
-
-
 def check_shared(args: argparse.Namespace) -> None:
-    """Raises UserError for invalid values and combinations of the shared flags."""
+    """Raises UserError for combinations of the shared flags that do not work."""
     if args.model_parallel_size > 1 and args.bits != "16bit":
         raise UserError(f"--model_parallel_size {args.model_parallel_size} works with 16-bit weights only: give "
                         f"--bits 16bit in place of {args.bits}, or leave --model_parallel_size out")
-    check_counts(args, "max_seq_len", "n_prompt", "hidden_proj", "adapter_dim")
-    if not args.temperature > 0:
-        raise UserError(f"--temperature {args.temperature} must be positive")

@@ -1,20 +1,34 @@
-"""Run folders: config.json, log.txt and checkpoint-{epoch}.pth of train.py, and the results that eval.py adds."""
+"""Run folders: the names of their files, their checkpoints, their configuration, and the lock that keeps others out.
 
+train.py writes recipe.json, config.json, log.txt, metrics.jsonl, checkpoint-{epoch}.pth, and in the middle of an epoch
+last.pth; eval.py adds the results.
+"""
+
+import json
+import os
 import platform
+import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import filelock
 import torch
 
+from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json_lines, write_json, write_json_lines
+from lavin.runtime.files import PART, read_json, write_json
 
 RUN_FILES = ("config.json", "log.txt", "scores.json", "preds.json")  # a folder with any of them is a run
-RESULTS = ("log.txt", "preds.json", "generations.jsonl", "scores.json")
+# what is scored from a checkpoint; a run that is trained on must not keep it
+RESULTS = ("preds.json", "generations.jsonl", "scores.json", "mme_answers.jsonl", "mme_scores.json")
+PARTIAL = ".partial.jsonl"  # suffix of answers that are being written
 PACKAGES = ("timm", "sentencepiece", "numpy", "pillow")
+LOCK, OWNER = ".lock", ".owner.json"  # OWNER: which process has locked the folder
+LAST = "last.pth"  # the checkpoint in the middle of an epoch
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
@@ -22,9 +36,9 @@ def checkpoint_path(folder: Path, epoch: int) -> Path:
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """Checkpoints by epoch, in order."""
-    by_epoch = {int(path.stem.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-*.pth")
-                if path.stem.removeprefix("checkpoint-").isdigit()}
+    """Checkpoints of whole epochs by epoch, in order."""
+    by_epoch = {int(match[1]): path for path in folder.glob("checkpoint-*.pth")
+                if (match := re.fullmatch(r"checkpoint-([0-9]+)\.pth", path.name))}
     return dict(sorted(by_epoch.items()))
 
 
@@ -41,34 +55,37 @@ def last_checkpoint(path: str) -> Path:
     return by_epoch[max(by_epoch)]
 
 
+# --- Configuration ---
+
 def git_commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
+        return None
     return done.stdout.strip() or None
 
 
-def write_config(folder: Path, flags: dict, device: torch.device, world: int, n_layers: int) -> None:
-    """Writes config.json. n_layers: LLaMA's, needed to recompute the dropout schedule."""
+def environment(device: torch.device, world: int) -> dict:
+    """What a run is executed with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {"python": platform.python_version(), "torch": torch.__version__,  # which names its CUDA version, too
                 **{package: version(package) for package in PACKAGES}}
-    write_json(folder / "config.json", {"flags": flags, "versions": versions, "git_commit": git_commit(),
-                                        "device": f"{device.type}: {name}", "world_size": world,
-                                        "n_layers": n_layers})
+    return {"versions": versions, "git_commit": git_commit(), "device": f"{device.type}: {name}", "world_size": world,
+            "threads": torch.get_num_threads(), "host": socket.gethostname()}
 
 
-def clear_results(folder: Path) -> bool:
-    """Removes an earlier run's results, so that they do not mix with the new run's. Returns whether there were any."""
-    old = [path for path in (*map(folder.joinpath, RESULTS), *checkpoints(folder).values()) if path.exists()]
-    for path in old:
-        path.unlink()
-    return bool(old)
+def write_config(folder: Path, flags: dict, device: torch.device, world: int, n_layers: int,
+                 resumed_at: dict | None) -> None:
+    """Writes config.json at a run's start, and adds to it where and with what a run is resumed.
 
-
-def append_log(folder: Path, entry: dict) -> None:
-    """Adds an epoch's line to log.txt; replaces lines of this and later epochs, which an interrupted run left."""
-    path = folder / "log.txt"
-    earlier = [line for line in read_json_lines(path) if line["epoch"] < entry["epoch"]] if path.is_file() else []
-    write_json_lines(path, [*earlier, entry])
+    n_layers: LLaMA's, needed to recompute the dropout schedule. resumed_at: epoch and step.
+    """
+    path, now = folder / "config.json", environment(device, world)
+    if resumed_at and path.is_file():
+        config = read_json(path)
+        write_json(path, {**config, "resumed": [*config.get("resumed", []), {**resumed_at, **now}]})
+    else:
+        write_json(path, {"flags": flags, **now, "n_layers": n_layers})
 
 
 @contextmanager
@@ -79,6 +96,8 @@ def user_error_if_malformed(path: Path) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is broken ({type(error).__name__}: {error}): train or evaluate again") from error
 
+
+# --- Folders ---
 
 def run_folders(paths: list[str]) -> list[Path]:
     """The given run folders, and the runs directly inside given folders that are no runs; without repeats."""
@@ -95,3 +114,51 @@ def run_folders(paths: list[str]) -> list[Path]:
 
 def is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in RUN_FILES)
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keeps other processes out of a folder that results are written to, and fails early where it cannot be written.
+
+    Raises UserError, which names the process that holds the folder. The operating system ends the lock of a process
+    that is killed. On rank 0 only.
+    """
+    if not is_main_process():
+        yield
+        return
+    folder = Path(folder)
+    try:
+        is_new = not folder.exists()
+        lock = lock_folder(folder)
+        remove_parts(folder)
+    except OSError as error:
+        raise UserError(f"cannot write to --output_dir {folder} ({error.strerror}): name another folder") from error
+    try:
+        yield
+    finally:
+        (folder / OWNER).unlink(missing_ok=True)
+        lock.release()
+        if is_new and {path.name for path in folder.iterdir()} <= {LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+
+
+def lock_folder(folder: Path) -> filelock.BaseFileLock:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        owner = json.loads((folder / OWNER).read_text()) if (folder / OWNER).is_file() else {}
+        raise UserError(f"{folder} is in use by process {owner.get('process_id', '?')} on {owner.get('host', '?')}: "
+                        "wait for it, or name another --output_dir") from error
+    except NotImplementedError:
+        print_rank0(f"{folder} is on a file system without locks: start nothing else in it")
+    write_json(folder / OWNER, {"host": socket.gethostname(), "process_id": os.getpid()})
+    return lock
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what processes that were killed had begun to write."""
+    for path in folder.glob(f".*{PART}"):
+        path.unlink(missing_ok=True)

@@ -1,6 +1,10 @@
 """Loads the model of a training run, for evaluation, chat and export."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from lavin.fast.speed_up import speed_up
 from lavin.kernels.fp8 import check_fp8
@@ -17,6 +21,18 @@ from util.flags import check_shared, inherit
 from util.runs import last_checkpoint
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What is known before the base model is loaded. path: of the checkpoint; None: the untuned base, with `tensors` of
+    no adapters."""
+
+    path: Path | None
+    tensors: dict[str, Any]
+    adapter: AdapterConfig
+    device: torch.device
+    dtype: torch.dtype
+
+
 def check_adapter_flags(args, trained: dict) -> None:
     """Raises UserError where a flag contradicts the adapter configuration of the checkpoint."""
     for name, value in trained.items():
@@ -26,27 +42,13 @@ def check_adapter_flags(args, trained: dict) -> None:
                             "leave the flag out")
 
 
-def results_folder(args) -> Path:
-    """--output_dir, or the run's folder. Raises UserError where neither it nor --adapter_path is given."""
-    if args.output_dir:
-        return Path(args.output_dir)
-    if not args.adapter_path:
-        raise UserError("without --adapter_path the untuned base is scored: name a folder for its results with "
-                        "--output_dir")
-    path = Path(args.adapter_path)
-    return path if path.is_dir() else path.parent
-
-
-def load_model(args, fast: bool = True) -> tuple[LaVIN, Tokenizer, Path | None]:
-    """The model with the adapters of --adapter_path (fresh ones without it), its tokenizer, and the checkpoint's path.
-
-    Sets flags that were left out to the checkpoint's values. fast: apply `speed_up`; without it, parameters keep their
-    names in the base model.
-    """
+def read_trained(args) -> Trained:
+    """Reads the checkpoint of --adapter_path and checks the flags, which is fast; sets flags that were left out to the
+    checkpoint's values."""
     if args.llama_model_path and args.llm_model:
         require_base(args.llama_model_path, args.llm_model, args.tokenizer_path)
     path = last_checkpoint(args.adapter_path) if args.adapter_path else None
-    checkpoint = read_adapters(path) if path else {}
+    checkpoint = read_adapters(path) if path else {"model": {}}
     adapter = checkpoint.get("adapter_config", {})
     check_adapter_flags(args, adapter)
     inherit(args, checkpoint.get("flags", {}))
@@ -58,9 +60,19 @@ def load_model(args, fast: bool = True) -> tuple[LaVIN, Tokenizer, Path | None]:
         check_fp8(device, dtype)
     adapter = adapter or {name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__
                           if hasattr(args, name)}
-    model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, AdapterConfig(**adapter),
-                                 device, dtype, tokenizer_path=args.tokenizer_path, use_vicuna=args.use_vicuna,
-                                 bits=args.bits)
-    if path:
-        load_adapters(model, checkpoint["model"], str(path))
-    return (speed_up(model, args.bits) if fast else model).eval(), tokenizer, path
+    return Trained(path, checkpoint["model"], AdapterConfig(**adapter), device, dtype)
+
+
+def load_model(args, trained: Trained | None = None, fast: bool = True) -> tuple[LaVIN, Tokenizer, Path | None]:
+    """The model with the adapters of --adapter_path (fresh ones without it), its tokenizer, and the checkpoint's path.
+
+    trained: of `read_trained(args)`, where it was called before. fast: apply `speed_up`; without it, parameters keep
+    their names in the base model.
+    """
+    trained = trained or read_trained(args)
+    model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, trained.adapter,
+                                 trained.device, trained.dtype, tokenizer_path=args.tokenizer_path,
+                                 use_vicuna=args.use_vicuna, bits=args.bits)
+    if trained.path:
+        load_adapters(model, trained.tensors, str(trained.path))
+    return (speed_up(model, args.bits) if fast else model).eval(), tokenizer, trained.path

@@ -6,7 +6,7 @@ from itertools import islice
 
 import torch
 
-from lavin.generation.sampling import sampler
+from lavin.generation.sampling import NOT_FINITE, refuse_not_finite, sampler
 from lavin.generation.session import MAX_CAPTURED_TOKENS, PREFILL_BUCKET, WARMUP_STEPS, Session
 from lavin.model import LaVIN
 from lavin.tokenizer import IMAGE_SLOT, Example, Tokenizer
@@ -42,7 +42,7 @@ def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
             ids = choose(logits)
             yield ids
             if i + 1 < max_new_tokens:
-                logits = session.step(ids)
+                logits = session.step(ids.clamp_min(0))  # NOT_FINITE, of a sequence that is complete, is no token
 
 
 def warmup(model: LaVIN, max_tokens: int) -> None:
@@ -66,15 +66,19 @@ def warmup(model: LaVIN, max_tokens: int) -> None:
 def generate(model: LaVIN, tokenizer: Tokenizer, examples: list[Example], max_new_tokens: int,
              is_complete: Callable[[str], bool] = lambda text: False, temperature: float = 0.0, top_p: float = 1.0,
              seeds: list[int] | None = None) -> list[str]:
-    """Continues each example up to EOS, a text that `is_complete`, or max_new_tokens. Returns the new texts."""
+    """Continues each example up to EOS, a text that `is_complete`, or max_new_tokens. Returns the new texts.
+
+    Raises NotFinite, a UserError, for an unfinished sequence with logits that are not finite.
+    """
     model.eval()
     written: list[list[int]] = [[] for _ in examples]
     texts = [""] * len(examples)
     unfinished = set(range(len(examples)))
     for ids in decode(model, examples, max_new_tokens, sampler(temperature, top_p, seeds or [0] * len(examples))):
-        for i, token in enumerate(ids.tolist()):
-            if i not in unfinished:
-                continue
+        tokens = ids.tolist()
+        refuse_not_finite(i for i in unfinished if tokens[i] == NOT_FINITE)
+        for i in sorted(unfinished):
+            token = tokens[i]
             if token != tokenizer.eos_id:
                 written[i].append(token)
                 texts[i] = tokenizer.decode(written[i])
@@ -96,6 +100,7 @@ def stream(model: LaVIN, tokenizer: Tokenizer, example: Example, max_new_tokens:
     written = []
     for ids in decode(model, [example], max_new_tokens, sampler(temperature, top_p, [seed])):
         token = ids.item()
+        refuse_not_finite([0] * (token == NOT_FINITE))
         if token == tokenizer.eos_id:
             return
         written.append(token)

@@ -1,10 +1,12 @@
 """Multiple-choice answers without generation: log-probabilities of the options from one prefill."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from lavin.generation.generate import session_for
+from lavin.generation.sampling import refuse_not_finite
 from lavin.model import LaVIN
 from lavin.runtime.device import copy_to_host
 from lavin.runtime.errors import UserError
@@ -30,7 +32,8 @@ def option_example(tokenizer: Tokenizer, prompt: str, options: list[str], **layo
 
 @torch.no_grad()
 def score_options(model: LaVIN, batches: Iterable[list[OptionExample]]) -> Iterator[list[list[float]]]:
-    """Log-probabilities of each question's options, batch by batch.
+    """Log-probabilities of each question's options, batch by batch. Raises NotFinite, a UserError, for logits that are
+    not finite.
 
     The next batch is launched before the scores of the last one are read, so that the GPU never waits for the host.
     """
@@ -48,4 +51,6 @@ def score_options(model: LaVIN, batches: Iterable[list[OptionExample]]) -> Itera
 
 
 def read_scores(logits: Callable[[], torch.Tensor], questions: list[OptionExample]) -> list[list[float]]:
-    return [row[tokens].log_softmax(-1).tolist() for row, (_, tokens) in zip(logits(), questions, strict=True)]
+    scores = [row[tokens].log_softmax(-1).tolist() for row, (_, tokens) in zip(logits(), questions, strict=True)]
+    refuse_not_finite(i for i, of_options in enumerate(scores) if math.isnan(of_options[0]))  # one makes all NaN
+    return scores

@@ -1,29 +1,53 @@
-"""The choice of the next token: greedy or nucleus sampling."""
+"""The choice of the next token: greedy or nucleus sampling. Logits that are not finite give no token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+
+from lavin.runtime.errors import UserError
+
+NOT_FINITE = -1  # in place of a token id: read with the ids, so that the check costs no wait for the GPU
+
+
+class NotFinite(UserError):
+    """indices: of the sequences whose logits hold a NaN or an infinity that a choice would depend on."""
+
+    def __init__(self, indices: list[int], whose: str = ""):
+        super().__init__(f"the model gives NaN{whose}: the weights or the adapters are broken")
+        self.indices = indices
+
+
+def refuse_not_finite(indices: Iterable[int]) -> None:
+    found = list(indices)
+    if found:
+        raise NotFinite(found)
 
 
 def sampler(temperature: float, top_p: float, seeds: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function logits [B, V] -> ids [B]. Greedy at temperature 0, else nucleus sampling (Holtzman et al. 2020,
-    arXiv 1904.09751).
+    arXiv 1904.09751). The id is NOT_FINITE where a row has a NaN or an infinity, or nothing but -inf.
 
     seeds: one for each sequence, which draws from its own generator, so that it does not depend on the rest of the
     batch.
     """
     if temperature == 0:
-        return lambda logits: logits.argmax(-1)
+        return greedy
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def sample(logits):
-        probabilities = (logits / temperature).softmax(-1)
+        # the maximum is subtracted first, so that a small temperature, if float32 has it, cannot overflow
+        probabilities = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)
         ordered, order = probabilities.sort(dim=-1, descending=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0)
         # Sampled in vocabulary order: rounding may swap two tokens of almost equal probability in sorted order.
         nucleus = torch.zeros_like(probabilities).scatter(-1, order, ordered).cpu()
-        ids = [torch.multinomial(row, 1, generator=generator)
+        ids = [torch.tensor([NOT_FINITE]) if row.isnan().any() else torch.multinomial(row, 1, generator=generator)
                for row, generator in zip(nucleus, generators, strict=True)]
         return torch.cat(ids).to(logits.device)
 
     return sample
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    ids = logits.argmax(-1, keepdim=True)  # of a NaN, where there is one
+    return ids.masked_fill(~logits.gather(-1, ids).isfinite(), NOT_FINITE)[:, 0]

@@ -15,8 +15,10 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise UserError(f"--device {name}: choose cuda or cpu") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
     if device.type != "cuda":
-        return device
+        raise UserError(f"--device {name}: choose cuda or cpu")
     if not torch.cuda.is_available():
         raise UserError(f"--device {name}: no GPU is visible here; leave the flag out to run on the CPU")
     if device.index is None:

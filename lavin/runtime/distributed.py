@@ -5,14 +5,18 @@ get the same samples and hold the same adapters, so that together they are one d
 """
 
 import os
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lavin.runtime.errors import UserError
+from lavin.runtime import heartbeat, signals
+from lavin.runtime.errors import UserError, first_line
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 model_parallel_size = 1  # ranks that share one model; set by `init`
 
@@ -24,24 +28,56 @@ def init(parallel_size: int = 1) -> tuple[int, int, int]:
     processes is not a multiple of it.
     """
     global model_parallel_size
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, local_rank = launched_as()
     if parallel_size < 1 or world % parallel_size:
         raise UserError(f"--model_parallel_size {parallel_size} does not divide the number of processes, "
                         f"{world}: start others with torchrun --nproc_per_node")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+        heartbeat.start(rank, world)
     if parallel_size > 1 and model_parallel_size == 1:
         # imported here, since few runs need fairscale
         from fairscale.nn.model_parallel.initialize import initialize_model_parallel
         with open(os.devnull, "w") as devnull, redirect_stdout(devnull):  # it prints all group sizes
             initialize_model_parallel(parallel_size)
         model_parallel_size = parallel_size
-    return rank // model_parallel_size, world // model_parallel_size, int(os.environ.get("LOCAL_RANK", 0))
+    return rank // model_parallel_size, world // model_parallel_size, local_rank
+
+
+def launched_as() -> tuple[int, int, int]:
+    """Rank, world size and local rank. Raises UserError where the launcher's variables are incomplete: a RANK that was
+    left in the environment would make this process wait for others, or write nothing."""
+    rank, world, local_rank = (os.environ.get(name) for name in LAUNCHER_VARIABLES[:3])
+    if rank is world is local_rank is None:
+        return 0, 1, 0
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    try:
+        ranks = int(rank or 0), int(world or 1), int(local_rank or 0)
+    except ValueError:
+        missing = ["whole numbers"]
+    if missing or not 0 <= ranks[2] <= ranks[0] < ranks[1]:
+        found = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCHER_VARIABLES[:3] if name in os.environ)
+        raise UserError(f"the environment has {found}" + (f" without {', '.join(missing)}" if missing else "")
+                        + ": unset RANK WORLD_SIZE LOCAL_RANK, or start with torchrun")
+    return ranks
 
 
 def close() -> None:
+    heartbeat.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def lost_contact() -> Iterator[None]:
+    """Names what it means for the user where a message between the processes fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        if signals.requested:  # torchrun has stopped the other processes too
+            raise signals.Stopped(f"stopped by {signals.requested}") from error
+        raise UserError(f"lost contact with another process ({first_line(error)}): the log names the one that failed "
+                        "first, or torchrun's last lines do") from error
 
 
 def all_gather_object(value: Any) -> list:
@@ -49,8 +85,18 @@ def all_gather_object(value: Any) -> list:
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    with lost_contact():
+        dist.all_gather_object(values, value)
     return values
+
+
+def from_rank_0(make) -> Any:
+    """`make()`, called on rank 0 only, on every rank."""
+    value = [make() if int(os.environ.get("RANK", 0)) == 0 else None]
+    if dist.is_initialized():
+        with lost_contact():
+            dist.broadcast_object_list(value, src=0)
+    return value[0]
 
 
 def gather_data_parallel(value: Any) -> list:
@@ -63,19 +109,20 @@ def all_min(number: float) -> float:
     return number if model_parallel_size == 1 else min(all_gather_object(number))
 
 
-def all_reduce_gradients(parameters: list[torch.nn.Parameter], number: torch.Tensor) -> torch.Tensor:
-    """Sums gradients, in place, and one number over all data-parallel ranks in one message. Returns the number's sum.
+def all_reduce_gradients(parameters: list[torch.nn.Parameter], numbers: torch.Tensor) -> torch.Tensor:
+    """Sums gradients, in place, and some numbers [n] over all data-parallel ranks in one message. Returns the sums [n].
 
     A parameter without a gradient (the ViT's adapters, in a step without images) gets a gradient of zeros.
     """
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients] + [number[None]])
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [numbers])
     if dist.is_initialized():
-        dist.all_reduce(flat)
+        with lost_contact():
+            dist.all_reduce(flat)
         # Ranks that share a model contribute the same gradients. All of them take part, so that they receive identical
         # bits, and the sum is divided by their number.
         flat /= model_parallel_size
-    *gradients, number = flat.split([p.numel() for p in parameters] + [1])
+    *gradients, numbers = flat.split([p.numel() for p in parameters] + [len(numbers)])
     for p, gradient in zip(parameters, gradients, strict=True):
         p.grad = gradient.view_as(p)
-    return number[0]
+    return numbers

@@ -1,16 +1,33 @@
 """Errors that a user can fix: one line that names the file or the flag and says what to do, without a traceback."""
 
+import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from tqdm import tqdm
+
+from lavin.runtime import signals
+from lavin.runtime.signals import UNFINISHED, Stopped
+
+# what torch's RuntimeErrors say when the host's memory, or a disk or pipe that it writes to, has no space left
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
 
 
 class UserError(Exception):
     """A mistake in files or flags. The message is all that the user sees."""
+
+    exit_status = 1
+
+
+class UsageError(UserError):
+    """A mistake on the command line."""
+
+    exit_status = 2
 
 
 def first_line(error: Exception) -> str:
@@ -18,17 +35,65 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def describe(error: BaseException) -> str | None:
+    """The line for an error that a user, a full disk, memory or the network can cause; None for a bug."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (f"not enough GPU memory ({str(error).split('. ')[0]}): train with --gradient_checkpointing or fewer "
+                "--bits, answer with a lower --max_batch_size")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
+                                          and any(words in str(error) for words in OUT_OF_MEMORY)):
+        return "not enough memory on this machine: take a smaller batch or model, or free some"
+    if isinstance(error, BrokenPipeError):
+        return "the program that read the output has ended"
+    if isinstance(error, OSError):
+        reason = error.strerror or first_line(error)
+        return f"{error.filename}: {reason}" if error.filename is not None else reason
+    return str(error) if isinstance(error, UserError) else None
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a UserError, or GPU memory running out, into one line on stderr and exit status 1."""
+    """Turns errors that a user can fix, and stop signals, into one line on stderr and an exit status."""
+    signals.install()
     try:
         yield
+        sys.stdout.flush()  # fails here, and not after the program's end, where the disk is full or the pipe closed
         return
-    except UserError as error:
-        message = str(error)
-    except torch.OutOfMemoryError as error:
-        message = (f"not enough GPU memory ({str(error).split('. ')[0]}): train with --gradient_checkpointing or fewer "
-                   "--bits, answer with a lower --max_batch_size")
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(3)  # rank 0 reports the same error first; torchrun then stops the other ranks
-    sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")
+    except (Stopped, KeyboardInterrupt) as stopped:
+        end(f"{stopped}", UNFINISHED)
+    except Exception as error:
+        message = describe(error)
+        if message is None:
+            raise
+        end(f"error: {message}", getattr(error, "exit_status", 1))
+
+
+def end(message: str, status: int) -> None:
+    """Ends the process with its line. The other processes of rank 0 end later, so that torchrun stops them first."""
+    is_rank_0 = os.environ.get("RANK", "0") == "0"
+    signals.finish(signal.SIG_IGN if is_rank_0 else signal.SIG_DFL)
+    message = f"{os.path.basename(sys.argv[0])}: {message}"
+    report_to_torchrun(message)
+    if not is_rank_0:
+        if status == UNFINISHED:
+            os._exit(status)
+        time.sleep(3)
+    silence_broken_stdout()
+    tqdm.write(message, file=sys.stderr)  # clears progress bars first
+    sys.exit(status)
+
+
+def report_to_torchrun(message: str) -> None:
+    """torchrun's summary, the last lines of a failed job's log, quotes the message of the process that failed first."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": message}, file)
+
+
+def silence_broken_stdout() -> None:
+    """Python writes what is left in stdout's buffer at its end, and would fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

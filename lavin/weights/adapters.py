@@ -1,19 +1,75 @@
 """Adapter checkpoints, saved and loaded under the parameter names of the published checkpoints."""
 
 import dataclasses
+import io
 import re
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, Field
+from typing_extensions import NotRequired, TypedDict
 
 from lavin.model import LaVIN
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import atomic_write
-from lavin.weights.tensor_files import check_names, check_shape, read_torch
+from lavin.runtime.schema import Positive, declared, strictly_declared, validate
+from lavin.weights.meta import Width
+from lavin.weights.tensor_files import check_names, check_shape, is_weight, read_torch
 
 # our part of a parameter's name -> the published one
 PUBLISHED_PREFIXES = {"llama.layers.": "layers.", "vision.vit.blocks.": "backbone.visual.transformer.resblocks."}
 PUBLISHED_NORM_ADAPTERS = {"norm1.adapter": "adapter_attn", "norm2.adapter": "adapter_mlp"}
+HINT = "name another checkpoint, or train again"
+
+
+def is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.float().isfinite().all():
+        raise ValueError("holds numbers that are not finite, so its training diverged")
+    return tensor
+
+
+AdapterTensors = dict[str, Annotated[Any, AfterValidator(is_weight), AfterValidator(is_finite)]]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+@strictly_declared
+class AdapterSettings(TypedDict, total=False):
+    """AdapterConfig's fields; a checkpoint from before a field existed leaves it out."""
+
+    adapter_type: Literal["attn", "block"]
+    visual_adapter_type: Literal["normal", "router", "router_block"]
+    adapter_dim: Width
+    adapter_scale: float
+    temperature: Positive
+    hidden_proj: Width
+    n_prompt: Width
+    dropout_prob: Probability
+    dropout_var: Positive
+    dropout_lim: Probability
+
+
+@declared
+class OptimizerState(TypedDict):
+    state: dict[int, Any]
+    param_groups: list[dict[str, Any]]
+
+
+@declared
+class Checkpoint(TypedDict):
+    """What train.py saves."""
+
+    model: AdapterTensors
+    adapter_config: AdapterSettings
+    epoch: NotRequired[Annotated[int, Field(ge=0)]]
+    flags: NotRequired[dict[str, Any]]
+    optimizer: NotRequired[OptimizerState]
+    scaler: NotRequired[dict[str, Any]]
+
+
+@declared
+class PublishedCheckpoint(TypedDict):
+    model: AdapterTensors
 
 
 def published_name(name: str) -> str:
@@ -30,21 +86,37 @@ def adapter_parameters(model: LaVIN) -> dict[str, torch.nn.Parameter]:
     return {published_name(name): p for name, p in model.named_parameters() if "adapter" in name}
 
 
-def save_adapters(model: LaVIN, path: Path, **extra) -> None:
-    """Writes `{"model": ..., "adapter_config": ..., **extra}`. extra: plain values and tensors."""
+def pack_adapters(model: LaVIN, **extra) -> bytes:
+    """A checkpoint file's content, `{"model": ..., "adapter_config": ..., **extra}`. Equal states give equal bytes.
+
+    extra: plain values and tensors. Raises UserError where adapters are not finite: they are of no use.
+    """
     tensors = {name: p.detach().cpu().clone() for name, p in adapter_parameters(model).items()}
+    not_finite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if not_finite:
+        raise UserError(f"training diverged: {not_finite[0]} is not finite, so nothing is saved: take a lower learning "
+                        "rate or --clip_grad")
+    buffer = io.BytesIO()  # torch would write the name of a file into it
+    torch.save({"model": tensors, "adapter_config": dataclasses.asdict(model.adapter), **extra}, buffer)
+    return buffer.getvalue()
+
+
+def save_adapters(model: LaVIN, path: Path, **extra) -> None:
     with atomic_write(path) as tmp_path:
-        torch.save({"model": tensors, "adapter_config": dataclasses.asdict(model.adapter), **extra}, tmp_path)
+        tmp_path.write_bytes(pack_adapters(model, **extra))
 
 
-def read_adapters(path: Path) -> dict:
+def read_adapters(path: Path) -> dict[str, Any]:
     """Reads a checkpoint of ours, or a published one: no `adapter_config`, names possibly prefixed with `module.`."""
-    checkpoint = read_torch(path)
-    if not isinstance(checkpoint.get("model"), dict):
+    content = read_torch(path)
+    if not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is no adapter checkpoint (it has no entry 'model'): name a checkpoint-*.pth of a run")
+    if "adapter_config" in content:
+        checkpoint: Any = validate(content, Checkpoint, str(path), HINT)
+    else:  # the other entries of a published checkpoint, optimizer state and flags, are of no use here
+        checkpoint = validate({"model": content["model"]}, PublishedCheckpoint, str(path), HINT)
     checkpoint["model"] = {name.removeprefix("module."): tensor for name, tensor in checkpoint["model"].items()}
-    # the other entries of a published checkpoint are the published code's optimizer state and flags: of no use here
-    return checkpoint if "adapter_config" in checkpoint else {"model": checkpoint["model"]}
+    return checkpoint
 
 
 def load_adapters(model: LaVIN, tensors: dict[str, torch.Tensor], source: str) -> None:

@@ -30,6 +30,9 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
     """
     tokenizer = Tokenizer(tokenizer_path or find_tokenizer(llama_model_path, llm_model))
     base = open_base(base_folder(llama_model_path, llm_model), tokenizer.n_words, use_vicuna)
+    if tokenizer.n_words > base.config.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.n_words} pieces, but {base.source} only "
+                        f"{base.config.vocab_size}: it belongs to another model")
     vit, vit_tensors = open_vit(vision_model)
     try:
         with torch.device("meta"):
@@ -48,9 +51,6 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
         quantize_model(model, bits)
     load_frozen(model.llama, llama_parameters, tensors, base.source, device, dtype)
     load_frozen(model.vision.vit, vit_parameters, vit_tensors, f"--vision_model {vision_model}", device, dtype)
-    if tokenizer.n_words > base.config.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.n_words} pieces, but {base.source} only "
-                        f"{base.config.vocab_size}: it belongs to another model")
     return model.to(device), tokenizer
 
 

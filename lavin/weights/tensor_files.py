@@ -8,17 +8,40 @@ import re
 import zipfile
 from collections.abc import Set
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from typing_extensions import TypedDict
 
 from lavin.runtime.errors import UserError, first_line
-from lavin.runtime.files import read_json
+from lavin.runtime.schema import PlainName, declared, read_validated, shown, validate
 
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or `NAME.index.json`, the index of a sharded checkpoint
 # suffixes of buffers that some checkpoints store; this code computes them from the configuration
 COMPUTED_BUFFERS = ("rope.freqs", "rotary_emb.inv_freq")
+INTEGER_BUFFERS = ("position_ids",)  # the same, of CLIP
+WRAPPERS = ("state_dict", "model")  # entries in which training programs store the weights
+
+
+def is_weight(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"is no tensor but {shown(value)}")
+    if not value.is_floating_point() or value.layout != torch.strided:
+        raise ValueError(f"is a tensor of {value.dtype}, {value.layout}, not of dense floating-point numbers")
+    return value
+
+
+Weights = dict[str, Annotated[Any, AfterValidator(is_weight)]]
+
+
+@declared
+class Index(TypedDict):
+    """NAME.index.json: the file that holds each tensor."""
+
+    weight_map: Annotated[dict[str, PlainName], Field(min_length=1)]
 
 
 def read_torch(path: Path) -> dict:
@@ -49,7 +72,12 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    """Name -> tensor of floating-point numbers; buffers of integers are left out."""
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    for wrapper in WRAPPERS:
+        content = content[wrapper] if isinstance(content.get(wrapper), dict) else content
+    return validate({name: tensor for name, tensor in content.items() if not str(name).endswith(INTEGER_BUFFERS)},
+                    Weights, str(path))
 
 
 def hf_weight_files(folder: Path) -> list[Path]:
@@ -64,9 +92,7 @@ def hf_weight_files(folder: Path) -> list[Path]:
 
 
 def indexed_files(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index} has no entry 'weight_map': fetch or copy it again")
+    weight_map = read_validated(index, Index)["weight_map"]
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.is_file():

@@ -7,14 +7,18 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
+from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.errors import UserError, first_line
-from lavin.runtime.files import read_json
+from lavin.runtime.schema import NonBlankText, Size, Text, declared, read_validated, validate
 from lavin.timm_compat import timm  # before the imports from timm, which it makes possible
+from lavin.weights.meta import Layers, Width
 from lavin.weights.tensor_files import read_hf_folder, read_tensors
 
 OpenedViT = tuple[nn.Module, Mapping[str, torch.Tensor]]  # model on meta, tensors under its names
@@ -29,9 +33,37 @@ HF_CLIP_NAMES = {"embeddings.patch_embedding": "patch_embed.proj", "embeddings.c
                  "embeddings.position_embedding.weight": "pos_embed", "pre_layrnorm": "norm_pre",
                  "post_layernorm": "norm", "encoder.layers": "blocks", "layer_norm1": "norm1", "layer_norm2": "norm2",
                  "self_attn.out_proj": "attn.proj"}
-# tensors whose shapes determine the sizes of the ViT
-HF_CLIP_SIZES = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",
-                 "encoder.layers.0.mlp.fc1.weight")
+# tensors whose shapes determine the sizes of the ViT, with their numbers of dimensions
+HF_CLIP_SIZES = {"embeddings.patch_embedding.weight": 4, "embeddings.position_embedding.weight": 2,
+                 "encoder.layers.0.mlp.fc1.weight": 2}
+TIMM_CLIP_SIZES = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
+OPENAI_SIZES = {"visual.conv1.weight": 4, "visual.positional_embedding": 2,
+                "visual.transformer.resblocks.0.mlp.c_fc.weight": 2}
+RESAMPLED = ("pos_embed", "patch_embed.proj.weight")  # timm would resample them to other image and patch sizes
+
+
+@declared
+class ModelArgs(TypedDict, total=False):
+    """Arguments of a timm model; those that set the size of a ViT have bounds, so that a wrong one ends early."""
+
+    patch_size: Annotated[int, Field(ge=1, le=1024)]
+    embed_dim: Width
+    depth: Layers
+    num_heads: Width
+
+
+@declared
+class TimmConfig(TypedDict):
+    architecture: NonBlankText
+    model_args: NotRequired[ModelArgs]
+    pretrained_cfg: NotRequired[dict[str, Any]]
+
+
+@declared
+class ClipVisionConfig(TypedDict, total=False):
+    num_attention_heads: Width
+    hidden_act: Text
+    image_size: Size
 
 
 def open_vit(vision_model: str) -> OpenedViT:
@@ -54,9 +86,16 @@ def open_vit(vision_model: str) -> OpenedViT:
             vit, tensors = open_timm_hub(vision_model)
     except UserError as error:
         raise UserError(f"--vision_model {vision_model}: {error}") from error
-    if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
-        raise UserError(f"--vision_model {vision_model} is no ViT with a class token: name another")
     return vit, tensors
+
+
+def check_vit(vit: nn.Module) -> None:
+    """Raises UserError for models without what lavin.vision needs."""
+    if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
+        raise UserError("it is no ViT with a class token: name another")
+    size, channels = vit.patch_embed.img_size, vit.patch_embed.proj.in_channels
+    if size is None or size[0] != size[1] or channels != 3:
+        raise UserError(f"its images are of size {size} and {channels} channels, not square and RGB: name another")
 
 
 def without_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -65,10 +104,20 @@ def without_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def open_folder(folder: Path) -> OpenedViT:
-    config = read_json(folder / "config.json")
+    path = folder / "config.json"
+    config = read_validated(path, dict[str, Any])
     if str(config.get("model_type", "")).startswith("clip"):
-        return open_hf_clip(folder, config.get("vision_config", config))
+        return open_hf_clip(folder, validate(config.get("vision_config", config), ClipVisionConfig, str(path)))
     return open_timm_folder(folder, read_hf_folder(folder))
+
+
+def create_on_meta(name: str, source: str, **kwargs) -> nn.Module:
+    """source: names, in the error message, what the arguments were read from."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, num_classes=0, **kwargs)
+    except Exception as error:  # timm raises many types of exception: unknown architecture, sizes that do not fit
+        raise UserError(f"{source} not describe a timm model ({first_line(error)}): fetch or copy it again") from error
 
 
 # --- timm ---
@@ -79,19 +128,31 @@ def open_timm_hub(name: str) -> OpenedViT:
     except Exception as error:  # timm and its hub raise many types of exception: no network, no such model
         raise UserError(f"timm cannot fetch it ({first_line(error)}): correct the name, or, without a network, "
                         f"{DOWNLOAD_HINT}") from error
+    check_vit(vit)
     tensors = vit.state_dict()
     return vit.to("meta"), tensors
 
 
 def open_timm_folder(folder: Path, tensors: dict[str, torch.Tensor]) -> OpenedViT:
     """A folder with timm's config.json. tensors: the ViT's, already read."""
+    path = folder / "config.json"
+    read_validated(path, TimmConfig)
+    vit = create_on_meta(f"local-dir:{folder}", f"{path} does")
+    check_vit(vit)
+    parameters = vit.state_dict()
+    for name in RESAMPLED:
+        if name in tensors.keys() & parameters.keys() and tensors[name].shape != parameters[name].shape:
+            raise UserError(f"{path} asks for {name} of {list(parameters[name].shape)}, and the weights were trained "
+                            f"with {list(tensors[name].shape)}: correct its img_size and patch_size")
+    return vit, to_timm(tensors, vit)
+
+
+def to_timm(tensors: dict[str, torch.Tensor], vit: nn.Module) -> dict[str, torch.Tensor]:
+    """Under timm's names, from those of several programs."""
     try:
-        with torch.device("meta"):
-            vit = timm.create_model(f"local-dir:{folder}", num_classes=0)
-    except Exception as error:  # timm raises many types of exception: unknown architecture, unknown arguments
-        raise UserError(f"{folder / 'config.json'} does not describe a timm model ({first_line(error)}): "
-                        "fetch or copy it again") from error
-    return vit, without_head(checkpoint_filter_fn(tensors, vit))
+        return without_head(checkpoint_filter_fn(tensors, vit))
+    except Exception as error:  # timm guesses the program by a name, and then takes the others for granted
+        raise UserError(f"its weights are not of a ViT ({first_line(error)}): {DOWNLOAD_HINT}") from error
 
 
 def open_timm_file(path: Path) -> OpenedViT:
@@ -102,12 +163,19 @@ def open_timm_file(path: Path) -> OpenedViT:
     if "norm_pre.weight" not in tensors:
         raise UserError(f"without timm's config.json in the folder of {path.name} only CLIP's ViTs can be loaded: "
                         "copy it there")
-    vit = describe_clip(tensors["patch_embed.proj.weight"], tensors["pos_embed"].shape[1], depth_of(tensors, "blocks"),
-                        tensors["blocks.0.mlp.fc1.weight"])
-    return vit, without_head(tensors)
+    patch_embed, positions, fc1 = sizing_tensors(tensors, TIMM_CLIP_SIZES)
+    return describe_clip(patch_embed, positions.shape[1], depth_of(tensors, "blocks"), fc1), without_head(tensors)
 
 
 # --- CLIP ---
+
+def sizing_tensors(tensors: Mapping[str, torch.Tensor], n_dims: dict[str, int]) -> list[torch.Tensor]:
+    """The tensors that determine a CLIP's sizes. n_dims: their names, with their numbers of dimensions."""
+    for name, n in n_dims.items():
+        if name not in tensors or tensors[name].ndim != n or not tensors[name].numel():
+            raise UserError(f"its weights lack {name}, or it has not {n} dimensions, so it is no CLIP: {DOWNLOAD_HINT}")
+    return [tensors[name] for name in n_dims]
+
 
 def describe_clip(patch_embed: torch.Tensor, n_positions: int, depth: int, fc1: torch.Tensor, heads: int | None = None,
                   activation: str = "quick_gelu") -> nn.Module:
@@ -118,10 +186,12 @@ def describe_clip(patch_embed: torch.Tensor, n_positions: int, depth: int, fc1: 
     width, patch_size = patch_embed.shape[0], patch_embed.shape[-1]
     if activation not in CLIP:
         raise UserError(f"hidden_act {activation!r}; only {' and '.join(CLIP)} are supported")
-    with torch.device("meta"):
-        return timm.create_model(CLIP[activation], num_classes=0, img_size=patch_size * math.isqrt(n_positions - 1),
-                                 patch_size=patch_size, embed_dim=width, depth=depth, mlp_ratio=fc1.shape[0] / width,
-                                 num_heads=heads or width // OPENAI_HEAD_DIM)
+    patches_per_side = math.isqrt(n_positions - 1)
+    if patches_per_side ** 2 != n_positions - 1:
+        raise UserError(f"its {n_positions} position embeddings are not a class token and a square: {DOWNLOAD_HINT}")
+    return create_on_meta(CLIP[activation], "its weights do", img_size=patch_size * patches_per_side,
+                          patch_size=patch_size, embed_dim=width, depth=depth, mlp_ratio=fc1.shape[0] / width,
+                          num_heads=heads or width // OPENAI_HEAD_DIM)
 
 
 def depth_of(tensors: Mapping[str, torch.Tensor], blocks: str) -> int:
@@ -145,10 +215,9 @@ def open_openai(path: Path) -> OpenedViT:
     tensors = read_torchscript(path)
     if "visual.class_embedding" not in tensors:
         raise UserError(f"it holds no CLIP with a ViT: {DOWNLOAD_HINT}")
-    vit = describe_clip(tensors["visual.conv1.weight"], len(tensors["visual.positional_embedding"]),
-                        depth_of(tensors, "visual.transformer.resblocks"),
-                        tensors["visual.transformer.resblocks.0.mlp.c_fc.weight"])
-    return vit, without_head(checkpoint_filter_fn(tensors, vit))
+    patch_embed, positions, fc1 = sizing_tensors(tensors, OPENAI_SIZES)
+    vit = describe_clip(patch_embed, len(positions), depth_of(tensors, "visual.transformer.resblocks"), fc1)
+    return vit, to_timm(tensors, vit)
 
 
 class HuggingFaceClip(Mapping):
@@ -159,7 +228,7 @@ class HuggingFaceClip(Mapping):
                       if not re.search(r"position_ids$|\.[qkv]_proj\.", name)}
         for name in tensors:
             qkv_names = [name.replace(".q_proj.", f".{x}_proj.") for x in "qkv"]
-            if ".q_proj." in name and tensors.keys() >= set(qkv_names):
+            if ".q_proj." in name and len({tensors[n].shape if n in tensors else None for n in qkv_names}) == 1:
                 self.parts[self.to_timm_name(name)] = [tensors[qkv_name] for qkv_name in qkv_names]
 
     @staticmethod
@@ -179,16 +248,16 @@ class HuggingFaceClip(Mapping):
         return {"cls_token": tensor.view(1, 1, -1), "pos_embed": tensor[None]}.get(name, tensor)
 
 
-def open_hf_clip(folder: Path, config: dict) -> OpenedViT:
+def open_hf_clip(folder: Path, config: ClipVisionConfig) -> OpenedViT:
     """config: of the vision tower; entries that are left out have transformers' defaults."""
     tensors = read_hf_folder(folder)
     if any(name.startswith("vision_model.") for name in tensors):
         tensors = {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()
                    if name.startswith("vision_model.")}
-    missing = [name for name in HF_CLIP_SIZES if name not in tensors]
-    if missing:
-        raise UserError(f"its weights lack {missing[0]}, so it is no CLIP: {DOWNLOAD_HINT}")
-    patch_embed, positions, fc1 = (tensors[name] for name in HF_CLIP_SIZES)
+    patch_embed, positions, fc1 = sizing_tensors(tensors, HF_CLIP_SIZES)
     vit = describe_clip(patch_embed, len(positions), depth_of(tensors, "encoder.layers"), fc1,
                         config.get("num_attention_heads", 12), config.get("hidden_act", "quick_gelu"))
+    if config.get("image_size", vit.patch_embed.img_size[0]) != vit.patch_embed.img_size[0]:
+        raise UserError(f"{folder / 'config.json'}: image_size {config['image_size']}, but the weights have "
+                        f"{vit.patch_embed.img_size[0]}: fetch or copy both again")
     return vit, HuggingFaceClip(tensors)

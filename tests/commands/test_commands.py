@@ -76,8 +76,8 @@ def run_copy(finished, tmp_path):
 
 def test_files_of_a_run(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
-        "checkpoint-0.pth", "checkpoint-1.pth", "config.json", "generations.jsonl", "log.txt", "preds.json",
-        "scores.json"]  # no temporary files
+        ".lock", "checkpoint-0.pth", "checkpoint-1.pth", "config.json", "generations.jsonl", "log.txt", "metrics.jsonl",
+        "preds.json", "recipe.json", "scores.json"]  # no temporary files
 
 
 def test_config_holds_every_flag_and_the_versions(finished):
@@ -205,8 +205,9 @@ def test_captions(base, scienceqa, tmp_path, monkeypatch):
 
 
 def test_new_run_replaces_the_old_results(base, scienceqa, run_copy):
-    run_train(base, scienceqa, run_copy, "--epochs", "1", "--warmup_epochs", "0")
-    assert sorted(path.name for path in run_copy.iterdir()) == ["checkpoint-0.pth", "config.json", "log.txt"]
+    run_train(base, scienceqa, run_copy, "--epochs", "1", "--warmup_epochs", "0", "--overwrite")
+    assert sorted(path.name for path in run_copy.iterdir()) == [".lock", "checkpoint-0.pth", "config.json", "log.txt",
+                                                                "metrics.jsonl", "recipe.json"]
     assert len((run_copy / "log.txt").read_text().splitlines()) == 1
 
 
@@ -287,9 +288,11 @@ def test_published_eval_command_names_the_missing_adapters(base, monkeypatch, tm
 
 def test_user_errors_exit_with_one_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
+    for name in ("install", "finish"):
+        monkeypatch.setattr(f"lavin.runtime.signals.{name}", lambda *action: None)
     with pytest.raises(SystemExit) as caught, one_line_errors():
         raise UserError("no file x: put it there")
-    assert caught.value.code == "train.py: error: no file x: put it there"  # Python prints it and exits with status 1
+    assert caught.value.code == 1 and capsys.readouterr().err == "train.py: error: no file x: put it there\n"
     with pytest.raises(KeyError), one_line_errors():
         raise KeyError("other exceptions keep their traceback")
 
@@ -297,12 +300,13 @@ def test_user_errors_exit_with_one_line(capsys, monkeypatch):
 # --- User errors ---
 
 @pytest.mark.parametrize("flags, words", [
-    (["--epochs", "0"], "--epochs 0"), (["--warmup_epochs", "2"], "--warmup_epochs 2.0"), (["--lr", "-1"], "--lr -1.0"),
-    (["--min_lr", "1"], "--min_lr 1.0"), (["--dropout_var", "0"], "dropout_var 0.0"),
-    (["--dropout_var", "2", "--dropout_lim", "0.05"], "dropout_lim 0.05"), (["--drop_path", "1"], "--drop_path 1.0"),
+    (["--epochs", "0"], "--epochs 0"), (["--warmup_epochs", "2"], "--warmup_epochs 2.0"),
+    (["--lr", "-1"], "--lr -1 does not lie in (0, inf)"),
+    (["--min_lr", "1"], "--min_lr 1.0"), (["--dropout_var", "0"], "--dropout_var 0 "),
+    (["--dropout_var", "2", "--dropout_lim", "0.05"], "dropout_lim 0.05"), (["--drop_path", "1"], "--drop_path 1 "),
     (["--batch_size", "0"], "--batch_size 0"), (["--accum_iter", "0"], "--accum_iter 0"),
     (["--adapter_dim", "3"], "--adapter_dim 3"), (["--n_prompt", "4"], "--n_prompt 4"),
-    (["--temperature", "0"], "--temperature 0.0"), (["--max_seq_len", "12"], "--max_seq_len 12 leaves no answer"),
+    (["--temperature", "0"], "--temperature 0 "), (["--max_seq_len", "12"], "--max_seq_len 12 leaves no answer"),
     (["--max_seq_len", "10"], "--max_seq_len 10 leaves no room"),
     (["--device", "cuda:77"], "--device cuda:77"), (["--device", "tpu9"], "--device tpu9"),
     (["--vision_model", "no/where"], "--vision_model no/where"), (["--llm_model", "70B"], "70B/params.json"),
@@ -368,7 +372,7 @@ def test_resume_from_adapters_only_is_refused(base, scienceqa, finished, tmp_pat
     tensors = torch.load(finished / "checkpoint-1.pth", weights_only=True)["model"]
     path = tmp_path / "published.pth"
     torch.save({"model": tensors}, path)
-    assert "adapters only" in error_message(run_train, base, scienceqa, tmp_path, "--resume", path)
+    assert "no recipe.json" in error_message(run_train, base, scienceqa, tmp_path, "--resume", path)
 
 
 def test_eval_without_adapters_needs_output_dir(base, scienceqa):

@@ -17,8 +17,9 @@ from lavin.runtime.errors import UserError
 from lavin.tokenizer import IMAGE_SLOT
 from lavin.weights.load import load_base
 from tiny import IMAGE_SIZE, ROOT
+from util.data.batches import load_examples, load_training_data
 from util.data.images import load_image
-from util.data.instructions import LazyImage, decode_images, load_instructions
+from util.data.instructions import LazyImage, decode_images
 
 
 def human_and_gpt(*texts: str) -> list[dict]:
@@ -70,6 +71,10 @@ def parse_args(root: Path, *flags: str):
                                                *flags])
 
 
+def load(args, tokenizer):
+    return load_examples(load_training_data(args, None), args, tokenizer, 16)
+
+
 def test_each_question_becomes_one_record(root):
     records = json.loads((root / "all_data.json").read_text())["all"]
     assert [(r["instruction"], r["answer"], r["image"]) for r in records] == EXPECTED
@@ -108,7 +113,9 @@ def test_missing_and_broken_files_raise_one_line_errors(tmp_path):
 
 
 def test_examples_have_prompt_answer_and_an_undecoded_image(root, tokenizer):
-    examples = load_instructions(parse_args(root), tokenizer, 16)
+    by_record = load(parse_args(root), tokenizer)
+    assert list(by_record) == [f"record {i}" for i in range(6)]
+    examples = list(by_record.values())
     for example, (prompt, answer, image) in zip(examples, EXPECTED, strict=True):
         assert tokenizer.decode(example.ids[example.answer_start:]) == answer
         assert example.ids == tokenizer.example(prompt, answer, image, 6).ids
@@ -130,17 +137,17 @@ def test_bad_images_are_named_or_skipped(root, tokenizer):
                               ("is missing", path.unlink)):
         break_file()
         with pytest.raises(UserError, match=f"COCO_train2014_2.jpg {fault}.*; 1 of 2 are so"):
-            load_instructions(parse_args(root), tokenizer, 16)
-        assert len(load_instructions(parse_args(root, "--skip_bad"), tokenizer, 16)) == 5
+            load(parse_args(root), tokenizer)
+        assert list(load(parse_args(root, "--skip_bad"), tokenizer)) == [f"record {i}" for i in (0, 1, 2, 4, 5)]
 
 
-def test_other_files_are_refused(root, tokenizer):
+def test_other_files_are_refused(root):
     for name in ("alpaca_data.json", "none.json"):  # the published command names alpaca_data.json
-        with pytest.raises(UserError, match="--data_path|holds no JSON object"):
-            load_instructions(parse_args(root, "--data_path", str(root / name)), tokenizer, 16)
+        with pytest.raises(UserError, match=f"{name}.* with --data_path"):
+            load_training_data(parse_args(root, "--data_path", str(root / name)), None)
     (root / "all_data.json").write_text('{"all": [{"instruction": "x"}]}')
-    with pytest.raises(UserError, match="all_data.json is not the all_data.json of instruction tuning"):
-        load_instructions(parse_args(root), tokenizer, 16)
+    with pytest.raises(UserError, match="all_data.json: record 0: answer: is missing .*data_processing.py"):
+        load_training_data(parse_args(root), None)
 
 
 def test_training_on_texts_and_images(base, root, tmp_path, tokenizer):

@@ -91,7 +91,7 @@ def test_error_names_the_faulty_problem(scienceqa_copy):
     path = scienceqa_copy / "problems.json"
     problems = json.loads(path.read_text())
     good = problems["100"]
-    for faulty, words in [({k: v for k, v in good.items() if k not in ("hint", "lecture")}, "lacks hint, lecture"),
+    for faulty, words in [({k: v for k, v in good.items() if k not in ("hint", "lecture")}, "hint: is missing (and 1 "),
                           ({**good, "answer": 2}, "no choice number 2"),
                           ({**good, "answer": -1}, "no choice number -1")]:
         path.write_text(json.dumps({**problems, "100": faulty}))

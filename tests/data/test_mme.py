@@ -82,13 +82,18 @@ def test_both_layouts_are_read(tmp_path):
     assert pairs[3].questions == ("Is pond d old? Please answer yes or no.", "Is it new? Please answer yes or no.")
 
 
-@pytest.mark.parametrize("text", ["One?\tYes\n", "One?\tYes\nTwo?\tPerhaps\n", "One? Yes\nTwo? No\n",
-                                  "a\tYes\nb\tNo\nc\tNo\n"])
-def test_error_names_the_malformed_text(tmp_path, text):
+@pytest.mark.parametrize("text, words", [
+    (b"One?\tYes\n", "b.txt is not two lines"), (b"a\tYes\nb\tNo\nc\tNo\n", "b.txt is not two lines"),
+    (b"", "b.txt is not two lines"), (b"One?\tYes\n\nTwo?\tPerhaps\n", "b.txt, line 3 has the answer 'Perhaps'"),
+    (b"One? Yes\nTwo? No\n", "b.txt, line 1 is not question, tab,"), (b"One?\tYes\n\tNo\n", "b.txt, line 2 is not "),
+    (b"One?\tYes\nTwo?\tNo\tYes\tmaybe\n", "b.txt, line 2 has the answer 'maybe'"),
+    (b"One?\tYes\nTw\xf6?\tNo\n", "b.txt cannot be read as text")])
+def test_error_names_the_malformed_text(tmp_path, text, words):
     write_mme(tmp_path)
-    (tmp_path / "color" / "b.txt").write_text(text)
-    with pytest.raises(UserError, match="color/b.txt is not two lines"):
+    (tmp_path / "color" / "b.txt").write_bytes(text)
+    with pytest.raises(UserError, match=f"color/{words}") as caught:
         load_mme(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_errors_name_missing_images_and_folders(tmp_path):
@@ -101,7 +106,7 @@ def test_errors_name_missing_images_and_folders(tmp_path):
 
 
 def test_batch_size_zero_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--max_batch_size 0 must be at least 1"):
+    with pytest.raises(UserError, match="--max_batch_size 0 does not lie in"):
         eval_mme.main(eval_mme.get_args_parser().parse_args(["--output_dir", str(tmp_path), "--max_batch_size", "0"]))
 
 
@@ -117,6 +122,7 @@ def test_one_and_two_processes_give_the_same_scores(base, tmp_path):
     assert all(is_decided(line["text"]) or not line["text"] for line in lines)
     assert all(line["prediction"] == read_answer(line["text"]) for line in lines)
     assert all(len(line["text"].strip()) < 40 for line in lines)  # stopped early, before ANSWER_TOKENS
+    (tmp_path / "run" / "mme_scores.json").unlink()  # else it was scored before
     scores = json.loads(one_process[1])
     assert scores["subtasks"] == score(lines)["subtasks"] and scores["subtasks"]["color"]["questions"] == 6
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import reference
-from lavin.generation.generate import decode, generate
+from lavin.generation.generate import decode, generate, stream
 from lavin.generation.option_scoring import option_example, score_options
-from lavin.generation.sampling import sampler
+from lavin.generation.sampling import NOT_FINITE, NotFinite, sampler
 from lavin.model import pack
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import Example
@@ -84,6 +84,34 @@ def test_nucleus_and_temperature():
     tempered = p.square() / p.square().sum()
     torch.testing.assert_close(frequencies(0.5, 1.0), tempered, atol=0.03, rtol=0)
     assert sampler(0.0, 0.5, [0])(p[None]).tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-320])
+def test_logits_that_are_not_finite_give_no_token(temperature):
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    expected = sampler(temperature, 0.9, list(range(5)))(logits)
+    logits[1, 7], logits[2], logits[3, 9], logits[4, :20] = torch.nan, -torch.inf, torch.inf, -torch.inf
+    ids = sampler(temperature, 0.9, list(range(5)))(logits)
+    assert ids[0] == expected[0] and ids[1:4].tolist() == [NOT_FINITE] * 3 and ids[4] >= 20
+
+
+def test_a_sequence_with_nan_is_named_unless_it_is_complete(tokenizer):
+    model = tiny_model(llama={"vocab_size": tokenizer.n_words})
+    examples = [Example([1, 5, 6], 3), Example([1, 9, 6], 3), Example([1, 9], 2)]
+    expected = generate(model, tokenizer, examples[:1], 4)
+    model.llama.tok_embeddings.weight.data[9] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(NotFinite) as caught:
+            generate(model, tokenizer, examples, 4, temperature=temperature)
+        assert caught.value.indices == [1, 2]
+        with pytest.raises(NotFinite):
+            list(stream(model, tokenizer, examples[2], 4, temperature))
+    with pytest.raises(NotFinite) as caught:
+        list(score_options(model, [[(example, [3, 4]) for example in examples]]))
+    assert caught.value.indices == [1, 2]
+    assert generate(model, tokenizer, examples[:1], 4) == expected
+    steps = decode(model, examples, 3, sampler(0.0, 1.0, []))  # goes on with what nobody reads
+    assert [ids.tolist()[1:] for ids in steps] == [[NOT_FINITE] * 2] * 3
 
 
 def mock_decode(monkeypatch, tokenizer, texts, steps=None):

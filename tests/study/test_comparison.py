@@ -1,6 +1,7 @@
 """Statistics against hand-computed cases and scipy; reading, naming, grouping and comparing runs; the tables."""
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -26,11 +27,12 @@ INCREASING = {"dropout_var": 1.01}
 
 
 def write_run(folder: Path, right="1111000011", split="test", losses=(1.0, 0.5), files=(), world_size=1,
-              **flags) -> str:
+              scored=None, **flags) -> str:
     """Write a finished run; returns its folder.
 
     `right` has one character per question: 1 if answered correctly, else 0. All questions are NAT, TXT and G1-6.
-    `files` replaces the content of files; None omits a file.
+    `files` replaces the content of files; None omits a file. `scored`: what scores.json says that was scored, and how,
+    which it does since later than the rest.
     """
     folder.mkdir(parents=True)
     predictions = {str(i): 0 if digit == "1" else 1 for i, digit in enumerate(right)}  # the right choice is 0
@@ -43,7 +45,8 @@ def write_run(folder: Path, right="1111000011", split="test", losses=(1.0, 0.5),
     log = [{"epoch": epoch, "train_lr": 0.1, "train_closs": loss} for epoch, loss in enumerate(losses)]
     flags = {**FLAGS, "output_dir": str(folder), **flags}
     content = {"config.json": {"flags": flags, "world_size": world_size, "n_layers": 4},
-               "scores.json": {**scores, "counts": counts, "correct": correct, "split": split, "questions": n},
+               "scores.json": {**scores, "counts": counts, "correct": correct, "split": split, "questions": n,
+                               **(scored or {})},
                "preds.json": predictions, "generations.jsonl": generations, "log.txt": log, **dict(files)}
     for name, value in content.items():
         if value is None:
@@ -181,27 +184,36 @@ def test_read_run(tmp_path):
     assert (run.flags["effective batch"], run.n_layers) == (64, 4)
 
 
+METRICS_LINE = {"epoch": 0, "step": 10, "loss": 1.5}
 SCORES = {**dict.fromkeys(COLUMNS, 50.0), "counts": dict.fromkeys(COLUMNS, 10),
           "correct": dict.fromkeys(COLUMNS, 5), "split": "test"}
 BROKEN = {
     "unfinished, 1 of 2 epochs": {"log.txt": [{"epoch": 1, "train_closs": 1.0}]},
     "unfinished, 0 of 2 epochs": {"log.txt": None},
-    "log.txt is broken (KeyError: 'train_closs')": {"log.txt": [{"epoch": 1}]},
+    "log.txt, line 1: train_closs: is missing": {"log.txt": [{"epoch": 1}]},
     "scores.json (No such file or directory): run eval.py": {"scores.json": None},
     "preds.json (No such file or directory): run eval.py": {"preds.json": None},
     "preds.json is not valid JSON": {"preds.json": ['{"0": 1, ']},
-    "preds.json holds no JSON object": {"preds.json": ["7"]},
-    "scores.json is broken (KeyError: 'counts')": {"scores.json": {"Avg": 50}},
+    "preds.json: should be a valid dictionary, not 7": {"preds.json": ["7"]},
+    "scores.json: counts: is missing": {"scores.json": {"Avg": 50}},
+    "scores.json: correct: lacks G7-12": {"scores.json": {**SCORES, "correct": dict.fromkeys(list(COLUMNS)[:-2], 5)}},
     "Avg 70.0 is not 5 of 10": {"scores.json": {**SCORES, "Avg": 70.0}},
     "IMG None is not 5 of 10": {"scores.json": {**SCORES, "IMG": None}},
     "10 questions, 3 in preds.json": {"preds.json": {"0": 0, "1": 0, "2": 0}, "scores.json": SCORES},
     "does not count the answers of preds.json": {"scores.json": SCORES},
     "generations.jsonl is broken": {"generations.jsonl": [{"qid": "0", "prediction": 1, "answer": 0}]},
+    "generations.jsonl, line 1: qid: is missing": {"generations.jsonl": [{"prediction": 1, "answer": 0}]},
+    "metrics.jsonl, line 1: loss: should be a valid number, not 'x'": {
+        "metrics.jsonl": [{"epoch": 0, "step": 1, "loss": "x"}]},
+    "metrics.jsonl, line 1 is not valid JSON": {"metrics.jsonl": ['{"epoch": 0, "st', METRICS_LINE]},
     "config.json (No such file or directory): train.py writes it": {"config.json": None},
-    "config.json is broken (KeyError: 'flags')": {"config.json": {}},
-    "config.json is broken (TypeError": {"config.json": {"flags": {**FLAGS, "epochs": "2"}, "world_size": 1}},
-    "log.txt is broken (TypeError": {"config.json": {"flags": {**FLAGS, "epochs": 2.5}, "world_size": 1}},
-    "at least one layer": {"config.json": {"flags": FLAGS, "world_size": 1, "n_layers": 0}},
+    "config.json: flags: is missing": {"config.json": {}},
+    "config.json: flags.epochs: should be a valid integer, not '2'": {
+        "config.json": {"flags": {**FLAGS, "epochs": "2"}, "world_size": 1}},
+    "config.json: flags.epochs: should be a valid integer, not 2.5": {
+        "config.json": {"flags": {**FLAGS, "epochs": 2.5}, "world_size": 1}},
+    "config.json: n_layers: should be greater than or equal to 1, not 0": {
+        "config.json": {"flags": FLAGS, "world_size": 1, "n_layers": 0}},
     "--lr_schedule linear": {"config.json": {"flags": {**FLAGS, "lr_schedule": "linear"}, "world_size": 1}},
     "dropout_lim 0.05": {"config.json": {"flags": {**FLAGS, "dropout_var": 1.1, "dropout_lim": 0.05}, "world_size": 1}},
 }
@@ -217,6 +229,78 @@ def test_broken_runs_are_named_and_left_out(tmp_path, reason, files):
     assert [run.folder for method in comparison.methods for run in method.runs] == [str(tmp_path / "good")]
     assert len(comparison.left_out) == 1 and reason in comparison.left_out[0]
     assert f"Left out: {bad}: " in text_table(comparison)
+
+
+CHECKPOINT = b"the adapters after the second epoch"
+OWN = {"checkpoint": "checkpoint-1.pth", "checkpoint_sha256": hashlib.sha256(CHECKPOINT).hexdigest(),
+       "prompt_format": "QCM-ALE", "decode": "generate", "precision": "bf16", "bits": "16bit", "data": "0123456789"}
+STRANGE = {
+    "its scores are of checkpoint-0.pth, not of checkpoint-1.pth": {"checkpoint": "checkpoint-0.pth"},
+    "its scores are of the untuned base, not of": {"checkpoint": None, "checkpoint_sha256": None},
+    "its scores are of another checkpoint-1.pth than the one there": {"checkpoint_sha256": 64 * "0"},
+    "scored with --prompt_format QCM-LEA, trained with QCM-ALE": {"prompt_format": "QCM-LEA"},
+    "scored with --bits 4bit, trained with 16bit": {"bits": "4bit"},
+    "scored with --decode score, not generate": {"decode": "score"},
+    "scored with --precision fp32, not bf16 or fp16": {"precision": "fp32"},
+    "scored with data of checksum 9876543210, not 0123456789": {"data": "9876543210"},
+}
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("reason, scored", STRANGE.items())
+def test_scores_of_something_else_are_left_out(tmp_path, reason, scored, with_base):
+    trained = {"prompt_format": "QCM-ALE", "bits": "16bit"}
+    for name, flags in (("a", STEP), ("b", {} if with_base else INCREASING), ("c", CYCLICAL)):
+        write_run(tmp_path / name, scored={**OWN, **(scored if name == "a" else {})}, **trained, **flags)
+        (tmp_path / name / "checkpoint-1.pth").write_bytes(CHECKPOINT)
+    comparison = compare([str(tmp_path)])
+    assert len(comparison.methods) == 2 and not comparison.notes
+    (line,) = comparison.left_out
+    assert line.startswith(f"{tmp_path / 'a'}: {reason}")
+
+
+def test_scores_that_belong_together_though_they_differ(tmp_path):
+    """bf16 and fp16; a method trained, and so scored, with captions; old runs; a run without its checkpoint."""
+    write_run(tmp_path / "a", scored={**OWN, "checkpoint_sha256": 64 * "0"}, use_caption=False)
+    write_run(tmp_path / "b", scored={**OWN, "precision": "fp16"}, **STEP)
+    write_run(tmp_path / "c", scored={**OWN, "data": "9876543210"}, use_caption=True)
+    write_run(tmp_path / "d", **INCREASING)
+    write_run(tmp_path / "e", **CYCLICAL)
+    comparison = compare([str(tmp_path)], str(tmp_path / "a"))
+    assert len(comparison.methods) == 5 and not comparison.left_out
+    (note,) = comparison.notes
+    assert note.startswith(f"{tmp_path / 'e'}, {tmp_path / 'd'}: scored by an earlier version")
+    assert f"Note: {note}." in text_table(comparison).splitlines()
+
+
+def test_skipped_steps_are_noted(tmp_path):
+    log = [{"epoch": 0, "train_closs": 1.0, "steps_left_out": 2}, {"epoch": 1, "train_closs": 1.0, "steps_left_out": 1}]
+    metrics = [{"epoch": 0, "step": 1000, "loss": 1.0}, {"epoch": 0, "step": 1100, "loss": None}]
+    write_run(tmp_path / "a", files={"log.txt": log, "metrics.jsonl": metrics}, scored=OWN)
+    write_run(tmp_path / "b", files={"log.txt": log}, scored=OWN, **STEP)
+    first, second = compare([str(tmp_path)]).notes
+    assert first.startswith(f"{tmp_path / 'a'}: 3 of 2,200 steps were skipped")
+    assert second.startswith(f"{tmp_path / 'b'}: 3 steps were skipped")
+
+
+def test_metrics_become_losses_by_epoch_without_a_torn_line(tmp_path):
+    lines = [{"epoch": epoch, "step": step, "loss": loss}
+             for epoch, step, loss in [(1, 2, 0.5), (0, 2, 9.0), (0, 4, 2.0), (0, 2, 3.0), (1, 4, None)]]
+    lines.append('{"epoch": 1, "step": 4, "lo')
+    run = read_run(Path(write_run(tmp_path / "a", files={"metrics.jsonl": lines})))
+    assert run.step_losses == [(0.5, 3.0), (1.0, 2.0), (1.5, 0.5)]
+
+
+def test_flags_of_execution_do_not_make_a_method():
+    changes = {"overwrite": True, "save_every_minutes": 3.0, "keep_last": 2, "model_parallel_size": 2, "num_workers": 9}
+    reference = {**FLAGS, "overwrite": False, "save_every_minutes": 10.0, "keep_last": None, "model_parallel_size": 1,
+                 "num_workers": 4}
+    assert method_name({**reference, **changes}, reference) == "Base"
+    assert method_name({**FLAGS, "llm_model": "13B"}, FLAGS) == "Base + llm_model 13B"
+
+
+def test_a_schedule_without_a_display_name_has_its_own():
+    assert method_name({**FLAGS, "lr_schedule": "polynomial"}, FLAGS) == "polynomial"
 
 
 def test_runs_on_different_questions_are_left_out(tmp_path):

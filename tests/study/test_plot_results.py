@@ -1,6 +1,8 @@
 """The data in every figure (lines, points, bars, intervals), distinct styles, and the files that the command writes."""
 
 import itertools
+import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from test_comparison import CYCLICAL, INCREASING, STEP, write_run
+from test_comparison import CYCLICAL, INCREASING, METRICS_LINE, STEP, write_run
 
 import plot_results
 from lavin.mm_adapter import dropout_schedule
@@ -54,6 +56,21 @@ def test_losses_of_the_published_runs(ax):
         assert line.get_ydata() == pytest.approx(method.runs[0].losses)
     assert ax.get_yscale() == "log" and "log scale" in ax.get_ylabel()
     assert not ax.collections  # one seed has no band
+
+
+def test_losses_by_step_are_drawn_with_their_running_mean(ax, tmp_path):
+    n = 80
+    lines = [{"epoch": i // 40, "step": i % 40 + 1, "loss": 1 + i % 2} for i in range(n)]
+    for seed in (0, 1):
+        write_run(tmp_path / f"base{seed}", files={"metrics.jsonl": lines if seed else None}, seed=seed)
+    write_run(tmp_path / "step", files={"metrics.jsonl": lines}, **STEP)
+    write_run(tmp_path / "inc", **INCREASING)
+    figures.draw_losses_by_step(ax, compare([str(tmp_path)]).methods)
+    assert texts(ax.legend().texts) == ["Base", "Step Decay"] and ax.get_yscale() == "log"
+    losses, mean = ax.lines[:2]
+    assert losses.get_xdata().tolist() == pytest.approx([(i + 1) / 40 for i in range(n)])
+    assert losses.get_ydata().tolist() == [1 + i % 2 for i in range(n)]
+    assert mean.get_ydata() == pytest.approx([1.5] + [4 / 3, 5 / 3] * (n // 2 - 1) + [1.5])
 
 
 def test_losses_over_seeds_are_a_mean_and_a_band(ax, runs):
@@ -247,6 +264,7 @@ def test_command_writes_all_files_and_prints_their_paths_last(tmp_path, monkeypa
     monkeypatch.setitem(figures.RC_PARAMS, "figure.dpi", 40)
     for name, flags in (("base", {}), ("cyclical", CYCLICAL), ("inc", INCREASING)):
         write_run(tmp_path / "runs" / name, **flags)
+    (tmp_path / "runs" / "inc" / "metrics.jsonl").write_text(json.dumps(METRICS_LINE) + "\n")
     write_run(tmp_path / "runs" / "unfinished", losses=[1.0], **STEP)
     run_command(tmp_path / "runs", "--out", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
@@ -285,16 +303,24 @@ def test_interrupted_save_keeps_the_earlier_file(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
-def test_user_errors_are_one_line(tmp_path):
+def test_without_metrics_no_loss_by_step_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", {name: FIGURES[name] for name in ("dropout", "losses_by_step")})
+    write_run(tmp_path / "run")
+    run_command(tmp_path / "run", "--out", tmp_path / "out")
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.png")) == ["dropout"]
+
+
+def test_user_errors_are_one_line(tmp_path, capsys):
     write_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
     for arguments, message in (([tmp_path / "none"], "no folder .*none: name a run"),
                                ([tmp_path / "run", "--published"], "--published: .*: leave it out"),
                                (["--base", tmp_path / "run"], "--base is one of the runs"),
                                ([tmp_path / "run", "--out", tmp_path / "file"], "--out .*file.*: name another folder")):
-        with pytest.raises(SystemExit, match=message) as error:
+        with pytest.raises(SystemExit) as error:
             run_command(*arguments)
-        assert "\n" not in str(error.value)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert error.value.code == 1 and re.search(message, line)
 
 
 def test_subtitle_describes_the_runs(runs):

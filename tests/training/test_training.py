@@ -84,7 +84,7 @@ def one_step(batch_size: int, loss_norm: str, world_size: int = 1, rank: int = 0
                               count_answer_tokens(global_batch), loss_norm, len(global_batch) // batch_size)
     loss = accumulate_gradients(model, pairs, max_tokens, NO_SCALING)
     before = torch.cat([p.detach().flatten().clone() for p in parameters])
-    loss, stepped = optimizer_step(optimizer, NO_SCALING, parameters, loss, None).tolist()
+    loss, stepped, _, _ = optimizer_step(optimizer, NO_SCALING, parameters, loss, None).tolist()
     return {"loss": loss, "stepped": stepped, "step": torch.cat([p.detach().flatten() for p in parameters]) - before,
             "gradients_left": any(p.grad is not None for p in parameters)}
 
@@ -263,7 +263,7 @@ def test_missing_gradients_become_zeros():
     """Without images, the ViT's adapters get no gradient; weight decay and moments must be updated all the same."""
     p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1, 2))
     p.grad = torch.tensor([3.0, 4.0])
-    assert distributed.all_reduce_gradients([p, q], torch.tensor(5.0)) == 5
+    assert distributed.all_reduce_gradients([p, q], torch.tensor([5.0, 2.0])).tolist() == [5, 2]
     assert torch.equal(p.grad, torch.tensor([3.0, 4.0])) and torch.equal(q.grad, torch.zeros(1, 2))
 
 
@@ -323,7 +323,7 @@ def pid_of_rank_one(launcher: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find the worker processes")
 def test_run_ends_when_a_process_is_killed_and_can_be_resumed(base, scienceqa, tmp_path):
     folder = tmp_path / "run"
-    flags = run_flags(base, scienceqa, folder, "--batch_size", "2", "--epochs", "1000")
+    flags = run_flags(base, scienceqa, folder, "--batch_size", "2", "--epochs", "60")
     with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            str(ROOT / "train.py"), *flags], env={**os.environ, "OMP_NUM_THREADS": "1"},
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as workers:
@@ -338,10 +338,10 @@ def test_run_ends_when_a_process_is_killed_and_can_be_resumed(base, scienceqa, t
             workers.terminate()
     assert workers.returncode != 0 and "Signal 9 (SIGKILL)" in errors and "rank      : 1" in errors
     done = len(read_log(folder))
-    resumed = [*flags[:-1], str(done + 1), "--lr", "1e-2", "--batch_size", "4", "--resume", str(folder)]
-    train.main(train.get_args_parser().parse_args(resumed))
-    assert [line["epoch"] for line in read_log(folder)] == list(range(done + 1))
-    assert load_checkpoint(folder / f"checkpoint-{done}.pth")["epoch"] == done
+    assert 2 <= done < 60
+    train.main(train.get_args_parser().parse_args(["--resume", str(folder)]))  # by one process, with the run's flags
+    assert [line["epoch"] for line in read_log(folder)] == list(range(60))
+    assert load_checkpoint(folder / "checkpoint-59.pth")["epoch"] == 59
 
 
 def flatten(value):

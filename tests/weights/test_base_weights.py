@@ -142,7 +142,7 @@ def test_pytorch_bin(base, tokenizer_file, tmp_path, files, zipped):
     ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
     ({"num_hidden_layers": 3}, "lacks 9 tensors"), ({"num_hidden_layers": 1}, "unknown 9 tensors"),
     ({"intermediate_size": 48}, "w1.weight is [56, 32]"), ({"num_key_value_heads": 2}, "wk.weight is [32, 32]"),
-    ({"vocab_size": 479}, "[480, 32]"), ({"hidden_size": None}, "hidden_size, ")])
+    ({"vocab_size": 481}, "[480, 32]"), ({"hidden_size": None}, "hidden_size: ")])
 def test_unsupported_configurations_and_mismatched_tensors(base, tokenizer_file, tmp_path, changes, words):
     write_hugging_face(tmp_path / "hf", tokenizer_file)
     path = tmp_path / "hf" / "config.json"

@@ -13,7 +13,7 @@ from lavin.runtime.errors import UserError
 from lavin.tokenizer import Example, Tokenizer
 from util.data.datasets import ScienceQA, load_scienceqa
 from util.data.images import load_images
-from util.data.instructions import load_instructions
+from util.data.instructions import Instructions, instruction_examples, read_instructions
 from util.data.prompts import build_prompt
 
 
@@ -24,22 +24,37 @@ def build_example(data: ScienceQA, qid: str, image: torch.Tensor | None, tokeniz
     return tokenizer.example(prompt, answer, image, n_prompt, max_seq_len)
 
 
-def load_examples(args, caption_file: str | None, tokenizer: Tokenizer, image_size: int) -> list[Example]:
-    """The train split, tokenized, with decoded images; with --do_pretrain, the records of instruction tuning."""
-    if args.do_pretrain:
-        return load_instructions(args, tokenizer, image_size)
-    data = load_scienceqa(args.data_root, "train", caption_file)
+def load_training_data(args, caption_file: str | None) -> ScienceQA | Instructions:
+    """The train split, or with --do_pretrain the records of instruction tuning: read and checked, which is fast."""
+    return read_instructions(args) if args.do_pretrain else load_scienceqa(args.data_root, "train", caption_file)
+
+
+def load_examples(data: ScienceQA | Instructions, args, tokenizer: Tokenizer, image_size: int) -> dict[str, Example]:
+    """Tokenized, with decoded images for ScienceQA; by question id, or `record N` for instruction tuning."""
+    if isinstance(data, Instructions):
+        examples = instruction_examples(data, args, tokenizer, image_size)
+        report("records", examples, len(data.records) - len(examples), args.max_seq_len)
+    else:
+        examples = problem_examples(data, args, tokenizer, image_size)
+        report("problems", examples, len(data.skipped), args.max_seq_len)
+    return examples
+
+
+def problem_examples(data: ScienceQA, args, tokenizer: Tokenizer, image_size: int) -> dict[str, Example]:
     images = load_images(data, image_size, args.num_workers, args.skip_bad)
     with progress_bar(data.problems, "problems") as bar:  # `with` closes the bar before an error message is printed
-        examples = [build_example(data, qid, images.get(qid), tokenizer, args.prompt_format, args.n_prompt,
-                                  args.max_seq_len) for qid in bar]
-    n_truncated = sum(example.answer_start == len(example.ids) for example in examples)
+        return {qid: build_example(data, qid, images.get(qid), tokenizer, args.prompt_format, args.n_prompt,
+                                   args.max_seq_len) for qid in bar}
+
+
+def report(what: str, examples: dict[str, Example], n_skipped: int, max_seq_len: int) -> None:
+    """One line of counts. Raises UserError where truncation leaves no answer at all."""
+    n_truncated = sum(example.answer_start == len(example.ids) for example in examples.values())
     if n_truncated == len(examples):
-        raise UserError(f"--max_seq_len {args.max_seq_len} leaves no answer to learn from: raise it")
-    print_rank0(f"{len(examples)} problems, {len(images)} with a picture, "
-                f"{len(data.skipped)} left out for their picture"
-                + (f", {n_truncated} whose answer lies beyond --max_seq_len {args.max_seq_len}" if n_truncated else ""))
-    return examples
+        raise UserError(f"--max_seq_len {max_seq_len} leaves no answer to learn from: raise it")
+    n_pictures = sum(example.image is not None for example in examples.values())
+    print_rank0(f"{len(examples)} {what}, {n_pictures} with a picture, {n_skipped} left out for their picture"
+                + (f", {n_truncated} whose answer lies beyond --max_seq_len {max_seq_len}" if n_truncated else ""))
 
 
 def steps_per_epoch(n_examples: int, effective_batch: int) -> int:

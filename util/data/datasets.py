@@ -1,27 +1,77 @@
 """ScienceQA (Lu et al. 2022, arXiv 2209.09513): reads and checks the problems and captions of one split."""
 
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, Field, ValidationInfo
+from typing_extensions import NotRequired, TypedDict
+
+from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json
+from lavin.runtime.files import json_sha256
+from lavin.runtime.schema import NonBlankText, PlainName, Text, declared, distinct, read_validated, validate
 from util.data.prompts import OPTIONS
 
-FIELDS = ("question", "choices", "answer", "hint", "image", "grade", "subject", "lecture", "solution")
+# the fields that determine what a model is trained on and how its answer is scored
+USED_FIELDS = ("question", "choices", "answer", "hint", "image", "lecture", "solution", "grade", "subject")
+DISJOINT_SPLITS = ("train", "val", "test")  # others, such as trainval and minitest, are made of these
+
+
+def names_a_choice(answer: int, info: ValidationInfo) -> int:
+    n_choices = len(info.data.get("choices", OPTIONS))  # absent where they are wrong themselves
+    if not 0 <= answer < n_choices:
+        raise ValueError(f"there is no choice number {answer} among {n_choices}")
+    return answer
+
+
+@declared
+class Problem(TypedDict):
+    question: NonBlankText
+    choices: Annotated[list[NonBlankText], Field(min_length=2, max_length=len(OPTIONS))]
+    answer: Annotated[int, AfterValidator(names_a_choice)]
+    hint: Text
+    lecture: Text
+    solution: Text
+    image: PlainName | None
+    grade: Annotated[str, Field(pattern="^grade([1-9]|1[0-2])$")]
+    subject: Literal["natural science", "social science", "language science"]
+    split: NotRequired[PlainName]
+    skill: NotRequired[Text]
+    topic: NotRequired[Text]
+    category: NotRequired[Text]
+
+
+# pid_splits.json: the ids of each split; an id names a folder of pictures
+Splits = dict[PlainName, Annotated[list[PlainName], AfterValidator(distinct)]]
+
+
+@declared
+class Captions(TypedDict):
+    captions: dict[str, Text]
 
 
 @dataclass
 class ScienceQA:
-    """One split. problems: by id, in the split's order. captions: by id. skipped: ids left out for a bad image."""
+    """One split. problems: of type Problem, by id, in the split's order. captions: by id. skipped: ids left out for a
+    bad image.
+    """
 
     root: Path
-    problems: dict[str, dict]
+    problems: dict[str, Any]
     captions: dict[str, str]
     skipped: list[str] = field(default_factory=list)
 
     def picture_path(self, qid: str) -> Path | None:
         problem = self.problems[qid]
         return problem["image"] and self.root / "images" / problem.get("split", "") / qid / problem["image"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for data of equal results, wherever and in whichever order of keys they are stored."""
+        return json_sha256([[qid, *(problem[name] for name in USED_FIELDS), self.captions.get(qid, "")]
+                            for qid, problem in self.problems.items()])
 
 
 def find_problems_file(root: Path) -> Path:
@@ -33,31 +83,56 @@ def find_problems_file(root: Path) -> Path:
 def load_scienceqa(data_root: str, split: str, caption_file: str | None = None) -> ScienceQA:
     """Reads one split; without caption_file, captions are empty.
 
-    Raises UserError for missing or broken files, an unknown split, and problems that lack a field.
+    Raises UserError for missing or broken files, an unknown split, and content that is not as declared above.
     """
     root = Path(data_root)
     path = find_problems_file(root)
     hint = "put ScienceQA's files there, or name their folder with --data_root"
-    all_problems, splits = read_json(path, hint), read_json(root / "pid_splits.json", hint)
+    all_problems = read_validated(path, dict[str, Any], hint)
+    problems = {qid: validate(all_problems[qid], Problem, f"{path}: problem {qid}")
+                for qid in read_split(root / "pid_splits.json", split, path, all_problems, hint)}
+    captions = read_captions(caption_file, problems, all_problems) if caption_file else {}
+    warn_of_repeated_choices(problems)
+    return ScienceQA(root, problems, captions)
+
+
+def warn_of_repeated_choices(problems: dict) -> None:
+    """Such a problem can be answered, but only one of two equal choices counts as correct."""
+    repeated = [qid for qid, problem in problems.items()
+                if len({choice.strip() for choice in problem["choices"]}) < len(problem["choices"])]
+    if repeated:
+        print_rank0(f"{len(repeated):,} problems list a choice twice, the first is {repeated[0]}")
+
+
+def read_split(path: Path, split: str, problems_path: Path, all_problems: dict, hint: str) -> list[str]:
+    """The ids of one split. Raises UserError where there is none, or where test problems are trained on."""
+    splits = read_validated(path, Splits, hint)
     if split not in splits:
-        raise UserError(f"--split {split}: {root / 'pid_splits.json'} has {', '.join(splits)}")
-    problems = {}
-    for qid in splits[split]:
-        if qid not in all_problems:
-            raise UserError(f"{path} lacks problem {qid}, which pid_splits.json lists: the files belong to two data "
-                            "sets")
-        problems[qid] = all_problems[qid]
-        check_problem(path, qid, all_problems[qid])
-    captions = read_json(caption_file, "name it with --caption_file") if caption_file else {}
-    return ScienceQA(root, problems, captions.get("captions", {}))
-
-
-def check_problem(path: Path, qid: str, problem: dict) -> None:
-    missing = [name for name in FIELDS if name not in problem]
+        raise UserError(f"--split {split}: {path} has {', '.join(splits) or 'no split'}")
+    if not splits[split]:
+        raise UserError(f"{path} has no problem in split {split}: fetch or write it again")
+    for a, b in combinations(DISJOINT_SPLITS, 2):
+        shared = sorted(set(splits.get(a, ())) & set(splits.get(b, ())))
+        if shared:
+            raise UserError(f"{path}: {a} and {b} share {len(shared)} problems, the first is {shared[0]}: "
+                            "fetch or write it again")
+    missing = [qid for qid in splits[split] if qid not in all_problems]
     if missing:
-        raise UserError(f"{path}: problem {qid} lacks {', '.join(missing)}: fetch the file again")
-    if not 2 <= len(problem["choices"]) <= len(OPTIONS):
-        raise UserError(f"{path}: problem {qid} has {len(problem['choices'])} choices, not 2 to {len(OPTIONS)}: "
-                        "leave it out")
-    if not 0 <= problem["answer"] < len(problem["choices"]):
-        raise UserError(f"{path}: problem {qid} has no choice number {problem['answer']}: fetch the file again")
+        raise UserError(f"{problems_path} lacks problem {missing[0]}, which {path.name} lists: the files belong to two "
+                        "data sets")
+    return splits[split]
+
+
+def read_captions(path: str, problems: dict, all_problems: dict) -> dict[str, str]:
+    """Captions by id. Raises UserError for those of another data set; warns where some are missing or unknown."""
+    captions = read_validated(path, Captions, "name it with --caption_file",
+                              'write it as {"captions": {id: text}}')["captions"]
+    pictures = [qid for qid, problem in problems.items() if problem["image"]]
+    if pictures and not captions.keys() & problems.keys():
+        raise UserError(f"{path} has a caption for none of this split's {len(problems):,} questions: "
+                        "name that of this data set with --caption_file")
+    n_captions, n_unknown = sum(qid in captions for qid in pictures), len(captions.keys() - all_problems.keys())
+    if n_captions < len(pictures) or n_unknown:
+        print_rank0(f"{path} has captions for {n_captions:,} of {len(pictures):,} pictures"
+                    + (f", and {n_unknown:,} for unknown problems" if n_unknown else ""))
+    return captions

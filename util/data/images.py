@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lavin.runtime.console import progress_bar
-from lavin.runtime.errors import UserError
+from lavin.runtime.errors import UserError, first_line
 from util.data.datasets import ScienceQA
 
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
@@ -20,8 +20,15 @@ IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError) 
 
 def load_image(path: Path, size: int) -> torch.Tensor:
     """uint8 [3, size, size]; resized bicubically, without keeping the aspect ratio."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")  # opening a named pipe would wait for ever
     with Image.open(path) as image:
         return image_to_tensor(image, size)
+
+
+def image_fault(error: Exception) -> str:
+    """What is wrong with a picture that raised one of IMAGE_ERRORS."""
+    return "is missing" if isinstance(error, FileNotFoundError) else f"does not decode ({first_line(error)})"
 
 
 def image_to_tensor(image: Image.Image, size: int) -> torch.Tensor:
@@ -52,10 +59,9 @@ def load_images(data: ScienceQA, size: int, threads: int, skip_bad: bool) -> dic
                 data.skipped.append(qid)
                 del data.problems[qid]
             else:
-                reason = "is missing" if isinstance(error, FileNotFoundError) else f"does not decode ({error})"
                 pool.shutdown(cancel_futures=True)
-                raise UserError(f"picture {paths[qid]} {reason}: put it there, or leave such problems out with "
-                                "--skip_bad")
+                raise UserError(f"picture {paths[qid]} {image_fault(error)}: put it there, or leave such problems out "
+                                "with --skip_bad")
     if not data.problems:
         raise UserError(f"no problem is left in {data.root}: all pictures are missing or broken")
     return images

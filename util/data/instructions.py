@@ -4,19 +4,49 @@ The 80,000 images of LLaVA-Instruct would take 12 GB decoded. They are decoded o
 files early, and again, by a few threads, in the step that needs them.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from lavin.runtime.console import print_rank0, progress_bar
+from lavin.runtime.console import progress_bar
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json
+from lavin.runtime.files import json_sha256
+from lavin.runtime.schema import NonBlankText, PlainName, declared, read_validated, validate
 from lavin.tokenizer import Example, Tokenizer
-from util.data.images import IMAGE_ERRORS, load_image
+from util.data.images import IMAGE_ERRORS, image_fault, load_image
 
 HINT = "make it with tools/data_processing.py, or name it with --data_path"
+
+
+@declared
+class Record(TypedDict):
+    instruction: NonBlankText  # the whole prompt
+    answer: NonBlankText
+    image: PlainName | None
+
+
+@declared
+class AllData(TypedDict):
+    all: Annotated[list[Any], Field(min_length=1)]  # of Record
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """The checked records of all_data.json, in their order. root: --data_root."""
+
+    root: Path
+    records: Sequence[Record]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for records of equal results."""
+        return json_sha256([[record["instruction"], record["answer"], record["image"]] for record in self.records])
 
 
 @dataclass(frozen=True)
@@ -33,29 +63,22 @@ class LazyImage:
         """What is wrong with the file, or None where it decodes."""
         try:
             self.decode()
-        except FileNotFoundError:
-            return "is missing"
         except IMAGE_ERRORS as error:
-            return f"does not decode ({error})"
+            return image_fault(error)
         return None
 
 
-def image_path(data_root: str, record: dict) -> Path:
+def image_path(root: Path, name: str) -> Path:
     """A file of COCO's train2014. LLaVA-Instruct leaves the prefix of its name out."""
-    return Path(data_root, "images", "train2014", f"COCO_train2014_{record['image'].removeprefix('COCO_train2014_')}")
+    return root / "images" / "train2014" / f"COCO_train2014_{name.removeprefix('COCO_train2014_')}"
 
 
-def read_records(path: Path) -> list[dict]:
-    """Raises UserError where the file is not in the format that data_processing.py writes."""
-    try:
-        records = read_json(path, HINT)["all"]
-        valid = records and all(isinstance(r["instruction"], str) and isinstance(r["answer"], str) and "image" in r
-                                for r in records)
-    except (KeyError, TypeError):
-        valid = False
-    if not valid:
-        raise UserError(f"{path} is not the all_data.json of instruction tuning: {HINT}")
-    return records
+def read_instructions(args) -> Instructions:
+    """The records of --data_path (default: all_data.json in --data_root). Raises UserError for other formats."""
+    path = Path(args.data_path or f"{args.data_root}/all_data.json")
+    records = read_validated(path, AllData, HINT, HINT)["all"]
+    return Instructions(Path(args.data_root), [validate(record, Record, f"{path}: record {i}", HINT)
+                                               for i, record in enumerate(records)])
 
 
 def find_bad_images(images: list[LazyImage], threads: int) -> dict[LazyImage, str]:
@@ -65,30 +88,31 @@ def find_bad_images(images: list[LazyImage], threads: int) -> dict[LazyImage, st
         return {image: problem for image, problem in zip(images, problems, strict=True) if problem}
 
 
-def load_instructions(args, tokenizer: Tokenizer, image_size: int) -> list[Example]:
-    """The records of --data_path (default: all_data.json in --data_root), tokenized; `image` is a LazyImage or None.
+def load_pictures(data: Instructions, size: int, threads: int, skip_bad: bool) -> dict[str, LazyImage]:
+    """All pictures, by the name that the records give them; none is decoded yet, but each has been, as a trial.
 
-    An image that is missing or does not decode raises UserError. With --skip_bad, its records are left out instead.
+    A picture that is missing or does not decode raises UserError, or is left out with skip_bad.
     """
-    records = read_records(Path(args.data_path or f"{args.data_root}/all_data.json"))
-    images = {r["image"]: LazyImage(image_path(args.data_root, r), image_size) for r in records if r["image"]}
-    bad_images = find_bad_images(list(images.values()), args.num_workers)
-    if bad_images and not args.skip_bad:
-        image, problem = next(iter(bad_images.items()))
-        raise UserError(f"picture {image.path} {problem}; {len(bad_images)} of {len(images)} are so: put COCO's "
+    pictures = {name: LazyImage(image_path(data.root, name), size) for record in data.records
+                if (name := record["image"])}
+    bad_pictures = find_bad_images(list(pictures.values()), threads)
+    if bad_pictures and not skip_bad:
+        picture, problem = next(iter(bad_pictures.items()))
+        raise UserError(f"picture {picture.path} {problem}; {len(bad_pictures)} of {len(pictures)} are so: put COCO's "
                         "train2014 there, or leave such records out with --skip_bad")
-    kept = [r for r in records if not r["image"] or images[r["image"]] not in bad_images]
+    return {name: picture for name, picture in pictures.items() if picture not in bad_pictures}
+
+
+def instruction_examples(data: Instructions, args, tokenizer: Tokenizer, image_size: int) -> dict[str, Example]:
+    """The records, tokenized; `image` is a LazyImage or None. With --skip_bad, those of a bad picture are left out."""
+    pictures = load_pictures(data, image_size, args.num_workers, args.skip_bad)
+    kept = {f"record {i}": record for i, record in enumerate(data.records)
+            if record["image"] is None or record["image"] in pictures}
     if not kept:
-        raise UserError(f"no record is left: all pictures in {args.data_root}/images/train2014 are missing or broken")
-    examples = [tokenizer.example(r["instruction"], r["answer"], images.get(r["image"]), args.n_prompt,
-                                  args.max_seq_len) for r in progress_bar(kept, "records")]
-    n_truncated = sum(example.answer_start == len(example.ids) for example in examples)
-    if n_truncated == len(examples):
-        raise UserError(f"--max_seq_len {args.max_seq_len} leaves no answer to learn from: raise it")
-    print_rank0(f"{len(examples)} records, {sum(bool(r['image']) for r in kept)} with a picture, "
-                f"{len(records) - len(kept)} left out for their picture"
-                + (f", {n_truncated} whose answer lies beyond --max_seq_len {args.max_seq_len}" if n_truncated else ""))
-    return examples
+        raise UserError(f"no record is left: all pictures in {data.root}/images/train2014 are missing or broken")
+    with progress_bar(kept.items(), "records") as bar:  # `with` closes the bar before an error message is printed
+        return {name: tokenizer.example(record["instruction"], record["answer"], pictures.get(record["image"] or ""),
+                                        args.n_prompt, args.max_seq_len) for name, record in bar}
 
 
 def decode_images(examples: list[Example], threads: int = 4) -> list[Example]:

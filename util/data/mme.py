@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavin.runtime.errors import UserError
+from lavin.runtime.schema import shown
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -49,17 +50,35 @@ def load_mme(root: str) -> list[Pair]:
     return pairs
 
 
-def read_pair(subtask: str, path: Path, image_folder: Path) -> Pair:
-    lines = [line.rstrip().rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if len(lines) != 2 or any(len(line) != 2 or line[1].strip().lower() not in ("yes", "no") for line in lines):
+def read_questions(path: Path) -> list[tuple[str, str]]:
+    """The two questions of a text file, each with its answer, `yes` or `no`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text ({error}): fetch it again") from error
+    questions = [read_line(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if len(questions) != 2:
         raise UserError(f"{path} is not two lines of question, tab, and Yes or No: fetch it again")
+    return questions
+
+
+def read_line(line: str, source: str) -> tuple[str, str]:
+    question, _, answer = line.rstrip().rpartition("\t")
+    if not question.strip():
+        raise UserError(f"{source} is not question, tab, and Yes or No: fetch it again")
+    if answer.strip().lower() not in ("yes", "no"):
+        raise UserError(f"{source} has the answer {shown(answer)}, not Yes or No: fetch it again")
+    return question, answer.strip().lower()
+
+
+def read_pair(subtask: str, path: Path, image_folder: Path) -> Pair:
+    questions, answers = zip(*read_questions(path), strict=True)
     candidates = [image_folder / (path.stem + suffix) for suffix in SUFFIXES]
     picture = next((candidate for candidate in candidates if candidate.is_file()), None)
     if picture is None:
         raise UserError(f"{path} has no picture {image_folder / path.stem}.jpg or .png: put it there "
                         "(some subtasks' pictures are downloaded separately)")
-    questions, answers = zip(*lines, strict=True)
-    return Pair(subtask, picture, questions, tuple(answer.strip().lower() for answer in answers))
+    return Pair(subtask, picture, questions, answers)
 
 
 def read_answer(text: str) -> str:

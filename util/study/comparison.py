@@ -5,7 +5,7 @@ predictions are available, the p-value of a paired test.
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from lavin.runtime.files import read_json
 from util.runs import run_folders
 from util.study.finished_runs import Run, read_run
 from util.study.statistics import holm, mcnemar, newcombe, paired_bootstrap, wilson
+from util.training.recipe import EXECUTION_FLAGS, RESTATED_FLAGS
 
 PUBLISHED = Path(__file__).parents[2] / "assets" / "published.json"
 SCHEDULE_NAMES = {"cosine": None, "cyclical": "Cyclical LR", "step": "Step Decay", "exponential": "Exp. Decay"}
@@ -23,11 +24,13 @@ DROPOUT_NAMES = {(0.1, 1.01, 0.2): "Inc. Drop. Prob", (0.2, 0.99, 0.1): "Dec. Dr
 NAMES = ["Base", *filter(None, SCHEDULE_NAMES.values()), *DROPOUT_NAMES.values()]  # in the order of the publication
 DEFAULT_MIN_LR = {"cosine": 0, "cyclical": 5e-5}  # the other schedules do not use it
 # Flags that do not appear in a method's name: those that the name already expresses, those that affect where and how a
-# run was executed but not its result, and those summarized by `lr` and `effective batch`.
-UNNAMED_FLAGS = {"lr_schedule", "min_lr", "dropout_prob", "dropout_var", "dropout_lim",
-                 "seed", "output_dir", "log_dir", "resume", "device", "num_workers", "cpu_load",
-                 "gradient_checkpointing", "llama_model_path", "data_path", "data_root", "caption_file", "blr",
-                 "batch_size", "accum_iter"}
+# run was executed but not its result, and those summarized by `lr` and `effective batch`. A recipe states the model and
+# the precision in another form, a name does not.
+UNNAMED_FLAGS = {"lr_schedule", "min_lr", "dropout_prob", "dropout_var", "dropout_lim", "seed",
+                 *EXECUTION_FLAGS, *RESTATED_FLAGS} - {"llm_model", "vision_model", "precision"}
+# what the runs were scored with, as reasons say it, and the flag of train.py that may make it differ
+SCORED_WITH = {"decode": ("--decode", None), "precision": ("--precision", "precision"),
+               "data": ("data of checksum", "use_caption")}
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Comparison:
     methods: list[Method]
     differences: dict[str, Difference]  # by method name
     left_out: list[str]  # "RUN: reason"
+    notes: list[str] = field(default_factory=list)  # "RUN, ...: what to know of it"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -116,7 +120,7 @@ def compare(paths: list[str], base_path: str | None = None) -> Comparison:
     runs, answers, incomparable = same_questions(runs, base)
     methods, duplicates = group_by_method(runs, base)
     differences = differences_to_first(methods, answers) if base else {}
-    return Comparison(methods, differences, left_out + incomparable + duplicates)
+    return Comparison(methods, differences, left_out + incomparable + duplicates, collect_notes(methods))
 
 
 def published() -> Comparison:
@@ -141,12 +145,13 @@ def with_published(comparison: Comparison) -> Comparison:
     order = [comparison.methods[0].name, *NAMES, *(method.name for method in comparison.methods)]
     methods.sort(key=lambda method: order.index(method.name.removesuffix(" (published)")))
     renamed = {new_names[name]: difference for name, difference in reference.differences.items()}
-    return Comparison(methods, comparison.differences | renamed, comparison.left_out)
+    return replace(comparison, methods=methods, differences=comparison.differences | renamed)
 
 
 def method_name(flags: dict, reference: dict) -> str:
     """E.g. `Base`, `Inc. Drop. Prob V2 + lr 0.002`: schedule, dropout, then other flags that differ from reference."""
-    parts = list(filter(None, [SCHEDULE_NAMES[flags["lr_schedule"]], dropout_name(flags)])) or ["Base"]
+    schedule = flags["lr_schedule"]
+    parts = list(filter(None, [SCHEDULE_NAMES.get(schedule, schedule), dropout_name(flags)])) or ["Base"]
     if flags["min_lr"] != DEFAULT_MIN_LR.get(flags["lr_schedule"], flags["min_lr"]):
         parts.append(f"min_lr {flags['min_lr']:g}")
     unused = {"warmup_epochs"} if flags["lr_schedule"] == "cyclical" else set()
@@ -179,26 +184,46 @@ def find_base(runs: list[Run], path: str | None) -> Run | None:
 
 
 def same_questions(runs: list[Run], base: Run | None) -> tuple[list[Run], dict[str, int] | None, list[str]]:
-    """Keeps the runs evaluated on the base's questions or, without a base, on the most frequent set of questions.
+    """Keeps the runs that were asked the base's questions in the base's way or, without a base, the most frequent way.
 
     Returns these runs, the correct answers (None if no run saved them), and the reasons why the others are left out.
     """
-    questions = {run.folder: (run.split, frozenset(run.predictions)) for run in runs}
-    split, qids = questions[base.folder] if base else Counter(questions.values()).most_common(1)[0][0]
-    answers = next((run.answers for run in [base, *runs] if run and run.answers and run.answers.keys() == qids), None)
-    kept, left_out = [], []
-    for run in runs:
-        if run.split != split:
-            reason = f"of split {run.split}, not {split}: run eval.py with --split {split}"
-        elif run.predictions.keys() != qids:
-            reason = f"its {len(run.predictions)} questions are not the others' {len(qids)}: evaluate on the same"
-        elif run.answers not in (None, answers):
-            reason = "its questions have other right answers: evaluate on the same data"
-        else:
-            kept.append(run)
-            continue
-        left_out.append(f"{run.folder}: {reason}")
-    return kept, answers, left_out
+    def asked(run):
+        return run.split, frozenset(run.predictions), frozenset(run.scored_with.items())
+
+    most_common = Counter(map(asked, runs)).most_common(1)[0][0]
+    reference = base or next(run for run in runs if asked(run) == most_common)
+    answers = next((run.answers for run in [reference, *runs]
+                    if run.answers and run.answers.keys() == reference.predictions.keys()), None)
+    reasons = [why_incomparable(run, reference, answers) for run in runs]
+    return ([run for run, reason in zip(runs, reasons, strict=True) if not reason], answers,
+            [f"{run.folder}: {reason}" for run, reason in zip(runs, reasons, strict=True) if reason])
+
+
+def why_incomparable(run: Run, reference: Run, answers: dict[str, int] | None) -> str | None:
+    if run.split != reference.split:
+        return f"of split {run.split}, not {reference.split}: run eval.py with --split {reference.split}"
+    if run.predictions.keys() != reference.predictions.keys():
+        return (f"its {len(run.predictions)} questions are not the others' {len(reference.predictions)}: "
+                "evaluate on the same")
+    if run.answers not in (None, answers):
+        return "its questions have other right answers: evaluate on the same data"
+    for name, (words, flag) in SCORED_WITH.items():
+        value, expected = run.scored_with.get(name), reference.scored_with.get(name)
+        is_method = flag and run.flags.get(flag) != reference.flags.get(flag)  # trained so, and named after it
+        if None not in (value, expected) and value != expected and not is_method:
+            return f"scored with {words} {value}, not {expected}: run eval.py as for the others"
+    return None
+
+
+def collect_notes(methods: list[Method]) -> list[str]:
+    """What is true of several runs takes one line."""
+    folders: dict[str, list[str]] = {}
+    for method in methods:
+        for run in method.runs:
+            for note in run.notes:
+                folders.setdefault(note, []).append(run.folder)
+    return [f"{', '.join(names)}: {note}" for note, names in folders.items()]
 
 
 def group_by_method(runs: list[Run], base: Run | None) -> tuple[list[Method], list[str]]:

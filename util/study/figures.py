@@ -1,7 +1,7 @@
 """Figures of a comparison (PNG and SVG).
 
 A point is a mean over seeds, its bar the 95 % confidence interval, a small tick a single seed. The band around a loss
-curve is the standard deviation over the seeds.
+curve is the standard deviation over the seeds. The loss by step is drawn for each run that has metrics.jsonl.
 """
 
 from itertools import cycle
@@ -32,6 +32,7 @@ CATEGORIES = [column for column in COLUMNS if column != "Avg"]
 COLOURS = ["#000000", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2", "#882255"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h"]
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 2, 2)), (0, (9, 2))]
+SMOOTHED = 40  # the running mean is over this fraction of the run
 RC_PARAMS = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
              "axes.axisbelow": True, "legend.frameon": False, "legend.handlelength": 3, "lines.linewidth": 1.2,
              "lines.markersize": 4.5, "figure.dpi": 130, "svg.hashsalt": "lavin", "figure.constrained_layout.use": True}
@@ -68,6 +69,31 @@ def draw_losses(ax: Axes, methods: list[Method]) -> None:
             low = np.maximum(mean - deviation, mean / 10)  # a log scale cannot show values <= 0
             ax.fill_between(epochs, low, mean + deviation, color=style["color"], alpha=0.12, linewidth=0)
     ax.set(title="Training loss", xlabel="epoch", ylabel="loss, mean of the epoch (log scale)", yscale="log")
+    loss_ticks(ax)
+
+
+def draw_losses_by_step(ax: Axes, methods: list[Method]) -> None:
+    """Every run's losses, pale, under their running mean; one label a method."""
+    for method, style in zip(methods, styles(methods).values(), strict=True):
+        label: str | None = wrap(method.name)
+        for run in filter(lambda run: run.step_losses, method.runs):
+            epochs, losses = np.array(run.step_losses).T
+            ax.plot(epochs, losses, color=style["color"], linewidth=0.4, alpha=0.25)
+            ax.plot(epochs, running_mean(losses), linewidth=1, label=label, color=style["color"],
+                    linestyle=style["linestyle"])
+            label = None
+    ax.set(title="Training loss by step", xlabel="epoch", yscale="log",
+           ylabel="loss (log scale); in front, its running mean")
+    loss_ticks(ax)
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Of a centred window; at the ends, of the part of it that lies inside."""
+    half = len(values) // SMOOTHED // 2
+    return np.array([values[max(0, i - half):i + half + 1].mean() for i in range(len(values))])
+
+
+def loss_ticks(ax: Axes) -> None:
     ax.xaxis.set_major_locator(integer_ticks())
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if high < 5 * low else (1, 2, 5)))
@@ -226,6 +252,7 @@ def overview(methods: list[Method]) -> Figure:
 
 
 FIGURES = {"overview": overview, "accuracy": accuracy_figure, "loss": single_panel(draw_losses, 7.5, 5.6, legend=True),
+           "losses_by_step": single_panel(draw_losses_by_step, 7.5, 5.6, legend=True),
            "categories": single_panel(draw_categories, 10, 4.6, legend=True),
            "learning_rates": single_panel(draw_learning_rates), "dropout": single_panel(draw_dropout)}
 
@@ -253,6 +280,8 @@ def write_figures(comparison: Comparison, folder: Path, prefix: str) -> list[Pat
     written = []
     with plt.rc_context(RC_PARAMS):
         for name, draw in FIGURES.items():
+            if name == "losses_by_step" and not any(run.step_losses for m in comparison.methods for run in m.runs):
+                continue
             figure = draw(comparison.methods)
             figure.suptitle(subtitle(comparison), fontsize=9)
             for suffix in ("png", "svg"):

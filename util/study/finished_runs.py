@@ -1,18 +1,104 @@
-"""Reads finished runs for a comparison. An unfinished or inconsistent run raises UserError with the reason."""
+"""Reads finished runs for a comparison. A run that is broken or unfinished, or whose scores are of something else,
+raises UserError with the reason.
+"""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+from typing_extensions import NotRequired, TypedDict
 
 from lavin.mm_adapter import dropout_schedule
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json, read_json_lines
+from lavin.runtime.files import read_json_lines, sha256
+from lavin.runtime.schema import declared, read_validated, validate
 from util.lr_sched import check_schedule
-from util.runs import user_error_if_malformed
+from util.runs import checkpoint_path
 from util.scoring import COLUMNS
 
 N_LAYERS = 32  # of LLaMA-7B
+FIX = "train or evaluate again"
+TWO_BYTES = ("bf16", "fp16")  # their answers hardly differ, and the hardware chooses
 
+
+# --- What the files must hold ---
+
+def has_all_columns(numbers: dict) -> dict:
+    missing = [column for column in COLUMNS if column not in numbers]
+    if missing:
+        raise ValueError(f"lacks {missing[0]}")
+    return numbers
+
+
+Count = Annotated[int, Field(ge=0)]
+ByColumn = Annotated[dict[str, Count], AfterValidator(has_all_columns)]
+Epoch = Count
+
+
+@declared
+class Flags(TypedDict):
+    """Those of train.py that a comparison computes with."""
+
+    lr_schedule: str
+    lr: float
+    min_lr: float
+    epochs: Annotated[int, Field(ge=1)]
+    warmup_epochs: float
+    dropout_prob: float
+    dropout_var: float
+    dropout_lim: float
+    batch_size: Annotated[int, Field(ge=1)]
+    accum_iter: Annotated[int, Field(ge=1)]
+
+
+@declared
+class Config(TypedDict):
+    flags: Flags
+    world_size: Annotated[int, Field(ge=1)]
+    n_layers: NotRequired[Annotated[int, Field(ge=1, le=10_000)]]
+
+
+@declared
+class LogLine(TypedDict):
+    epoch: Epoch
+    train_closs: float | None
+    steps_left_out: NotRequired[Count]
+
+
+@declared
+class MetricsLine(TypedDict):
+    epoch: Epoch
+    step: Annotated[int, Field(ge=1)]
+    loss: Annotated[float, Field(ge=0)] | None
+
+
+@declared
+class Scores(TypedDict):
+    """Beside the columns' percentages. Earlier versions did not say what they had scored."""
+
+    counts: ByColumn
+    correct: ByColumn
+    split: str
+    checkpoint: NotRequired[str | None]
+    checkpoint_sha256: NotRequired[str | None]
+    prompt_format: NotRequired[str]
+    decode: NotRequired[str]
+    precision: NotRequired[str]
+    bits: NotRequired[str]
+    data: NotRequired[str]
+
+
+@declared
+class Generation(TypedDict):
+    qid: str
+    prediction: int
+    answer: int
+
+
+# --- Runs ---
 
 @dataclass(frozen=True)
 class Run:
@@ -27,64 +113,133 @@ class Run:
     predictions: dict[str, int] = field(default_factory=dict)
     answers: dict[str, int] | None = None
     n_layers: int = N_LAYERS
+    scored_with: dict = field(default_factory=dict)  # decode, precision and data, where scores.json says so
+    step_losses: list[tuple[float, float]] = field(default_factory=list)  # (epoch as a fraction, loss)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_run(folder: Path) -> Run:
-    flags, n_layers = read_config(folder / "config.json")
-    losses = read_losses(folder / "log.txt", flags["epochs"])
+    config: Any = read_validated(folder / "config.json", Config,
+                                 "train.py writes it: name the folder of a training run", FIX)
+    flags, n_layers = read_flags(config, folder / "config.json")
+    log = read_log(folder / "log.txt", flags["epochs"])
     hint = f"run eval.py --adapter_path {folder}"
-    scores, predictions = (read_json(folder / name, hint) for name in ("scores.json", "preds.json"))
-    with user_error_if_malformed(folder / "scores.json"):
-        counts, correct = ({column: int(scores[key][column]) for column in COLUMNS} for key in ("counts", "correct"))
-        check_scores(scores, counts, correct, len(predictions))
-        split = scores["split"]
+    scores: Any = read_validated(folder / "scores.json", Scores, hint, FIX)
+    predictions = read_validated(folder / "preds.json", dict[str, int], hint, FIX)
+    check_counts(scores, len(predictions), folder / "scores.json")
+    check_origin(scores, flags, folder, hint)
     answers = read_answers(folder / "generations.jsonl", predictions)
-    if answers and correct["Avg"] != sum(predictions[qid] == answer for qid, answer in answers.items()):
+    if answers and scores["correct"]["Avg"] != sum(predictions[qid] == answer for qid, answer in answers.items()):
         raise UserError(f"{folder / 'scores.json'} does not count the answers of preds.json: {hint}")
-    return Run(str(folder), flags, losses, counts, correct, split, predictions, answers, n_layers)
+    steps = read_metrics(folder / "metrics.jsonl")
+    return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
+                                    for line in log], scores["counts"], scores["correct"], scores["split"], predictions,
+               answers, n_layers, scored_with(scores), by_fraction(steps), notes(scores, log, steps))
 
 
-def read_config(path: Path) -> tuple[dict, int]:
+def read_flags(config: dict, path: Path) -> tuple[dict, int]:
     """The flags of the run and the number of LLaMA's layers."""
-    config = read_json(path, "train.py writes it: name the folder of a training run")
-    with user_error_if_malformed(path):
-        flags = dict(config["flags"])
-        args = SimpleNamespace(**flags)
-        check_schedule(args)
-        n_layers = config.get("n_layers", N_LAYERS)
-        dropout_schedule(n_layers, args.dropout_prob, args.dropout_var, args.dropout_lim)
-        flags["effective batch"] = args.batch_size * args.accum_iter * config["world_size"]
-        return flags, n_layers
+    flags, n_layers = dict(config["flags"]), config.get("n_layers", N_LAYERS)
+    try:
+        check_schedule(SimpleNamespace(**flags))
+        dropout_schedule(n_layers, flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: {FIX}") from error
+    flags["effective batch"] = flags["batch_size"] * flags["accum_iter"] * config["world_size"]
+    return flags, n_layers
 
 
-def read_losses(path: Path, epochs: int) -> list[float]:
-    """Mean loss by epoch. A resumed run may have logged an epoch twice: the last line counts."""
-    lines = read_json_lines(path) if path.is_file() else []
-    with user_error_if_malformed(path):
-        losses = {line["epoch"]: float("nan" if line["train_closs"] is None else line["train_closs"]) for line in lines}
-        done = sum(epoch in losses for epoch in range(epochs))
+def read_log(path: Path, epochs: int) -> list[dict]:
+    """The line of every epoch. A resumed run may have logged an epoch twice: the last line counts."""
+    lines: Any = [validate(line, LogLine, f"{path}, line {i}", FIX)
+                  for i, line in enumerate(read_json_lines(path) if path.is_file() else [], 1)]
+    by_epoch = {line["epoch"]: line for line in lines}
+    done = sum(epoch in by_epoch for epoch in range(epochs))
     if done < epochs:
         raise UserError(f"unfinished, {done} of {epochs} epochs in {path}: train.py --resume {path.parent} goes on")
-    return [losses[epoch] for epoch in range(epochs)]
+    return [by_epoch[epoch] for epoch in range(epochs)]
 
 
-def check_scores(scores: dict, counts: dict[str, int], correct: dict[str, int], n_predictions: int) -> None:
-    """Raises ValueError where the percentages contradict the counts, or the counts the number of predictions."""
-    for column, n in counts.items():
-        percent = scores[column]
-        same = percent is None if n == 0 else percent is not None and abs(percent - 100 * correct[column] / n) < 0.006
-        if not same:
-            raise ValueError(f"{column} {percent} is not {correct[column]} of {n}")
-    if not counts["Avg"] == n_predictions > 0:
-        raise ValueError(f"{counts['Avg']} questions, {n_predictions} in preds.json")
+def read_metrics(path: Path) -> list[dict]:
+    """In the order of steps; none where there is no file. A last line that is torn is left out."""
+    if not path.is_file():
+        return []
+    by_step: Any = {}
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for i, text in enumerate(texts, 1):
+        try:
+            line: Any = validate(json.loads(text), MetricsLine, f"{path}, line {i}", FIX)
+        except ValueError as error:
+            if i == len(texts):
+                break
+            raise UserError(f"{path}, line {i} is not valid JSON ({error}): {FIX}") from error
+        by_step[line["epoch"], line["step"]] = line
+    return [by_step[key] for key in sorted(by_step)]
+
+
+def by_fraction(steps: list[dict]) -> list[tuple[float, float]]:
+    """(epoch as a fraction, mean loss of the steps up to there), where it is not 0 and not all steps were skipped."""
+    per_epoch = max((line["step"] for line in steps), default=1)
+    return [(line["epoch"] + line["step"] / per_epoch, line["loss"]) for line in steps if line["loss"]]
+
+
+# --- Scores ---
+
+def check_counts(scores: dict, n_predictions: int, path: Path) -> None:
+    """Raises UserError where the percentages contradict the counts, or the counts the number of predictions."""
+    for column in COLUMNS:
+        n, correct, percent = scores["counts"][column], scores["correct"][column], scores.get(column)
+        is_number = isinstance(percent, int | float)
+        if is_number != (n > 0) or (is_number and abs(percent - 100 * correct / n) >= 0.006):
+            raise UserError(f"{path} is broken ({column} {percent} is not {correct} of {n}): {FIX}")
+    n = scores["counts"]["Avg"]
+    if not n == n_predictions > 0:
+        raise UserError(f"{path} is broken ({n} questions, {n_predictions} in preds.json): {FIX}")
+
+
+def check_origin(scores: dict, flags: dict, folder: Path, hint: str) -> None:
+    """Raises UserError for scores of something else than the run's last checkpoint, asked as in training."""
+    last = checkpoint_path(folder, flags["epochs"] - 1)
+    name = scores.get("checkpoint", last.name)
+    if name != last.name:
+        raise UserError(f"its scores are of {name or 'the untuned base'}, not of {last.name}: {hint}")
+    known = scores.get("checkpoint_sha256")
+    if known and last.is_file() and sha256(last) != known:
+        raise UserError(f"its scores are of another {last.name} than the one there: {hint}")
+    for flag in ("prompt_format", "bits"):
+        trained, scored = flags.get(flag), scores.get(flag)
+        if None not in (trained, scored) and trained != scored:
+            raise UserError(f"scored with --{flag} {scored}, trained with {trained}: {hint} --{flag} {trained}")
+
+
+def scored_with(scores: dict) -> dict:
+    """What must be the same in all runs."""
+    found = {name: scores[name] for name in ("decode", "precision", "data") if name in scores}
+    if "data" in found:
+        found["data"] = found["data"][:12]
+    if found.get("precision") in TWO_BYTES:
+        found["precision"] = " or ".join(TWO_BYTES)
+    return found
+
+
+def notes(scores: dict, log: list[dict], steps: list[dict]) -> list[str]:
+    """What the table says of a run that it compares."""
+    lines = []
+    if "checkpoint_sha256" not in scores:
+        lines.append("scored by an earlier version: which checkpoint, and how, cannot be checked")
+    n_skipped = sum(line.get("steps_left_out", 0) for line in log)
+    if n_skipped:
+        of_all = f" of {len(log) * max(line['step'] for line in steps):,}" if steps else ""
+        lines.append(f"{n_skipped:,}{of_all} steps were skipped, since their gradients were not finite")
+    return lines
 
 
 def read_answers(path: Path, predictions: dict[str, int]) -> dict[str, int] | None:
     """The correct answers, which eval.py saves together with the generated texts; None where there is no such file."""
     if not path.is_file():
         return None
-    lines = read_json_lines(path)
-    with user_error_if_malformed(path):
-        if {line["qid"]: line["prediction"] for line in lines} != predictions:
-            raise ValueError("its predictions are not those of preds.json")
-        return {line["qid"]: line["answer"] for line in lines}
+    lines: Any = [validate(line, Generation, f"{path}, line {i}", FIX) for i, line in
+                  enumerate(read_json_lines(path), 1)]
+    if {line["qid"]: line["prediction"] for line in lines} != predictions:
+        raise UserError(f"{path} is broken (its predictions are not those of preds.json): {FIX}")
+    return {line["qid"]: line["answer"] for line in lines}

@@ -108,4 +108,5 @@ def notes(comparison: Comparison) -> list[str]:
                      "interval) and untested. Their counts by category are the only ones that make every percentage.")
     if any(len(method.runs) == 1 for method in comparison.methods):
         lines.append("Methods with one seed: what another seed would give is in no interval and no test.")
-    return lines + [f"Left out: {reason}" for reason in comparison.left_out]
+    return [*lines, *(f"Note: {note}." for note in comparison.notes),
+            *(f"Left out: {reason}" for reason in comparison.left_out)]

@@ -15,15 +15,20 @@ def make_optimizer(model, args) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
-def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad: float | None) -> torch.Tensor:
-    """Sums the gradients of all ranks and steps. Returns [the step's loss, 1 if the step was made or 0 if skipped].
+def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad: float | None, stop: bool = False
+                   ) -> torch.Tensor:
+    """Sums the gradients of all ranks and steps.
 
-    A step with non-finite gradients is skipped. After the sum they are non-finite on every rank, so all ranks skip the
-    same steps. The host does not wait for the GPU: the fused optimizer itself skips the update where `found_inf` is 1.
+    Returns [loss, 1 if the step was made or 0 if it was skipped, norm of the gradient, number of ranks that stop], the
+    same on every rank. A step with non-finite gradients is skipped. After the sum they are non-finite on every rank, so
+    all ranks skip the same steps. The host does not wait for the GPU: the fused optimizer itself skips the update where
+    `found_inf` is 1.
     """
-    loss = distributed.all_reduce_gradients(parameters, loss)
+    numbers = torch.stack((loss, torch.full_like(loss, stop)))
+    loss, n_stop = distributed.all_reduce_gradients(parameters, numbers)
     scaler.unscale_(optimizer)
-    finite = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf).isfinite()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
+    finite = norm.isfinite()
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
@@ -31,4 +36,4 @@ def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad:
         optimizer.found_inf = 1 - finite.float()
         optimizer.step()
     optimizer.zero_grad()
-    return torch.stack((loss, finite.to(loss.dtype)))
+    return torch.stack((loss, finite.to(loss.dtype), norm.to(loss.dtype), n_stop))

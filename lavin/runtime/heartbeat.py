@@ -1,0 +1,77 @@
+"""Notices a process that has stopped answering (frozen, or its machine is gone), and ends the run with its name.
+
+A thread of every process writes a counter to torchrun's store and reads those of the others. It does not depend on the
+main thread, so a slow download or a long compilation does not count as frozen.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from lavin.runtime.errors import report_to_torchrun
+
+INTERVAL_SECONDS, LIMIT_SECONDS = 10, 120
+GONE = b"gone"  # of a process that has finished
+
+_stopping = threading.Event()
+_thread: threading.Thread | None = None
+
+
+def start(rank: int, world: int) -> None:
+    """Starts this process's thread, with a connection of its own to the store."""
+    global _thread
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                          timeout=timedelta(seconds=LIMIT_SECONDS))
+    _stopping.clear()
+    _thread = threading.Thread(target=beat, args=(store, rank, world), daemon=True)
+    _thread.start()
+
+
+def stop() -> None:
+    """Tells the others that this process ends because it has finished."""
+    global _thread
+    if _thread:
+        _stopping.set()
+        _thread.join()
+        _thread = None
+
+
+def beat(store, rank: int, world: int) -> None:
+    name = f"process {rank} (on {socket.gethostname()}, process id {os.getpid()})"
+    last = {other: (b"", time.monotonic()) for other in range(world) if other != rank}  # beat, and since when
+    count = 0
+    try:
+        while not _stopping.wait(INTERVAL_SECONDS if count else 0):
+            count += 1
+            store.set(f"beat/{rank}", f"{count} {name}")
+            frozen = [other for other in last if is_frozen(store, other, last)]
+            if frozen:
+                report(frozen[0], last[frozen[0]][0], first=min(set(range(world)) - set(frozen)) == rank)
+        store.set(f"beat/{rank}", GONE)
+    except RuntimeError:  # the store is gone, and with it torchrun, which stops all processes
+        return
+
+
+def is_frozen(store, other: int, last: dict) -> bool:
+    value = store.get(f"beat/{other}") if store.check([f"beat/{other}"]) else b""
+    if value != last[other][0] or value == GONE:
+        last[other] = value, time.monotonic()
+    return time.monotonic() - last[other][1] > LIMIT_SECONDS
+
+
+def report(other: int, value: bytes, first: bool) -> None:
+    """Ends this process; the first of those that answer says why. torchrun then ends the frozen one."""
+    name = value.decode().partition(" ")[2] or f"process {other}"
+    message = (f"{os.path.basename(sys.argv[0])}: error: {name} has not answered for {LIMIT_SECONDS} s: it is frozen, "
+               "or its machine or network is down; the same command goes on from the last checkpoint")
+    if not first:
+        time.sleep(5)
+    report_to_torchrun(message)
+    tqdm.write(message, file=sys.stderr)
+    os._exit(1)

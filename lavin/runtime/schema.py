@@ -1,0 +1,139 @@
+"""Input is declared: what a file must hold is a schema, a type that pydantic checks before anything slow.
+
+A schema is a TypedDict with `@declared`, or a dict or list of other types. Errors take one line, which names the file,
+the record, the field and the fix.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+
+from lavin.runtime.errors import UserError
+
+T = TypeVar("T")
+
+MAX_SHOWN = 120  # characters of a wrong value or key that an error shows: names of tensors are long
+
+# For a TypedDict: numbers are finite, and entries that it does not declare are kept, or refused.
+declared = with_config(ConfigDict(extra="allow", allow_inf_nan=False))
+strictly_declared = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
+
+
+# --- Types of fields ---
+
+def encodable(text: str) -> str:
+    """JSON can spell half a character ("\\ud800"), which no tokenizer, file or terminal takes."""
+    text.encode()  # UnicodeEncodeError is a ValueError
+    return text
+
+
+def not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+def plain_name(text: str) -> str:
+    """A name that cannot lead out of its folder."""
+    if not text.strip() or not text.isprintable() or set(text) & set("/\\") or text in (".", ".."):
+        raise ValueError(f"is no plain name of a file or folder: {shown(text)}")
+    return text
+
+
+def distinct(texts: list[str]) -> list[str]:
+    seen = set()
+    for text in texts:
+        if text.strip() in seen:
+            raise ValueError(f"has {shown(text)} twice")
+        seen.add(text.strip())
+    return texts
+
+
+Text = Annotated[str, AfterValidator(encodable)]
+NonBlankText = Annotated[Text, AfterValidator(not_blank)]
+PlainName = Annotated[Text, AfterValidator(plain_name)]
+Size = Annotated[int, Field(ge=1, le=2**24)]  # of a tensor: larger ones overflow before they fail
+Positive = Annotated[float, Field(gt=0)]
+
+
+# --- Checking ---
+
+@cache
+def adapter(schema: Any) -> TypeAdapter:
+    return TypeAdapter(schema)
+
+
+def validate(value: Any, schema: type[T], source: str, hint: str = "fetch or write it again") -> T:
+    """The value, checked; no type is converted, except int to float.
+
+    Raises UserError `SOURCE: FIELD: what is wrong (and N more): HINT`.
+    """
+    try:
+        return adapter(schema).validate_python(value, strict=True)  # type: ignore[arg-type]  # types have hashes
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False)
+        where = ": ".join(filter(None, (source, field_name(first["loc"]))))
+        more = f" (and {len(others)} more)" if others else ""
+        raise UserError(f"{where}: {what_is_wrong(first)}{more}: {hint}") from error
+
+
+def field_name(location: tuple) -> str:
+    """`("model", "norm", 3)` -> `model.norm[3]`."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{shown(part, quoted=False)}" for part in location
+             if part != "[key]"]  # pydantic's mark for a wrong key
+    return "".join(parts).removeprefix(".")
+
+
+def what_is_wrong(error: Any) -> str:
+    """Pydantic's message without its subject. Its own checks concern the value, which is shown; ours say all."""
+    if error["type"] in ("missing", "extra_forbidden"):
+        return "is missing" if error["type"] == "missing" else "is unknown to this version of LaVIN"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    predicate = message[message.find("should"):] if "should" in message else message
+    return predicate if ", not " in predicate else f"{predicate}, not {shown(error['input'])}"
+
+
+def shown(value: Any, quoted: bool = True) -> str:
+    """A plain value, shortened, on one line; of others, the type."""
+    if not isinstance(value, str | int | float | None):
+        return f"a {type(value).__name__}"
+    try:
+        text = value if isinstance(value, str) and not quoted and value.isprintable() else repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a huge number"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+# --- JSON ---
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's parser would silently keep the last of several entries with one key."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has two entries {shown(next(key for key in keys if keys.count(key) > 1))}")
+    return content
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def read_validated(path: str | Path, schema: type[T], hint: str = "put it there, or correct the path",
+                   fix: str = "fetch or write it again") -> T:
+    """The content of a JSON file, checked. Raises UserError, which ends in `hint` where the file cannot be read, and in
+    `fix` where its content is not as declared.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): {hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): {fix}") from error
+    return validate(content, schema, str(path), fix)

@@ -1,0 +1,74 @@
+"""Signals that ask a process to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP, and SIGUSR1, Slurm's warning of the time limit.
+
+A signal raises Stopped in the main thread. Inside `deferred()` it only sets `requested`, and the code there stops by
+itself, at a place where it can save. A process that is still there after its grace period, because its main thread
+waits for the GPU or for a dead process, is ended by a thread.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+UNFINISHED = 75  # exit status: stopped, and the same command goes on (EX_TEMPFAIL of sysexits.h)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+GRACE_SECONDS, DEFERRED_GRACE_SECONDS = 5, 25  # torchrun kills its processes 30 s after it has sent SIGTERM
+
+requested: str | None = None  # name of the first stop signal
+_deferred = _ending = False
+
+
+class Stopped(BaseException):
+    """The process was asked to stop. The message says what was saved. No `except Exception` may hold it up."""
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Stop signals only set `requested` in here. Raises Stopped at the start where one has come already."""
+    global _deferred
+    if requested:
+        raise Stopped(f"stopped by {requested}")
+    _deferred = True
+    try:
+        yield
+    finally:
+        _deferred = False
+
+
+def install() -> None:
+    """Handles all stop signals that are not ignored (nohup ignores SIGHUP). Only in the main thread."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written even while the main thread does not run Python
+    threading.Thread(target=end_after_grace_period, args=(reader,), daemon=True).start()
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
+
+
+def finish(action: signal.Handlers) -> None:
+    """From now on, stop signals are ignored or end the process silently: it is about to end by itself."""
+    global _ending
+    _ending = True
+    for number in STOP_SIGNALS:
+        signal.signal(number, action)
+
+
+def handle(number: int, _frame) -> None:
+    global requested
+    first, requested = requested is None, requested or signal.Signals(number).name
+    if first and not _deferred:  # a launcher may send the same signal again
+        raise Stopped(f"stopped by {requested}")
+
+
+def end_after_grace_period(reader: int) -> None:
+    while os.read(reader, 1)[0] not in STOP_SIGNALS:
+        pass
+    seconds = DEFERRED_GRACE_SECONDS if _deferred else GRACE_SECONDS
+    threading.Event().wait(seconds)
+    if os.environ.get("RANK", "0") == "0" and not _ending:
+        print(f"\n{os.path.basename(sys.argv[0])}: ended {seconds} s after the stop signal, without saving: the same "
+              "command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    os._exit(UNFINISHED)

@@ -1,0 +1,424 @@
+"""A run's folder belongs to one recipe; the same command goes on; nothing old goes before something new is whole."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from lavin.runtime import signals
+from lavin.runtime.errors import UserError
+from tiny_runs import load_checkpoint, read_log, run_flags
+from util.runs import LAST, checkpoints
+from util.training import run_folder, trainer
+from util.training.epoch_record import EpochRecord
+from util.training.trainer import Trainer
+
+DROPOUT = ("--dropout_prob", "0.3", "--dropout_lim", "0.3", "--drop_path", "0.2")
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at once."""
+
+
+def run(*flags) -> None:
+    train.main(train.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def refused(*flags) -> str:
+    with pytest.raises(UserError) as caught:
+        run(*flags)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of every file; hidden ones are those of the lock."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+@pytest.fixture(scope="module")
+def flags(base, scienceqa):
+    """Of three epochs of three steps, without the folder."""
+    return run_flags(base, scienceqa, "unused", *DROPOUT)
+
+
+def in_folder(flags, folder, *more) -> list:
+    return [*flags, "--output_dir", folder, *more]
+
+
+@pytest.fixture(scope="module")
+def unbroken(flags, tmp_path_factory):
+    """A finished run, whose folder is called `run`: checkpoints name it. Read-only."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    run(*in_folder(flags, folder))
+    return folder
+
+
+@pytest.fixture
+def finished(unbroken, tmp_path):
+    return Path(shutil.copytree(unbroken, tmp_path / "run"))
+
+
+def stop_after(monkeypatch, steps: int, error: type[BaseException] | None = None) -> None:
+    """The process is asked to stop (or dies of `error`) while it makes its step number `steps`."""
+    made, train_step = [], Trainer.train_step
+
+    def counted(self, *args):
+        made.append(1)
+        if len(made) == steps:
+            if error:
+                raise error
+            monkeypatch.setattr(signals, "requested", "SIGTERM")
+        train_step(self, *args)
+    monkeypatch.setattr(Trainer, "train_step", counted)
+
+
+def same_tensors(folder: Path, other: Path, name: str = "checkpoint-2.pth") -> bool:
+    a, b = ({**load_checkpoint(path / name), "flags": None} for path in (folder, other))
+    return json.dumps(a, default=lambda t: t.tolist()) == json.dumps(b, default=lambda t: t.tolist())
+
+
+# --- The same command again ---
+
+def test_a_finished_run_is_left_alone(flags, finished, capsys):
+    before = contents(finished)
+    run(*in_folder(flags, finished))
+    assert contents(finished) == before and "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_a_stopped_run_goes_on_to_the_same_bytes(flags, unbroken, tmp_path, monkeypatch, steps):
+    """Stopped at any step of the three epochs. Only the folder's name differs in the checkpoints.
+
+    All processes learn of it a step later; where that is an epoch's last one, the epoch is finished."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched, pytest.raises(signals.Stopped) as stopped:
+        stop_after(patched, steps)
+        run(*in_folder(flags, folder))
+    assert "saved" in str(stopped.value) and str(folder) in str(stopped.value)
+    run(*in_folder(flags, folder))
+    assert same_tensors(folder, unbroken) and not (folder / LAST).exists()
+    for name in ("log.txt", "metrics.jsonl"):
+        lines, expected = ([json.loads(line) for line in (path / name).read_text().splitlines()]
+                           for path in (folder, unbroken))
+        assert [(line["epoch"], line.get("train_closs")) for line in lines] == [
+            (line["epoch"], line.get("train_closs")) for line in expected]
+
+
+def test_a_run_that_is_stopped_in_its_last_step_is_finished(flags, unbroken, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 9)
+    run(*in_folder(flags, tmp_path / "run"))
+    assert same_tensors(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 9])
+def test_a_killed_run_goes_on_from_its_last_save(flags, unbroken, tmp_path, monkeypatch, steps):
+    """With a checkpoint after each step."""
+    folder, often = tmp_path / "run", ("--save_every_minutes", "1e-9")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stop_after(patched, steps, Killed)
+        run(*in_folder(flags, folder, *often))
+    assert (folder / LAST).exists() == (steps not in (4, 7))
+    run(*in_folder(flags, folder))
+    assert same_tensors(folder, unbroken)
+
+
+def test_another_recipe_is_refused_by_its_flags(flags, finished, scienceqa_copy):
+    before = contents(finished)
+    message = refused(*in_folder(flags, finished, "--lr", "0.5", "--seed", "7"))
+    assert "--lr 0.5, not 0.01" in message and "--seed 7, not 0" in message and "--overwrite" in message
+    assert "effective batch" in refused(*in_folder(flags, finished, "--batch_size", "2"))
+    assert "--epochs 4, not 3" in refused(*in_folder(flags, finished, "--epochs", "4"))
+    problems = json.loads((scienceqa_copy / "problems.json").read_text())
+    problems["100"]["hint"] = "Another hint."
+    (scienceqa_copy / "problems.json").write_text(json.dumps(problems))
+    assert "data" in refused(*in_folder(flags, finished, "--data_root", scienceqa_copy))
+    assert contents(finished) == before
+
+
+def test_the_recipe_does_not_depend_on_paths_and_processes(flags, finished, scienceqa_copy, base, tmp_path):
+    """A copy of the data and the base elsewhere, and other micro-batches."""
+    shutil.copytree(base.weights, tmp_path / "weights")
+    run(*in_folder(flags, finished, "--data_root", scienceqa_copy, "--llama_model_path", tmp_path / "weights",
+                   "--batch_size", "1", "--accum_iter", "4", "--gradient_checkpointing"))
+
+
+def test_other_base_weights_are_another_recipe(flags, finished, base, tmp_path):
+    shutil.copytree(base.weights, tmp_path / "weights")
+    path = tmp_path / "weights" / "tiny" / "consolidated.00.pth"
+    weights = torch.load(path)
+    weights["norm.weight"] += 1
+    torch.save(weights, path)
+    assert "--llm_model" in refused(*in_folder(flags, finished, "--llama_model_path", tmp_path / "weights"))
+
+
+@pytest.mark.parametrize("name", ["scores.json", "checkpoint-0.pth", "config.json"])
+def test_a_folder_with_files_of_something_else_is_refused(flags, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    assert name in refused(*in_folder(flags, tmp_path)) and (tmp_path / name).read_text() == "{}"
+
+
+# --- Overwriting ---
+
+def test_overwriting_keeps_the_old_run_until_a_new_checkpoint_is_whole(flags, finished, monkeypatch):
+    before = contents(finished)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stop_after(patched, 2, Killed)
+        run(*in_folder(flags, finished, "--overwrite", "--seed", "1"))
+    assert {name: (finished / name).read_bytes() for name in before} == before
+    run(*in_folder(flags, finished))  # the old run is still whole, and finished
+    (finished / "scores.json").write_text("{}")
+    with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
+        stop_after(patched, 1)
+        run(*in_folder(flags, finished, "--overwrite", "--seed", "1"))
+    assert sorted(contents(finished)) == ["config.json", LAST, "recipe.json"]
+    run(*in_folder(flags, finished, "--overwrite", "--seed", "1"))  # the same command again goes on
+    assert [line["epoch"] for line in read_log(finished)] == [0, 1, 2]
+    assert json.loads((finished / "config.json").read_text())["resumed"][0]["step"] > 0
+
+
+@pytest.mark.parametrize("n", range(12))
+def test_an_interrupted_replacement_is_completed(flags, finished, tmp_path, monkeypatch, n):
+    """The process dies at the n-th file that is removed or moved."""
+    staging = Path(shutil.copytree(finished, finished / run_folder.STAGING))
+    for path in (staging / "checkpoint-0.pth", staging / "checkpoint-1.pth", staging / "checkpoint-2.pth"):
+        path.rename(staging / LAST)
+    (staging / "recipe.json").write_text("new")
+    (finished / "scores.json").write_text("old")
+    calls = []
+
+    def dying(method):
+        def call(path, *args, **kwargs):
+            if len(calls) == n:
+                raise Killed
+            calls.append(path)
+            return method(path, *args, **kwargs)
+        return call
+    with monkeypatch.context() as patched:
+        for name in ("unlink", "replace", "rename", "rmdir"):
+            patched.setattr(Path, name, dying(getattr(Path, name)))
+        with pytest.raises(Killed):
+            run_folder.promote(finished)
+    run_folder.recover_promotion(finished)
+    assert sorted(contents(finished)) == ["config.json", LAST, "log.txt", "metrics.jsonl", "recipe.json"]
+    assert (finished / "recipe.json").read_text() == "new" and not list(finished.glob(".p*"))
+
+
+# --- --resume ---
+
+def test_resume_takes_everything_from_the_run(flags, unbroken, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
+        stop_after(patched, 4)
+        run(*in_folder(flags, folder))
+    monkeypatch.chdir(tmp_path)
+    run("--resume", folder)
+    assert same_tensors(folder, unbroken) and not (tmp_path / "output_dir").exists()
+
+
+@pytest.mark.parametrize("given, words", [
+    (["--lr", "0.5"], "--lr 0.5 contradicts"), (["--lr_schedule", "step"], "--lr_schedule step contradicts"),
+    (["--seed", "3"], "--seed 3 contradicts"), (["--epochs", "9"], "--epochs 9 contradicts"),
+    (["--adapter_dim", "4"], "--adapter_dim 4 contradicts"), (["--use_caption"], "--use_caption True contradicts"),
+    (["--blr", "0.5"], "--blr 0.5 contradicts"), (["--prompt_format", "QCM-A"], "--prompt_format QCM-A contradicts"),
+    (["--output_dir", "elsewhere"], "--output_dir elsewhere contradicts"), (["--batch_size", "3"], "effective batch 4"),
+    (["--precision", "bf16"], "--precision bf16"), (["--data_root", "elsewhere"], "elsewhere/problems.json")])
+def test_flags_that_contradict_the_resumed_run_are_refused(finished, given, words):
+    before = contents(finished)
+    assert words in refused("--resume", finished, *given)
+    assert contents(finished) == before
+
+
+def test_going_back_drops_what_came_later_once_a_new_checkpoint_is_whole(flags, finished, unbroken, monkeypatch):
+    (finished / "scores.json").write_text("{}")
+    back = ("--resume", finished / "checkpoint-0.pth")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stop_after(patched, 1, Killed)
+        run(*back)
+    assert list(checkpoints(finished)) == [0, 1, 2] and (finished / "scores.json").exists()
+    with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
+        stop_after(patched, 1)
+        run(*back)
+    assert list(checkpoints(finished)) == [0] and not (finished / "scores.json").exists()
+    made = []
+    monkeypatch.setattr(Trainer, "train_step", lambda self, *args, step=Trainer.train_step: made.append(1) or
+                        step(self, *args))
+    run(*back)  # the same command again does not go back a second time
+    assert len(made) < 6 and same_tensors(finished, unbroken, "checkpoint-1.pth") is False  # it says where it went back
+    assert [line["epoch"] for line in read_log(finished)] == [0, 1, 2]
+    for name, tensor in load_checkpoint(unbroken / "checkpoint-2.pth")["model"].items():
+        assert torch.equal(load_checkpoint(finished / "checkpoint-2.pth")["model"][name], tensor)
+
+
+@pytest.mark.parametrize("batch, accum, world, expected", [(8, 4, 2, (8, 2)), (8, 4, 4, (8, 1)), (8, 4, 8, (4, 1)),
+                                                          (8, 1, 3, None), (6, 1, 4, None)])
+def test_another_number_of_processes_keeps_the_effective_batch_or_is_refused(batch, accum, world, expected):
+    args = train.get_args_parser().parse_args(["--resume", "run"])
+    args.batch_size, args.accum_iter = batch, accum
+    if expected is None:
+        with pytest.raises(UserError, match=f"{world} processes cannot make its effective batch {batch * accum}"):
+            train.fit_effective_batch(args, batch * accum, world)
+    else:
+        train.fit_effective_batch(args, batch * accum, world)
+        assert (args.batch_size, args.accum_iter) == expected
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "no zip"])
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(flags, finished, unbroken, capsys, damage):
+    path = finished / "checkpoint-2.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    half = content[:len(content) // 2]
+    path.write_bytes({"cut": half, "empty": b"", "flipped": content, "no zip": b"x" * 999}[damage])
+    run(*in_folder(flags, finished))
+    assert f"{path} is broken" in capsys.readouterr().out and same_tensors(finished, unbroken)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(flags, finished):
+    path = finished / "checkpoint-1.pth"
+    (finished / "checkpoint-2.pth").unlink()
+    checkpoint = load_checkpoint(path)
+    for broken in ({}, {**checkpoint["optimizer"], "state": {}},
+                   {**checkpoint["optimizer"], "state": {i: {**state, "exp_avg": torch.zeros(1)} for i, state in
+                                                         checkpoint["optimizer"]["state"].items()}}):
+        torch.save({**checkpoint, "optimizer": broken}, path)
+        assert "optimizer" in refused(*in_folder(flags, finished))
+
+
+def test_other_examples_than_before_are_refused(flags, finished, scienceqa_copy):
+    """A picture that --skip_bad leaves out later leaves no trace in the recipe."""
+    (finished / "checkpoint-2.pth").unlink()
+    skipping = in_folder(flags, finished, "--data_root", scienceqa_copy, "--skip_bad", "--overwrite")
+    run(*skipping)
+    (finished / "checkpoint-2.pth").unlink()
+    (scienceqa_copy / "images" / "train" / "101" / "image.png").unlink()
+    assert "other examples" in refused(*skipping)
+
+
+# --- Checkpoints ---
+
+def test_only_the_last_checkpoints_are_kept(flags, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    run(*in_folder(flags, folder, "--keep_last", "2"))
+    assert list(checkpoints(folder)) == [1, 2] and same_tensors(folder, unbroken)
+
+
+def test_stray_files_are_no_checkpoints(tmp_path):
+    for name in ("checkpoint-².pth", "checkpoint-1.pth.part", "checkpoint--1.pth", "checkpoint-7.pth"):
+        (tmp_path / name).touch()
+    assert list(checkpoints(tmp_path)) == [7]
+
+
+def test_a_full_disk_does_not_count_the_epoch_as_done(flags, unbroken, tmp_path, monkeypatch):
+    folder, write_bytes = tmp_path / "run", Path.write_bytes
+
+    def full(path, content):
+        write_bytes(path, content[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(Path, "write_bytes", full)
+        run(*in_folder(flags, folder))
+    assert sorted(contents(folder)) == ["config.json", "metrics.jsonl", "recipe.json"]
+    run(*in_folder(flags, folder))
+    assert same_tensors(folder, unbroken)
+
+
+# --- Not finite ---
+
+def diverge_from(monkeypatch, first: int) -> None:
+    steps, accumulate = [], trainer.accumulate_with_oom_retry
+
+    def broken(*args):
+        steps.append(1)
+        loss, max_tokens = accumulate(*args)
+        return loss * (float("nan") if len(steps) >= first else 1), max_tokens
+
+    def nan_gradients(optimizer, scaler, parameters, *args, step=trainer.optimizer_step, **kwargs):
+        if len(steps) >= first:
+            parameters[0].grad.fill_(float("nan"))
+        return step(optimizer, scaler, parameters, *args, **kwargs)
+    monkeypatch.setattr(trainer, "accumulate_with_oom_retry", broken)
+    monkeypatch.setattr(trainer, "optimizer_step", nan_gradients)
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_end_training(flags, tmp_path, monkeypatch):
+    """Across epochs: each of five has twelve steps, of which the last three of the first are not finite."""
+    diverge_from(monkeypatch, 10)
+    message = refused(*in_folder(flags, tmp_path, "--batch_size", "1", "--epochs", "5"))
+    assert "10 steps in a row" in message and "epoch 1, step 7" in message and "loss nan" in message
+    assert message.split("questions ")[1].split(")")[0] in [str(i) for i in range(100, 112)]
+    assert read_log(tmp_path)[0]["steps_left_out"] == 3 and list(checkpoints(tmp_path)) == [0]
+
+
+def test_an_epoch_without_a_finite_step_ends_training(flags, tmp_path, monkeypatch):
+    diverge_from(monkeypatch, 1)
+    assert "3 steps in a row" in refused(*in_folder(flags, tmp_path)) and not checkpoints(tmp_path)
+
+
+def test_adapters_that_are_not_finite_are_not_saved(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(EpochRecord, "_read", lambda self, numbers: numbers and self.steps.append([1.0, 1.0, 1.0]))
+    message = refused(*in_folder(flags, tmp_path, "--lr", "3e38", "--warmup_epochs", "0"))
+    assert "diverged" in message and "not finite" in message and not checkpoints(tmp_path)
+
+
+# --- The record ---
+
+def test_metrics_have_a_line_every_ten_steps_and_at_the_end_of_an_epoch(flags, tmp_path):
+    run(*in_folder(flags, tmp_path, "--batch_size", "1", "--epochs", "2"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, 10), (0, 12), (1, 10), (1, 12)]
+    for epoch, entry in enumerate(read_log(tmp_path)):
+        first, last = lines[2 * epoch:2 * epoch + 2]
+        assert (10 * first["loss"] + 2 * last["loss"]) / 12 == pytest.approx(entry["train_closs"])
+        assert first["steps_skipped"] == 0 and first["grad_norm"] > 0 and first["mfu"] is None
+        assert first["tokens_per_s"] > first["samples_per_s"] > 0
+    assert lines[0]["lr"] == pytest.approx(1e-2 * 9 / 12)
+
+
+def test_tensorboard_gets_the_same_numbers(flags, tmp_path, monkeypatch):
+    writers = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.purge_step, self.scalars = purge_step, []
+            writers.append(self)
+
+        def add_scalar(self, *scalar):
+            self.scalars.append(scalar)
+    monkeypatch.setattr(train, "summary_writer", lambda: None)
+    monkeypatch.setattr("util.training.metrics.summary_writer", lambda: Writer)
+    logging = in_folder(flags, tmp_path / "run", "--log_dir", tmp_path / "events")
+    with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
+        stop_after(patched, 4)
+        run(*logging)
+    run(*logging)
+    assert [writer.purge_step for writer in writers] == [0, 5]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scalars = [scalar for writer in writers for scalar in writer.scalars if scalar[0] in ("loss", "lr")]
+    assert scalars == [(name, line[name], 3 * line["epoch"] + line["step"]) for line in lines
+                       for name in ("loss", "lr")]
+
+
+def test_log_dir_without_tensorboard_is_refused_before_anything_is_written(flags, finished, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    before = contents(finished)
+    assert "pip install tensorboard" in refused(*in_folder(flags, finished, "--log_dir", "events", "--seed", "4"))
+    assert contents(finished) == before
+
+
+def test_the_epochs_of_different_machines_are_recorded(flags, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
+        stop_after(patched, 4)
+        run(*in_folder(flags, tmp_path))
+    monkeypatch.setattr("socket.gethostname", lambda: "other")
+    run(*in_folder(flags, tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    resumed, = config["resumed"]
+    assert (resumed["epoch"], resumed["host"]) == (1, "other") != (0, config["host"])
+    assert config["threads"] == torch.get_num_threads()

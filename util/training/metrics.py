@@ -1,0 +1,82 @@
+"""metrics.jsonl, a line every few steps, and the same numbers for TensorBoard."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+from lavin.runtime.errors import UserError
+from lavin.runtime.files import write_text
+from lavin.tokenizer import Example
+from util.training.epoch_record import EpochRecord
+from util.training.throughput import FrozenWeights, step_flops
+
+METRICS = "metrics.jsonl"
+STEPS_PER_LINE = 10
+
+
+class Metrics:
+    """Adds up the steps' work, and writes lines on rank 0.
+
+    frozen: the model's; peak_flops: of the run's GPUs together, None where it is not known. first_step: since the run's
+    start; what TensorBoard has of later ones is of an interrupted run.
+    """
+
+    def __init__(self, log_dir: str | None, frozen: FrozenWeights, peak_flops: float | None, first_step: int):
+        self.frozen, self.peak_flops = frozen, peak_flops
+        self.events = summary_writer()(log_dir, purge_step=first_step) if log_dir else None
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """The next line begins at this step of the epoch."""
+        self.first_step, self.work, self.time = step, [], time.perf_counter()
+
+    def add(self, samples: list[Example]) -> None:
+        """A step that was launched."""
+        self.work.append((len(samples), sum(len(sample.ids) for sample in samples), step_flops(self.frozen, samples)))
+
+    def is_due(self, n_steps: int, steps_per_epoch: int) -> bool:
+        return n_steps > self.first_step and (n_steps % STEPS_PER_LINE == 0 or n_steps == steps_per_epoch)
+
+    def write(self, folder: Path, record: EpochRecord, memory_gib: float, steps_per_epoch: int) -> None:
+        """A line on the steps that have been read since the last one."""
+        n, now, first = len(record.steps), time.perf_counter(), self.first_step
+        done, self.work = self.work[:n - first], self.work[n - first:]
+        samples, tokens, flops = (sum(column) / (now - self.time) for column in zip(*done, strict=True))
+        norm = record.steps[-1][2]
+        line = {"epoch": record.epoch, "step": n, "loss": record.mean_loss(first), "lr": record.rates[n - 1],
+                "grad_norm": norm if math.isfinite(norm) else None, "samples_per_s": samples, "tokens_per_s": tokens,
+                "mfu": flops / self.peak_flops if self.peak_flops else None, "peak_memory_gib": memory_gib,
+                "steps_skipped": record.n_skipped(first)}
+        with open(folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.events:
+            for name, value in line.items():
+                if name not in ("epoch", "step") and value is not None:
+                    self.events.add_scalar(name, value, record.epoch * steps_per_epoch + n)
+        self.first_step, self.time = n, now
+
+
+def summary_writer() -> type:
+    """TensorBoard's. Raises UserError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--log_dir writes TensorBoard events: pip install tensorboard, or leave it out") from error
+    return SummaryWriter
+
+
+def drop_metrics(folder: Path, epoch: int, step: int) -> None:
+    """Removes the lines after this step, which an interrupted run left, and a line that it had not finished."""
+    path = folder / METRICS
+    if not path.is_file():
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+            if (values["epoch"], values["step"]) <= (epoch, step):
+                lines.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_text(path, "".join(lines))

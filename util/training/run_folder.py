@@ -1,0 +1,188 @@
+"""The folder of a training run: which recipe it belongs to, where training goes on, and what is saved in which order.
+
+- recipe.json is written first and never changed, once there is a checkpoint. The same recipe goes on from its last
+  whole checkpoint.
+- Nothing old is removed before the first new checkpoint is whole: --overwrite writes into a folder of its own until
+  then, and going back keeps the later checkpoints.
+"""
+
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lavin.runtime.console import print_rank0
+from lavin.runtime.errors import UserError, first_line
+from lavin.runtime.files import atomic_write, read_json, read_json_lines, write_json, write_json_lines
+from lavin.weights.adapters import read_adapters
+from util.runs import LAST, PARTIAL, RESULTS, RUN_FILES, checkpoint_path, checkpoints, user_error_if_malformed
+from util.training.recipe import differences
+
+FILES = ("recipe.json", "config.json", "log.txt", "metrics.jsonl", LAST)  # that train.py writes, beside checkpoints
+STAGING = ".overwriting"  # folder of a run that replaces another, until its first checkpoint is whole
+PROMOTING = ".promoting"  # the same folder while its files are moved to the place of the old ones
+
+
+@dataclass
+class RunFolder:
+    """folder: --output_dir. checkpoint: where training goes on; None: at the start. went_back_to: the epoch of the
+    checkpoint that --resume named. keep_last: number of checkpoints of whole epochs to keep; None: all."""
+
+    folder: Path
+    recipe: dict
+    epochs: int
+    keep_last: int | None = None
+    checkpoint: Path | None = None
+    went_back_to: int | None = None
+    staged: bool = False
+    trained_on: bool = False  # whether a checkpoint has been saved since the start of this process
+
+    @property
+    def path(self) -> Path:
+        """Where files are written."""
+        return self.folder / STAGING if self.staged else self.folder
+
+    @property
+    def finished(self) -> bool:
+        return self.checkpoint == checkpoint_path(self.folder, self.epochs - 1) and not self.staged
+
+    def write_recipe(self, flags: dict) -> None:
+        """When everything is loaded, so that a command that fails before leaves the folder as it was."""
+        if not self.checkpoint:
+            write_json(self.path / "recipe.json", {"recipe": self.recipe, "flags": flags})
+
+    def save(self, content: bytes, epoch: int, entry: dict | None = None) -> None:
+        """Writes a checkpoint, and then removes what it replaces.
+
+        entry: the epoch's line of log.txt; None: the checkpoint is in the middle of the epoch.
+        """
+        path = self.path / LAST if entry is None else checkpoint_path(self.path, epoch)
+        with atomic_write(path) as tmp_path:
+            tmp_path.write_bytes(content)
+            if entry:  # after what a full disk would stop, and before the epoch counts as done
+                append_log(self.path, entry)
+        if not self.trained_on:
+            self.trained_on = True
+            if self.staged:
+                promote(self.folder)
+                self.staged = False
+            drop_stale(self.folder, epoch if entry is None else epoch + 1)
+        if entry:
+            (self.folder / LAST).unlink(missing_ok=True)
+            if self.keep_last:
+                for old in list(checkpoints(self.folder).values())[:-self.keep_last]:
+                    old.unlink()
+
+
+def open_run(args, recipe: dict) -> RunFolder:
+    """Decides, with the folder locked, what the command means there. Raises UserError for another run's folder."""
+    folder = Path(args.output_dir)
+    recover_promotion(folder)
+    run = RunFolder(folder, recipe, args.epochs, args.keep_last)
+    reason = refusal(folder, recipe)
+    if reason:
+        if not args.overwrite:
+            raise UserError(f"{folder} {reason}: name another --output_dir, or replace it with --overwrite")
+        shutil.rmtree(folder / STAGING, ignore_errors=True)
+        run.staged = True
+    else:
+        find_start(run, args.resume)
+    return run
+
+
+def refusal(folder: Path, recipe: dict) -> str | None:
+    """Why a run of this recipe may not be written to the folder; None: it may."""
+    path = folder / "recipe.json"
+    trained = [name for name in (*RESULTS, LAST) if (folder / name).exists()]
+    trained += [checkpoint.name for checkpoint in checkpoints(folder).values()]
+    if not path.is_file():
+        found = trained + [name for name in RUN_FILES if (folder / name).exists()]
+        return f"holds {found[0]} of something else (it has no recipe.json)" if found else None
+    if not trained:
+        return None
+    with user_error_if_malformed(path):
+        other = differences(recipe, read_json(path)["recipe"])
+    return f"belongs to another recipe ({'; '.join(other)})" if other else None
+
+
+def find_start(run: RunFolder, resume: str) -> None:
+    """Sets where training goes on: at the latest whole checkpoint, or at the one that --resume names.
+
+    The same --resume again, after training has gone on from there, does not go back a second time.
+    """
+    run.checkpoint = latest_whole_checkpoint(run.folder)
+    if not resume or Path(resume).is_dir():
+        run.went_back_to = read_adapters(run.checkpoint).get("went_back_to") if run.checkpoint else None
+        return
+    named = Path(resume)
+    run.went_back_to = next((epoch for epoch, path in checkpoints(run.folder).items() if path.samefile(named)), None)
+    damage = find_damage(named)
+    if damage:
+        raise UserError(f"--resume {named} is broken ({damage}): name an earlier one")
+    if not run.checkpoint or run.went_back_to is None or \
+            read_adapters(run.checkpoint).get("went_back_to") != run.went_back_to:
+        run.checkpoint = named
+
+
+def latest_whole_checkpoint(folder: Path) -> Path | None:
+    """Says which later ones are broken."""
+    by_epoch = checkpoints(folder)
+    for path in filter(Path.is_file, (folder / LAST, *reversed(by_epoch.values()))):
+        damage = find_damage(path)
+        if damage:
+            print_rank0(f"{path} is broken ({damage}): the checkpoint before it is used")
+        elif path.name != LAST or read_adapters(path)["epoch"] > max(by_epoch, default=-1):
+            return path  # LAST may be older than a whole epoch's, if the process was killed before it removed LAST
+    return None
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint by the checksums inside it; None: nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        return damaged and f"{damaged} does not match its checksum"
+    except Exception as error:  # damaged headers raise many types of exception
+        return first_line(error)
+
+
+def drop_stale(folder: Path, next_epoch: int) -> None:
+    """Removes the checkpoints of `next_epoch` and later, the scores of these, and those of the run."""
+    for epoch, path in checkpoints(folder).items():
+        if epoch >= next_epoch:
+            path.unlink()
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+    for path in (*map(folder.joinpath, RESULTS), *folder.glob(f"*{PARTIAL}")):
+        path.unlink(missing_ok=True)
+
+
+def append_log(folder: Path, entry: dict) -> None:
+    """Adds an epoch's line to log.txt; replaces lines of this and later epochs, which an interrupted run left."""
+    path = folder / "log.txt"
+    with user_error_if_malformed(path):
+        earlier = [line for line in read_json_lines(path) if line["epoch"] < entry["epoch"]] if path.is_file() else []
+    write_json_lines(path, [*earlier, entry])
+
+
+# --- Replacing another run ---
+
+def promote(folder: Path) -> None:
+    """Replaces the run in `folder` by the one in STAGING. `recover_promotion` completes it if it is interrupted."""
+    drop_stale(folder, next_epoch=0)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    (folder / STAGING).rename(folder / PROMOTING)  # from here on, nothing is removed
+    move_promoted(folder)
+
+
+def move_promoted(folder: Path) -> None:
+    for path in (folder / PROMOTING).iterdir():
+        path.replace(folder / path.name)
+    (folder / PROMOTING).rmdir()
+
+
+def recover_promotion(folder: Path) -> None:
+    if (folder / PROMOTING).is_dir():
+        move_promoted(folder)
+    elif any(not find_damage(path) for path in (folder / STAGING).glob("*.pth")):
+        promote(folder)

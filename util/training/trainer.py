@@ -1,0 +1,176 @@
+"""The training loop: it saves, stops when it is asked to, and ends where training diverges."""
+
+import gc
+import math
+import time
+from itertools import islice
+
+import numpy as np
+import torch
+
+from lavin.runtime import distributed, signals
+from lavin.runtime.console import is_main_process, print_rank0, progress_bar
+from lavin.runtime.errors import UserError
+from lavin.runtime.files import json_sha256
+from lavin.weights.adapters import pack_adapters
+from util.data.batches import epoch_batches, steps_per_epoch
+from util.data.instructions import decode_images
+from util.lr_sched import adjust_learning_rate
+from util.training.accumulation import (
+    accumulate_with_oom_retry,
+    count_answer_tokens,
+    probe_max_tokens,
+    with_loss_weights,
+)
+from util.training.epoch_record import MAX_SKIPPED, EpochRecord
+from util.training.metrics import Metrics
+from util.training.optimizer import make_optimizer, optimizer_step
+from util.training.resume import restore
+from util.training.run_folder import RunFolder
+from util.training.throughput import frozen_weights, peak_flops, peak_memory_gib
+
+
+class Trainer:
+    """Trains the adapters of `model` on `examples` (by question id) in the run's folder.
+
+    rank, world: of data parallelism. max_tokens: of one pass; lowered where a pass ran out of memory.
+    """
+
+    metrics: Metrics
+
+    def __init__(self, args, model, examples: dict, run: RunFolder, rank: int, world: int):
+        self.args, self.model, self.run, self.rank, self.world = args, model, run, rank, world
+        self.qids, self.examples = list(examples), list(examples.values())
+        # pictures may be left out, and tokenizers differ, without a trace in the recipe
+        self.examples_sha256 = json_sha256([(qid, example.ids, example.answer_start, example.image is None)
+                                            for qid, example in examples.items()])
+        self.effective_batch = args.batch_size * args.accum_iter * world
+        self.n_steps = steps_per_epoch(len(examples), self.effective_batch)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(model, args)
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+        self.frozen = frozen_weights(model)
+        self.max_tokens = math.inf
+        self.last_save = time.monotonic()
+
+    def restore(self) -> EpochRecord:
+        """The record of the epoch to begin or to go on with."""
+        if not self.run.checkpoint:
+            return EpochRecord(0)
+        record = restore(self.model, self.optimizer, self.scaler, self.run.checkpoint, self.examples_sha256)
+        print_rank0(f"{self.run.folder} goes on from {self.run.checkpoint.name}: epoch {record.epoch}, step "
+                    f"{len(record.steps)} of {self.n_steps}")
+        return record
+
+    def train(self, record: EpochRecord) -> None:
+        """All epochs from the record's on."""
+        self.metrics = Metrics(self.args.log_dir if is_main_process() else None, self.frozen,
+                               peak_flops(self.model.device, self.model.dtype,
+                                          self.world * distributed.model_parallel_size),
+                               first_step=record.epoch * self.n_steps + len(record.steps))
+        self.max_tokens = distributed.all_min(probe_max_tokens(self.model, self.examples, self.scaler))
+        gc.collect()
+        gc.freeze()  # excludes the objects of loading and compiling from later garbage collections
+        self.model.zero_grad()
+        self.last_save = time.monotonic()
+        with signals.deferred():
+            while record.epoch < self.args.epochs:
+                self.train_epoch(record)
+                entry = log_entry(record, self.n_steps * min(self.effective_batch, len(self.examples)),
+                                  peak_memory_gib(self.model.device))
+                self.save(record, entry)
+                print_rank0(f"epoch {record.epoch}: loss {entry['train_closs']:.4f}, "
+                            f"{entry['samples_per_s']:.1f} samples/s"
+                            + (f", {entry['steps_left_out']} steps left out (not finite)" if entry["steps_left_out"]
+                               else ""))
+                if record.stop and record.epoch + 1 < self.args.epochs:
+                    self.stop(record)
+                record = EpochRecord(record.epoch + 1, record.skipped)
+
+    def batches(self, epoch: int, first_step: int = 0):
+        batches = epoch_batches(len(self.examples), self.args.batch_size, self.args.accum_iter, self.rank, self.world,
+                                self.args.seed, epoch)
+        return islice(batches, first_step, None)
+
+    def train_epoch(self, record: EpochRecord) -> None:
+        """The steps that are not in the record yet. Raises Stopped, after saving, where a process was asked to stop."""
+        self.model.train()
+        first_step = len(record.steps)
+        self.metrics.restart(first_step)
+        record.start_clock()
+        with progress_bar(self.batches(record.epoch, first_step), f"epoch {record.epoch}", total=self.n_steps,
+                          initial=first_step, unit="step") as bar:
+            for step, (global_batch, local_batches) in enumerate(bar, first_step):
+                self.train_step(record, step, global_batch, local_batches)
+                self.observe(record, bar)
+                if step + 1 < self.n_steps:  # else the epoch's own checkpoint follows
+                    self.save_if_due(record)
+            record.read_all()
+            self.observe(record, bar)
+
+    def train_step(self, record: EpochRecord, step: int, global_batch: list[int], local_batches: list[list[int]]
+                   ) -> None:
+        args, samples = self.args, [self.examples[i] for i in global_batch]
+        torch.manual_seed(dropout_seed(args.seed, record.epoch, step, self.rank))
+        # the epoch's fraction counts samples, so that the rate does not depend on the number of processes
+        fraction = step * self.effective_batch / len(self.examples)
+        rate = adjust_learning_rate(self.optimizer, record.epoch + fraction, args)
+        micro_batches = [decode_images([self.examples[i] for i in batch], args.num_workers) for batch in local_batches]
+        n_micro_batches = sum(math.ceil(len(global_batch[r::self.world]) / args.batch_size)
+                              for r in range(self.world))
+        weighted_examples = with_loss_weights(micro_batches, count_answer_tokens(samples), args.loss_norm,
+                                              n_micro_batches)
+        loss, self.max_tokens = accumulate_with_oom_retry(self.model, weighted_examples, self.max_tokens, self.scaler)
+        record.add(optimizer_step(self.optimizer, self.scaler, self.parameters, loss, args.clip_grad,
+                                  stop=signals.requested is not None), rate)
+        self.metrics.add(samples)
+
+    def observe(self, record: EpochRecord, bar) -> None:
+        """Reports the steps that have been read. Raises UserError where training has diverged."""
+        n = len(record.steps)
+        if is_main_process() and self.metrics.is_due(n, self.n_steps):
+            bar.set_postfix(loss=f"{record.steps[-1][0]:.4f}", lr=f"{record.rates[n - 1]:.2e}", refresh=False)
+            self.metrics.write(self.run.path, record, peak_memory_gib(self.model.device), self.n_steps)
+        if record.skipped >= MAX_SKIPPED or (n == self.n_steps and not record.losses()):
+            qids = [self.qids[i] for i in next(self.batches(record.epoch, n - 1))[0]]
+            questions = ", ".join(qids[:8]) + ", ..." * (len(qids) > 8)
+            raise UserError(f"training diverged: the gradients of {record.skipped} steps in a row are not finite, up "
+                            f"to epoch {record.epoch}, step {n} (loss {record.steps[-1][0]:g}, loss scale "
+                            f"{self.scaler.get_scale():g}, questions {questions}): take a lower --lr or --clip_grad, "
+                            "or check the base weights")
+
+    def save_if_due(self, record: EpochRecord) -> None:
+        if record.stop:
+            self.save(record)
+            self.stop(record)
+        if time.monotonic() - self.last_save > 60 * self.args.save_every_minutes:
+            self.save(record)
+
+    def stop(self, record: EpochRecord) -> None:
+        raise signals.Stopped(f"stopped by {signals.requested or 'a signal'}, and saved, in epoch {record.epoch} after "
+                              f"step {len(record.steps)} of {self.n_steps}: the same command, or --resume "
+                              f"{self.run.folder}, goes on")
+
+    def save(self, record: EpochRecord, entry: dict | None = None) -> None:
+        """On rank 0. entry: the epoch's line of log.txt; None: in the middle of the epoch."""
+        self.last_save = time.monotonic()
+        if is_main_process():
+            state = record.state_dict()
+            content = pack_adapters(
+                self.model, epoch=record.epoch, flags=vars(self.args), optimizer=self.optimizer.state_dict(),
+                scaler=self.scaler.state_dict(), skipped=record.skipped, record=None if entry else state,
+                examples=self.examples_sha256, went_back_to=self.run.went_back_to)
+            self.run.save(content, record.epoch, entry)
+
+
+def dropout_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """Of a step's dropout masks: a run that goes on in the middle of an epoch repeats them without a saved state."""
+    return int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0])
+
+
+def log_entry(record: EpochRecord, n_samples: int, memory_gib: float) -> dict:
+    """A line of log.txt."""
+    seconds = record.seconds
+    return {"epoch": record.epoch, "train_lr": sum(record.rates) / len(record.rates),
+            "train_closs": record.mean_loss(), "steps_left_out": record.n_skipped(),
+            "samples_per_s": n_samples / seconds, "seconds": seconds, "peak_memory_gib": memory_gib}
