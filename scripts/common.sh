@@ -5,8 +5,10 @@
 #   WEIGHTS=../data/weights   base models and tokenizer.model
 #   MODEL=7B                  the base model
 #   OUTPUT_ROOT=.             where the runs' folders go
-# Under Slurm (slurm/), all nodes of the job train together, and a requeued job goes on from its last checkpoint.
+# Under Slurm (slurm/), all nodes of the job train together.
 # A script's arguments are added to its flags, and win: bash scripts/finetuning_sqa_7b_step.sh --epochs 5 --seed 1
+# The same command again goes on with an unfinished run; a finished one stays as it is. Exit status 75: stopped by a
+# signal, and saved.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
@@ -18,13 +20,27 @@ WEIGHTS=${WEIGHTS:-../data/weights}
 MODEL=${MODEL:-7B}
 OUTPUT_ROOT=${OUTPUT_ROOT:-.}
 NODES=${SLURM_NNODES:-1}
-WORLD=$((GPUS * NODES))
+
+fail() {
+    echo "$(basename "$0"): $1" >&2
+    exit 1
+}
+
+WORLD=0
+if [[ $GPUS =~ ^[1-9][0-9]?$ ]]; then WORLD=$((GPUS * NODES)); fi
+case $WORLD in
+    1 | 2 | 4 | 8 | 16) ;;
+    *) fail "GPUS=$GPUS (x $NODES nodes) gives no effective batch of 32: choose 1, 2, 4, 8 or 16 in all" ;;
+esac
+
+source scripts/signals.sh
+forward_signals
 
 # The published recipe: effective batch 32, on 1, 2, 4, 8 or 16 GPUs.
 RECIPE=(
     --max_seq_len 512
     --batch_size 2
-    --accum_iter $((16 / WORLD > 0 ? 16 / WORLD : 1))
+    --accum_iter $((16 / WORLD))
     --epochs 20
     --warmup_epochs 2
     --blr 9e-3
@@ -38,38 +54,31 @@ RECIPE=(
     --visual_adapter_type router
 )
 
+# launch PROGRAM FLAG...: on all GPUs. The port of several nodes is the job's own, since jobs may share a node.
 launch() {
+    local command=(python) names
     if [ "$NODES" -gt 1 ]; then
-        srun --nodes "$NODES" --ntasks-per-node 1 torchrun --nnodes "$NODES" --nproc_per_node "$GPUS" \
-            --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d \
-            --rdzv_endpoint "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500" "$@"
+        names=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        command=(srun --nodes "$NODES" --ntasks-per-node 1 torchrun --nnodes "$NODES" --nproc_per_node "$GPUS"
+            --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d
+            --rdzv_endpoint "${names%%$'\n'*}:$((10000 + SLURM_JOB_ID % 50000))")
     elif [ "$GPUS" -gt 1 ]; then
-        torchrun --standalone --nproc_per_node "$GPUS" "$@"
-    else
-        python "$@"
+        command=(torchrun --standalone --nproc_per_node "$GPUS")
     fi
+    run "${command[@]}" "$@"
 }
 
-# train METHOD FLAG...: trains into $OUTPUT_ROOT/LaVIN-$MODEL-METHOD (or --output_dir), which $folder then names.
+# train METHOD FLAG...: trains into $OUTPUT_ROOT/LaVIN-$MODEL-METHOD, with the flags that $flags then holds.
 train() {
-    local method=$1 i next
-    shift
-    folder="$OUTPUT_ROOT/LaVIN-$MODEL-$method"
-    for ((i = 1; i < $#; i++)); do
-        next=$((i + 1))
-        if [ "${!i}" = --output_dir ]; then folder=${!next}; fi
-    done
-    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && compgen -G "$folder/checkpoint-*.pth" > /dev/null; then
-        set -- "$@" --resume "$folder"
-    fi
-    launch train.py --llm_model "$MODEL" --llama_model_path "$WEIGHTS" --data_root "$DATA_ROOT" \
-        --output_dir "$folder" "${RECIPE[@]}" "$@"
+    flags=(--llm_model "$MODEL" --llama_model_path "$WEIGHTS" --data_root "$DATA_ROOT"
+        --output_dir "$OUTPUT_ROOT/LaVIN-$MODEL-$1" "${RECIPE[@]}" "${@:2}")
+    launch train.py "${flags[@]}"
 }
 
 # finetune_and_evaluate METHOD FLAG...: trains, then scores.
 finetune_and_evaluate() {
     train "$@"
-    launch eval.py --adapter_path "$folder" --split test
+    launch eval.py --split test --trained_with "${flags[@]}"
 }
 
 # instruction_tuning FLAG...: on $DATA_ROOT/all_data.json, as published for 13B.

@@ -13,4 +13,4 @@ if ! compgen -G "$OUTPUT_ROOT/*/checkpoint-*.pth" > /dev/null && ! compgen -G "$
     exit 1
 fi
 source scripts/environment.sh requirements-demo.txt
-python demo.py --runs "$OUTPUT_ROOT" --llama_model_path "$WEIGHTS" --llm_model "$MODEL" --data_root "$DATA_ROOT" "$@"
+exec python demo.py --runs "$OUTPUT_ROOT" --llama_model_path "$WEIGHTS" --llm_model "$MODEL" --data_root "$DATA_ROOT" "$@"

@@ -12,11 +12,9 @@ export DATA_ROOT=data/mini WEIGHTS=weights MODEL=toy OUTPUT_ROOT=runs/quickstart
 FLAGS=(--vision_model "$WEIGHTS/$MODEL/vit" --device cpu
        --batch_size 8 --accum_iter 1 --epochs 2 --warmup_epochs 0.3 --blr 0.16)
 
-if [ ! -f "$OUTPUT_ROOT/untuned/scores.json" ]; then
-    echo "== the untuned base"
-    python eval.py --ckpt_dir "$WEIGHTS" --llm_model "$MODEL" --vision_model "$WEIGHTS/$MODEL/vit" --device cpu \
-        --data_root "$DATA_ROOT" --output_dir "$OUTPUT_ROOT/untuned"
-fi
+echo "== the untuned base"
+python eval.py --ckpt_dir "$WEIGHTS" --llm_model "$MODEL" --vision_model "$WEIGHTS/$MODEL/vit" --device cpu \
+    --data_root "$DATA_ROOT" --output_dir "$OUTPUT_ROOT/untuned"
 # so small a model gains little from a second thread: two methods at once take two thirds of the time
 export JOBS=2 OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
-bash scripts/run_all_variants.sh "${FLAGS[@]}"
+exec bash scripts/run_all_variants.sh "${FLAGS[@]}"

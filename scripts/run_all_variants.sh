@@ -1,45 +1,72 @@
 #!/usr/bin/env bash
-# All eight methods: skips what is finished, goes on past a failure and names it at the end.
+# All eight methods: goes on past a failure and names it at the end; finished runs take a moment.
 # SEEDS="0 1 2" repeats each; JOBS=2 runs two at once, for CPUs; arguments go to every method; the environment is that
 # of scripts/common.sh.
-set -uo pipefail
-cd "$(dirname "$0")/.." || exit
-[ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
-
+source "$(dirname "$0")/common.sh"
+JOBS=${JOBS:-1}
+SEEDS=${SEEDS:-0}
 METHODS="base cyclical step exponential drop_inc drop_dec drop_inc_v2 drop_dec_v2"
 
-run_folder() { echo "${OUTPUT_ROOT:-.}/LaVIN-${MODEL:-7B}-$1-seed$2"; }
+[[ $JOBS =~ ^[1-9][0-9]{0,2}$ ]] || fail "JOBS=$JOBS: give the number of methods to run at once, from 1 to 999"
+[[ " $SEEDS" =~ ^([[:space:]]+(0|[1-9][0-9]*))+[[:space:]]*$ ]] ||
+    fail "SEEDS=\"$SEEDS\": give whole numbers from 0, as in SEEDS=\"0 1 2\""
 
-# run_method FAILED METHOD SEED FLAG...: adds its folder to the file FAILED where it fails.
-run_method() {
-    local failed=$1 method=$2 seed=$3 run script="scripts/finetuning_sqa_7b_$2.sh"
-    run=$(run_folder "$method" "$seed")
-    shift 3
-    if [ -f "$run/scores.json" ]; then
-        echo "== $method, seed $seed: finished before ($run)"
-        return
-    fi
-    echo "== $method, seed $seed"
-    bash "${script/_base/}" --seed "$seed" --output_dir "$run" "$@" || echo "$run" >> "$failed"
-}
-export -f run_method run_folder
+# wrong flags are wrong for all methods: said once
+[ $# -eq 0 ] || python - "$@" << 'END'
+import sys
+from lavin.runtime.errors import one_line_errors
+from train import get_args_parser
+sys.argv[0] = "train.py"
+with one_line_errors():
+    get_args_parser().parse_args()
+END
 
-failed=$(mktemp)
-trap 'rm "$failed"' EXIT
-# shellcheck disable=SC2016 # the new shell expands it; each job's progress bar has a line of its own
-for seed in ${SEEDS:-0}; do
-    for method in $METHODS; do echo "$method $seed"; done
-done | xargs -P "${JOBS:-1}" --process-slot-var TQDM_POSITION -I {} bash -c 'run_method "$0" $1 "${@:2}"' "$failed" {} "$@"
-
-runs=()
-for seed in ${SEEDS:-0}; do
-    for method in $METHODS; do
-        run=$(run_folder "$method" "$seed")
-        grep -qxF "$run" "$failed" || runs+=("$run")
-    done
+runs=() # "METHOD SEED"
+for seed in $SEEDS; do
+    for method in $METHODS; do runs+=("$method $seed"); done
 done
-[ ${#runs[@]} -eq 0 ] || python plot_results.py "${runs[@]}" --out "${OUTPUT_ROOT:-.}/plots" || echo plot_results.py >> "$failed"
-if [ -s "$failed" ]; then
-    echo "failed: $(paste -sd " " "$failed")" >&2
+
+folder_of() { echo "$OUTPUT_ROOT/LaVIN-$MODEL-$1-seed$2"; }
+
+state=$(mktemp -d) # its files: stopped, as soon as any run was stopped; failed, the folders of those that failed
+trap 'rm -r "$state"' EXIT
+touch "$state/failed"
+
+# work SLOT FLAG...: every JOBS-th run, from number SLOT on.
+work() {
+    local i method seed script folder status
+    forward_signals
+    export TQDM_POSITION=$1 # each slot's progress bar has a line of its own
+    for ((i = $1; i < ${#runs[@]}; i += JOBS)); do
+        [ ! -e "$state/stopped" ] || return
+        read -r method seed <<< "${runs[i]}"
+        script="scripts/finetuning_sqa_7b_$method.sh" folder=$(folder_of "$method" "$seed") status=0
+        echo "== $method, seed $seed"
+        run bash "${script/_base/}" --seed "$seed" --output_dir "$folder" "${@:2}" || status=$?
+        if [ -n "$stopped" ] || [ "$status" -eq "$UNFINISHED" ]; then
+            touch "$state/stopped"
+        elif [ "$status" -ne 0 ]; then
+            echo "$folder" >> "$state/failed"
+        fi
+    done
+}
+
+for ((slot = 0; slot < JOBS; slot++)); do work "$slot" "$@" & done
+while [ -n "$(jobs -rp)" ]; do wait || true; done # a signal ends `wait` early
+if [ -n "$stopped" ] || [ -e "$state/stopped" ]; then
+    echo "stopped: the same command goes on" >&2
+    exit "$UNFINISHED"
+fi
+
+done_runs=()
+for name in "${runs[@]}"; do
+    read -r method seed <<< "$name"
+    folder=$(folder_of "$method" "$seed")
+    grep -qxF "$folder" "$state/failed" || done_runs+=("$folder")
+done
+[ ${#done_runs[@]} -eq 0 ] || run python plot_results.py "${done_runs[@]}" --out "$OUTPUT_ROOT/plots" ||
+    echo plot_results.py >> "$state/failed"
+if [ -s "$state/failed" ]; then
+    echo "failed: $(paste -sd " " "$state/failed")" >&2
     exit 1
 fi

@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from tiny import ROOT
 from train import get_args_parser
 
-SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("slurm/*.sbatch")])
+SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("slurm/*")])
 METHODS = {  # the published flags of each method
     "": "--lr_schedule cosine --min_lr 0 --dropout_prob 0.1 --dropout_var 1 --dropout_lim 0.2",
     "_cyclical": "--lr_schedule cyclical --min_lr 5e-5 --dropout_prob 0.1 --dropout_var 1 --dropout_lim 0.2",
@@ -22,41 +25,82 @@ METHODS = {  # the published flags of each method
     "_drop_dec_v2": "--lr_schedule cosine --min_lr 0 --dropout_prob 0.2 --dropout_var 0.97 --dropout_lim 0.1",
 }
 STUB = """#!/usr/bin/env bash
-echo "$(basename "$0") $*" >> "$CALLS"
-case "$0 $*" in *"${FAIL:-never}"*) exit 1 ;; esac
-case "$(basename "$0")" in
-    srun) while [ "$1" != torchrun ]; do shift; done; "$@" ;;
+name=$(basename "$0")
+echo "$name $*" >> "$CALLS"
+case "$name $*" in
+    *"${FAIL:-never}"*) exit "${STATUS:-1}" ;;
+    *"${HANG:-never}"*) trap 'echo TERM >> "$CALLS"; exit "${STATUS:-75}"' TERM; while :; do sleep 0.02; done ;;
+esac
+case "$name" in
+    srun) while [ "$1" != torchrun ]; do shift; done; exec "$@" ;;
     sbatch) bash "$@" ;;
-    scontrol) echo node7; echo node8 ;;
+    scontrol) echo node7; sleep 0.05; echo node8 ;;
 esac
 """
 
 
 class Sandbox:
-    """A copy of the scripts, with stubs for all commands that they call."""
+    """A copy of the scripts, with stubs for all commands that they call: FAIL names the call that fails with STATUS,
+    HANG the one that ends with STATUS only at a SIGTERM."""
 
     def __init__(self, folder: Path):
         self.folder, self.calls = folder, folder / "calls"
         for name in ("scripts", "slurm"):
             shutil.copytree(ROOT / name, folder / name)
+        self.calls.touch()
         (folder / "bin").mkdir()
         for name in ("python", "torchrun", "srun", "sbatch", "scontrol", "nvidia-smi"):
             stub = folder / "bin" / name
             stub.write_text(STUB)
             stub.chmod(0o755)
 
+    def start(self, *command: str, **environment: str) -> subprocess.Popen:
+        """Start a script as the leader of its own process group, as a terminal does."""
+        env = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "CALLS": str(self.calls), **environment}
+        return subprocess.Popen(["bash", *command], cwd=self.folder, env=env, text=True, start_new_session=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def finish(self, script: subprocess.Popen, code: int) -> list[str]:
+        """Wait for a script; returns all calls logged so far."""
+        self.output, self.errors = script.communicate(timeout=60)
+        assert script.returncode == code, self.errors
+        return self.calls.read_text().splitlines()
+
     def run(self, *command: str, code: int = 0, **environment: str) -> list[str]:
         """Run a script; returns all logged calls."""
-        env = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "CALLS": str(self.calls), **environment}
-        done = subprocess.run(["bash", *command], cwd=self.folder, env=env, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
-        self.errors = done.stderr
-        return self.calls.read_text().splitlines()
+        return self.finish(self.start(*command, **environment), code)
+
+    def stop(self, *command: str, signals=(signal.SIGUSR1,), kill=os.kill, code: int = 75, n: int = 1,
+             **environment: str) -> list[str]:
+        """Start a script, and send it signals once n calls of train.py hang; returns the calls logged by then and
+        after."""
+        self.calls.write_text("")
+        script = self.start(*command, **{"HANG": "train.py", **environment})
+        try:
+            wait_until(lambda: self.calls.read_text().count(environment.get("HANG", "train.py")) >= n)
+            time.sleep(0.1)  # the stub sets its trap after it logs the call
+            for number in signals:
+                kill(script.pid, number)
+            start = time.monotonic()
+            calls = self.finish(script, code)
+            assert time.monotonic() - start < 5
+            return calls
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.fixture
 def sandbox(tmp_path):
-    return Sandbox(tmp_path)
+    (tmp_path / "a folder").mkdir()  # names with spaces are allowed
+    return Sandbox(tmp_path / "a folder")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -75,7 +119,8 @@ def test_each_method_is_trained_with_its_flags_and_evaluated(sandbox, method):
     assert train.endswith(f"{METHODS[method]} --epochs 5 --seed 1")  # the user's flags come last and take precedence
     folder = train.split("--output_dir ")[1].split()[0]
     assert folder == f"./LaVIN-7B-{method.removeprefix('_') or 'base'}"
-    assert score == f"torchrun --standalone --nproc_per_node 4 eval.py --adapter_path {folder} --split test"
+    flags = train.split("train.py ")[1]
+    assert score == f"torchrun --standalone --nproc_per_node 4 eval.py --split test --trained_with {flags}"
 
 
 @pytest.mark.parametrize("script, model, method, flags", [
@@ -87,7 +132,7 @@ def test_each_method_is_trained_with_its_flags_and_evaluated(sandbox, method):
 def test_other_base_models_use_the_base_method(sandbox, script, model, method, flags):
     train, score = sandbox.run(f"scripts/finetuning_sqa_{script}.sh", "--seed", "1")
     assert f"train.py --llm_model {model} " in train and train.endswith(f"{flags} {METHODS['']} --seed 1")
-    assert f"eval.py --adapter_path ./LaVIN-{model}-{method} " in score
+    assert f"--output_dir ./LaVIN-{model}-{method} " in score
     flags = get_args_parser().parse_args(train.split("train.py ")[1].split())
     assert flags.temperature == (5 if model == "13B" else 10)
 
@@ -103,7 +148,7 @@ def test_environment_variables_and_output_dir(sandbox):
     train, score = sandbox.run("scripts/finetuning_sqa_7b.sh", "--output_dir", "here", GPUS="1", DATA_ROOT="d",
                                WEIGHTS="w", MODEL="13B")
     assert "--llm_model 13B --llama_model_path w --data_root d" in train and train.endswith("--output_dir here")
-    assert score == "python eval.py --adapter_path here --split test"
+    assert score.endswith("--output_dir here")  # eval.py reads it as train.py does
 
 
 def test_failed_training_is_not_evaluated(sandbox):
@@ -111,49 +156,149 @@ def test_failed_training_is_not_evaluated(sandbox):
     assert len(calls) == 1
 
 
-def test_run_all_variants_skips_finished_runs_and_continues_after_a_failure(sandbox):
-    finished = sandbox.folder / "out" / "LaVIN-7B-step-seed0"
-    finished.mkdir(parents=True)
-    (finished / "scores.json").write_text("{}")
-    calls = sandbox.run("scripts/run_all_variants.sh", "--epochs", "5", code=1, OUTPUT_ROOT="out", GPUS="1",
-                        FAIL="train.py --llm_model 7B --llama_model_path ../data/weights --data_root ../data "
-                             "--output_dir out/LaVIN-7B-base-seed0")
-    trained = [call.split("--output_dir ")[-1].split()[0] for call in calls if "train.py" in call]
-    names = ["base", "cyclical", "exponential", "drop_inc", "drop_dec", "drop_inc_v2", "drop_dec_v2"]
-    assert trained == [f"out/LaVIN-7B-{name}-seed0" for name in names]
-    assert "failed: out/LaVIN-7B-base-seed0" in sandbox.errors
-    plot = calls[-1]
-    assert plot.startswith("python plot_results.py ") and "LaVIN-7B-step-seed0" in plot and "base" not in plot
+@pytest.mark.parametrize("name, values", [
+    ("GPUS", ("0", "-1", "3", "32", "08", "1.5", "two", " ", "18446744073709551617")),
+    ("JOBS", ("0", "-1", "08", "1.5", "two", " ", "18446744073709551617")),
+    ("SEEDS", ("-1", "0 08", "1.5", "0,1", "one", " ", "*"))])
+def test_wrong_numbers_are_refused_in_one_line(sandbox, name, values):
+    for value in values:
+        assert sandbox.run("scripts/run_all_variants.sh", code=1, **{name: value}) == []
+        assert sandbox.errors.startswith(f"run_all_variants.sh: {name}=") and sandbox.errors.count("\n") == 1
+
+
+def test_gpus_of_all_nodes_are_counted(sandbox):
+    assert sandbox.run("scripts/finetuning_sqa_7b.sh", code=1, GPUS="4", SLURM_NNODES="3") == []
+    assert sandbox.errors == ("finetuning_sqa_7b.sh: GPUS=4 (x 3 nodes) gives no effective batch of 32: "
+                              "choose 1, 2, 4, 8 or 16 in all\n")
+
+
+def test_empty_variables_count_as_unset(sandbox):
+    calls = sandbox.run("scripts/run_all_variants.sh", GPUS="", JOBS="", SEEDS="", MODEL="", OUTPUT_ROOT="")
+    assert sum("nproc_per_node 4 train.py --llm_model 7B" in call for call in calls) == 8
+
+
+def test_wrong_flags_of_run_all_variants_are_said_once(tmp_path):
+    script = ["bash", "scripts/run_all_variants.sh", "--epohcs", "5"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120, env={
+        **os.environ, "DATA_ROOT": str(tmp_path / "none"), "OUTPUT_ROOT": str(tmp_path)})
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("train.py: error: unrecognized arguments")
+    assert "==" not in done.stdout  # no method was started
+
+
+def test_run_all_variants_continues_after_a_failure(sandbox):
+    check, *calls, plot = sandbox.run(
+        "scripts/run_all_variants.sh", "--epochs", "5", code=1, OUTPUT_ROOT="my runs", GPUS="1",
+        FAIL="train.py --llm_model 7B --llama_model_path ../data/weights --data_root ../data "
+             "--output_dir my runs/LaVIN-7B-step ")
+    assert check == "python - --epochs 5"
+    trained = [call.split("--output_dir ")[-1] for call in calls if "train.py" in call]
+    names = ["base", "cyclical", "step", "exponential", "drop_inc", "drop_dec", "drop_inc_v2", "drop_dec_v2"]
+    assert trained == [f"my runs/LaVIN-7B-{name}-seed0 --epochs 5" for name in names]
+    assert sum("eval.py" in call for call in calls) == 7
+    assert sandbox.errors == "failed: my runs/LaVIN-7B-step-seed0\n"
+    assert plot.startswith("python plot_results.py my runs/LaVIN-7B-base-seed0 ") and "step" not in plot
+    assert plot.endswith("--out my runs/plots")
 
 
 def test_seeds_run_every_method_once_each(sandbox):
     calls = sandbox.run("scripts/run_all_variants.sh", SEEDS="0 1 2", GPUS="1")
-    assert sum("train.py" in call for call in calls) == 24
-    assert sum("--seed 2 --output_dir ./LaVIN-7B-" in call for call in calls) == 8
+    trained = [call for call in calls if "train.py" in call]
+    assert len(trained) == 24 and sum("--seed 2 --output_dir ./LaVIN-7B-" in call for call in trained) == 8
+
+
+@pytest.mark.parametrize("jobs", ["3", "20"])
+def test_jobs_share_the_runs(sandbox, jobs):
+    calls = sandbox.run("scripts/run_all_variants.sh", SEEDS=" 0 1", GPUS="1", JOBS=jobs)
+    runs = [call.split("--output_dir ")[-1] for call in calls if "train.py" in call]
+    assert len(runs) == len(set(runs)) == 16 and sum("eval.py" in call for call in calls) == 16
+
+
+# --- stopping ---
+
+@pytest.mark.parametrize("gpus", ["1", "4"])
+@pytest.mark.parametrize("signals", [(signal.SIGUSR1,), (signal.SIGTERM, signal.SIGUSR1), (signal.SIGHUP,)])
+def test_stop_signals_reach_the_program_as_sigterm(sandbox, signals, gpus):
+    train, *terms = sandbox.stop("scripts/finetuning_sqa_7b.sh", signals=signals, GPUS=gpus)
+    assert "train.py" in train and terms and set(terms) == {"TERM"}  # the rest: eval.py is not started
+
+
+def test_ctrl_c_at_a_terminal(sandbox):
+    for script in ("finetuning_sqa_7b", "run_all_variants"):
+        _, term = sandbox.stop(f"scripts/{script}.sh", signals=[signal.SIGINT], kill=os.killpg)
+        assert term == "TERM"
+
+
+def test_training_that_ends_while_it_is_stopped_is_not_evaluated(sandbox):
+    assert len(sandbox.stop("scripts/finetuning_sqa_7b.sh", STATUS="0")) == 2
+
+
+def test_stopped_evaluation_keeps_its_status(sandbox):
+    calls = sandbox.stop("scripts/finetuning_sqa_7b.sh", HANG="eval.py", STATUS="3", code=3)
+    assert len(calls) == 3 and calls[-1] == "TERM"
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_stopped_variants_go_on_with_the_same_command(sandbox, jobs):
+    command = {"GPUS": "1", "JOBS": str(jobs), "n": jobs}
+    calls = sandbox.stop("scripts/run_all_variants.sh", "--epochs", "5", **command)
+    assert len(calls) == 1 + 2 * jobs and calls[-jobs:] == ["TERM"] * jobs
+    assert sandbox.errors == "stopped: the same command goes on\n"
+    calls = sandbox.stop("scripts/run_all_variants.sh", HANG="-seed1", SEEDS="0 1", **command)
+    assert sum("train.py" in call for call in calls) == 8 + jobs and calls[-jobs:] == ["TERM"] * jobs
+    assert sandbox.errors == "stopped: the same command goes on\n"
+
+
+def test_variants_end_where_one_was_stopped_by_itself(sandbox):
+    calls = sandbox.run("scripts/run_all_variants.sh", GPUS="1", FAIL="eval.py", STATUS="75", code=75)
+    assert len(calls) == 2
+
+
+# --- Slurm ---
+
+JOB = ("slurm/one_node.sbatch", "scripts/finetuning_sqa_7b.sh")
+
+
+def slurm(sandbox, nodes: str = "1", job: str = "42") -> dict:
+    return {"SLURM_SUBMIT_DIR": str(sandbox.folder), "SLURM_NNODES": nodes, "SLURM_JOB_ID": job,
+            "SLURM_JOB_NODELIST": "node[7-8]"}
 
 
 def test_slurm_one_node(sandbox):
-    calls = sandbox.run("bin/sbatch", "slurm/one_node.sbatch", "scripts/finetuning_sqa_7b.sh", "--epochs", "5",
-                        SLURM_SUBMIT_DIR=str(sandbox.folder), SLURM_NNODES="1")
+    calls = sandbox.run("bin/sbatch", *JOB, "--epochs", "5", **slurm(sandbox))
     assert calls[1].startswith("torchrun --standalone --nproc_per_node 4 train.py") and calls[1].endswith("--epochs 5")
+    sandbox.run("slurm/one_node.sbatch", code=1, **slurm(sandbox))
+    assert sandbox.errors.startswith("name a script: sbatch ")
 
 
-def test_slurm_several_nodes_use_the_first_as_rendezvous(sandbox):
-    calls = sandbox.run("slurm/several_nodes.sbatch", "scripts/finetuning_sqa_7b.sh", SLURM_NNODES="2",
-                        SLURM_SUBMIT_DIR=str(sandbox.folder), SLURM_JOB_ID="42", SLURM_JOB_NODELIST="node[7-8]")
+@pytest.mark.parametrize("job, port", [("42", 10042), ("1234567", 44567)])  # jobs that share a node
+def test_slurm_several_nodes_use_the_first_as_rendezvous(sandbox, job, port):
+    calls = sandbox.run("slurm/several_nodes.sbatch", "scripts/finetuning_sqa_7b.sh", **slurm(sandbox, "2", job))
     srun = next(call for call in calls if call.startswith("srun"))
-    assert ("torchrun --nnodes 2 --nproc_per_node 4 --rdzv_id 42 --rdzv_backend c10d "
-            "--rdzv_endpoint node7:29500 train.py") in srun
+    assert (f"torchrun --nnodes 2 --nproc_per_node 4 --rdzv_id {job} --rdzv_backend c10d "
+            f"--rdzv_endpoint node7:{port} train.py") in srun
     assert "--batch_size 2 --accum_iter 2 " in srun
 
 
-def test_requeued_job_resumes_from_its_checkpoint(sandbox):
-    run, script = sandbox.folder / "LaVIN-7B-base", "scripts/finetuning_sqa_7b.sh"
-    run.mkdir()
-    assert "--resume" not in sandbox.run(script, SLURM_RESTART_COUNT="1")[0]  # no checkpoint yet
-    (run / "checkpoint-0.pth").touch()
-    assert "--resume" not in sandbox.run(script)[2]  # not requeued: a new run
-    assert sandbox.run(script, SLURM_RESTART_COUNT="1")[4].endswith("--resume ./LaVIN-7B-base")
+@pytest.mark.parametrize("job", ["one_node", "several_nodes"])
+def test_job_is_requeued_at_its_time_limit(sandbox, job):
+    assert "#SBATCH --signal=B:USR1@" in (sandbox.folder / f"slurm/{job}.sbatch").read_text()
+    nodes = slurm(sandbox, "1" if job == "one_node" else "2")
+    command = (f"slurm/{job}.sbatch", JOB[1])
+    calls = sandbox.stop(*command, HANG="torchrun --", STATUS="1", code=1, **nodes)  # torchrun's own exit status
+    assert calls[-2:] == ["TERM", "scontrol requeue 42"] and "eval.py" not in str(calls)
+    assert "submit" not in sandbox.output
+    sandbox.stop(*command, HANG="torchrun --", FAIL="requeue", STATUS="1", code=1, **nodes)
+    assert sandbox.output.endswith("submit the same command again to go on\n") and sandbox.errors == ""
+
+
+def test_job_that_ends_otherwise_is_not_requeued(sandbox):
+    """After a SIGTERM, Slurm requeues preempted jobs itself, and cancelled ones must not come back."""
+    calls = sandbox.stop(*JOB, signals=[signal.SIGTERM], **slurm(sandbox))
+    assert calls[-1] == "TERM"
+    calls = sandbox.stop("slurm/one_node.sbatch", "scripts/vl_instruction_tuning_13b.sh", STATUS="0", code=0,
+                         **slurm(sandbox))  # it was done
+    assert calls[-1] == "TERM"
+    assert "requeue" not in str(sandbox.run(*JOB, FAIL="train.py", code=1, **slurm(sandbox)))
 
 
 @pytest.mark.parametrize("script, model", [("vl_instruction_tuning_13b", "13B"),
@@ -176,7 +321,6 @@ def test_mme_evaluates_the_given_run(sandbox):
 
 
 def test_demo_uses_the_quickstart_runs_or_those_of_the_environment(sandbox):
-    (sandbox.folder / "calls").touch()
     sandbox.run("scripts/demo.sh", code=1)
     assert "run 'bash scripts/quickstart.sh' first" in sandbox.errors
     (sandbox.folder / "requirements-demo.txt").touch()

@@ -1,0 +1,21 @@
+# Sourced: passes signals on to what a script runs. bash handles a signal only when its foreground command has ended, so
+# `run` starts commands in the background and waits. They get SIGTERM whatever the signal was: SIGUSR1 (Slurm's warning
+# of the time limit) would kill torchrun and orphan its workers, and background commands of a script ignore SIGINT.
+UNFINISHED=75 # exit status of a command that was stopped, and goes on when it is started again (EX_TEMPFAIL)
+stopped=   # the first signal
+
+forward_signals() {
+    local signal
+    for signal in USR1 TERM INT HUP; do
+        # shellcheck disable=SC2064 # only $signal is expanded now
+        trap "stopped=\${stopped:-$signal}; kill -TERM \$(jobs -rp) 2> /dev/null || true" "$signal"
+    done
+}
+
+# run COMMAND...: returns its exit status. After a signal, nothing is started any more.
+run() {
+    [ -z "$stopped" ] || return $UNFINISHED
+    "$@" &
+    while kill -0 $! 2> /dev/null; do wait $! || true; done # a signal ends `wait` early
+    wait $!
+}
