@@ -10,7 +10,6 @@ reported, counted and left out.
 Alpaca: Taori et al. 2023; LLaVA-Instruct: Liu et al. 2023, arXiv 2304.08485.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import write_json
 from util.data.prompts import instruction_prompt
+from util.flags import Parser
 
 ALPACA = "alpaca_data.json"
 LLAVA = ("complex_reasoning_77k.json", "detail_23k.json", "conversation_58k.json")
@@ -56,7 +56,7 @@ def llava_records(item: dict, number: int, source: str) -> list[dict]:
 def read_list(path: Path) -> list:
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from error
     if not isinstance(items, list):
         raise UserError(f"{path} holds no list of records: fetch it again")
@@ -97,7 +97,7 @@ def process(data_root: Path, out: Path) -> tuple[int, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("data_processing.py", description=__doc__.splitlines()[0])
+    parser = Parser("data_processing.py", description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", default="../data", type=Path, help="folder of the files (../data)")
     parser.add_argument("--out", type=Path, help="the file to write (all_data.json in --data_root)")
     args = parser.parse_args()

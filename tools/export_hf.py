@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.llama import LlamaConfig
@@ -33,8 +32,9 @@ from lavin.runtime.files import write_json
 from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.base import find_tokenizer
 from lavin.weights.hugging_face import HF_NAMES
+from output import make_folder, save_tensors
 from util.data.images import IMAGE_ERRORS, load_image
-from util.flags import shared_flags
+from util.flags import Parser, shared_flags
 from util.trained_model import load_model
 
 MODALITIES = ("text", "image")
@@ -44,7 +44,7 @@ DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float
 
 def get_args_parser() -> argparse.ArgumentParser:
     shared = shared_flags()
-    parser = argparse.ArgumentParser("export_hf.py", description=__doc__.splitlines()[0], parents=[shared], epilog=(
+    parser = Parser("export_hf.py", description=__doc__.splitlines()[0], parents=[shared], epilog=(
         "Model and data flags that are left out take the values of the training run."))
     parser.set_defaults(**{**dict.fromkeys(vars(shared.parse_args([]))), "precision": "fp16", "device": "cpu",
                            "bits": "16bit"})
@@ -132,7 +132,7 @@ def write_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dty
 
     def flush():
         parts.append(folder / f"model-{len(parts)}.safetensors.part")
-        save_file(pending, parts[-1], metadata={"format": "pt"})
+        save_tensors(pending, parts[-1])
         part_of.update(dict.fromkeys(pending, len(parts) - 1))
 
     for name, tensor in tensors:
@@ -186,11 +186,11 @@ def main(args) -> None:
         raise UserError("weights are exported whole, in 16 or 32 bits: leave --bits and --model_parallel_size out")
     if (args.out / "config.json").exists():
         raise UserError(f"--out {args.out} holds a model: name another folder")
+    make_folder(args.out)
     model, tokenizer, path = load_model(args, fast=False)
-    args.out.mkdir(parents=True, exist_ok=True)
     for picture in args.pictures:
-        save_file({"inputs_embeds": image_embeddings(model, tokenizer, picture)},
-                  args.out / f"{picture.stem}.inputs_embeds.safetensors")
+        save_tensors({"inputs_embeds": image_embeddings(model, tokenizer, picture)},
+                     args.out / f"{picture.stem}.inputs_embeds.safetensors")
     tensors = progress_bar(merged_tensors(model, MODALITIES.index(args.modality)), "tensors", unit="tensor")
     write_weights(args.out, tensors, model.dtype, SHARD_BYTES)
     source = Path(args.tokenizer_path or find_tokenizer(args.llama_model_path, args.llm_model))

@@ -6,7 +6,6 @@ Writes problems.json, pid_splits.json, captions.json and images/{split}/{id}/ima
 arXiv 2209.09513). The same seed gives the same problems and pixels. No problem is in two splits.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,10 @@ from mini_pictures import Canvas
 from mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Problem, Skill, make_problem
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from lavin.runtime.errors import one_line_errors
 from lavin.runtime.files import atomic_write
+from output import make_folder
+from util.flags import Parser, seed
 
 SIZES = {"train": 2000, "val": 120, "test": 400}
 IMAGE_FRACTION = 0.45  # of problems that have an image
@@ -108,10 +110,11 @@ def write_mini_scienceqa(out: Path, sizes: dict[str, int], seed: int) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("make_mini_scienceqa.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="data/mini", type=Path, help="folder to write (data/mini)")
-    parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--seed", default=0, type=seed)
     args = parser.parse_args()
+    make_folder(args.out)
     problems = write_mini_scienceqa(args.out, SIZES, args.seed)
     n_images = sum(bool(problem.skill.draw) for _, problem in problems.values())
     sizes = ", ".join(f"{size} {split}" for split, size in SIZES.items())
@@ -119,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

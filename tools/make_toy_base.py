@@ -6,7 +6,7 @@ The LLaMA learns which option is right, from problems in a prompt format that fi
 instead of images. The ViT learns which caption belongs to an image. Fine-tuning then freezes both.
 """
 
-import argparse
+import io
 import sys
 from pathlib import Path
 from random import Random
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 from torch import nn
 from tqdm import tqdm
@@ -22,14 +21,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.attention import VarlenMetadata
 from lavin.llama import Llama, LlamaConfig
-from lavin.runtime.errors import one_line_errors
+from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import atomic_write, write_json
 from lavin.timm_compat import timm
 from lavin.tokenizer import Tokenizer
 from lavin.vision import VisionEncoder
+from output import make_folder, save_tensors
 from util.data.datasets import load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import OPTIONS, build_prompt
+from util.flags import Parser, seed
 
 VOCAB_SIZE = 1600
 LLAMA = {"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": -1}
@@ -159,30 +160,45 @@ def pretrain_vit(data, images: dict[str, torch.Tensor], seed: int) -> nn.Module:
     return vit
 
 
+def check_amount(data, images: dict) -> None:
+    """Raises UserError where there is less than a batch to learn from."""
+    n_captioned = sum(qid in data.captions for qid in images)
+    if n_captioned < len(images):
+        raise UserError(f"{data.root}/captions.json lacks {len(images) - n_captioned} of {len(images)} pictures: "
+                        "make the data again")
+    if len(images) < BATCH_SIZE:  # and so there may be less than a batch of problems
+        raise UserError(f"{data.root} has {len(data.problems)} problems and {len(images)} pictures to train on, and "
+                        f"{BATCH_SIZE} of each are needed: make more")
+
+
 def main(args) -> None:
     out = args.out
-    (out / "vit").mkdir(parents=True, exist_ok=True)
+    make_folder(out / "vit")
     data = load_scienceqa(args.data_root, "train", f"{args.data_root}/captions.json")
+    images = load_images(data, VIT["img_size"], 2, skip_bad=False)
+    check_amount(data, images)
     tokenizer = train_tokenizer(data, out / "tokenizer.model")
-    vit = pretrain_vit(data, load_images(data, VIT["img_size"], 2, skip_bad=False), args.seed)
+    vit = pretrain_vit(data, images, args.seed)
     llama = pretrain_llama(data, tokenizer, args.seed)
 
     config = {"architecture": VIT_NAME, "model_args": VIT, "num_classes": 0,
               "pretrained_cfg": {"input_size": [3, VIT["img_size"], VIT["img_size"]], "num_classes": 0}}
     with atomic_write(out / "vit" / "model.safetensors") as path:
-        save_file(vit.state_dict(), path)
+        save_tensors(vit.state_dict(), path)
     write_json(out / "vit" / "config.json", config)
     write_json(out / "params.json", LLAMA)
     with atomic_write(out / "consolidated.00.pth") as path:
-        torch.save(llama.state_dict(), path)
+        buffer = io.BytesIO()  # torch itself reports a full disk as a bug
+        torch.save(llama.state_dict(), buffer)
+        path.write_bytes(buffer.getvalue())
     print(f"{out}: {tokenizer.n_words} pieces, LLaMA {sum(p.numel() for p in llama.parameters()):,} parameters, "
           f"ViT {sum(p.numel() for p in vit.parameters()):,}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("make_toy_base.py", description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", default="data/mini")
     parser.add_argument("--out", default="weights/toy", type=Path)
-    parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--seed", default=0, type=seed)
     with one_line_errors():
         main(parser.parse_args())

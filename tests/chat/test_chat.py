@@ -1,19 +1,26 @@
 """The chatbot: streaming, fitting the conversation into the context, switching runs, and unusual images."""
 
+import io
 import itertools
+import json
+import os
+import shutil
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
 import demo
+from conftest import write_scienceqa
 from eval import get_args_parser
 from lavin.generation.generate import generate, stream
 from lavin.model import pack
 from lavin.runtime.errors import UserError
 from tiny import tiny_example, tiny_model
-from tiny_runs import write_run
+from tiny_runs import load_checkpoint, write_run
 from util.chat.chatbot import Chatbot, Question, Settings, Turn, find_runs, fit, make_prompt
+from util.chat.examples import find_examples
 from util.chat.uploads import open_image
 from util.trained_model import load_model
 
@@ -135,6 +142,23 @@ def test_find_runs_keeps_those_that_can_share_a_model(runs, tmp_path):
             find_runs(str(without_runs))
 
 
+def test_broken_runs_are_left_out(runs, tmp_path):
+    for name in ("whole", "cut", "empty", "no flags", "no prompt format", "no flags in config"):
+        shutil.copytree(runs / "plain", tmp_path / name)
+    checkpoint = (runs / "plain" / "checkpoint-3.pth").read_bytes()
+    (tmp_path / "cut" / "checkpoint-3.pth").write_bytes(checkpoint[:len(checkpoint) // 2])
+    (tmp_path / "empty" / "checkpoint-3.pth").write_bytes(b"")
+    content = load_checkpoint(runs / "plain" / "checkpoint-3.pth")
+    torch.save({**content, "flags": None}, tmp_path / "no flags" / "checkpoint-3.pth")
+    torch.save({**content, "flags": {"prompt_format": "X"}}, tmp_path / "no prompt format" / "checkpoint-3.pth")
+    (tmp_path / "no flags in config" / "config.json").write_text(json.dumps({"flags": {"llm_model": []}}))
+    (tmp_path / "whole" / "checkpoint-²².pth").touch()
+    shared, left_out = find_runs(str(tmp_path))
+    assert list(shared) == ["whole"]
+    assert len(left_out) == 5 and not any("\n" in line for line in left_out)
+    demo.load_chatbot(demo.get_args_parser().parse_args(["--runs", str(tmp_path), "--device", "cpu"]))
+
+
 def test_switched_adapters_answer_as_their_run(bot, runs):
     image = tiny_example(0, 1, image=True).image
     for question in (Question(QUESTION), Question(QUESTION, image)):
@@ -229,9 +253,12 @@ def test_bad_images_raise_one_line_errors(tmp_path):
     (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").touch()
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
+    (tmp_path / "folder.png").mkdir()
     (tmp_path / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     for name, reason in {"huge": "50 million pixels", "large": "50 million pixels", "cut": "is broken",
-                         "text": "is not a picture", "empty": "is not a picture", "script": "is not a picture"}.items():
+                         "text": "is not a picture", "empty": "is not a picture", "script": "is not a picture",
+                         "pipe": "is no file", "folder": "is no file"}.items():
         with pytest.raises(UserError, match=f"^{name}.png .*{reason}") as caught:
             open_image(tmp_path / f"{name}.png")
         assert "\n" not in str(caught.value)
@@ -250,6 +277,70 @@ def test_terminal_chat(runs, monkeypatch, capsys):
     at = 0
     for part in ("wide is left out", "  3  third", first.text, choice.text,
                  f"(A) north  {100 * choice.probabilities[0]:9.1f} %", "\nplain:\n", choice.text, "\nscaled:\n",
-                 other.text, "no file none.png", "give numbers from 1 to 3", second.text):
+                 other.text, "no file none.png", "give a number from 1 to 3", second.text):
         assert part in printed[at:], part
         at = printed.index(part, at) + len(part)
+
+
+class Typed(io.TextIOWrapper):
+    """Standard input with these bytes."""
+
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content), encoding="utf-8")
+
+
+def talk(runs, monkeypatch, capsys, content: bytes, *flags: str) -> list[str]:
+    """The lines that the terminal chat prints."""
+    monkeypatch.setattr(sys, "stdin", Typed(content))
+    demo.main(demo.get_args_parser().parse_args(
+        ["--runs", str(runs), "--device", "cpu", "--cli", "--max_new_tokens", "2", *flags]))
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("line, printed", [
+    ("/run 1 1", "give a number from 1 to 3; /runs lists them"), ("/run", "give a number from 1"),
+    ("/run ²", "give a number from 1"), ("/run " + "9" * 5000, "give a number from 1"), ("/run 0", "give a number"),
+    ("/compare 1", "ask a question first"), ("/image \0", "is broken"), ("/image /dev/zero", "is no file"),
+    ("/options a|b|c|d|e|f\nWhich?", "give 2 to 5 options"), (b"Which \xff pond?", "that is not UTF-8 text"),
+    (QUESTION * 100, "tokens too many")])
+def test_no_line_ends_the_terminal_chat(runs, monkeypatch, capsys, line, printed):
+    line = line if isinstance(line, bytes) else line.encode()
+    lines = talk(runs, monkeypatch, capsys, line + b"\n/run 2\n/quit\n")
+    assert sum(printed in answer for answer in lines) == 1
+    assert lines[-1] == "scaled> "
+
+
+def test_terminal_chat_goes_on_without_gpu_memory(runs, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("util.chat.chatbot.stream", fail)
+    lines = talk(runs, monkeypatch, capsys, b"Why?\n/run 2\n")  # the end of the input ends it, too
+    assert sum(line.endswith("CUDA out of memory.") for line in lines) == 1 and lines[-1] == "scaled> "
+
+
+def test_closed_standard_input_is_said(runs, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input, which is closed"):
+        demo.main(demo.get_args_parser().parse_args(["--runs", str(runs), "--device", "cpu", "--cli"]))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": -1.0},
+                                   {"top_p": 0.0}, {"top_p": float("nan")}, {"max_new_tokens": 0}])
+def test_settings_that_give_no_answer_are_refused(wrong):
+    with pytest.raises(UserError):
+        Settings(**wrong)
+
+
+def test_examples_need_neither_skills_nor_all_pictures(tmp_path):
+    root = write_scienceqa(tmp_path / "data")
+    assert len(find_examples(str(root))) == 2  # one skill: one with and one without a picture
+    problems = json.loads((root / "problems.json").read_text())
+    for qid, problem in problems.items():
+        del problem["skill"]
+        if problem["image"] and problem["split"] == "test" and qid != "117":
+            (root / "images" / "test" / qid / problem["image"]).unlink()
+    (root / "problems.json").write_text(json.dumps(problems))
+    (with_image, *_), (text_only, *_) = find_examples(str(root))
+    assert with_image["files"] == [str(root / "images/test/117/image.png")] and not text_only["files"]
+    assert find_examples(str(tmp_path)) == []

@@ -7,6 +7,7 @@ Notable:
 - All users share one model: a newer question ends an unfinished answer, always between two tokens.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.adapters import load_adapters, read_adapters
-from util.data.prompts import OPTIONS, answer_text, build_prompt, instruction_prompt
+from util.data.prompts import OPTIONS, PROMPT_FORMATS, answer_text, build_prompt, instruction_prompt
 from util.runs import checkpoints, last_checkpoint, run_folders, user_error_if_malformed
 
 # flags that must be equal in all runs on one model: they determine the base model and the shapes of the adapters
@@ -43,12 +44,20 @@ class Question:
 
 @dataclass(frozen=True)
 class Settings:
-    """Sampling parameters. temperature 0: greedy decoding."""
+    """Sampling parameters. temperature 0: greedy decoding. Raises UserError where they give no answer."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 0.75
     seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"the temperature {self.temperature} is no number from 0: 0 is greedy, 0.7 is usual")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p {self.top_p} does not lie in (0, 1]: 0.75 is usual")
+        if self.max_new_tokens < 1:
+            raise UserError(f"an answer of {self.max_new_tokens} tokens is none: allow at least 1")
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,8 @@ class Answer:
 def find_runs(folder: str) -> tuple[dict[str, Path], list[str]]:
     """The finished runs in a folder that can share one model, by name, and a line on each run that cannot.
 
-    A finished run has a config.json and a checkpoint. Where runs differ in SHARED_FLAGS, the largest group is used.
-    Raises UserError where there is none.
+    A finished run has a config.json and a checkpoint, which is read to see that it is whole. Where runs differ in
+    SHARED_FLAGS, the largest group is used. Raises UserError where there is none.
     """
     paths = [path for path in run_folders([folder]) if (path / "config.json").is_file() and checkpoints(path)]
     if not paths:
@@ -96,9 +105,24 @@ def find_runs(folder: str) -> tuple[dict[str, Path], list[str]]:
 
 
 def read_flags(run: Path) -> dict:
-    path = run / "config.json"
+    """The flags of config.json. Raises UserError where that or the checkpoint is broken."""
+    path, checkpoint = run / "config.json", last_checkpoint(str(run))
     with user_error_if_malformed(path):
-        return dict(read_json(path)["flags"])
+        flags = dict(read_json(path)["flags"])
+        hash(tuple(flags.get(name) for name in SHARED_FLAGS))  # to be counted
+    read_trained_format(checkpoint)
+    return flags
+
+
+def read_trained_format(path: Path) -> tuple[dict, str]:
+    """A checkpoint of train.py, and the prompt format that it was trained with."""
+    checkpoint = read_adapters(path)
+    with user_error_if_malformed(path):
+        AdapterConfig(**checkpoint["adapter_config"])
+        prompt_format = checkpoint["flags"]["prompt_format"]
+    if prompt_format not in PROMPT_FORMATS:
+        raise UserError(f"{path} was trained with the unknown --prompt_format {prompt_format}: train again")
+    return checkpoint, prompt_format
 
 
 def make_prompt(question: Question, prompt_format: str) -> str:
@@ -143,7 +167,7 @@ class Chatbot:
     def load_run(self, run: str) -> str:
         """Loads a run's last adapters into the model; returns the run's prompt format."""
         path = last_checkpoint(str(self.runs[run]))
-        checkpoint = read_adapters(path)
+        checkpoint, prompt_format = read_trained_format(path)
         load_adapters(self.model, checkpoint["model"], str(path))
         self.model.adapter = adapter = AdapterConfig(**checkpoint["adapter_config"])
         for module in self.model.modules():
@@ -151,7 +175,7 @@ class Chatbot:
                 module.scale = adapter.adapter_scale
             if isinstance(module, RepAdapterRouter):
                 module.temperature = adapter.temperature
-        return checkpoint["flags"]["prompt_format"]
+        return prompt_format
 
     def warmup(self) -> None:
         """Compiles and captures the model now, so that the first question is not slower than the others."""

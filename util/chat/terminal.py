@@ -1,10 +1,14 @@
 """The chat in a terminal: a line is a question, or a command if it starts with a slash."""
 
+import io
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from lavin.runtime.console import format_table
-from lavin.runtime.errors import UserError
+from lavin.runtime.errors import UserError, first_line
 from util.chat.chatbot import Answer, Chatbot, Question, Settings, Turn
 from util.chat.uploads import open_image
 from util.data.images import image_to_tensor
@@ -30,32 +34,45 @@ class Conversation:
 
 
 def talk(bot: Chatbot, settings: Settings) -> None:
-    """Reads standard input until /quit or its end."""
+    """Reads standard input until /quit or its end. No error ends it but that of the terminal itself."""
+    if sys.stdin is None:
+        raise UserError("--cli reads questions from standard input, which is closed: leave it open")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # else a wrong byte also loses the lines that were read with it
     names = list(bot.runs)
     conversation = Conversation(names[0])
     print(f"{len(names)} runs, {names[0]} answers. /help lists the commands.")
     while True:
         try:
-            line = input(f"\n{conversation.run}> ").strip()
+            line = read_line(f"\n{conversation.run}> ")
             if line in ("/quit", "/exit"):
                 return
             if line.startswith("/"):
                 command(bot, conversation, settings, *line[1:].split(maxsplit=1))
             elif line:
                 ask(bot, conversation, settings, line)
-        except UserError as error:
-            print(error)
+        except (UserError, torch.OutOfMemoryError) as error:
+            print(first_line(error))
         except EOFError:
             return
         except KeyboardInterrupt:
             print("\n(stopped; /quit ends)")
 
 
+def read_line(prompt: str) -> str:
+    line = input(prompt).strip()
+    try:
+        line.encode()
+    except UnicodeError as error:
+        raise UserError("that is not UTF-8 text: write it again") from error
+    return line
+
+
 def command(bot: Chatbot, conversation: Conversation, settings: Settings, name: str = "", argument: str = "") -> None:
     if name == "runs":
         print("\n".join(f"{i:3}  {run}" for i, run in enumerate(bot.runs, 1)))
     elif name == "run":
-        conversation.run, = choose_runs(bot, argument)
+        conversation.run = choose_runs(bot, argument, most=1)[0]
     elif name == "compare":
         if conversation.last is None:
             raise UserError("ask a question first")
@@ -76,11 +93,11 @@ def command(bot: Chatbot, conversation: Conversation, settings: Settings, name: 
         print(HELP)
 
 
-def choose_runs(bot: Chatbot, numbers: str) -> list[str]:
-    names = list(bot.runs)
-    if not numbers or not all(number.isdigit() and 1 <= int(number) <= len(names) for number in numbers.split()):
-        raise UserError(f"give numbers from 1 to {len(names)}; /runs lists them")
-    return [names[int(number) - 1] for number in numbers.split()]
+def choose_runs(bot: Chatbot, numbers: str, most: int | None = None) -> list[str]:
+    names, chosen = {str(i): run for i, run in enumerate(bot.runs, 1)}, numbers.split()
+    if not chosen or not names.keys() >= set(chosen) or len(chosen) > (most or len(chosen)):
+        raise UserError(f"give {'a number' if most == 1 else 'numbers'} from 1 to {len(names)}; /runs lists them")
+    return [names[number] for number in chosen]
 
 
 def ask(bot: Chatbot, conversation: Conversation, settings: Settings, text: str) -> None:

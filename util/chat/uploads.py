@@ -1,5 +1,7 @@
 """Opens uploaded images, which may be broken, huge or no images at all."""
 
+import os
+import stat
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -18,6 +20,8 @@ def open_image(path: str | Path) -> Image.Image:
     """
     name = Path(path).name
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{name} is no file but a folder or device: name a picture")  # a named pipe would hang
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise too_large(name)

@@ -19,15 +19,14 @@ from PIL import Image
 
 from lavin.runtime.errors import UserError
 from util.chat.chatbot import Answer, Chatbot, Question, Settings, Turn, make_prompt
+from util.chat.examples import find_examples
 from util.chat.uploads import open_image
 from util.chat.web_html import CSS, answer_html, cards_html, note_html, question_html
-from util.data.datasets import load_scienceqa
 from util.data.images import image_to_tensor
 
 MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}  # one queue for all events that use the model
 NO_QUEUE = {"concurrency_limit": None, "show_progress": "hidden"}
 MAX_RUNS = 4  # in one comparison
-N_EXAMPLES = 6
 THUMBNAIL_SIZE = 200  # pixels
 MAX_UPLOAD = "20mb"
 
@@ -154,23 +153,6 @@ def busy():
 
 def ready():
     return gr.MultimodalTextbox(interactive=True, submit_btn=True, stop_btn=False)
-
-
-def find_examples(data_root: str) -> list[list]:
-    """Message, context and options of test questions, each on a different skill, alternately with and without image."""
-    try:
-        data = load_scienceqa(data_root, "test")
-    except UserError:
-        return []
-    examples = {}  # by (has image, skill)
-    for qid, problem in data.problems.items():
-        path = data.picture_path(qid)
-        examples.setdefault((path is not None, problem["skill"]), [
-            {"text": problem["question"], "files": [str(path)] if path else []}, problem["hint"],
-            "\n".join(problem["choices"])])
-    with_image, text_only = ([example for (has_image, _), example in examples.items() if has_image == wanted]
-                             for wanted in (True, False))
-    return [example for pair in zip(with_image, text_only, strict=False) for example in pair][:N_EXAMPLES]
 
 
 def message_box(placeholder: str) -> gr.MultimodalTextbox:

@@ -1,0 +1,27 @@
+"""Test questions of ScienceQA as examples for the chat page."""
+
+from lavin.runtime.errors import UserError
+from util.data.datasets import load_scienceqa
+
+N_EXAMPLES = 6
+
+
+def find_examples(data_root: str) -> list[list]:
+    """Message, context and options of test questions, each on a different skill, alternately with and without image.
+
+    None where there is no data set: the chat works without.
+    """
+    try:
+        data = load_scienceqa(data_root, "test")
+    except UserError:
+        return []
+    examples = {}  # by (has image, skill)
+    for qid, problem in data.problems.items():
+        path = data.picture_path(qid)
+        if path is None or path.is_file():
+            examples.setdefault((path is not None, problem.get("skill")), [
+                {"text": problem["question"], "files": [str(path)] if path else []}, problem["hint"],
+                "\n".join(problem["choices"])])
+    with_image, text_only = ([example for (has_image, _), example in examples.items() if has_image == wanted]
+                             for wanted in (True, False))
+    return [example for pair in zip(with_image, text_only, strict=False) for example in pair][:N_EXAMPLES]
