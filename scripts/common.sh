@@ -59,11 +59,11 @@ launch() {
     local command=(python) names
     if [ "$NODES" -gt 1 ]; then
         names=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-        command=(srun --nodes "$NODES" --ntasks-per-node 1 torchrun --nnodes "$NODES" --nproc_per_node "$GPUS"
+        command=(srun --nodes "$NODES" --ntasks-per-node 1 python -m util.launch --nnodes "$NODES" --nproc_per_node "$GPUS"
             --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d
             --rdzv_endpoint "${names%%$'\n'*}:$((10000 + SLURM_JOB_ID % 50000))")
     elif [ "$GPUS" -gt 1 ]; then
-        command=(torchrun --standalone --nproc_per_node "$GPUS")
+        command=(python -m util.launch --standalone --nproc_per_node "$GPUS")
     fi
     run "${command[@]}" "$@"
 }

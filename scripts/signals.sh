@@ -1,6 +1,6 @@
 # Sourced: passes signals on to what a script runs. bash handles a signal only when its foreground command has ended, so
 # `run` starts commands in the background and waits. They get SIGTERM whatever the signal was: SIGUSR1 (Slurm's warning
-# of the time limit) would kill torchrun and orphan its workers, and background commands of a script ignore SIGINT.
+# of the time limit) would kill the launcher and orphan its processes, and background commands of a script ignore SIGINT.
 UNFINISHED=75 # exit status of a command that was stopped, and goes on when it is started again (EX_TEMPFAIL)
 stopped=   # the first signal
 

@@ -87,8 +87,9 @@ def report_to_torchrun(message: str) -> None:
     """torchrun's summary, the last lines of a failed job's log, quotes the message of the process that failed first."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
+        content = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
         with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": message}, file)
+            json.dump({"message": content}, file)
 
 
 def silence_broken_stdout() -> None:

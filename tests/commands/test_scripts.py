@@ -32,7 +32,7 @@ case "$name $*" in
     *"${HANG:-never}"*) trap 'echo TERM >> "$CALLS"; exit "${STATUS:-75}"' TERM; while :; do sleep 0.02; done ;;
 esac
 case "$name" in
-    srun) while [ "$1" != torchrun ]; do shift; done; exec "$@" ;;
+    srun) while [ "$1" != python ]; do shift; done; exec "$@" ;;
     sbatch) bash "$@" ;;
     scontrol) echo node7; sleep 0.05; echo node8 ;;
 esac
@@ -49,7 +49,7 @@ class Sandbox:
             shutil.copytree(ROOT / name, folder / name)
         self.calls.touch()
         (folder / "bin").mkdir()
-        for name in ("python", "torchrun", "srun", "sbatch", "scontrol", "nvidia-smi"):
+        for name in ("python", "srun", "sbatch", "scontrol", "nvidia-smi"):
             stub = folder / "bin" / name
             stub.write_text(STUB)
             stub.chmod(0o755)
@@ -113,14 +113,14 @@ def test_scripts_have_valid_syntax(script):
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_is_trained_with_its_flags_and_evaluated(sandbox, method):
     train, score = sandbox.run(f"scripts/finetuning_sqa_7b{method}.sh", "--epochs", "5", "--seed", "1")
-    assert train.startswith("torchrun --standalone --nproc_per_node 4 train.py --llm_model 7B "
+    assert train.startswith("python -m util.launch --standalone --nproc_per_node 4 train.py --llm_model 7B "
                             "--llama_model_path ../data/weights --data_root ../data ")
     assert "--batch_size 2 --accum_iter 4 " in train and "--blr 9e-3" in train  # 2 x 4 x 4 GPUs = 32
     assert train.endswith(f"{METHODS[method]} --epochs 5 --seed 1")  # the user's flags come last and take precedence
     folder = train.split("--output_dir ")[1].split()[0]
     assert folder == f"./LaVIN-7B-{method.removeprefix('_') or 'base'}"
     flags = train.split("train.py ")[1]
-    assert score == f"torchrun --standalone --nproc_per_node 4 eval.py --split test --trained_with {flags}"
+    assert score == f"python -m util.launch --standalone --nproc_per_node 4 eval.py --split test --trained_with {flags}"
 
 
 @pytest.mark.parametrize("script, model, method, flags", [
@@ -141,7 +141,7 @@ def test_other_base_models_use_the_base_method(sandbox, script, model, method, f
 def test_effective_batch_size_is_constant(sandbox, gpus, accum):
     train, _ = sandbox.run("scripts/finetuning_sqa_7b.sh", GPUS=str(gpus))
     assert f"--batch_size 2 --accum_iter {accum} " in train
-    assert train.startswith("python " if gpus == 1 else f"torchrun --standalone --nproc_per_node {gpus} ")
+    assert train.startswith("python " if gpus == 1 else f"python -m util.launch --standalone --nproc_per_node {gpus} ")
 
 
 def test_environment_variables_and_output_dir(sandbox):
@@ -265,7 +265,8 @@ def slurm(sandbox, nodes: str = "1", job: str = "42") -> dict:
 
 def test_slurm_one_node(sandbox):
     calls = sandbox.run("bin/sbatch", *JOB, "--epochs", "5", **slurm(sandbox))
-    assert calls[1].startswith("torchrun --standalone --nproc_per_node 4 train.py") and calls[1].endswith("--epochs 5")
+    assert calls[1].startswith("python -m util.launch --standalone --nproc_per_node 4 train.py")
+    assert calls[1].endswith("--epochs 5")
     sandbox.run("slurm/one_node.sbatch", code=1, **slurm(sandbox))
     assert sandbox.errors.startswith("name a script: sbatch ")
 
@@ -274,7 +275,7 @@ def test_slurm_one_node(sandbox):
 def test_slurm_several_nodes_use_the_first_as_rendezvous(sandbox, job, port):
     calls = sandbox.run("slurm/several_nodes.sbatch", "scripts/finetuning_sqa_7b.sh", **slurm(sandbox, "2", job))
     srun = next(call for call in calls if call.startswith("srun"))
-    assert (f"torchrun --nnodes 2 --nproc_per_node 4 --rdzv_id {job} --rdzv_backend c10d "
+    assert (f"python -m util.launch --nnodes 2 --nproc_per_node 4 --rdzv_id {job} --rdzv_backend c10d "
             f"--rdzv_endpoint node7:{port} train.py") in srun
     assert "--batch_size 2 --accum_iter 2 " in srun
 
@@ -284,10 +285,10 @@ def test_job_is_requeued_at_its_time_limit(sandbox, job):
     assert "#SBATCH --signal=B:USR1@" in (sandbox.folder / f"slurm/{job}.sbatch").read_text()
     nodes = slurm(sandbox, "1" if job == "one_node" else "2")
     command = (f"slurm/{job}.sbatch", JOB[1])
-    calls = sandbox.stop(*command, HANG="torchrun --", STATUS="1", code=1, **nodes)  # torchrun's own exit status
+    calls = sandbox.stop(*command, HANG="util.launch --", **nodes)
     assert calls[-2:] == ["TERM", "scontrol requeue 42"] and "eval.py" not in str(calls)
     assert "submit" not in sandbox.output
-    sandbox.stop(*command, HANG="torchrun --", FAIL="requeue", STATUS="1", code=1, **nodes)
+    sandbox.stop(*command, HANG="util.launch --", FAIL="requeue", **nodes)
     assert sandbox.output.endswith("submit the same command again to go on\n") and sandbox.errors == ""
 
 
@@ -305,7 +306,7 @@ def test_job_that_ends_otherwise_is_not_requeued(sandbox):
                                            ("vl_instruction_tuning_vicuna_13b", "vicuna_13B")])
 def test_instruction_tuning_uses_the_published_recipe(sandbox, script, model):
     train, = sandbox.run(f"scripts/{script}.sh", "--seed", "1", GPUS="8")
-    assert train.startswith(f"torchrun --standalone --nproc_per_node 8 train.py --llm_model {model} "
+    assert train.startswith(f"python -m util.launch --standalone --nproc_per_node 8 train.py --llm_model {model} "
                             "--llama_model_path ../data/weights --data_root ../data "
                             f"--output_dir ./LaVIN-{model}-VLIT ")
     assert "--batch_size 2 --accum_iter 2 " in train and "--blr 9e-3" in train  # 2 x 2 x 8 GPUs = 32
@@ -314,7 +315,7 @@ def test_instruction_tuning_uses_the_published_recipe(sandbox, script, model):
 
 def test_mme_evaluates_the_given_run(sandbox):
     score, = sandbox.run("scripts/eval_mme_benchmark.sh", "LaVIN-13B-VLIT", "--seed", "1", DATA_ROOT="d")
-    assert score == ("torchrun --standalone --nproc_per_node 4 eval_mme.py --adapter_path LaVIN-13B-VLIT "
+    assert score == ("python -m util.launch --standalone --nproc_per_node 4 eval_mme.py --adapter_path LaVIN-13B-VLIT "
                      "--mme_root d/mme --max_batch_size 16 --seed 1")
     sandbox.run("scripts/eval_mme_benchmark.sh", code=1)
     assert "name a run" in sandbox.errors

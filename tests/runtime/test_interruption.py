@@ -270,3 +270,15 @@ def test_a_sampled_checksum_sees_the_size_and_the_first_middle_and_last_bytes(tm
     seen.add(sampled_sha256([tmp_path / "file"]))
     assert len(seen) == 5
     assert json_sha256({"a": 1, "b": [2]}) == json_sha256({"b": [2], "a": 1}) != json_sha256({"a": 1, "b": [3]})
+
+
+@pytest.mark.parametrize("code, status, words", [
+    ("raise UserError('no file x')", 1, "main.py: error: no file x"), ("os._exit(75)", 75, ""),
+    ("os.kill(os.getpid(), 9)", 1, "Signal 9 (SIGKILL)")])
+def test_the_launcher_says_last_what_failed(tmp_path, code, status, words):
+    code = f"from lavin.runtime.errors import UserError; {code}"
+    (tmp_path / "main.py").write_text(WAITING.format(path=sys.path, code=code))
+    with start("-m", "util.launch", *TORCHRUN[2:], tmp_path / "main.py") as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in errors
+    assert words in "".join(errors.splitlines()[-6:]) and ("Root Cause" in errors) == bool(words)

@@ -1,0 +1,31 @@
+"""torchrun without its own traceback: `python -m util.launch --nproc_per_node 4 train.py ...`, flags as torchrun's.
+
+What ended the processes stands last in the log, in torchrun's summary. Exit status 75 means, as that of a single
+process, that they were stopped and the same command goes on.
+"""
+
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+from lavin.runtime.signals import UNFINISHED
+
+
+def launch() -> int:
+    """Returns the exit status."""
+    try:
+        main()
+    except SignalException:
+        return UNFINISHED
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        if status != UNFINISHED:
+            print(error, file=sys.stderr)
+        return status if status > 0 else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch())
