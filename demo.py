@@ -5,6 +5,7 @@ several: `torchrun --nproc_per_node 2 demo.py --model_parallel_size 2 --runs FOL
 """
 
 import argparse
+import signal
 
 from lavin.runtime import distributed
 from lavin.runtime.console import is_main_process, print_rank0
@@ -77,5 +78,5 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors((signal.SIGTERM, signal.SIGHUP)):  # Ctrl-C stops an answer
         main(get_args_parser().parse_args())

@@ -52,15 +52,18 @@ def describe(error: BaseException) -> str | None:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns errors that a user can fix, and stop signals, into one line on stderr and an exit status."""
-    signals.install()
+def one_line_errors(numbers: tuple[signal.Signals, ...] = signals.STOP_SIGNALS) -> Iterator[None]:
+    """Turns errors that a user can fix, and stop signals, into one line on stderr and an exit status.
+
+    numbers: of the signals that stop the program; a chat leaves SIGINT out, where Ctrl-C stops an answer.
+    """
+    signals.install(numbers)
     try:
         yield
         sys.stdout.flush()  # fails here, and not after the program's end, where the disk is full or the pipe closed
         return
     except (Stopped, KeyboardInterrupt) as stopped:
-        end(f"{stopped}", UNFINISHED)
+        end(str(stopped) or "stopped by SIGINT", UNFINISHED)
     except Exception as error:
         message = describe(error)
         if message is None:

@@ -37,13 +37,13 @@ def deferred() -> Iterator[None]:
         _deferred = False
 
 
-def install() -> None:
-    """Handles all stop signals that are not ignored (nohup ignores SIGHUP). Only in the main thread."""
+def install(numbers: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
+    """Handles stop signals, except those that are ignored (nohup ignores SIGHUP). Only in the main thread."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written even while the main thread does not run Python
-    threading.Thread(target=end_after_grace_period, args=(reader,), daemon=True).start()
-    for number in STOP_SIGNALS:
+    threading.Thread(target=end_after_grace_period, args=(reader, numbers), daemon=True).start()
+    for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handle)
 
@@ -63,8 +63,8 @@ def handle(number: int, _frame) -> None:
         raise Stopped(f"stopped by {requested}")
 
 
-def end_after_grace_period(reader: int) -> None:
-    while os.read(reader, 1)[0] not in STOP_SIGNALS:
+def end_after_grace_period(reader: int, numbers: tuple[signal.Signals, ...]) -> None:
+    while os.read(reader, 1)[0] not in numbers:
         pass
     seconds = DEFERRED_GRACE_SECONDS if _deferred else GRACE_SECONDS
     threading.Event().wait(seconds)

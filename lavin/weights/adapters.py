@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -97,8 +98,18 @@ def pack_adapters(model: LaVIN, **extra) -> bytes:
         raise UserError(f"training diverged: {not_finite[0]} is not finite, so nothing is saved: take a lower learning "
                         "rate or --clip_grad")
     buffer = io.BytesIO()  # torch would write the name of a file into it
-    torch.save({"model": tensors, "adapter_config": dataclasses.asdict(model.adapter), **extra}, buffer)
+    torch.save(unshared({"model": tensors, "adapter_config": dataclasses.asdict(model.adapter), **extra}), buffer)
     return buffer.getvalue()
+
+
+def unshared(value):
+    """The same plain value, of which no container occurs twice, and equal strings are one object: pickle writes an
+    object that it has written as a reference to it, so that equal values would not give equal bytes."""
+    if isinstance(value, dict):
+        return {unshared(key): unshared(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(unshared, value))
+    return sys.intern(value) if type(value) is str else value
 
 
 def save_adapters(model: LaVIN, path: Path, **extra) -> None:

@@ -107,7 +107,7 @@ def test_a_process_ends_within_its_grace_period(tmp_path, code, words):
     (BrokenPipeError(32, "Broken pipe"), "has ended")])
 def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, words):
     monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
-    monkeypatch.setattr("lavin.runtime.signals.install", lambda: None)
+    monkeypatch.setattr("lavin.runtime.signals.install", lambda numbers: None)
     monkeypatch.setattr("lavin.runtime.signals.finish", lambda action: None)
     with pytest.raises(SystemExit) as caught, one_line_errors():
         raise error
@@ -282,3 +282,19 @@ def test_the_launcher_says_last_what_failed(tmp_path, code, status, words):
         _, errors = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in errors
     assert words in "".join(errors.splitlines()[-6:]) and ("Root Cause" in errors) == bool(words)
+
+
+def test_ctrl_c_stops_an_answer_of_the_chat_and_not_the_chat(tmp_path):
+    """In a process with demo.py's signals, over longer than the grace period."""
+    code = ("\n    for _ in range(2):\n        try:\n            print('ready', flush=True); time.sleep(30)\n"
+            "        except KeyboardInterrupt:\n            time.sleep(0.5)\n    print('still here')")
+    script = WAITING.format(path=sys.path, code=code).replace("one_line_errors()", "one_line_errors((15, 1))")
+    (tmp_path / "main.py").write_text(script)
+    assert "one_line_errors((signal.SIGTERM, signal.SIGHUP))" in (ROOT / "demo.py").read_text()
+    with start(tmp_path / "main.py") as process:
+        for _ in range(2):
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=10)
+    assert process.returncode == 0 and out == "still here\n" and errors == ""

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -422,3 +423,17 @@ def test_the_epochs_of_different_machines_are_recorded(flags, tmp_path, monkeypa
     resumed, = config["resumed"]
     assert (resumed["epoch"], resumed["host"]) == (1, "other") != (0, config["host"])
     assert config["threads"] == torch.get_num_threads()
+
+
+def test_the_last_checkpoint_is_the_same_file_byte_for_byte(flags, tmp_path, monkeypatch):
+    """In folders of the same name, since a checkpoint holds its run's flags."""
+    contents = []
+    for name, steps in (("unbroken", 99), ("stopped", 4)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        with monkeypatch.context() as patched, suppress(signals.Stopped):
+            stop_after(patched, steps)
+            run(*in_folder(flags, "run"))
+        run(*in_folder(flags, "run"))
+        contents.append(Path("run", "checkpoint-2.pth").read_bytes())
+    assert contents[0] == contents[1]
