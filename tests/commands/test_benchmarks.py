@@ -1,12 +1,18 @@
 """The benchmarks at a tiny size; and their baseline, the published recipe, gives the same results as this code."""
 
 import argparse
+import json
+import os
+import signal
+from functools import partial
 
 import pytest
 import torch
 
 import chat_latency
 import eval_throughput
+import fault_cases
+import faults
 import scaling
 import train_throughput
 from lavin.generation.generate import decode
@@ -112,3 +118,33 @@ def test_flops_of_the_frozen_layers():
     num_tokens, num_targets = len(batch.ids), len(batch.targets)
     assert train_throughput.frozen_flops(weights, 17, batch) == 4 * (
         weights["layers"] * num_tokens + weights["head"] * num_targets + weights["vit"] * 17)
+
+
+def fail(error: BaseException):
+    raise error
+
+
+ALPACA = "data/alpaca_data.json"
+FAULT_CASES = {
+    faults.LINE: [partial(fault_cases.instead, ALPACA, os.mkdir), partial(fault_cases.cut, ALPACA, 0.5)],
+    faults.SAME: [partial(fault_cases.write, "data/other.json", b"x")],
+    faults.CHANGED: [partial(fault_cases.set_json, ALPACA, (1, "output"), "South.")],
+    faults.TRACEBACK: [partial(fail, error) for error in (KeyError("x"), SystemExit(1), OSError(2, "two\nlines"))],
+    faults.CRASH: [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: open(os.mkfifo("pipe") or "pipe"),
+                   partial(fail, MemoryError())]}
+
+
+def test_faults_are_classified(tmp_path, monkeypatch):
+    """Real cases of a command, and deliberate bugs."""
+    monkeypatch.setattr(faults, "LIMIT_SECONDS", 1)
+    (tmp_path / "world" / "data").mkdir(parents=True)
+    (tmp_path / "world" / ALPACA).write_text(json.dumps([{"instruction": f"Name {i}.", "output": "North."}
+                                                         for i in range(3)]))
+    cases = [faults.Case(kind, str(i), "prepare", change)
+             for kind, changes in FAULT_CASES.items() for i, change in enumerate(changes)]
+    run = partial(faults.run_all, tmp_path / "world", tmp_path)
+    (_, whole), = run([faults.Case("reference", "", "prepare")], {}, 1)
+    for case, outcome in run(cases, {"prepare": whole.words}, 2):
+        assert outcome.kind == case.kind, outcome
+        assert outcome.wrong == (case.kind not in (faults.LINE, faults.SAME))
+    assert faults.row("x", [whole, outcome])[:2] == ["x", 2]

@@ -1,0 +1,256 @@
+"""Repeats the fault bench: bad inputs, what a machine does to a run, and random kills.
+
+    python benchmarks/faults.py [inputs] [machine] [kills] [--device cuda] [--n 20]
+
+Each bad input must end in one line, or leave the result as it is without it. After each fault of the machine and each
+kill, the same command must end with the same bytes. Exit status 1 where something does not.
+"""
+
+import argparse
+import gc
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # names of models that do not exist are not asked for on the network
+
+import torch
+
+import fault_cases
+import fault_machine
+from fault_cases import COMMANDS, Case
+from lavin.runtime.console import format_table
+from lavin.runtime.errors import UserError, describe, one_line_errors
+
+LINE, SAME, CHANGED, TRACEBACK, CRASH = OUTCOMES = "one line", "same result", "changed result", "traceback", "crash"
+LIMIT_SECONDS = 20  # of a case; the slowest takes three
+MEMORY = 4 * 2**30  # bytes of address space that a case may take
+SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case came to: one of OUTCOMES, and its words or, of a result, the result."""
+
+    kind: str
+    words: str
+
+    @property
+    def wrong(self) -> bool:
+        return self.kind in (CHANGED, TRACEBACK, CRASH)
+
+
+def row(kind: str, outcomes: list[Outcome]) -> list:
+    counts = Counter(outcome.kind for outcome in outcomes)
+    return [kind, len(outcomes), *(counts[name] for name in OUTCOMES)]
+
+
+# --- A case, in a process of its own ---
+
+def classify(error: BaseException) -> Outcome:
+    """As `one_line_errors` treats it."""
+    message = describe(error)
+    if message is None or "\n" in message.strip():
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        words = f"{type(error).__name__}: {str(error).strip()[:120]!r} ({Path(frame.filename).name}:{frame.lineno})"
+        return Outcome(TRACEBACK, words)
+    if message.startswith("not enough memory"):
+        return Outcome(CRASH, "asks for more memory than there is")
+    return Outcome(LINE, message)
+
+
+def outcome_of(run: Callable[[], Callable[[], str]], reference: str | None) -> Outcome:
+    """run: works, and returns what reads the result. reference: the result without the fault; None: this is it."""
+    try:
+        read = run()
+    except BaseException as error:  # SystemExit too
+        return classify(error)
+    try:
+        result = read()
+    except Exception as error:
+        return Outcome(CHANGED, f"no result: {type(error).__name__}: {error}")
+    return Outcome(SAME if reference in (None, result) else CHANGED, result)
+
+
+def run_case(case: Case) -> Callable[[], str]:
+    """Runs the command in the current folder."""
+    module, argv, result = COMMANDS[case.command]
+    case.change()
+    fault_cases.call(module, [*argv, *case.argv])
+    sys.stdout.flush()
+    return lambda: result(Path("stdout").read_text(errors="replace"))
+
+
+def redirect(lines: tuple) -> None:
+    Path("stdin").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
+    for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDWR | os.O_CREAT),
+                                (2, "stderr", os.O_RDWR | os.O_CREAT)):
+        os.dup2(os.open(name, flags), number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+
+
+def limit() -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(LIMIT_SECONDS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def start(world: Path, folder: Path, case: Case, reference: str | None) -> int:
+    """Forks a process for a case, which works in a fresh copy of the world and leaves outcome.json. Returns its id."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        shutil.copytree(world, folder, symlinks=True)
+        os.chdir(folder)
+        redirect(case.lines)
+        limit()
+        outcome = outcome_of(lambda: run_case(case), reference)
+        (folder.parent / f"{folder.name}.json").write_text(json.dumps([outcome.kind, outcome.words]))
+    finally:
+        os._exit(0)
+
+
+def read_outcome(folder: Path, status: int) -> Outcome:
+    shutil.rmtree(folder, ignore_errors=True)
+    path = folder.parent / f"{folder.name}.json"
+    if path.is_file():
+        outcome = Outcome(*json.loads(path.read_text()))
+        path.unlink()
+        return outcome
+    hangs = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+    return Outcome(CRASH, f"hangs for {LIMIT_SECONDS} s" if hangs else f"the interpreter ended with status {status}")
+
+
+def run_all(world: Path, scratch: Path, cases: Iterable[Case], references: dict[str, str], processes: int
+            ) -> Iterator[tuple[Case, Outcome]]:
+    """Every case with its outcome, in the order in which they end."""
+    running: dict[int, tuple[Case, Path]] = {}
+    for number, case in enumerate([*cases, *[None] * processes]):
+        if len(running) == processes or (case is None and running):
+            process, status = os.wait()
+            ended, folder = running.pop(process)
+            yield ended, read_outcome(folder, status)
+        if case:
+            folder = scratch / f"case{number}"
+            running[start(world, folder, case, references.get(case.command))] = case, folder
+
+
+def in_process(function: Callable[[], None], folder: Path) -> None:
+    """Calls it in a process of its own, so that this one stays without threads and can be forked."""
+    process = os.fork()
+    if not process:
+        os.chdir(folder)
+        with open("log", "a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            try:
+                function()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                log.flush()
+            os._exit(1)
+    if os.waitpid(process, 0)[1]:
+        raise UserError(f"the fault bench itself failed: {(folder / 'log').read_text()[-2000:]}")
+
+
+def preload() -> None:
+    """What every case would import."""
+    import matplotlib.pyplot  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import sentencepiece  # noqa: F401
+    import tokenizers  # noqa: F401
+
+    import demo  # noqa: F401
+    import eval_mme  # noqa: F401
+    import export_hf  # type: ignore[import-not-found]  # noqa: F401
+    import plot_results  # noqa: F401
+    import train  # noqa: F401
+    import util.chat.terminal  # noqa: F401
+    import util.study.figures
+    util.study.figures.save_figure = lambda *_: None  # drawing takes seconds, and the result is the table
+    gc.collect()
+    gc.freeze()
+
+
+def prepare(scratch: Path) -> tuple[Path, dict[str, str]]:
+    """The world, and the results of all commands without a fault."""
+    torch.set_num_threads(1)
+    preload()
+    world = scratch / "world"
+    world.mkdir()
+    for function in (lambda: fault_cases.build_world(world), fault_cases.train_runs, fault_cases.train_mid):
+        in_process(function, world)
+    whole = [Case("reference", command, command) for command in COMMANDS]
+    outcomes = {case.command: outcome for case, outcome in run_all(world, scratch, whole, {}, 2)}
+    failed = {command: outcome.words for command, outcome in outcomes.items() if outcome.kind != SAME}
+    if failed:
+        raise UserError(f"commands fail without any fault: {failed}")
+    return world, {command: outcome.words for command, outcome in outcomes.items()}
+
+
+def bench_inputs(match: str = "", processes: int = 2) -> tuple[list[list], list[str]]:
+    """Prints each kind as it ends. Returns the rows, and a line for each wrong case."""
+    rows, wrong = [], []
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
+        world, references = prepare(Path(scratch))
+        os.chdir(world)
+        cases = sorted((case for case in fault_cases.all_cases() if match in f"{case.kind}: {case.name}"),
+                       key=lambda case: case.kind)
+        for kind, group in groupby(cases, key=lambda case: case.kind):
+            outcomes, n_known = [], len(wrong)
+            for case, outcome in run_all(world, Path(scratch), group, references, processes):
+                outcomes.append(outcome)
+                wrong += [f"{case.kind}: {case.name}: {outcome.kind}: {short(outcome)}"] if outcome.wrong else []
+            rows.append(row(kind, outcomes))
+            print("  ".join(map(str, rows[-1])), *wrong[n_known:], sep="\n", flush=True)
+        os.chdir("/")
+    return rows, wrong
+
+
+def short(outcome: Outcome) -> str:
+    return " ".join(outcome.words.split())[:200]
+
+
+# --- All ---
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", choices=["inputs", "machine", "kills", []], default=[], help="default: all")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the runs that are killed")
+    parser.add_argument("--n", default=20, type=int, help="kills")
+    parser.add_argument("--match", default="", help="only the inputs and faults whose names contain this")
+    return parser
+
+
+def main(args) -> int:
+    """Returns the number of wrong cases."""
+    benches = {"inputs": lambda: bench_inputs(args.match), "machine": lambda: fault_machine.bench_machine(args.match),
+               "kills": lambda: fault_machine.bench_kills(args.device, args.n)}
+    headers = {"inputs": ["inputs", "cases", *OUTCOMES]}
+    n_wrong = 0
+    for what in args.what or benches:
+        rows, wrong = benches[what]()
+        total = [["all", *map(sum, zip(*(row[1:] for row in rows), strict=True))]] if what == "inputs" else []
+        print("\n" + format_table(headers.get(what, fault_machine.HEADER), rows + total), *wrong, "", sep="\n",
+              flush=True)
+        n_wrong += len(wrong)
+    return n_wrong
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        sys.exit(main(get_args_parser().parse_args()) > 0)
