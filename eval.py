@@ -23,7 +23,7 @@ from lavin.runtime import distributed
 from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar
 from lavin.runtime.device import DTYPES
 from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.files import sampled_sha256, sha256, write_json, write_json_lines
+from lavin.runtime.files import read_json, read_json_lines, sampled_sha256, sha256, write_json, write_json_lines
 from util.data.datasets import ScienceQA, load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import answer_text, build_prompt, is_answered, parse_answer
@@ -73,9 +73,10 @@ def take_run(args) -> None:
     if args.adapter_path:
         raise UserError("--trained_with names a run, and so does --adapter_path: leave one out")
     import train  # late: it also sets environment variables that only training needs
-    trained: Any = train.get_args_parser().parse_args(args.trained_with)
+    parser = train.get_args_parser()
+    trained: Any = parser.parse_args(args.trained_with)
     if trained.resume:
-        take_flags_of_run(trained)
+        take_flags_of_run(trained, parser)
     n_done = max(checkpoints(Path(trained.output_dir)), default=-1) + 1
     if n_done < trained.epochs:
         raise UserError(f"{trained.output_dir} is unfinished ({n_done} of {trained.epochs} epochs): train it first")
@@ -213,15 +214,31 @@ def named_failures(names: list[str]) -> Iterator[None]:
 
 # --- Results ---
 
+def predictions_of(answers: list[dict]) -> dict[str, int]:
+    return {answer["qid"]: answer["prediction"] for answer in answers}
+
+
+def summarize(answers: list[dict], data: ScienceQA, n_skipped: int, what: dict) -> dict:
+    """scores.json. what: is scored."""
+    return {**score(data.problems, predictions_of(answers)), "questions": len(answers),
+            "parse_failures": sum(not answer["parsed"] for answer in answers), "skipped": n_skipped,
+            "prompts_cut": sum("cut" in answer for answer in answers), **what}
+
+
+def recount(folder: Path, data: ScienceQA, what: dict, scores: dict) -> dict:
+    """The scores by the answers in the folder; none where preds.json has others."""
+    answers = read_json_lines(folder / "generations.jsonl")
+    if read_json(folder / "preds.json") != predictions_of(answers):
+        return {}
+    return summarize(answers, data, scores["skipped"], what)
+
+
 def write_results(folder: Path, answers: list[dict], data: ScienceQA, what: dict) -> dict:
-    """Writes the three result files; returns the scores. what: is scored."""
-    predictions = {answer["qid"]: answer["prediction"] for answer in answers}
-    scores = {**score(data.problems, predictions), "questions": len(answers),
-              "parse_failures": sum(not answer["parsed"] for answer in answers), "skipped": len(data.skipped),
-              "prompts_cut": sum("cut" in answer for answer in answers), **what}
+    """Writes the three result files; returns the scores."""
+    scores = summarize(answers, data, len(data.skipped), what)
     (folder / "scores.json").unlink(missing_ok=True)
     write_json_lines(folder / "generations.jsonl", answers)
-    write_json(folder / "preds.json", predictions)
+    write_json(folder / "preds.json", predictions_of(answers))
     write_json(folder / "scores.json", scores)  # last: where it is, all files are there, and of one evaluation
     return scores
 
@@ -263,7 +280,8 @@ def main(args) -> None:
 
 def evaluate(args, trained: Trained, data: ScienceQA, folder: Path) -> None:
     what = distributed.from_rank_0(lambda: identity(args, trained, data))
-    scores = distributed.from_rank_0(lambda: scored_before([folder / name for name in FILES], what))
+    scores = distributed.from_rank_0(lambda: scored_before([folder / name for name in FILES], what,
+                                                               partial(recount, folder, data, what)))
     if scores:
         print_rank0("scored before, with the same settings:")
         report(folder, scores, trained)

@@ -16,7 +16,7 @@ from lavin.generation.generate import generate
 from lavin.runtime import distributed
 from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar
 from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.files import json_sha256, write_json, write_json_lines
+from lavin.runtime.files import json_sha256, read_json_lines, write_json, write_json_lines
 from util.data.images import IMAGE_ERRORS, load_image
 from util.data.mme import Pair, is_decided, load_mme, read_answer, score
 from util.data.prompts import instruction_prompt
@@ -107,7 +107,8 @@ def main(args) -> None:
 def evaluate(args, trained: Trained, pairs: list[Pair], folder: Path) -> None:
     what = distributed.from_rank_0(lambda: {
         **evaluation.model_identity(args, trained), **evaluation.sampling_identity(args), "data": fingerprint(pairs)})
-    scores = distributed.from_rank_0(lambda: scored_before([folder / name for name in FILES], what))
+    scores = distributed.from_rank_0(lambda: scored_before(
+        [folder / name for name in FILES], what, lambda _: {**score(read_json_lines(folder / FILES[0])), **what}))
     if scores:
         print_rank0("scored before, with the same settings:")
         report(folder, scores, trained)

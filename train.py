@@ -44,7 +44,7 @@ from util.training.run_folder import open_run
 from util.training.trainer import Trainer
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> Parser:
     parser = Parser("train.py", description=__doc__.splitlines()[0], parents=[shared_flags()],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -94,7 +94,7 @@ def check_args(args) -> None:
 
 
 def main(args) -> None:
-    effective_batch = take_flags_of_run(args) if args.resume else None
+    effective_batch = take_flags_of_run(args, get_args_parser()) if args.resume else None
     rank, world, local_rank = distributed.init(args.model_parallel_size)
     if effective_batch:
         fit_effective_batch(args, effective_batch, world)

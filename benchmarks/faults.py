@@ -26,6 +26,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # names of models that do not exist are not 
 
 import torch
 
+import timing  # noqa: F401, first: it extends sys.path
 import fault_cases
 import fault_machine
 from fault_cases import COMMANDS, Case

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from lavin.llama import Llama, LlamaConfig
+from lavin.runtime import signals
 from lavin.tokenizer import Tokenizer
 from tiny import IMAGE_SIZE, perturb_weights, problem, tiny_vit
 
@@ -19,6 +21,17 @@ torch.set_num_threads(1)  # with models this small, synchronizing threads costs 
 def pytest_collection_modifyitems(items):
     """Start the slowest file first, so that other pytest-xdist workers run the rest in the meantime."""
     items.sort(key=lambda item: item.path.name != "test_learning.py")
+
+
+@pytest.fixture(autouse=True)
+def stop_signals():
+    """A test that runs a command in this process leaves no handlers to the next one, nor to child processes."""
+    before = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
+    signals.requested, signals._ending = None, False
 
 
 REAL_SCIENCEQA = Path(__file__).parents[2] / "shared" / "scienceqa"

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from typing import cast
 
 from lavin.runtime.errors import UsageError, UserError
 from util.data.prompts import PROMPT_FORMATS
@@ -31,9 +32,29 @@ class Parser(argparse.ArgumentParser):
                        if value is not UNSET}
         return flags, unknown
 
+    def check(self, flags: dict, source: str) -> dict:
+        """Flags that a file holds. Raises UserError for one that the command line could not have given."""
+        for action in self._actions:
+            value = flags.get(action.dest, action.default)
+            if value is not action.default and not is_value_of(action, value):
+                raise UserError(f"{source}: --{action.dest} cannot be {str(value)[:99]!r}: name another run")
+        return flags
+
     def error(self, message):
         message = re.sub(r"^argument (\S+?)(/\S+)?: ", r"\1 ", message)
         raise UsageError(f"{message} (python {self.prog} --help lists all flags)")
+
+
+def is_value_of(action: argparse.Action, value) -> bool:
+    """Whether a parsed flag can have the value."""
+    if isinstance(action.default, bool):
+        return isinstance(value, bool)
+    if action.choices is not None or action.type in (None, non_empty):
+        return isinstance(value, str) and "\0" not in value and (action.choices is None or value in action.choices)
+    try:
+        return type(value) in (int, float) and cast(Callable, action.type)(str(value)) == value
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
 
 
 def interval(kind: type, bounds: str) -> Callable:
@@ -65,7 +86,7 @@ def non_empty(text: str) -> str:
     return text
 
 
-def shared_flags() -> argparse.ArgumentParser:
+def shared_flags() -> Parser:
     """A parent for the parsers of the commands (argparse's `parents`)."""
     parser = Parser(add_help=False)
     add = parser.add_argument
@@ -112,9 +133,14 @@ def shared_flags() -> argparse.ArgumentParser:
 MACHINE_FLAGS = ("device", "precision", "num_workers", "cpu_load", "model_parallel_size")
 
 
-def inherit(args: argparse.Namespace, trained: dict) -> None:
-    """Sets shared flags that were left out (None) to the values of a training run, or else to their defaults."""
-    for name, default in vars(shared_flags().parse_args([])).items():
+def inherit(args: argparse.Namespace, trained: dict, source: str) -> None:
+    """Sets shared flags that were left out (None) to the values of a training run, or else to their defaults.
+
+    source: names the checkpoint that `trained` comes from.
+    """
+    parser = shared_flags()
+    parser.check(trained, source)
+    for name, default in vars(parser.parse_args([])).items():
         if getattr(args, name) is None:
             setattr(args, name, default if name in MACHINE_FLAGS else trained.get(name, default))
 

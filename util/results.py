@@ -7,13 +7,14 @@ the identity: an evaluation that was killed goes on where it was. The files are 
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lavin.runtime import distributed
 from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json, write_json_lines
+from lavin.runtime.files import read_json, read_whole_lines, write_json_lines
 from util.runs import PARTIAL, checkpoints, user_error_if_malformed
 
 # --- The folder ---
@@ -54,9 +55,12 @@ def results_folder(output_dir: str | None, checkpoint: Path | None) -> Path:
 
 # --- Scores that are there ---
 
-def scored_before(paths: list[Path], identity: dict) -> dict | None:
+def scored_before(paths: list[Path], identity: dict, recount: Callable[[dict], dict]) -> dict | None:
     """The scores, which are the last of the files that an evaluation writes, if they have this identity. Says what will
-    be replaced if not."""
+    be replaced if not.
+
+    recount(scores): the scores by the other files, which may have been changed or lost since.
+    """
     *_, path = paths
     if not path.is_file():
         return None
@@ -65,10 +69,17 @@ def scored_before(paths: list[Path], identity: dict) -> dict | None:
     except UserError:
         scores = {}
     other = [name.removesuffix("_sha256") for name, value in identity.items() if scores.get(name) != value]
-    if not other and all(map(Path.is_file, paths)):
+    if not other and are_of_answers(scores, recount):
         return scores
     print_rank0(f"{path} holds scores of another {', '.join(other) or 'evaluation'}: they will be replaced")
     return None
+
+
+def are_of_answers(scores: dict, recount: Callable[[dict], dict]) -> bool:
+    try:
+        return recount(scores) == scores
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return False
 
 
 # --- Answers as they come ---
@@ -114,25 +125,15 @@ def recover(folder: Path, name: str, identity: dict) -> dict[str, Any]:
     answers: dict[str, Any] = {}
     paths, whole = set(folder.glob(f"{name}.*{PARTIAL}")), partial_path(folder, name, 0)
     for path in paths:
-        first, *rest = whole_lines(path) or [None]
-        if first == identity:
-            answers.update(rest)
+        with suppress(UserError, TypeError, ValueError):  # what was changed by others is answered again
+            first, *rest = read_whole_lines(path) or [None]
+            if first == identity:
+                answers.update(rest)
     if answers:
         write_json_lines(whole, [identity, *answers.items()])
     for path in paths - {whole} if answers else paths:
         path.unlink()
     return answers
-
-
-def whole_lines(path: Path) -> list:
-    """The last line may be torn, where its process was killed or the disk was full."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
 
 
 def drop_partial(folder: Path, name: str) -> None:

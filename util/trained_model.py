@@ -51,7 +51,7 @@ def read_trained(args) -> Trained:
     checkpoint = read_adapters(path) if path else {"model": {}}
     adapter = checkpoint.get("adapter_config", {})
     check_adapter_flags(args, adapter)
-    inherit(args, checkpoint.get("flags", {}))
+    inherit(args, checkpoint.get("flags", {}), str(path))
     check_shared(args)
     require_base(args.llama_model_path, args.llm_model, args.tokenizer_path, args.use_vicuna)
     device = choose_device(args.device, distributed.init(args.model_parallel_size)[2])

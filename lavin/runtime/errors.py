@@ -17,6 +17,8 @@ from lavin.runtime.signals import UNFINISHED, Stopped
 # what torch's RuntimeErrors say when the host's memory, or a disk or pipe that it writes to, has no space left
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
 
+SECONDS_FOR_RANK_0 = 10  # in which it says what all processes would say, and the launcher stops the others
+
 
 class UserError(Exception):
     """A mistake in files or flags. The message is all that the user sees."""
@@ -80,9 +82,11 @@ def end(message: str, status: int) -> None:
     if not is_rank_0:
         if status == UNFINISHED:
             os._exit(status)
-        time.sleep(3)
+        time.sleep(SECONDS_FOR_RANK_0)
     silence_broken_stdout()
     tqdm.write(message, file=sys.stderr)  # clears progress bars first
+    if "RANK" in os.environ:
+        os._exit(status)  # at once, so that the launcher stops the others before they say the same
     sys.exit(status)
 
 

@@ -1,5 +1,6 @@
 """Files: written atomically (complete or absent), read with errors that name the file, and identified by checksums."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lavin.runtime.errors import UserError
 
@@ -43,13 +46,42 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """Raises OSError, also for what is no regular file: a named pipe would be waited for."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return path.read_text(encoding="utf-8", errors=errors)
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError, also for what Python's parser takes and JSON does not have, or loses silently."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's parser would silently keep the last of several entries with one key."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has two entries {next(key for key in keys if keys.count(key) > 1)[:99]!r}")
+    return content
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def read_json(path: str | Path, hint: str = "put it there, or correct the path") -> dict[str, Any]:
     """A JSON object. Raises UserError where the file is missing (the message ends in `hint`) or broken."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(read_text(path))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): {hint}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch or write it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: fetch or write it again")
@@ -59,15 +91,27 @@ def read_json(path: str | Path, hint: str = "put it there, or correct the path")
 def read_json_lines(path: str | Path) -> list:
     """One JSON value a line. Raises UserError where the file is missing or a line is broken."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return [parse_json(line) for line in read_text(path).splitlines()]
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): put it there, or correct the path") from error
     except ValueError as error:
-        raise UserError(f"{path} is no text file ({error}): write it again") from error
-    try:
-        return [json.loads(line) for line in lines]
-    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} has a line that is not valid JSON ({error}): write it again") from error
+
+
+def read_whole_lines(path: Path) -> list:
+    """One JSON value a line, without a torn last one, whose writer was killed or had no space left.
+
+    Raises UserError where another line is broken.
+    """
+    values = []
+    lines = read_text(path, errors="replace").splitlines()
+    for i, line in enumerate(lines, 1):
+        try:
+            values.append(parse_json(line))
+        except ValueError as error:
+            if i < len(lines):
+                raise UserError(f"{path}, line {i} is not valid JSON ({error}): remove the file") from error
+    return values
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -99,6 +143,29 @@ def sampled_sha256(paths: list[Path]) -> str:
             for start in sorted({0, max(0, (size - SAMPLE_BYTES) // 2), max(0, size - SAMPLE_BYTES)}):
                 file.seek(start)
                 digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def value_sha256(value) -> str:
+    """Of a nested value of dicts, lists, plain values and tensors, on any device; dicts in any order."""
+    digest = hashlib.sha256()
+
+    def update(part) -> None:
+        if isinstance(part, dict):
+            digest.update(f"dict {len(part)} ".encode())
+            for key in sorted(part, key=repr):
+                update([key, part[key]])
+        elif isinstance(part, list | tuple):
+            digest.update(f"list {len(part)} ".encode())
+            for item in part:
+                update(item)
+        elif isinstance(part, torch.Tensor):
+            digest.update(f"{part.dtype} {list(part.shape)} ".encode())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        else:
+            digest.update(f"{type(part).__name__} {part!r} ".encode())
+
+    update(value)
     return digest.hexdigest()
 
 

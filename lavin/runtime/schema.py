@@ -4,7 +4,6 @@ A schema is a TypedDict with `@declared`, or a dict or list of other types. Erro
 the record, the field and the fix.
 """
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -12,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from lavin.runtime.errors import UserError
+from lavin.runtime.files import parse_json, read_text
 
 T = TypeVar("T")
 
@@ -111,29 +111,15 @@ def shown(value: Any, quoted: bool = True) -> str:
 
 # --- JSON ---
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON's parser would silently keep the last of several entries with one key."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it has two entries {shown(next(key for key in keys if keys.count(key) > 1))}")
-    return content
-
-
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
 def read_validated(path: str | Path, schema: type[T], hint: str = "put it there, or correct the path",
                    fix: str = "fetch or write it again") -> T:
     """The content of a JSON file, checked. Raises UserError, which ends in `hint` where the file cannot be read, and in
     `fix` where its content is not as declared.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+        content = parse_json(read_text(path))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): {hint}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): {fix}") from error
     return validate(content, schema, str(path), fix)

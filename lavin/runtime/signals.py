@@ -38,13 +38,14 @@ def deferred() -> Iterator[None]:
 
 
 def install(numbers: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
-    """Handles stop signals, except those that are ignored (nohup ignores SIGHUP). Only in the main thread."""
+    """Handles stop signals. Only in the main thread. SIGHUP and SIGINT stay ignored where nohup, or a shell for
+    background commands, ignores them."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written even while the main thread does not run Python
     threading.Thread(target=end_after_grace_period, args=(reader, numbers), daemon=True).start()
     for number in numbers:
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if number not in (signal.SIGHUP, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handle)
 
 

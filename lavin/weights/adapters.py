@@ -13,7 +13,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lavin.model import LaVIN
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import atomic_write
+from lavin.runtime.files import atomic_write, value_sha256
 from lavin.runtime.schema import Positive, declared, strictly_declared, validate
 from lavin.weights.meta import Width
 from lavin.weights.tensor_files import check_names, check_shape, is_weight, read_torch
@@ -97,8 +97,9 @@ def pack_adapters(model: LaVIN, **extra) -> bytes:
     if not_finite:
         raise UserError(f"training diverged: {not_finite[0]} is not finite, so nothing is saved: take a lower learning "
                         "rate or --clip_grad")
+    content = unshared({"model": tensors, "adapter_config": dataclasses.asdict(model.adapter), **extra})
     buffer = io.BytesIO()  # torch would write the name of a file into it
-    torch.save(unshared({"model": tensors, "adapter_config": dataclasses.asdict(model.adapter), **extra}), buffer)
+    torch.save({**content, "sha256": value_sha256(content)}, buffer)
     return buffer.getvalue()
 
 
@@ -122,12 +123,25 @@ def read_adapters(path: Path) -> dict[str, Any]:
     content = read_torch(path)
     if not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is no adapter checkpoint (it has no entry 'model'): name a checkpoint-*.pth of a run")
+    if "sha256" in content:
+        check_sha256(content, path)
     if "adapter_config" in content:
         checkpoint: Any = validate(content, Checkpoint, str(path), HINT)
     else:  # the other entries of a published checkpoint, optimizer state and flags, are of no use here
         checkpoint = validate({"model": content["model"]}, PublishedCheckpoint, str(path), HINT)
     checkpoint["model"] = {name.removeprefix("module."): tensor for name, tensor in checkpoint["model"].items()}
     return checkpoint
+
+
+def check_sha256(content: dict, path: Path) -> None:
+    """Raises UserError where an entry is not as `pack_adapters` wrote it."""
+    try:
+        found = value_sha256({name: value for name, value in content.items() if name != "sha256"})
+    except (RuntimeError, TypeError):  # no value of ours
+        found = None
+    if found != content["sha256"]:
+        raise UserError(f"{path} was changed after it was written (its checksum is another): copy it again, or name "
+                        "another checkpoint")
 
 
 def load_adapters(model: LaVIN, tensors: dict[str, torch.Tensor], source: str) -> None:

@@ -18,11 +18,12 @@ import eval as evaluation
 import eval_mme
 import train
 from lavin.runtime.errors import UsageError, UserError
+from lavin.runtime.files import read_whole_lines
 from lavin.tokenizer import Tokenizer
 from tiny import ROOT
 from tiny_runs import run_flags, write_run
 from util.data.datasets import load_scienceqa
-from util.results import PARTIAL, whole_lines
+from util.results import PARTIAL
 from util.runs import lock_folder
 
 RESULTS = ("generations.jsonl", "preds.json", "scores.json")
@@ -152,6 +153,19 @@ def test_the_same_evaluation_again_is_not_repeated(run, monkeypatch, capsys):
     assert printed[-1] == f"scores: {run / 'scores.json'}"
 
 
+@pytest.mark.parametrize("name, change", [
+    ("scores.json", lambda scores: {**scores, "Avg": 99.0}), ("scores.json", lambda scores: {**scores, "counts": None}),
+    ("scores.json", lambda scores: {**scores, "correct": {**scores["correct"], "NAT": 0.5}}),
+    ("preds.json", lambda predictions: dict.fromkeys(predictions, 0)), ("preds.json", lambda predictions: {}),
+    ("generations.jsonl", lambda lines: [])])
+def test_results_that_were_changed_since_are_replaced(run, capsys, name, change):
+    run_eval("--adapter_path", run)
+    before, path = results(run), run / name
+    path.write_text(json.dumps(change({} if name == "generations.jsonl" else json.loads(path.read_text()))))
+    run_eval("--adapter_path", run)
+    assert "they will be replaced" in capsys.readouterr().out and results(run) == before
+
+
 def test_a_folder_in_use_is_refused(run):
     lock = lock_folder(run)
     try:
@@ -192,11 +206,11 @@ def test_an_evaluation_that_was_killed_goes_on(finished, unscored, monkeypatch):
     with subprocess.Popen([*command, "--max_batch_size", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
                           ) as process:
         path = unscored / f"answers.0{PARTIAL}"
-        while process.poll() is None and not (path.is_file() and len(whole_lines(path)) > 1):
+        while process.poll() is None and not (path.is_file() and len(read_whole_lines(path)) > 1):
             time.sleep(0.01)
         time.sleep(random.random() * 0.7)
         process.send_signal(signal.SIGKILL)
-    n_answered = len(whole_lines(path)) - 1
+    n_answered = len(read_whole_lines(path)) - 1
     assert process.returncode == -signal.SIGKILL and 0 < n_answered < 6
     answered = record_answered(monkeypatch)
     run_eval("--adapter_path", unscored)

@@ -35,7 +35,7 @@ def change(path, changes: dict) -> None:
 @pytest.mark.parametrize("text, words", [
     ('{"a": 1, "b": 2, "a": 1}', "two entries 'a'"), ('{"a": {"b": 1, "b": 2}}', "two entries 'b'"),
     ('{"a": NaN}', "NaN is no number"), ('{"a": -Infinity}', "-Infinity is no number"),
-    ("[" * 100_000 + "]" * 100_000, "recursion"), ("9" * 5000, "digits"), ("", "Expecting value"),
+    ("[" * 100_000 + "]" * 100_000, "nested too deeply"), ("9" * 5000, "digits"), ("", "Expecting value"),
     (b"\xff\xfe", "utf-8"), ("\ufeff{}", "BOM")])
 def test_json_that_is_refused(tmp_path, text, words):
     path = tmp_path / "file.json"

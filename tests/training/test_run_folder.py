@@ -81,7 +81,7 @@ def stop_after(monkeypatch, steps: int, error: type[BaseException] | None = None
 
 
 def same_tensors(folder: Path, other: Path, name: str = "checkpoint-2.pth") -> bool:
-    a, b = ({**load_checkpoint(path / name), "flags": None} for path in (folder, other))
+    a, b = ({**load_checkpoint(path / name), "flags": None, "sha256": None} for path in (folder, other))
     return json.dumps(a, default=lambda t: t.tolist()) == json.dumps(b, default=lambda t: t.tolist())
 
 
@@ -274,22 +274,45 @@ def test_another_number_of_processes_keeps_the_effective_batch_or_is_refused(bat
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(flags, finished, unbroken, capsys, damage):
     path = finished / "checkpoint-2.pth"
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    tensor = next(iter(load_checkpoint(path)["model"].values()))
+    content[content.index(tensor.numpy().tobytes())] ^= 1
     half = content[:len(content) // 2]
     path.write_bytes({"cut": half, "empty": b"", "flipped": content, "no zip": b"x" * 999}[damage])
     run(*in_folder(flags, finished))
     assert f"{path} is broken" in capsys.readouterr().out and same_tensors(finished, unbroken)
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused(flags, finished):
-    path = finished / "checkpoint-1.pth"
-    (finished / "checkpoint-2.pth").unlink()
+@pytest.mark.parametrize("change", [
+    lambda c: c.update(epoch=7), lambda c: c.update(skipped="x"), lambda c: c["optimizer"].update(state={}),
+    lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),  # PyTorch would read beyond it
+    lambda c: c["optimizer"]["param_groups"][0].update(eps=0.1),
+    lambda c: c["adapter_config"].update(adapter_scale=2.0), lambda c: c.update(record=[]),
+    lambda c: next(iter(c["model"].values())).add_(1e-3)])
+def test_a_checkpoint_that_was_changed_is_not_used(flags, finished, unbroken, capsys, change):
+    path = finished / "checkpoint-2.pth"
     checkpoint = load_checkpoint(path)
-    for broken in ({}, {**checkpoint["optimizer"], "state": {}},
-                   {**checkpoint["optimizer"], "state": {i: {**state, "exp_avg": torch.zeros(1)} for i, state in
-                                                         checkpoint["optimizer"]["state"].items()}}):
-        torch.save({**checkpoint, "optimizer": broken}, path)
-        assert "optimizer" in refused(*in_folder(flags, finished))
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    run(*in_folder(flags, finished))
+    assert "was changed after it was written" in capsys.readouterr().out and same_tensors(finished, unbroken)
+
+
+def test_a_checkpoint_without_its_checksum_is_refused(flags, finished):
+    (finished / "checkpoint-2.pth").unlink()
+    checkpoint = load_checkpoint(finished / "checkpoint-1.pth")
+    del checkpoint["sha256"]
+    torch.save(checkpoint, finished / "checkpoint-1.pth")
+    assert "is not as train.py writes it" in refused(*in_folder(flags, finished))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("lr", "x"), ("epochs", None), ("epochs", 10**30), ("dropout_prob", 2), ("batch_size", 1e30), ("keep_last", "x"),
+    ("device", 3), ("precision", "x"), ("llm_model", None), ("skip_bad", 1), ("seed", True), ("vision_model", "a\0b")])
+def test_flags_of_a_run_that_the_command_line_could_not_give_are_refused(finished, name, value):
+    content = json.loads((finished / "recipe.json").read_text())
+    content["flags"][name] = value
+    (finished / "recipe.json").write_text(json.dumps(content))
+    assert f"recipe.json: --{name} cannot be" in refused("--resume", finished)
 
 
 def test_other_examples_than_before_are_refused(flags, finished, scienceqa_copy):

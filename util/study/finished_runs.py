@@ -2,7 +2,6 @@
 raises UserError with the reason.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lavin.mm_adapter import dropout_schedule
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json_lines, sha256
+from lavin.runtime.files import read_json_lines, read_whole_lines, sha256
 from lavin.runtime.schema import declared, read_validated, validate
 from util.lr_sched import check_schedule
 from util.runs import checkpoint_path
@@ -45,7 +44,7 @@ class Flags(TypedDict):
     lr_schedule: str
     lr: float
     min_lr: float
-    epochs: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=1, le=10**6)]
     warmup_epochs: float
     dropout_prob: float
     dropout_var: float
@@ -161,19 +160,12 @@ def read_log(path: Path, epochs: int) -> list[dict]:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """In the order of steps; none where there is no file. A last line that is torn is left out."""
+    """In the order of steps; none where there is no file. A torn line ends them."""
     if not path.is_file():
         return []
-    by_step: Any = {}
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for i, text in enumerate(texts, 1):
-        try:
-            line: Any = validate(json.loads(text), MetricsLine, f"{path}, line {i}", FIX)
-        except ValueError as error:
-            if i == len(texts):
-                break
-            raise UserError(f"{path}, line {i} is not valid JSON ({error}): {FIX}") from error
-        by_step[line["epoch"], line["step"]] = line
+    lines: Any = [validate(line, MetricsLine, f"{path}, line {i}", FIX)
+                  for i, line in enumerate(read_whole_lines(path), 1)]
+    by_step = {(line["epoch"], line["step"]): line for line in lines}
     return [by_step[key] for key in sorted(by_step)]
 
 

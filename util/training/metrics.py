@@ -4,9 +4,10 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import write_text
+from lavin.runtime.files import read_whole_lines, write_json_lines
 from lavin.tokenizer import Example
 from util.training.epoch_record import EpochRecord
 from util.training.throughput import FrozenWeights, step_flops
@@ -71,12 +72,11 @@ def drop_metrics(folder: Path, epoch: int, step: int) -> None:
     path = folder / METRICS
     if not path.is_file():
         return
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-            if (values["epoch"], values["step"]) <= (epoch, step):
-                lines.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_text(path, "".join(lines))
+    write_json_lines(path, [line for line in read_whole_lines(path) if is_made_by(line, epoch, step)])
+
+
+def is_made_by(line: Any, epoch: int, step: int) -> bool:
+    try:
+        return (line["epoch"], line["step"]) <= (epoch, step)
+    except (KeyError, TypeError):  # written by something else
+        return False

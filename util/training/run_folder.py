@@ -141,7 +141,10 @@ def find_damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        return damaged and f"{damaged} does not match its checksum"
+        if damaged:
+            return f"{damaged} does not match its checksum"
+        read_adapters(path)
+        return None
     except Exception as error:  # damaged headers raise many types of exception
         return first_line(error)
 
