@@ -6,6 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lavin.timm_compat import timm
 
+IMAGENET = (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+
 
 def run_blocks(blocks, x):
     """Consecutive blocks of a ViT; x [I, T, D]."""
@@ -22,7 +24,8 @@ def channels(values: tuple[float, ...]) -> torch.Tensor:
 class VisionEncoder(nn.Module):
     """Images -> `n_features` CLS features, without final norm or projection.
 
-    vit: a timm VisionTransformer with a class token. Raises ValueError where its depth is no multiple of n_features.
+    vit: a timm VisionTransformer with a class token; `normalization`, its pixels' mean and std, is ImageNet's where
+    open_vit (lavin/weights/vision.py) has set no other. Raises ValueError where its depth is no multiple of n_features.
     """
 
     def __init__(self, vit: nn.Module, n_features: int):
@@ -35,12 +38,13 @@ class VisionEncoder(nn.Module):
         self.width = vit.embed_dim
         self.image_size = vit.patch_embed.img_size[0]
         self.gradient_checkpointing = False
-        self.register_buffer("mean", channels(timm.data.IMAGENET_DEFAULT_MEAN), persistent=False)
-        self.register_buffer("std", channels(timm.data.IMAGENET_DEFAULT_STD), persistent=False)
+        self.mean, self.std = getattr(vit, "normalization", IMAGENET)
+        self.register_buffer("pixel_mean", channels(self.mean), persistent=False)
+        self.register_buffer("pixel_std", channels(self.std), persistent=False)
 
     def forward(self, images):
         """uint8 images [I, 3, S, S] -> CLS features [I, n_features, width]."""
-        x = ((images / 255 - self.mean) / self.std).to(self.vit.patch_embed.proj.weight.dtype)
+        x = ((images / 255 - self.pixel_mean) / self.pixel_std).to(self.vit.patch_embed.proj.weight.dtype)
         x = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(x)))  # [I, 1 + patches, width]
         features = []
         for first in range(0, len(self.vit.blocks), self.blocks_per_feature):

@@ -10,7 +10,6 @@ reported, counted and left out.
 Alpaca: Taori et al. 2023; LLaVA-Instruct: Liu et al. 2023, arXiv 2304.08485.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.files import write_json
+from lavin.runtime.files import parse_json, read_text, write_json
 from util.data.prompts import instruction_prompt
 from util.flags import Parser
 
@@ -55,8 +54,8 @@ def llava_records(item: dict, number: int, source: str) -> list[dict]:
 
 def read_list(path: Path) -> list:
     try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        items = parse_json(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from error
     if not isinstance(items, list):
         raise UserError(f"{path} holds no list of records: fetch it again")

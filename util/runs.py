@@ -62,7 +62,7 @@ def git_commit() -> str | None:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:  # no git
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def environment(device: torch.device, world: int) -> dict:

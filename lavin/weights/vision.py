@@ -5,25 +5,33 @@ Each opener returns a timm VisionTransformer on the meta device, and a mapping f
 
 import math
 import re
-from collections.abc import Mapping
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
+from huggingface_hub import constants as hub
+from huggingface_hub import snapshot_download
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.errors import UserError, first_line
-from lavin.runtime.schema import NonBlankText, Size, Text, declared, read_validated, validate
-from lavin.timm_compat import timm  # before the imports from timm, which it makes possible
+from lavin.runtime.schema import NonBlankText, Positive, Size, Text, declared, read_validated, validate
+from lavin.timm_compat import timm
+from lavin.vision import IMAGENET
 from lavin.weights.meta import Layers, Width
 from lavin.weights.tensor_files import read_hf_folder, read_tensors
 
 OpenedViT = tuple[nn.Module, Mapping[str, torch.Tensor]]  # model on meta, tensors under its names
 
 CLIP = {"quick_gelu": "vit_large_patch14_clip_quickgelu_224", "gelu": "vit_large_patch14_clip_224"}  # by activation
+HUB_SECONDS = 5  # to answer
 OPENAI_HEAD_DIM = 64  # in all of OpenAI's ViTs
 DOWNLOAD_HINT = ("for CLIP ViT-L/14 fetch config.json and model.safetensors of https://huggingface.co/openai/"
                  "clip-vit-large-patch14, or OpenAI's ViT-L-14.pt (https://github.com/openai/CLIP)")
@@ -53,10 +61,18 @@ class ModelArgs(TypedDict, total=False):
 
 
 @declared
+class PretrainedConfig(TypedDict, total=False):
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+    tag: Text | None
+    hf_hub_id: Text | None
+
+
+@declared
 class TimmConfig(TypedDict):
     architecture: NonBlankText
     model_args: NotRequired[ModelArgs]
-    pretrained_cfg: NotRequired[dict[str, Any]]
+    pretrained_cfg: NotRequired[PretrainedConfig]
 
 
 @declared
@@ -64,6 +80,7 @@ class ClipVisionConfig(TypedDict, total=False):
     num_attention_heads: Width
     hidden_act: Text
     image_size: Size
+    layer_norm_eps: Positive
 
 
 def open_vit(vision_model: str) -> OpenedViT:
@@ -91,7 +108,7 @@ def open_vit(vision_model: str) -> OpenedViT:
 
 def check_vit(vit: nn.Module) -> None:
     """Raises UserError for models without what lavin.vision needs."""
-    if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
+    if not isinstance(vit, timm.models.VisionTransformer) or vit.cls_token is None:
         raise UserError("it is no ViT with a class token: name another")
     size, channels = vit.patch_embed.img_size, vit.patch_embed.proj.in_channels
     if size is None or size[0] != size[1] or channels != 3:
@@ -108,6 +125,9 @@ def open_folder(folder: Path) -> OpenedViT:
     config = read_validated(path, dict[str, Any])
     if str(config.get("model_type", "")).startswith("clip"):
         return open_hf_clip(folder, validate(config.get("vision_config", config), ClipVisionConfig, str(path)))
+    if "model_type" in config and "architecture" not in config:
+        raise UserError(f"{path} is of a {config['model_type']} of Hugging Face's, of which only clip loads: name "
+                        "timm's copy of it, if that has a class token")
     return open_timm_folder(folder, read_hf_folder(folder))
 
 
@@ -122,13 +142,66 @@ def create_on_meta(name: str, source: str, **kwargs) -> nn.Module:
 
 # --- timm ---
 
+def native_variant(architecture: str, tag: str) -> str:
+    """The architecture that weights called `tag` were trained as. Those of OpenAI and others with QuickGELU are listed
+    under the plain architecture too, where their outputs are wrong.
+    """
+    quick = architecture.replace("_clip_", "_clip_quickgelu_")
+    return quick if timm.models.is_model_pretrained(f"{quick}.{tag}") else architecture
+
+
+def normalization(vit: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the pixels that it was trained on; ImageNet's in place of CLIP's, as in the published code."""
+    own = tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"])
+    return IMAGENET if own == (timm.data.OPENAI_CLIP_MEAN, timm.data.OPENAI_CLIP_STD) else own
+
+
+def hub_answers() -> bool:
+    """Whether there is a network: without one, the hub's own client tries for 50 s, even for files in its cache."""
+    try:
+        urlopen(Request(hub.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
+    except HTTPError:
+        return True
+    except OSError as error:  # the hub's client may know other certificates
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)
+    return True
+
+
+@contextmanager
+def offline_without_network() -> Iterator[None]:
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = before or not hub_answers()
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
+def require_cached(repository: str) -> None:
+    try:
+        snapshot_download(repository, local_files_only=True)
+    except OSError as error:
+        raise OSError(f"no network to {hub.ENDPOINT}, and nothing of it in the cache") from error
+
+
+def create_pretrained(name: str) -> nn.Module:
+    config = timm.models.get_pretrained_cfg(name)  # None for timm's old names, which stand for a new one
+    if config:
+        name = f"{native_variant(config.architecture, config.tag)}.{config.tag}"
+    with offline_without_network():
+        if hub.HF_HUB_OFFLINE and config and config.hf_hub_id:
+            require_cached(config.hf_hub_id)  # at once; timm would build the model first
+        return timm.create_model(name, pretrained=True, num_classes=0)
+
+
 def open_timm_hub(name: str) -> OpenedViT:
     try:
-        vit = timm.create_model(name, pretrained=True, num_classes=0)
+        vit = create_pretrained(name)
     except Exception as error:  # timm and its hub raise many types of exception: no network, no such model
         raise UserError(f"timm cannot fetch it ({first_line(error)}): correct the name, or, without a network, "
                         f"{DOWNLOAD_HINT}") from error
     check_vit(vit)
+    vit.normalization = normalization(vit)
     tensors = vit.state_dict()
     return vit.to("meta"), tensors
 
@@ -136,9 +209,10 @@ def open_timm_hub(name: str) -> OpenedViT:
 def open_timm_folder(folder: Path, tensors: dict[str, torch.Tensor]) -> OpenedViT:
     """A folder with timm's config.json. tensors: the ViT's, already read."""
     path = folder / "config.json"
-    read_validated(path, TimmConfig)
-    vit = create_on_meta(f"local-dir:{folder}", f"{path} does")
+    config = read_validated(path, TimmConfig)
+    vit = create_on_meta(f"local-dir:{folder}", f"{path} does", **native_activation(config))
     check_vit(vit)
+    vit.normalization = normalization(vit)
     parameters = vit.state_dict()
     for name in RESAMPLED:
         if name in tensors.keys() & parameters.keys() and tensors[name].shape != parameters[name].shape:
@@ -147,10 +221,18 @@ def open_timm_folder(folder: Path, tensors: dict[str, torch.Tensor]) -> OpenedVi
     return vit, to_timm(tensors, vit)
 
 
+def native_activation(config: TimmConfig) -> dict[str, str]:
+    """The argument for timm where config.json names the plain architecture for weights with QuickGELU."""
+    weights = config.get("pretrained_cfg", {})
+    tag = weights.get("tag") or (weights.get("hf_hub_id") or "").rpartition(".")[2]
+    is_native = native_variant(config["architecture"], tag) == config["architecture"]
+    return {} if is_native or "act_layer" in config.get("model_args", {}) else {"act_layer": "quick_gelu"}
+
+
 def to_timm(tensors: dict[str, torch.Tensor], vit: nn.Module) -> dict[str, torch.Tensor]:
     """Under timm's names, from those of several programs."""
     try:
-        return without_head(checkpoint_filter_fn(tensors, vit))
+        return without_head(timm.models.vision_transformer.checkpoint_filter_fn(tensors, vit))
     except Exception as error:  # timm guesses the program by a name, and then takes the others for granted
         raise UserError(f"its weights are not of a ViT ({first_line(error)}): {DOWNLOAD_HINT}") from error
 
@@ -178,7 +260,7 @@ def sizing_tensors(tensors: Mapping[str, torch.Tensor], n_dims: dict[str, int]) 
 
 
 def describe_clip(patch_embed: torch.Tensor, n_positions: int, depth: int, fc1: torch.Tensor, heads: int | None = None,
-                  activation: str = "quick_gelu") -> nn.Module:
+                  activation: str = "quick_gelu", eps: float = 1e-5) -> nn.Module:
     """CLIP's ViT on meta, its sizes taken from its weights.
 
     patch_embed [D, 3, P, P]: patch embedding. fc1 [hidden, D]: first matrix of an MLP. heads: OpenAI's if left out.
@@ -191,7 +273,8 @@ def describe_clip(patch_embed: torch.Tensor, n_positions: int, depth: int, fc1: 
         raise UserError(f"its {n_positions} position embeddings are not a class token and a square: {DOWNLOAD_HINT}")
     return create_on_meta(CLIP[activation], "its weights do", img_size=patch_size * patches_per_side,
                           patch_size=patch_size, embed_dim=width, depth=depth, mlp_ratio=fc1.shape[0] / width,
-                          num_heads=heads or width // OPENAI_HEAD_DIM)
+                          num_heads=heads or width // OPENAI_HEAD_DIM,
+                          norm_layer=partial(timm.layers.LayerNorm, eps=eps))
 
 
 def depth_of(tensors: Mapping[str, torch.Tensor], blocks: str) -> int:
@@ -256,7 +339,8 @@ def open_hf_clip(folder: Path, config: ClipVisionConfig) -> OpenedViT:
                    if name.startswith("vision_model.")}
     patch_embed, positions, fc1 = sizing_tensors(tensors, HF_CLIP_SIZES)
     vit = describe_clip(patch_embed, len(positions), depth_of(tensors, "encoder.layers"), fc1,
-                        config.get("num_attention_heads", 12), config.get("hidden_act", "quick_gelu"))
+                        config.get("num_attention_heads", 12), config.get("hidden_act", "quick_gelu"),
+                        config.get("layer_norm_eps", 1e-5))
     if config.get("image_size", vit.patch_embed.img_size[0]) != vit.patch_embed.img_size[0]:
         raise UserError(f"{folder / 'config.json'}: image_size {config['image_size']}, but the weights have "
                         f"{vit.patch_embed.img_size[0]}: fetch or copy both again")

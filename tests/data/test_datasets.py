@@ -11,7 +11,7 @@ from lavin.runtime.errors import UserError
 from tiny import IMAGE_SIZE
 from util.data.batches import build_example
 from util.data.datasets import load_scienceqa
-from util.data.images import image_to_tensor, load_images
+from util.data.images import image_to_tensor, load_images, to_rgb
 
 
 def test_split_is_loaded_in_order_with_captions(scienceqa):
@@ -38,7 +38,7 @@ def test_images_are_resized_with_bicubic_interpolation_ignoring_aspect_ratio(sci
 @pytest.mark.parametrize("mode, colour, expected", [
     ("L", 7, [7, 7, 7]), ("P", 0, [0, 0, 0]), ("RGBA", (1, 2, 3, 255), [1, 2, 3]), ("1", 1, [255, 255, 255])])
 def test_images_of_every_mode_become_rgb(mode, colour, expected):
-    pixels = image_to_tensor(Image.new(mode, (5, 4), colour), 8)
+    pixels = image_to_tensor(to_rgb(Image.new(mode, (5, 4), colour)), 8)
     assert pixels.shape == (3, 8, 8) and pixels[:, 3, 3].tolist() == expected
 
 
@@ -93,7 +93,8 @@ def test_error_names_the_faulty_problem(scienceqa_copy):
     good = problems["100"]
     for faulty, words in [({k: v for k, v in good.items() if k not in ("hint", "lecture")}, "hint: is missing (and 1 "),
                           ({**good, "answer": 2}, "no choice number 2"),
-                          ({**good, "answer": -1}, "no choice number -1")]:
+                          ({**good, "answer": -1}, "no choice number -1"), ({**good, "hint": None}, "hint: "),
+                          ({**good, "image": {"bytes": "iVBO", "path": "image.png"}}, "image: ")]:
         path.write_text(json.dumps({**problems, "100": faulty}))
         assert "problem 100" in error_message(scienceqa_copy) and words in error_message(scienceqa_copy)
     del problems["100"]

@@ -96,6 +96,27 @@ def test_error_names_the_malformed_text(tmp_path, text, words):
     assert "\n" not in str(caught.value)
 
 
+def test_texts_and_pictures_as_they_come_from_other_systems(tmp_path):
+    """A byte order mark, CRLF, a suffix in capitals, and what macOS puts beside files in archives."""
+    folder = write_mme(tmp_path) / "color"
+    expected = load_mme(str(tmp_path))
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbf" + (folder / "a.txt").read_bytes().replace(b"\n", b"\r\n"))
+    (folder / "._a.txt").write_bytes(b"\0\5\x16\7\0\2\xff\xfe")
+    assert load_mme(str(tmp_path)) == expected
+    for old, new in (("a.jpg", "a.JPG"), ("b.png", "b.PNG"), ("c.png", "c.JPEG")):
+        (folder / old).rename(folder / new)
+    pairs = load_mme(str(tmp_path))
+    assert [pair.name for pair in pairs[:3]] == ["color/a.JPG", "color/b.PNG", "color/c.JPEG"]
+    assert [pair.questions for pair in pairs] == [pair.questions for pair in expected]
+
+
+def test_a_text_in_another_encoding_is_refused_with_the_fix(tmp_path):
+    for encoding in ("latin-1", "utf-16"):
+        (write_mme(tmp_path) / "color" / "b.txt").write_text("Is Zo\xeb old?\tYes\nNew?\tNo\n", encoding=encoding)
+        with pytest.raises(UserError, match="b.txt cannot be read as text .*save it as UTF-8$"):
+            load_mme(str(tmp_path))
+
+
 def test_errors_name_missing_images_and_folders(tmp_path):
     with pytest.raises(UserError, match="--mme_root"):
         load_mme(str(tmp_path))

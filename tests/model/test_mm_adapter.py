@@ -109,7 +109,7 @@ def test_fresh_adapters_are_the_identity(adapter_type, visual_type):
     with torch.no_grad():
         logits = model.llama.output(model.hidden_states(batch))
         x = plain.tok_embeddings(batch.ids)
-        images = (batch.images / 255 - model.vision.mean) / model.vision.std
+        images = (batch.images / 255 - model.vision.pixel_mean) / model.vision.pixel_std
         layers = vit.eval().forward_intermediates(images, return_prefix_tokens=True, intermediates_only=True)
         x[batch.image_slots] = model.adapter_proj(torch.stack([cls[:, 0] for _, cls in layers], 1)).flatten(0, 1)
         expected = plain.output(plain(x, VarlenMetadata(batch.lengths, "cpu")))

@@ -2,6 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -10,9 +15,10 @@ from safetensors.torch import save_file
 from lavin.mm_adapter import AdapterConfig
 from lavin.runtime.errors import UserError
 from lavin.timm_compat import timm
+from lavin.weights import vision
 from lavin.weights.load import load_base
 from lavin.weights.vision import open_vit
-from tiny import IMAGE_SIZE, normalize_imagenet, tiny_vit
+from tiny import IMAGE_SIZE, ROOT, normalize_imagenet, tiny_vit
 
 IMAGES = torch.randint(0, 256, (2, 3, IMAGE_SIZE, IMAGE_SIZE), generator=torch.Generator().manual_seed(0),
                        dtype=torch.uint8)
@@ -35,8 +41,9 @@ def features(base, vision_model):
     return model.eval().vision(IMAGES)
 
 
-def timm_features(vit):
-    layers = vit.eval().forward_intermediates(normalize_imagenet(IMAGES), return_prefix_tokens=True,
+def timm_features(vit, images=None):
+    images = normalize_imagenet(IMAGES) if images is None else images
+    layers = vit.eval().forward_intermediates(images, return_prefix_tokens=True,
                                               intermediates_only=True, norm=False)
     return torch.stack([prefix[:, 0] for _, prefix in layers], 1)
 
@@ -77,6 +84,16 @@ def test_clip_of_hugging_face(base, tmp_path, class_name, activation):
     expected = clip_features(tower)
     assert expected.std() > 0.1 and expected.shape == (2, 6, WIDTH)
     torch.testing.assert_close(features(base, tmp_path / "clip"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_epsilon_of_hugging_faces_clip(base, tmp_path):
+    tower = write_clip(tmp_path / "clip", layer_norm_eps=0.3)
+    torch.testing.assert_close(features(base, tmp_path / "clip"), clip_features(tower), atol=1e-4, rtol=1e-4)
+    config = json.loads((tmp_path / "clip" / "config.json").read_text())
+    for wrong in (0, -1e-5, "1e-5"):
+        config["vision_config"]["layer_norm_eps"] = wrong
+        (tmp_path / "clip" / "config.json").write_text(json.dumps(config))
+        assert "layer_norm_eps: " in error_message(open_vit, str(tmp_path / "clip"))
 
 
 def test_clip_as_saved_before_transformers_5(base, tmp_path):
@@ -178,12 +195,158 @@ def test_timm_vit_of_another_architecture(base, tmp_path):
     torch.testing.assert_close(features(base, tmp_path), expected, atol=1e-5, rtol=1e-5)
 
 
+def mock_hub(monkeypatch, vit, answers: bool = True) -> list[str]:
+    """timm.create_model returns `vit`. Returns the names that it is called with."""
+    names = []
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, num_classes: names.append(name) or vit)
+    monkeypatch.setattr(vision, "hub_answers", lambda: answers)
+    return names
+
+
 def test_timm_model_name(base, monkeypatch):
-    """The download is mocked: timm.create_model returns a local ViT."""
+    """Trained with mean and std 0.5."""
     vit = tiny_vit()
-    expected = timm_features(vit).detach()
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, num_classes: vit)
-    torch.testing.assert_close(features(base, "vit_tiny_patch16_224.some_tag"), expected, atol=1e-5, rtol=1e-5)
+    expected = timm_features(vit, IMAGES / 127.5 - 1).detach()
+    names = mock_hub(monkeypatch, vit)
+    torch.testing.assert_close(features(base, "vit_tiny_patch16_224.augreg_in21k"), expected, atol=1e-5, rtol=1e-5)
+    assert names == ["vit_tiny_patch16_224.augreg_in21k"]
+
+
+# --- Activation, normalization ---
+
+@pytest.mark.parametrize("name, loaded", [
+    ("vit_large_patch14_clip_224.openai", "vit_large_patch14_clip_quickgelu_224.openai"),
+    ("vit_huge_patch14_clip_224.dfn5b", "vit_huge_patch14_clip_quickgelu_224.dfn5b"),
+    ("vit_huge_patch14_clip_378", "vit_huge_patch14_clip_quickgelu_378.dfn5b"),
+    ("vit_large_patch14_clip_224.openai_ft_in1k", "vit_large_patch14_clip_224.openai_ft_in1k"),
+    ("vit_large_patch14_clip_224.laion2b", None), ("vit_small_patch14_dinov2.lvd142m", None)])
+def test_names_of_weights_with_quick_gelu(monkeypatch, name, loaded):
+    names = mock_hub(monkeypatch, tiny_vit())
+    open_vit(name)
+    assert names == [loaded or name]
+
+
+def write_timm(folder, vit, architecture, size, **pretrained_cfg):
+    (folder / "config.json").write_text(json.dumps({
+        "architecture": architecture, "num_classes": 0, "model_args": size,
+        "pretrained_cfg": {"input_size": [3, IMAGE_SIZE, IMAGE_SIZE], "num_classes": 0, **pretrained_cfg}}))
+    save_file(vit.state_dict(), folder / "model.safetensors")
+
+
+CLIP_SIZE = {"img_size": IMAGE_SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2}
+
+
+@pytest.mark.parametrize("pretrained_cfg, model_args, quick", [
+    ({"tag": "openai"}, {}, True), ({"hf_hub_id": "timm/vit_large_patch14_clip_224.openai"}, {}, True),
+    ({"tag": None}, {}, False), ({"tag": "laion2b"}, {}, False), ({"tag": "openai_ft_in1k"}, {}, False),
+    ({"tag": "openai"}, {"act_layer": "gelu"}, False)])
+def test_folder_of_weights_with_quick_gelu(base, tmp_path, pretrained_cfg, model_args, quick):
+    """timm lists OpenAI's weights under vit_large_patch14_clip_224 too, whose activation is GELU."""
+    vit = clip_vit()
+    write_timm(tmp_path, vit, "vit_large_patch14_clip_224", {**CLIP_SIZE, **model_args}, **pretrained_cfg)
+    loaded = features(base, tmp_path)
+    assert torch.allclose(loaded, timm_features(vit), atol=1e-4) is quick
+    for block in vit.blocks:
+        block.mlp.act = torch.nn.GELU()
+    assert torch.allclose(loaded, timm_features(vit), atol=1e-4) is not quick
+
+
+OPENAI = {"mean": list(timm.data.OPENAI_CLIP_MEAN), "std": list(timm.data.OPENAI_CLIP_STD)}
+
+
+@pytest.mark.parametrize("pretrained_cfg, mean, std", [
+    ({"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.25, 0.125]}, (0.5, 0.4, 0.3), (0.5, 0.25, 0.125)),
+    ({}, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), (OPENAI, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+def test_normalization_is_the_models_own_and_imagenets_for_clip(base, tmp_path, pretrained_cfg, mean, std):
+    vit = tiny_vit()
+    write_timm(tmp_path, vit, "vit_tiny_patch16_224", {**CLIP_SIZE, "embed_dim": 24}, **pretrained_cfg)
+    model, _ = load_base(str(base.weights), "tiny", str(tmp_path), AdapterConfig(), torch.device("cpu"), torch.float32)
+    assert (model.vision.mean, model.vision.std) == (mean, std)
+    images = (IMAGES / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(features(base, tmp_path), timm_features(vit, images).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("entry", [{"mean": [0.5]}, {"std": [0.5, 0.5, 0]}, {"mean": None}, {"std": 0.5}])
+def test_error_names_the_wrong_normalization(tmp_path, entry):
+    write_timm(tmp_path, tiny_vit(), "vit_tiny_patch16_224", {**CLIP_SIZE, "embed_dim": 24}, **entry)
+    assert f"pretrained_cfg.{next(iter(entry))}" in error_message(open_vit, str(tmp_path))
+
+
+# --- DINOv2, SigLIP ---
+
+@pytest.mark.parametrize("architecture", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2",
+                                          "vit_giant_patch14_reg4_dinov2"])
+def test_dinov2_of_timm(base, tmp_path, architecture):
+    """Register tokens, layer scale, no position of the class token, SwiGLU."""
+    torch.manual_seed(0)
+    vit = timm.create_model(architecture, num_classes=0, **CLIP_SIZE)
+    perturb_parameters(vit)
+    write_timm(tmp_path, vit, architecture, CLIP_SIZE)
+    torch.testing.assert_close(features(base, tmp_path), timm_features(vit).detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("class_name", ["SiglipVisionModel", "Dinov2Model", "Dinov2WithRegistersModel", "ViTModel"])
+def test_other_vits_of_hugging_face_are_refused_by_name(tmp_path, class_name):
+    import transformers
+    model_class = getattr(transformers, class_name)
+    model_class(model_class.config_class(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=16,
+                                         patch_size=8, intermediate_size=16)).save_pretrained(tmp_path)
+    message = error_message(open_vit, str(tmp_path))
+    assert f"is of a {model_class.config_class.model_type} of Hugging Face's, of which only clip loads" in message
+
+
+def test_siglip_of_timm_is_refused(tmp_path):
+    vit = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, **CLIP_SIZE)
+    write_timm(tmp_path, vit, "vit_base_patch16_siglip_224", CLIP_SIZE)
+    assert "no ViT with a class token" in error_message(open_vit, str(tmp_path))
+
+
+# --- No network ---
+
+def test_without_network_a_name_is_refused_at_once(monkeypatch):
+    """The hub's client would try five times for each of two files, which takes 50 s."""
+    monkeypatch.setattr(vision.hub, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens
+    monkeypatch.setattr(vision.hub, "HF_HUB_OFFLINE", False)
+    start = time.monotonic()
+    message = error_message(open_vit, "vit_large_patch14_clip_224.openai")
+    assert time.monotonic() - start < 3
+    assert "no network to http://127.0.0.1:9, and nothing of it in the cache" in message
+    assert vision.hub.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("name, words", [
+    ("no_such_model", "Unknown model"), ("vit_tiny_patch16_224.typo", "tag (typo)")])
+def test_a_wrong_name_is_not_called_a_lack_of_network(monkeypatch, name, words):
+    monkeypatch.setattr(vision, "hub_answers", lambda: False)
+    assert words in error_message(open_vit, name)
+
+
+@pytest.mark.parametrize("status", [200, 404, 405])
+def test_any_answer_of_the_hub_means_a_network(monkeypatch, status):
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request).start()
+        monkeypatch.setattr(vision.hub, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert vision.hub_answers()
+
+
+def test_without_network_a_cached_model_loads(monkeypatch):
+    names = mock_hub(monkeypatch, tiny_vit(), answers=False)
+    monkeypatch.setattr(vision, "snapshot_download", lambda repository, local_files_only: repository)
+    open_vit("vit_tiny_patch16_224.augreg_in21k")
+    assert names == ["vit_tiny_patch16_224.augreg_in21k"]
+
+
+def test_the_module_imports_timm_by_itself():
+    """With a torchvision for another torch, `import timm` fails where lavin.timm_compat was not imported before."""
+    subprocess.run([sys.executable, "-c", "import lavin.weights.vision"], cwd=ROOT, check=True)
 
 
 def test_hugging_face_names_and_shapes_of_clip_vit_l():

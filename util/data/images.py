@@ -1,4 +1,4 @@
-"""Image decoding and resizing.
+"""Pictures as the model takes them: RGB, upright, opaque, resized. Training, eval, MME and the chat open theirs here.
 
 The images of a ScienceQA split are all decoded before the first step: a bad file is reported at the start, not an hour
 later, and no step waits for decoding. (Instruction tuning has too many: util/data/instructions.py.)
@@ -9,21 +9,107 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from lavin.runtime.console import progress_bar
+from lavin.runtime.distributed import all_gather_object
 from lavin.runtime.errors import UserError, first_line
+from lavin.runtime.files import json_sha256
 from util.data.datasets import ScienceQA
 
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
 
+# EXIF orientation -> what turns the picture upright. ImageOps.exif_transpose also rewrites EXIF, which fails where it
+# is broken.
+UPRIGHT = dict(enumerate([Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+                          Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                          Image.Transpose.ROTATE_90], start=2))
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+# Pillow scales the pixels of these PNGs to 8 bits, but not the colour that their tRNS declares transparent
+TRNS_SCALES = {"L;2": 255 / 3, "L;4": 255 / 15, "RGB;16B": 1 / 256}
+
+
+def open_picture(path: str | Path, formats: tuple[str, ...] | None = None, max_pixels: float = float("inf")
+                 ) -> Image.Image:
+    """RGB, as a viewer on a white page shows it; of an animation, the first frame. Raises one of IMAGE_ERRORS."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")  # opening a named pipe would wait for ever
+    with Image.open(path, formats=formats) as image:
+        if image.width * image.height > max_pixels:
+            raise Image.DecompressionBombError(f"it has more than {max_pixels} pixels")
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: upright, transparency laid on white, the range of deeper greys kept. Opaque 8-bit pixels stay."""
+    clear = transparent_colour(image)  # known only before the pixels are read
+    image.load()
+    orientation = exif_orientation(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        rgb = Image.fromarray(to_8_bits(image, clear)).convert("RGB")
+    elif clear is not None or image.mode == "P" or image.getbands()[-1] in ("A", "a"):
+        rgb = on_white(image, clear)
+    else:
+        rgb = image.convert("RGB")
+    rgb.info = {}  # it holds no longer: with its EXIF, the next reader would turn the picture again
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def exif_orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of many types, on EXIF data that is broken; its picture is not
+        return 1
+
+
+def transparent_colour(image: Image.Image):
+    """What a PNG's tRNS chunk or a GIF declares transparent: a grey, a colour, a palette's index or its alphas."""
+    clear = image.info.get("transparency")
+    decoder = getattr(image, "tile", None)
+    scale = TRNS_SCALES.get(str(decoder[0][3])) if decoder else None
+    if clear is None or scale is None:
+        return clear
+    return tuple(int(value * scale) for value in clear) if isinstance(clear, tuple) else int(clear * scale)
+
+
+def on_white(image: Image.Image, clear) -> Image.Image:
+    if clear is not None:
+        image.info["transparency"] = clear
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def to_8_bits(image: Image.Image, clear: int | None) -> np.ndarray:
+    """uint8 [H, W] of a grey picture of 16 or more bits."""
+    values = np.asarray(image).astype(np.float64)
+    white = white_level(image, values)
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        values = white - values  # Pillow does so only for 8 bits
+    if clear is not None:
+        values[values == clear] = white
+    return np.round(values * (255 / white)).astype(np.uint8)
+
+
+def white_level(image: Image.Image, values: np.ndarray) -> int:
+    """The value of white: by the file's bit depth, or, where 32-bit integers and floats tell none, the first of 1 (for
+    floats), 255 and 65535 that no value exceeds. Raises ValueError for values beyond.
+    """
+    if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+        return 2 ** bits - 1
+    if image.format in ("PNG", "PPM"):  # 16 bits, in Pillow's mode I
+        return 65535
+    levels = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+    fitting = [level for level in levels if values.min() >= 0 and values.max() <= level]
+    if not fitting:
+        raise ValueError("its numbers are not between 0 and 65535: save it with 8 or 16 bits")
+    return fitting[0]
+
 
 def load_image(path: Path, size: int) -> torch.Tensor:
     """uint8 [3, size, size]; resized bicubically, without keeping the aspect ratio."""
-    if path.exists() and not path.is_file():
-        raise OSError("it is no file")  # opening a named pipe would wait for ever
-    with Image.open(path) as image:
-        return image_to_tensor(image, size)
+    return image_to_tensor(open_picture(path), size)
 
 
 def image_fault(error: Exception) -> str:
@@ -32,7 +118,8 @@ def image_fault(error: Exception) -> str:
 
 
 def image_to_tensor(image: Image.Image, size: int) -> torch.Tensor:
-    pixels = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    """image: RGB, from open_picture."""
+    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -64,4 +151,16 @@ def load_images(data: ScienceQA, size: int, threads: int, skip_bad: bool) -> dic
                                 "with --skip_bad")
     if not data.problems:
         raise UserError(f"no problem is left in {data.root}: all pictures are missing or broken")
+    require_equal_ranks(list(data.problems), "question")
     return images
+
+
+def require_equal_ranks(ids: list[str], what: str) -> None:
+    """Raises UserError where processes have others left: they would take their samples from different lists."""
+    if len(set(all_gather_object(json_sha256(ids)))) == 1:
+        return
+    of_rank_0, *of_others = all_gather_object(ids)
+    rank, others = next((rank, others) for rank, others in enumerate(of_others, 1) if others != of_rank_0)
+    example = next(iter(sorted(set(of_rank_0) ^ set(others)) or of_rank_0))
+    raise UserError(f"{what} {example}: rank 0 and rank {rank} differ in it, and have {len(of_rank_0):,} and "
+                    f"{len(others):,} left: give all nodes the same pictures and problems")

@@ -19,7 +19,7 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import json_sha256
 from lavin.runtime.schema import NonBlankText, PlainName, declared, read_validated, validate
 from lavin.tokenizer import Example, Tokenizer
-from util.data.images import IMAGE_ERRORS, image_fault, load_image
+from util.data.images import IMAGE_ERRORS, image_fault, load_image, require_equal_ranks
 
 HINT = "make it with tools/data_processing.py, or name it with --data_path"
 
@@ -100,7 +100,9 @@ def load_pictures(data: Instructions, size: int, threads: int, skip_bad: bool) -
         picture, problem = next(iter(bad_pictures.items()))
         raise UserError(f"picture {picture.path} {problem}; {len(bad_pictures)} of {len(pictures)} are so: put COCO's "
                         "train2014 there, or leave such records out with --skip_bad")
-    return {name: picture for name, picture in pictures.items() if picture not in bad_pictures}
+    good_pictures = {name: picture for name, picture in pictures.items() if picture not in bad_pictures}
+    require_equal_ranks(list(good_pictures), "picture")
+    return good_pictures
 
 
 def instruction_examples(data: Instructions, args, tokenizer: Tokenizer, image_size: int) -> dict[str, Example]:

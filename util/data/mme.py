@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavin.runtime.errors import UserError
+from lavin.runtime.files import read_text
 from lavin.runtime.schema import shown
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 SUBTASKS = PERCEPTION + COGNITION
-SUFFIXES = (".jpg", ".png", ".jpeg")
+SUFFIXES = (".jpg", ".png", ".jpeg", ".JPG", ".PNG", ".JPEG")
 N_CHARACTERS = 4  # of an answer, in which the official rule looks for yes or no
 
 
@@ -43,7 +44,7 @@ def load_mme(root: str) -> list[Pair]:
         text_folder, image_folder = folder / "questions_answers_YN", folder / "images"
         if not text_folder.is_dir():
             text_folder = image_folder = folder
-        pairs += [read_pair(subtask, path, image_folder) for path in sorted(text_folder.glob("*.txt"))]
+        pairs += [read_pair(subtask, path, image_folder) for path in sorted(text_folder.glob("[!.]*.txt"))]
     if not pairs:
         raise UserError(f"{root} has none of MME's subtasks ({', '.join(SUBTASKS[:3])}, ...): "
                         "name its folder with --mme_root")
@@ -53,9 +54,9 @@ def load_mme(root: str) -> list[Pair]:
 def read_questions(path: Path) -> list[tuple[str, str]]:
     """The two questions of a text file, each with its answer, `yes` or `no`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).removeprefix("\ufeff").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text ({error}): fetch it again") from error
+        raise UserError(f"{path} cannot be read as text ({error}): fetch it again, or save it as UTF-8") from error
     questions = [read_line(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     if len(questions) != 2:
         raise UserError(f"{path} is not two lines of question, tab, and Yes or No: fetch it again")
