@@ -23,16 +23,16 @@ from lavin.runtime import distributed
 from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar
 from lavin.runtime.device import DTYPES
 from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.files import read_json, read_json_lines, sampled_sha256, sha256, write_json, write_json_lines
+from lavin.runtime.files import read_json, read_json_lines, sha256, write_json, write_json_lines
 from util.data.datasets import ScienceQA, load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import answer_text, build_prompt, is_answered, parse_answer
+from util.fingerprint import fingerprints
 from util.flags import Parser, caption_path, count, interval, non_negative, seed, shared_flags
 from util.results import answer_all, drop_partial, results_folder, scored_before
 from util.runs import checkpoints, locked
 from util.scoring import COLUMNS, score
 from util.trained_model import Trained, load_model, read_trained
-from util.training.recipe import base_files, vision_fingerprint
 from util.training.resume import take_flags_of_run
 
 MAX_ANSWER_TOKENS = 64  # in formats that begin with the answer; in others, --max_seq_len
@@ -85,12 +85,10 @@ def take_run(args) -> None:
 
 def model_identity(args, trained: Trained) -> dict:
     """The model that answers. Known before it is loaded."""
-    tokenizer, *weights = base_files(args)
     return {"checkpoint": trained.path and trained.path.name,
             "checkpoint_sha256": trained.path and sha256(trained.path),
             "precision": next(name for name, dtype in DTYPES.items() if dtype == trained.dtype), "bits": args.bits,
-            "base": sampled_sha256([Path(args.tokenizer_path or tokenizer), *weights]),
-            "vision": vision_fingerprint(args.vision_model), "adapter": asdict(trained.adapter)}
+            **fingerprints(args), "adapter": asdict(trained.adapter)}
 
 
 def sampling_identity(args) -> dict:

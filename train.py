@@ -127,7 +127,8 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
     torch.manual_seed(args.seed)  # the same initial adapters on every rank
     adapter = AdapterConfig(**{name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__})
     model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, adapter, device, dtype,
-                                 args.drop_path, use_vicuna=args.use_vicuna, bits=args.bits)
+                                 args.drop_path, use_vicuna=args.use_vicuna, bits=args.bits,
+                                 max_seq_len=args.max_seq_len)
     speed_up(model, args.bits)
     model.set_gradient_checkpointing(args.gradient_checkpointing)
     examples = load_examples(data, args, tokenizer, model.vision.image_size)

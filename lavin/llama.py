@@ -6,6 +6,7 @@ Notable:
   attention metadata, which holds the document boundaries (lavin/attention.py) or a KV cache
   (lavin/generation/kv_cache.py).
 - Names and layouts are Meta's: `wq wk wv wo`, `w1 w2 w3`, rotary embeddings on adjacent pairs.
+- Qwen2, Qwen3, Mistral and SmolLM3 are this decoder with other values of LlamaConfig (lavin/weights/hugging_face.py).
 
 Touvron et al. 2023, arXiv 2302.13971; rotary embeddings: Su et al. 2021, arXiv 2104.09864.
 """
@@ -21,23 +22,76 @@ from torch.utils.checkpoint import checkpoint
 LAYERS_PER_CALL = 2  # one compiled call (less host overhead), and one unit of gradient checkpointing
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's rope scaling (Dubey et al. 2024, arXiv 2407.21783).
+# --- Rotary embeddings ---
 
-    Frequencies with fewer than `low_freq_factor` periods in `original_context` tokens are divided by `factor`, those
-    with more than `high_freq_factor` stay, and those between are interpolated.
+class RopeScaling:
+    """How a model's context was made longer than in pretraining. Fields have the names of those in config.json."""
+
+    attention_factor = 1.0  # of query and key, applied with their rotation
+
+    def scale(self, frequencies: torch.Tensor, theta: float) -> torch.Tensor:
+        """frequencies [head_dim / 2]: of unscaled rotary embeddings."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LinearScaling(RopeScaling):
+    """Position interpolation (Chen et al. 2023, arXiv 2306.15595)."""
+
+    factor: float
+
+    def scale(self, frequencies, theta):
+        return frequencies / self.factor
+
+
+@dataclass(frozen=True)
+class Llama3Scaling(RopeScaling):
+    """Llama 3.1's (Dubey et al. 2024, arXiv 2407.21783).
+
+    Frequencies with fewer than `low_freq_factor` periods in the original context are divided by `factor`, those with
+    more than `high_freq_factor` stay, and those between are interpolated.
     """
 
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_context: int = 8192
+    original_max_position_embeddings: int = 8192
+
+    def scale(self, frequencies, theta):
+        periods = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        unscaled = (periods - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return frequencies / self.factor + unscaled.clamp(0, 1) * (frequencies - frequencies / self.factor)
+
+
+@dataclass(frozen=True)
+class YarnScaling(RopeScaling):
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): as Llama 3's, but interpolated between the pairs of a head at which
+    `beta_slow` and `beta_fast` periods fill the original context. truncate: these are rounded to whole pairs."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def scale(self, frequencies, theta):
+        n = len(frequencies)
+
+        def pair(periods: float) -> float:
+            return n * math.log(self.original_max_position_embeddings / (2 * math.pi * periods)) / math.log(theta)
+
+        low, high = pair(self.beta_fast), pair(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * n - 1)  # 2 n - 1: so published
+        scaled = (torch.arange(n, device=frequencies.device) - low) / (high - low or 0.001)
+        return torch.lerp(frequencies, frequencies / self.factor, scaled.clamp(0, 1))
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a LLaMA, under the names of Meta's params.json; the last three come from other formats."""
+    """Shape of a LLaMA, under the names of Meta's params.json; those from rope_scaling on come from other formats."""
 
     dim: int
     n_layers: int
@@ -51,6 +105,10 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     d_head: int | None = None  # width of a head; None: dim / n_heads
     d_ff: int | None = None  # width of the feed-forward layer; None: computed from multiple_of
+    biases: tuple[str, ...] = ()  # linear layers of a block that have one; of wq, wk, wv and of w1, w3 all or none
+    qk_norm: bool = False  # a norm of each head of query and key
+    nope_layers: tuple[int, ...] = ()  # layers without rotary embeddings
+    max_context: int | None = None  # tokens from which on the model would need what this decoder does not have
 
     @classmethod
     def from_params(cls, params: dict, vocab_size: int) -> "LlamaConfig":
@@ -58,7 +116,8 @@ class LlamaConfig:
 
         Raises ValueError on unknown entries, since ignoring one would change the model.
         """
-        known = {field.name for field in fields(cls)} - {"rope_scaling", "d_head", "d_ff"}
+        names = [field.name for field in fields(cls)]
+        known = set(names[:names.index("rope_scaling")])
         unknown = set(params) - known - {"use_scaled_rope", "rope_scaling_factor"}
         if unknown:
             raise ValueError(f"unknown entries {sorted(unknown)}")
@@ -68,7 +127,7 @@ class LlamaConfig:
         if params.get("use_scaled_rope"):
             # Meta's files leave the factor to the code: 8 for Llama 3.1 and 3.3, 32 for the small models of 3.2
             factor = params.get("rope_scaling_factor", 8 if shape.get("dim", 0) >= 4096 else 32)
-            shape["rope_scaling"] = RopeScaling(factor)
+            shape["rope_scaling"] = Llama3Scaling(factor)
         return cls(**shape)
 
     @property
@@ -106,22 +165,27 @@ def rotary_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
     """Angle per position of each adjacent pair of a head, in radians [head_dim / 2], float32."""
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     frequencies = config.rope_theta ** -exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    periods = scaling.original_context * frequencies / (2 * math.pi)
-    unscaled = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    return frequencies / scaling.factor + unscaled.clamp(0, 1) * (frequencies - frequencies / scaling.factor)
+    return config.rope_scaling.scale(frequencies, config.rope_theta) if config.rope_scaling else frequencies
 
 
-def rotary_angles(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_angles(positions: torch.Tensor, frequencies: torch.Tensor, scale: float = 1.0
+                  ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and signed sin [N, 1, head_dim], float32, for integer positions [N].
 
     Entry i of a rotated head is x[i] * cos[i] + x[pair of i] * sin[i]; the sign of sin alternates within a pair.
     """
     angles = positions.float()[:, None, None] * frequencies
-    sin = angles.sin()
-    return angles.cos().repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+    sin = scale * angles.sin()
+    return (scale * angles.cos()).repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+
+
+def rotary_by_layer(config: LlamaConfig, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`rotary_angles` of every layer. Where a layer has none, the rotation is by 0, so that fused layers need not know.
+    """
+    frequencies = rotary_frequencies(config, positions.device)
+    rotary = rotary_angles(positions, frequencies, config.rope_scaling.attention_factor if config.rope_scaling else 1.0)
+    unrotated = rotary_angles(positions, 0 * frequencies) if config.nope_layers else rotary
+    return [unrotated if layer in config.nope_layers else rotary for layer in range(config.n_layers)]
 
 
 def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -131,31 +195,39 @@ def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> 
     return (x32 * cos + x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin).to(x.dtype)
 
 
+# --- Layers ---
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias="wq" in config.biases)
+        self.wk = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias="wk" in config.biases)
+        self.wv = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias="wv" in config.biases)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias="wo" in config.biases)
+        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None for _ in "qk")
 
     def project(self, x):
         """[N, D] -> query [N, H, d], key and value [N, H_kv, d]."""
         return (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
 
-    def forward(self, x, rotary, attn_metadata):
+    def query_key_value(self, x, rotary):
+        """What attention reads, from x [N, D]."""
         query, key, value = self.project(x)
-        out = attn_metadata.attend(apply_rotary(query, rotary), apply_rotary(key, rotary), value)
-        return self.wo(out.flatten(1))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return apply_rotary(query, rotary), apply_rotary(key, rotary), value
+
+    def forward(self, x, rotary, attn_metadata):
+        return self.wo(attn_metadata.attend(*self.query_key_value(x, rotary)).flatten(1))
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias="w1" in config.biases)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias="w2" in config.biases)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias="w3" in config.biases)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -194,9 +266,9 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks, x, rotary, attn_metadata, routing):
-    """Consecutive layers; attn_metadata and routing: one entry a layer."""
-    for block, layer_metadata, layer_routing in zip(blocks, attn_metadata, routing, strict=True):
-        x = block(x, rotary, layer_metadata, layer_routing)
+    """Consecutive layers; rotary, attn_metadata and routing: one entry a layer."""
+    for block, *inputs in zip(blocks, rotary, attn_metadata, routing, strict=True):
+        x = block(x, *inputs)
     return x
 
 
@@ -219,12 +291,11 @@ class Llama(nn.Module):
         attn_metadata: a VarlenMetadata, or what has the same methods and position_ids. routing: see Block; its
         `.for_layer(i)` is passed to layer i.
         """
-        rotary = rotary_angles(attn_metadata.position_ids,
-                               rotary_frequencies(self.config, attn_metadata.position_ids.device))
+        rotary = rotary_by_layer(self.config, attn_metadata.position_ids)
         for first in range(0, len(self.layers), LAYERS_PER_CALL):
             layers = range(first, min(first + LAYERS_PER_CALL, len(self.layers)))
-            inputs = ([self.layers[i] for i in layers], x, rotary, [attn_metadata.for_layer(i) for i in layers],
-                      [routing and routing.for_layer(i) for i in layers])
+            inputs = ([self.layers[i] for i in layers], x, [rotary[i] for i in layers],
+                      [attn_metadata.for_layer(i) for i in layers], [routing and routing.for_layer(i) for i in layers])
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(self.run_blocks, *inputs, use_reentrant=False)
             else:

@@ -1,4 +1,4 @@
-"""Exports a run as a plain Hugging Face LLaMA: merges the adapters into the frozen weights, for one modality.
+"""Exports a run as a plain Hugging Face model: merges the adapters into the frozen weights, for one modality.
 
     python tools/export_hf.py --adapter_path RUN --out FOLDER [--precision fp16]
     python tools/export_hf.py --adapter_path RUN --out FOLDER --modality image [--pictures FILE ...]
@@ -8,6 +8,9 @@ affine map `y = x + s U (A x + a) + s (w0 b + w1 e)`, U = w0 B + w1 E, and the l
 `(W + s W U A) x` + a bias: the answers are equal up to rounding. The modality token is dropped: it is at position 0,
 and no other token attends to it. The text then starts at position 0 instead of 1, which does not matter, since rotary
 attention depends only on differences of positions.
+
+The model is a LlamaForCausalLM, which has all biases that this takes; with norms of query and key a Qwen3ForCausalLM,
+and where layers have no rotary embeddings a SmolLM3ForCausalLM.
 
 Prompts are as in training: `[BOS] Image: N/A` and the prompt; or, as embeddings, NAME.inputs_embeds.safetensors of an
 image (`inputs_embeds` [tokens, D]: `[BOS] Image: ` and the image's features) and the prompt.
@@ -31,7 +34,7 @@ from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import write_json
 from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.base import find_tokenizer
-from lavin.weights.hugging_face import HF_NAMES
+from lavin.weights.hugging_face import HF_NAMES, rope_entry
 from output import make_folder, save_tensors
 from util.data.images import IMAGE_ERRORS, load_image
 from util.flags import Parser, shared_flags
@@ -83,16 +86,16 @@ def hf_name(name: str) -> str:
 
 @torch.no_grad()
 def merged_tensors(model: LaVIN, modality: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a LlamaForCausalLM, one at a time."""
+    """The tensors of the exported model, one at a time."""
     config, routing_cache = model.llama.config, model.routing_cache()
-    heads = {"wq": config.n_heads, "wk": config.kv_heads}
+    heads = {"wq": config.n_heads, "wk": config.kv_heads, "q_norm": 1, "k_norm": 1}
     adapter_of = {"wq": "adapter_attn", "wk": "adapter_attn", "wv": "adapter_attn"}
     if model.adapter.adapter_type == "block":
         adapter_of |= {"w1": "adapter_mlp", "w3": "adapter_mlp"}
     # attention_bias and mlp_bias in Hugging Face's config also give wo and w2 a bias
-    biased = {*adapter_of, "wo", *({"w2"} if "w1" in adapter_of else ())}
+    biased = {"wq", "wk", "wv", "wo", *(("w1", "w2", "w3") if has_mlp_bias(model) else ())}
     for name, parameter in model.llama.named_parameters():
-        if "adapter" in name:
+        if "adapter" in name or name.endswith(".bias"):
             continue
         linear, weight, bias = name.split(".")[-2], parameter, torch.zeros(len(parameter))
         if linear in adapter_of:
@@ -100,6 +103,8 @@ def merged_tensors(model: LaVIN, modality: int) -> Iterator[tuple[str, torch.Ten
             adapter = getattr(model.llama.layers[layer], adapter_of[linear])
             mixture, *_ = routing_cache[layer][adapter_of[linear]]
             weight, bias = merge(adapter, mixture[modality], weight)
+        if linear in config.biases:
+            bias = bias + model.llama.get_parameter(name.replace(".weight", ".bias")).float()
         if linear in heads:
             weight, bias = (to_hf_rotary_order(rows, heads[linear]) for rows in (weight, bias))
         yield hf_name(name), weight
@@ -109,18 +114,33 @@ def merged_tensors(model: LaVIN, modality: int) -> Iterator[tuple[str, torch.Ten
 
 # --- the folder ---
 
+def has_mlp_bias(model: LaVIN) -> bool:
+    return model.adapter.adapter_type == "block" or "w1" in model.llama.config.biases
+
+
+def family(config: LlamaConfig, mlp_bias: bool) -> dict:
+    """The entries of config.json that name the architecture. Raises UserError where transformers has none."""
+    if config.qk_norm and mlp_bias:
+        raise UserError("--adapter_type block on a base with norms of query and key (Qwen3) needs biases that no "
+                        "architecture of transformers has with them: export a run with --adapter_type attn")
+    if config.qk_norm:
+        return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    if config.nope_layers:
+        return {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "pad_token_id": None,
+                "no_rope_layers": [int(layer not in config.nope_layers) for layer in range(config.n_layers)]}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
 def hf_config(config: LlamaConfig, tokenizer: Tokenizer, mlp_bias: bool, dtype: torch.dtype) -> dict:
-    scaling = config.rope_scaling
+    rope = rope_entry(config.rope_scaling) if config.rope_scaling else {}
+    context = int(rope.get("factor", 1) * rope.get("original_max_position_embeddings", config.max_context or 2048))
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": DTYPE_NAMES[dtype],
+        **family(config, mlp_bias), "torch_dtype": DTYPE_NAMES[dtype],
         "vocab_size": config.vocab_size, "hidden_size": config.dim, "intermediate_size": config.hidden_dim,
         "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim, "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "rope_scaling": scaling and {
-            "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor, "original_max_position_embeddings": scaling.original_context},
-        "max_position_embeddings": int(scaling.factor * scaling.original_context) if scaling else 2048,
+        "rope_scaling": rope or None, "max_position_embeddings": context,
         "attention_bias": True, "mlp_bias": mlp_bias, "tie_word_embeddings": False,
         "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
@@ -188,6 +208,7 @@ def main(args) -> None:
         raise UserError(f"--out {args.out} holds a model: name another folder")
     make_folder(args.out)
     model, tokenizer, path = load_model(args, fast=False)
+    family(model.llama.config, has_mlp_bias(model))  # refuses what cannot be exported, before anything is written
     for picture in args.pictures:
         save_tensors({"inputs_embeds": image_embeddings(model, tokenizer, picture)},
                      args.out / f"{picture.stem}.inputs_embeds.safetensors")
@@ -195,8 +216,7 @@ def main(args) -> None:
     write_weights(args.out, tensors, model.dtype, SHARD_BYTES)
     source = Path(args.tokenizer_path or find_tokenizer(args.llama_model_path, args.llm_model))
     write_tokenizer(args.out, source, tokenizer)
-    mlp_bias = model.adapter.adapter_type == "block"
-    write_json(args.out / "config.json", hf_config(model.llama.config, tokenizer, mlp_bias, model.dtype))
+    write_json(args.out / "config.json", hf_config(model.llama.config, tokenizer, has_mlp_bias(model), model.dtype))
     checkpoint = path or Path(args.adapter_path)
     print_rank0(f"{args.out}: {checkpoint.name} for questions {'with' if args.modality == 'image' else 'without'} "
                 f"a picture, {DTYPE_NAMES[model.dtype]}")

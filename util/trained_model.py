@@ -1,6 +1,7 @@
 """Loads the model of a training run, for evaluation, chat and export."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from lavin.kernels.fp8 import check_fp8
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.runtime import distributed
+from lavin.runtime.console import print_rank0
 from lavin.runtime.device import choose_device, choose_dtype
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import Tokenizer
 from lavin.weights.adapters import load_adapters, read_adapters
 from lavin.weights.base import require_base
 from lavin.weights.load import load_base
+from util.fingerprint import fingerprints
 from util.flags import check_shared, inherit
 from util.runs import last_checkpoint
 
@@ -24,14 +27,47 @@ from util.runs import last_checkpoint
 @dataclass(frozen=True)
 class Trained:
     """What is known before the base model is loaded. path: of the checkpoint; None: the untuned base, with `tensors` of
-    no adapters."""
+    no adapters. image_statistics: those that the checkpoint was trained with, where it says so."""
 
     path: Path | None
     tensors: dict[str, Any]
     adapter: AdapterConfig
     device: torch.device
     dtype: torch.dtype
+    image_statistics: dict[str, list[float]] = field(default_factory=dict)
 
+
+# --- What a checkpoint was trained on ---
+
+def is_sha256(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def warn_of_other_base(path: Path, checkpoint: dict, found: dict[str, str]) -> None:
+    """Says so where a checkpoint was trained on other files: of another model, or of the same in another format."""
+    for name, flag in (("base", "--llm_model"), ("vision", "--vision_model")):
+        trained_on = checkpoint.get(name, found[name])
+        # a name of timm's hub cannot be compared with a checksum of files
+        if trained_on != found[name] and is_sha256(trained_on) == is_sha256(found[name]):
+            print_rank0(f"warning: {path} was trained on other files of {flag} than these: if they hold another model "
+                        "or tokenizer, its answers say nothing about the training")
+
+
+def image_statistics(model: LaVIN) -> dict[str, list[float]]:
+    """Mean and std by which the model normalises pixels."""
+    return {"image_mean": list(model.vision.mean), "image_std": list(model.vision.std)}
+
+
+def check_image_statistics(model: LaVIN, trained: dict, source: str) -> None:
+    """Raises UserError where the adapters in `source` have seen pixels of another normalisation."""
+    for name, values in image_statistics(model).items():
+        expected = trained.get(name, values)
+        if any(abs(a - b) > 1e-3 for a, b in zip(expected, values, strict=True)):
+            raise UserError(f"{source} was trained with {name} {expected}, and this --vision_model has {values}: name "
+                            "the one that it was trained with")
+
+
+# --- Loading ---
 
 def check_adapter_flags(args, trained: dict) -> None:
     """Raises UserError where a flag contradicts the adapter configuration of the checkpoint."""
@@ -54,13 +90,16 @@ def read_trained(args) -> Trained:
     inherit(args, checkpoint.get("flags", {}), str(path))
     check_shared(args)
     require_base(args.llama_model_path, args.llm_model, args.tokenizer_path, args.use_vicuna)
+    if path and {"base", "vision"} & checkpoint.keys():
+        warn_of_other_base(path, checkpoint, fingerprints(args))
     device = choose_device(args.device, distributed.init(args.model_parallel_size)[2])
     dtype = choose_dtype(args.precision, device)
     if args.bits == "fp8":
         check_fp8(device, dtype)
     adapter = adapter or {name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__
                           if hasattr(args, name)}
-    return Trained(path, checkpoint["model"], AdapterConfig(**adapter), device, dtype)
+    return Trained(path, checkpoint["model"], AdapterConfig(**adapter), device, dtype,
+                   {name: checkpoint[name] for name in ("image_mean", "image_std") if name in checkpoint})
 
 
 def load_model(args, trained: Trained | None = None, fast: bool = True) -> tuple[LaVIN, Tokenizer, Path | None]:
@@ -72,7 +111,8 @@ def load_model(args, trained: Trained | None = None, fast: bool = True) -> tuple
     trained = trained or read_trained(args)
     model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, trained.adapter,
                                  trained.device, trained.dtype, tokenizer_path=args.tokenizer_path,
-                                 use_vicuna=args.use_vicuna, bits=args.bits)
+                                 use_vicuna=args.use_vicuna, bits=args.bits, max_seq_len=args.max_seq_len)
     if trained.path:
+        check_image_statistics(model, trained.image_statistics, str(trained.path))
         load_adapters(model, trained.tensors, str(trained.path))
     return (speed_up(model, args.bits) if fast else model).eval(), tokenizer, trained.path

@@ -7,7 +7,8 @@ With fp8, every row of an activation or gradient (a token) and every row of a we
 Weights are quantized once, in both orientations, since the forward and the backward product sum over different
 dimensions.
 
-`weights`: (W [O, K],) in 16 bits; in fp8 (rows of W, their scales, rows of W^T, their scales).
+`weights`: (W [O, K],) in 16 bits; in fp8 (rows of W, their scales, rows of W^T, their scales). `bias`: [O], or None; it
+changes no input gradient.
 """
 
 import torch
@@ -19,14 +20,21 @@ from lavin.llama import Attention, FeedForward, apply_rotary
 
 
 class FrozenLinear(nn.Module):
-    """x W^T for a frozen W [O, K]."""
+    """x W^T + b for a frozen W [O, K] and b [O]."""
 
-    def __init__(self, weight: torch.Tensor, fp8: bool):
+    def __init__(self, weight: torch.Tensor, fp8: bool, bias: torch.Tensor | None = None):
         super().__init__()
         parts = [weight.detach()]
         if fp8:
             parts = [part.contiguous() for w in (parts[0], parts[0].t()) for part in quantize_rows(w)]
         self.parts = nn.ParameterList(nn.Parameter(part, requires_grad=False) for part in parts)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def join(cls, linears: list[nn.Linear], fp8: bool) -> "FrozenLinear":
+        """One matrix for layers with the same input, of which all have a bias, or none."""
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        return cls(torch.cat([linear.weight for linear in linears]), fp8, torch.cat(biases) if biases else None)
 
     @property
     def weights(self) -> tuple:
@@ -34,7 +42,11 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x):
         """[N, K] -> [N, O]."""
-        return frozen_linear(x, *self.weights)
+        return add_bias(frozen_linear(x, *self.weights), self.bias)
+
+
+def add_bias(x, bias):
+    return x if bias is None else x + bias
 
 
 def maybe_quantize(x, weights: tuple) -> tuple:
@@ -68,13 +80,13 @@ class FrozenLinearFunction(torch.autograd.Function):
 
 
 class SwiGLUMLPFunction(torch.autograd.Function):
-    """w2 (silu(w1 x) * w3 x). weights: of [w1; w3] in one matrix, then of w2."""
+    """w2 (silu(w1 x) * w3 x). weights: of [w1; w3] in one matrix, then of w2. bias: of [w1; w3]."""
 
     @staticmethod
-    def forward(ctx, x, *weights):
+    def forward(ctx, x, bias, *weights):
         half = len(weights) // 2
         w13, w2 = weights[:half], weights[half:]
-        gate_up = matmul(maybe_quantize(x, w13), w13, x.dtype)  # [N, 2H]
+        gate_up = add_bias(matmul(maybe_quantize(x, w13), w13, x.dtype), bias)  # [N, 2H]
         ctx.save_for_backward(gate_up, *weights)
         return matmul(swiglu(gate_up, half > 1), w2, x.dtype)
 
@@ -85,24 +97,29 @@ class SwiGLUMLPFunction(torch.autograd.Function):
         w13, w2 = weights[:half], weights[half:]
         grad_hidden = matmul_backward(maybe_quantize(grad_output, w2), w2, dtype)  # [N, H]
         grad_gate_up = swiglu_backward(gate_up, grad_hidden, half > 1)  # already quantized for the next product
-        return matmul_backward(grad_gate_up, w13, dtype), *[None] * len(weights)
+        return matmul_backward(grad_gate_up, w13, dtype), *[None] * (1 + len(weights))
 
 
 class QKVRopeFunction(torch.autograd.Function):
     """Query, key and value from one matrix product, rotary embeddings applied to query and key."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, heads, kv_heads, *weights):
+    def forward(ctx, x, cos, sin, heads, kv_heads, bias, *weights):
         ctx.save_for_backward(cos, sin, *weights)
-        qkv = matmul(maybe_quantize(x, weights), weights, x.dtype).unflatten(-1, (heads + 2 * kv_heads, -1))
-        query, key, value = qkv.split((heads, kv_heads, kv_heads), 1)
+        qkv = add_bias(matmul(maybe_quantize(x, weights), weights, x.dtype), bias)
+        query, key, value = split_heads(qkv, heads, kv_heads)
         return apply_rotary(query, (cos, sin)), apply_rotary(key, (cos, sin)), value.clone()
 
     @staticmethod
     def backward(ctx, grad_query, grad_key, grad_value):
         cos, sin, *weights = ctx.saved_tensors
         grad_qkv = qkv_rope_backward(grad_query, grad_key, grad_value, cos, sin, len(weights) > 1)
-        return matmul_backward(grad_qkv, weights, grad_query.dtype), *[None] * (4 + len(weights))
+        return matmul_backward(grad_qkv, weights, grad_query.dtype), *[None] * (5 + len(weights))
+
+
+def split_heads(qkv, heads: int, kv_heads: int) -> tuple:
+    """[N, (H + 2 H_kv) d] -> query [N, H, d], key and value [N, H_kv, d]."""
+    return qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
 
 
 # Plain functions, since torch.compiler.allow_in_graph (speed_up.py) takes no autograd.Function.
@@ -112,12 +129,12 @@ def frozen_linear(x, *weights):
     return FrozenLinearFunction.apply(x, *weights)
 
 
-def swiglu_mlp(x, *weights):
-    return SwiGLUMLPFunction.apply(x, *weights)
+def swiglu_mlp(x, bias, *weights):
+    return SwiGLUMLPFunction.apply(x, bias, *weights)
 
 
-def qkv_rope(x, cos, sin, heads, kv_heads, *weights):
-    return QKVRopeFunction.apply(x, cos, sin, heads, kv_heads, *weights)
+def qkv_rope(x, cos, sin, heads, kv_heads, bias, *weights):
+    return QKVRopeFunction.apply(x, cos, sin, heads, kv_heads, bias, *weights)
 
 
 class FusedAttention(Attention):
@@ -126,26 +143,28 @@ class FusedAttention(Attention):
         """In place: wq, wk and wv become one matrix, wqkv."""
         attention.heads = attention.wq.out_features // attention.head_dim
         attention.kv_heads = attention.wk.out_features // attention.head_dim
-        wqkv = torch.cat([attention.wq.weight, attention.wk.weight, attention.wv.weight])
+        attention.wqkv = FrozenLinear.join([attention.wq, attention.wk, attention.wv], fp8)
         del attention.wq, attention.wk, attention.wv
-        attention.wqkv = FrozenLinear(wqkv, fp8)
-        attention.wo = FrozenLinear(attention.wo.weight, fp8)
+        attention.wo = FrozenLinear(attention.wo.weight, fp8, attention.wo.bias)
         attention.__class__ = cls
 
-    def forward(self, x, rotary, attn_metadata):
-        query, key, value = qkv_rope(x, *rotary, self.heads, self.kv_heads, *self.wqkv.weights)
-        return self.wo(attn_metadata.attend(query, key, value).flatten(1))
+    def project(self, x):
+        return split_heads(self.wqkv(x), self.heads, self.kv_heads)
+
+    def query_key_value(self, x, rotary):
+        if self.q_norm is not None:  # it lies between the matrix and the rotation, which are then not fused
+            return super().query_key_value(x, rotary)
+        return qkv_rope(x, *rotary, self.heads, self.kv_heads, self.wqkv.bias, *self.wqkv.weights)
 
 
 class FusedFeedForward(FeedForward):
     @classmethod
     def convert(cls, feed_forward: FeedForward, fp8: bool) -> None:
         """In place: w1 (gate) and w3 (up) become one matrix, w13."""
-        w13 = torch.cat([feed_forward.w1.weight, feed_forward.w3.weight])
+        feed_forward.w13 = FrozenLinear.join([feed_forward.w1, feed_forward.w3], fp8)
         del feed_forward.w1, feed_forward.w3
-        feed_forward.w13 = FrozenLinear(w13, fp8)
-        feed_forward.w2 = FrozenLinear(feed_forward.w2.weight, fp8)
+        feed_forward.w2 = FrozenLinear(feed_forward.w2.weight, fp8, feed_forward.w2.bias)
         feed_forward.__class__ = cls
 
     def forward(self, x):
-        return swiglu_mlp(x, *self.w13.weights, *self.w2.weights)
+        return add_bias(swiglu_mlp(x, self.w13.bias, *self.w13.weights, *self.w2.weights), self.w2.bias)

@@ -31,6 +31,7 @@ def is_finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 AdapterTensors = dict[str, Annotated[Any, AfterValidator(is_weight), AfterValidator(is_finite)]]
+Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -66,6 +67,10 @@ class Checkpoint(TypedDict):
     flags: NotRequired[dict[str, Any]]
     optimizer: NotRequired[OptimizerState]
     scaler: NotRequired[dict[str, Any]]
+    base: NotRequired[str]  # fingerprint of the base model's files, as in recipe.json
+    vision: NotRequired[str]
+    image_mean: NotRequired[Channels]  # by which pixels were normalised
+    image_std: NotRequired[Channels]
 
 
 @declared

@@ -34,7 +34,12 @@ def base_folder(llama_model_path: str, llm_model: str) -> Path:
 
 
 def is_hugging_face(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and not (folder / "params.json").is_file()
+    """Folders of Mistral have params.json too, but no weights of Meta's format."""
+    return (folder / "config.json").is_file() and not all(map(Path.is_file, meta_files(folder)))
+
+
+def meta_files(folder: Path) -> list[Path]:
+    return [folder / "params.json", folder / "consolidated.00.pth"]
 
 
 def find_tokenizer(llama_model_path: str, llm_model: str) -> Path:
@@ -67,7 +72,7 @@ def require_base(llama_model_path: str, llm_model: str, tokenizer_path: str | No
     if is_hugging_face(folder):
         hf_weight_files(folder)
     else:
-        required = [folder / "params.json", folder / "consolidated.00.pth", *required]
+        required = [*meta_files(folder), *required]
     for path in required:
         if not path.is_file():
             raise UserError(f"missing {path}: put LLaMA's {path.name} there, "
@@ -77,14 +82,33 @@ def require_base(llama_model_path: str, llm_model: str, tokenizer_path: str | No
         hf_weight_files(delta)
 
 
+def base_files(llama_model_path: str, llm_model: str, tokenizer_path: str | None = None, use_vicuna: bool = False
+               ) -> list[Path]:
+    """Every file that the base LLaMA and its tokenizer are read from."""
+    folder = base_folder(llama_model_path, llm_model)
+    delta = find_delta(folder, use_vicuna)
+    weights = ([folder / "config.json", *hf_weight_files(folder)] if is_hugging_face(folder)
+               else [folder / "params.json", *sorted(folder.glob("consolidated.*.pth"))])
+    return [Path(tokenizer_path or find_tokenizer(llama_model_path, llm_model)), *weights,
+            *(hf_weight_files(delta) if delta else [])]
+
+
 def open_base(folder: Path, vocab_size: int, use_vicuna: bool = False) -> BaseWeights:
     """vocab_size: the tokenizer's, used where Meta's params.json says -1. Raises UserError for broken files."""
     base = BaseWeights(*(open_hugging_face(folder) if is_hugging_face(folder) else open_meta(folder, vocab_size)))
     delta = find_delta(folder, use_vicuna)
+    if is_delta(base):
+        raise UserError(f"{base.source} holds a delta, not full weights: name the LLaMA that it belongs to with "
+                        "--llm_model and add --use_vicuna, with the delta in a folder vicuna_NAME next to it")
     return apply_delta(base, BaseWeights(*open_hugging_face(delta))) if delta else base
 
 
 # --- Vicuna v0 ---
+
+def is_delta(weights: BaseWeights) -> bool:
+    """The scales of a norm are far from 0 in full weights, and near 0 in a delta. Missing ones are reported later."""
+    norm = weights.tensors.get("norm.weight")
+    return norm is not None and norm.numel() > 0 and bool(norm.float().mean().abs() < 0.05)
 
 class WeightsWithDelta(Mapping):
     """Name -> base + delta, added in float32. The delta's extra vocabulary row, v0's [PAD], is dropped."""
@@ -114,8 +138,9 @@ def apply_delta(base: BaseWeights, delta: BaseWeights) -> BaseWeights:
     if unmatched:
         raise UserError(f"{delta.source} and {base.source} do not hold the same tensors ({unmatched[0]}): "
                         "it is the delta of another model")
-    # the scales of a norm are far from 0 in full weights, and near 0 in a delta
-    if delta.tensors["norm.weight"].float().mean() > base.tensors["norm.weight"].float().mean() / 2:
+    scales = [weights.tensors["norm.weight"].float().mean() for weights in (delta, base)
+              if "norm.weight" in weights.tensors]
+    if len(scales) == 2 and scales[0] > scales[1] / 2:
         raise UserError(f"--use_vicuna: {delta.source} holds full weights, not a delta: name it with --llm_model "
                         "and leave the flag out")
     return BaseWeights(base.config, WeightsWithDelta(base, delta), f"{base.source} + {delta.source}")

@@ -1,13 +1,20 @@
-"""LLaMA in Hugging Face's format: config.json and safetensors or pytorch_model.bin files."""
+"""LLaMA and its relatives in Hugging Face's format: config.json and safetensors or pytorch_model.bin files.
 
+A relative is a few fields of LlamaConfig: Qwen2 has biases of query, key and value, Qwen3 a norm of each query and key
+head, SmolLM3 layers without rotary embeddings, and Mistral's first versions a sliding window.
+"""
+
+import math
 from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
-from lavin.llama import LlamaConfig, RopeScaling
+from lavin.llama import LinearScaling, Llama3Scaling, LlamaConfig, RopeScaling, YarnScaling
 from lavin.runtime.errors import UserError
 from lavin.runtime.schema import Positive, Size, declared, read_validated
 from lavin.weights.meta import Epsilon, Layers, Width, check_heads
@@ -17,25 +24,44 @@ from lavin.weights.tensor_files import COMPUTED_BUFFERS, read_hf_folder
 HF_NAMES = {"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm",
             "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attention.wq",
             "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+            "self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm",
             "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
+# what transformers takes where config.json of a model_type has no such entry
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {}, "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4}}
+ROPE_SCALINGS: dict[str, type[RopeScaling]] = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+WholeHead = Annotated[float, Field(ge=1, le=1)]
 
 
 @declared
 class Rope(TypedDict, total=False):
-    rope_type: Literal["default", "llama3"]
-    type: Literal["default", "llama3"]  # rope_type's earlier name
+    rope_type: RopeType
+    type: RopeType  # rope_type's earlier name
     rope_theta: Positive
     factor: Positive
     low_freq_factor: Positive
     high_freq_factor: Positive
     original_max_position_embeddings: Size
+    attention_factor: Positive | None
+    beta_fast: Positive | None
+    beta_slow: Positive | None
+    mscale: Annotated[float, Field(ge=0)] | None
+    mscale_all_dim: Annotated[float, Field(ge=0)] | None
+    truncate: bool
+    partial_rotary_factor: WholeHead
+    full_attention: None  # transformers nests an entry for each type of layer; only other models have several
+    sliding_attention: None
 
 
 @declared
 class Config(TypedDict):
     """config.json, with the only values of its other features that lavin.llama has."""
 
-    model_type: Literal["llama"]
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
     hidden_size: Width
     num_hidden_layers: Layers
     num_attention_heads: Width
@@ -47,15 +73,22 @@ class Config(TypedDict):
     rope_theta: NotRequired[Positive]
     rope_scaling: NotRequired[Rope | None]  # of transformers < 5
     rope_parameters: NotRequired[Rope | None]  # of transformers >= 5
+    partial_rotary_factor: NotRequired[WholeHead]
+    max_position_embeddings: NotRequired[Size]
+    original_max_position_embeddings: NotRequired[Size]
+    sliding_window: NotRequired[Size | None]
+    use_sliding_window: NotRequired[bool]
+    no_rope_layers: NotRequired[list[Literal[0, 1]] | None]  # 0: has none
+    no_rope_layer_interval: NotRequired[Layers]
     tie_word_embeddings: NotRequired[bool]
     hidden_act: NotRequired[Literal["silu"]]
-    attention_bias: NotRequired[Literal[False, None]]
-    mlp_bias: NotRequired[Literal[False, None]]
+    attention_bias: NotRequired[bool | None]
+    mlp_bias: NotRequired[bool | None]
     quantization_config: NotRequired[None]
 
 
 def to_interleaved_rope(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Permutes the rows of a query or key projection [heads * head_dim, D] to Meta's rotary layout.
+    """Permutes the rows of a query or key projection [heads * head_dim, D], or of its bias, to Meta's rotary layout.
 
     Hugging Face rotates dimension i of a head together with i + head_dim / 2; Meta rotates 2i with 2i + 1.
     """
@@ -66,7 +99,7 @@ class HuggingFaceLlama(Mapping):
     """Our name -> tensor of a LlamaForCausalLM. tied: the output projection shares the embedding's weights."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], config: LlamaConfig, tied: bool):
-        self.heads = {"wq": config.n_heads, "wk": config.kv_heads}
+        self.heads = {"wq": config.n_heads, "wk": config.kv_heads, "q_norm": 1, "k_norm": 1}
         self.head_dim = config.head_dim
         self.tensors = {self.from_hf_name(hf_name): tensor for hf_name, tensor in tensors.items()
                         if not hf_name.endswith(COMPUTED_BUFFERS)}
@@ -92,25 +125,83 @@ class HuggingFaceLlama(Mapping):
         return to_interleaved_rope(tensor, heads) if heads and tensor.shape[:1] == (heads * self.head_dim,) else tensor
 
 
-def read_rope(config: Config) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling. Raises KeyError where a number of Llama 3's scaling is missing."""
-    rope: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+def read_rope(config: dict[str, Any]) -> tuple[float, str, RopeScaling | None]:
+    """Theta, type and scaling. Raises KeyError where a number of the scaling is missing."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if rope.get("rope_type", rope.get("type", "default")) == "default":
-        return theta, None
-    if not rope["low_freq_factor"] < rope["high_freq_factor"]:
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_SCALINGS:
+        return theta, rope_type, None
+    # transformers takes the entry of config.json itself first, and the model's context last
+    context = (config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+               or config.get("max_position_embeddings"))
+    rope = {name: value for name, value in {**rope, "original_max_position_embeddings": context}.items()
+            if value is not None}
+    if rope_type == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
         raise ValueError("low_freq_factor must lie below high_freq_factor")
-    return theta, RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
-                              rope["original_max_position_embeddings"])
+    if rope_type == "yarn":
+        if theta <= 1:
+            raise ValueError(f"YaRN needs a rope_theta above 1, not {theta}")
+        rope = {"attention_factor": yarn_attention_factor(rope), **rope}
+    return theta, rope_type, make_scaling(ROPE_SCALINGS[rope_type], rope)
 
 
-def llama_config(config: Config) -> LlamaConfig:
+def make_scaling(cls: Any, rope: dict[str, Any]) -> RopeScaling:
+    """Raises KeyError where a field without a default is missing."""
+    values = {field.name: rope[field.name] for field in fields(cls) if field.name in rope}
+    missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
+    if missing:
+        raise KeyError(missing[0])
+    return cls(**values)
+
+
+def yarn_attention_factor(rope: dict[str, Any]) -> float:
+    """Where it is not given: the paper's, or DeepSeek's ratio."""
+    def of(scale: float) -> float:
+        return 0.1 * scale * math.log(max(rope["factor"], 1)) + 1
+    mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    return of(mscale) / of(mscale_all_dim) if mscale and mscale_all_dim else of(1)
+
+
+def rope_entry(scaling: Any) -> dict[str, Any]:
+    """The opposite of `read_rope`, for one of ROPE_SCALINGS."""
+    rope_type = next(name for name, cls in ROPE_SCALINGS.items() if type(scaling) is cls)
+    return {"rope_type": rope_type, **asdict(scaling)}
+
+
+def read_biases(config: dict[str, Any]) -> tuple[str, ...]:
+    """The linear layers of a block that have a bias."""
+    if config["model_type"] == "qwen2":
+        return "wq", "wk", "wv"
+    return (*(("wq", "wk", "wv", "wo") if config.get("attention_bias") else ()),
+            *(("w1", "w2", "w3") if config.get("mlp_bias") else ()))
+
+
+def read_nope_layers(config: dict[str, Any]) -> tuple[int, ...]:
+    """Raises ValueError where the list is too short."""
+    if config["model_type"] != "smollm3":
+        return ()
+    n, has_rope = config["num_hidden_layers"], config.get("no_rope_layers")
+    if has_rope is None:
+        has_rope = [(layer + 1) % config["no_rope_layer_interval"] for layer in range(n)]
+    if len(has_rope) < n:
+        raise ValueError(f"no_rope_layers lists {len(has_rope)} of its {n} layers")
+    return tuple(layer for layer in range(n) if not has_rope[layer])
+
+
+def llama_config(content: Config) -> LlamaConfig:
     """Converts config.json. Raises ValueError for sizes that contradict each other, KeyError for missing entries."""
-    theta, scaling = read_rope(config)
+    config: dict[str, Any] = {**DEFAULTS[content["model_type"]], **content}
+    theta, rope_type, scaling = read_rope(config)
+    # within the window, or the context of "dynamic", the decoder does the same without these two
+    limits = [config["max_position_embeddings"]] if rope_type == "dynamic" else []
+    limits += [config["sliding_window"]] if config.get("use_sliding_window") and config.get("sliding_window") else []
     converted = LlamaConfig(config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"],
                             config["vocab_size"], config.get("num_key_value_heads"),
                             norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
-                            d_head=config.get("head_dim"), d_ff=config["intermediate_size"])
+                            d_head=config.get("head_dim"), d_ff=config["intermediate_size"],
+                            biases=read_biases(config), qk_norm=config["model_type"] == "qwen3",
+                            nope_layers=read_nope_layers(config), max_context=min(limits, default=None))
     check_heads(converted)
     return converted
 
@@ -125,5 +216,5 @@ def open_hugging_face(folder: Path) -> tuple[LlamaConfig, HuggingFaceLlama, str]
         raise UserError(f"{path} has no entry {error}: fetch or copy it again") from error
     except ValueError as error:
         raise UserError(f"{path} describes no LLaMA that can be loaded ({error}): name another --llm_model") from error
-    tied = content.get("tie_word_embeddings", False)
+    tied = {**DEFAULTS[content["model_type"]], **content}.get("tie_word_embeddings", False)
     return config, HuggingFaceLlama(read_hf_folder(folder), config, tied), str(folder)

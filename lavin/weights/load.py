@@ -2,6 +2,7 @@
 
 The model is constructed on the meta device, without memory. Its frozen weights are then loaded one tensor at a time:
 each is read, converted to the compute dtype and moved to the device before the next, so that peak memory stays low.
+Whether all are finite is known at the end, since each answer from a GPU would stop the host.
 """
 
 import re
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from lavin.llama import LlamaConfig
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.runtime import distributed
@@ -21,18 +23,19 @@ from lavin.weights.vision import open_vit
 
 
 def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter: AdapterConfig, device, dtype,
-              drop_path: float = 0.0, tokenizer_path: str | None = None, use_vicuna: bool = False, bits: str = "16bit"
-              ) -> tuple[LaVIN, Tokenizer]:
+              drop_path: float = 0.0, tokenizer_path: str | None = None, use_vicuna: bool = False, bits: str = "16bit",
+              max_seq_len: int | None = None) -> tuple[LaVIN, Tokenizer]:
     """The frozen base with freshly initialised adapters, on `device`.
 
-    dtype: of the frozen parameters. bits: of the linear layers in LLaMA's blocks. Raises UserError for files that are
-    missing, broken, or of another model.
+    dtype: of the frozen parameters. bits: of the linear layers in LLaMA's blocks. max_seq_len: the tokens that it will
+    get. Raises UserError for files that are missing, broken, or of another model, and for what the base cannot do.
     """
     tokenizer = Tokenizer(tokenizer_path or find_tokenizer(llama_model_path, llm_model))
     base = open_base(base_folder(llama_model_path, llm_model), tokenizer.n_words, use_vicuna)
     if tokenizer.n_words > base.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.n_words} pieces, but {base.source} only "
                         f"{base.config.vocab_size}: it belongs to another model")
+    check_use(base.config, bits, max_seq_len)
     vit, vit_tensors = open_vit(vision_model)
     try:
         with torch.device("meta"):
@@ -52,6 +55,16 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
     load_frozen(model.llama, llama_parameters, tensors, base.source, device, dtype)
     load_frozen(model.vision.vit, vit_parameters, vit_tensors, f"--vision_model {vision_model}", device, dtype)
     return model.to(device), tokenizer
+
+
+def check_use(config: LlamaConfig, bits: str, max_seq_len: int | None) -> None:
+    """Raises UserError for uses of a base that are not supported."""
+    if bits in ("4bit", "8bit") and (config.biases or config.qk_norm):
+        what = "biases" if config.biases else "norms of query and key"
+        raise UserError(f"--bits {bits} does not know the {what} of this base model: leave it at 16bit, or take fp8")
+    if max_seq_len and config.max_context and max_seq_len > config.max_context:
+        raise UserError(f"--max_seq_len {max_seq_len}: beyond {config.max_context} tokens this base model needs a "
+                        "sliding window or dynamic rope scaling, which are not supported: lower it")
 
 
 def quantize_model(model: LaVIN, bits: str) -> None:
@@ -75,24 +88,38 @@ def frozen_parameters(module: nn.Module) -> dict[str, tuple[str, torch.Size]]:
 
 def load_frozen(module: nn.Module, parameters: dict[str, tuple[str, torch.Size]], tensors: Mapping[str, torch.Tensor],
                 source: str, device, dtype) -> None:
-    """Loads all frozen parameters, one tensor at a time. Raises UserError for tensors of another model.
+    """Loads all frozen parameters, one tensor at a time. Raises UserError for tensors of another model, and for numbers
+    that are not finite.
 
     parameters: of frozen_parameters. source: names the files in error messages.
     """
     check_names(parameters.keys(), tensors.keys(), source)
+    extremes = []
     for file_name, (name, shape) in parameters.items():
         tensor = tensors[file_name]
         check_shape(file_name, shape, tensor, source)
         parent, _, parameter = name.rpartition(".")
-        load_frozen_tensor(module.get_submodule(parent), parameter, tensor, device, dtype)
+        extremes.append(load_frozen_tensor(module.get_submodule(parent), parameter, tensor, device, dtype))
+    check_finite(list(parameters), extremes, source, dtype)
 
 
-def load_frozen_tensor(module: nn.Module, name: str, tensor: torch.Tensor, device, dtype) -> None:
-    """Sets one frozen parameter to a copy, so that the mapped file can be closed.
+def load_frozen_tensor(module: nn.Module, name: str, tensor: torch.Tensor, device, dtype) -> torch.Tensor:
+    """Sets one frozen parameter to a copy, so that the mapped file can be closed. Returns its extremes [2].
 
     A module that stores its weight in another form converts it by its method `load` (lavin/weights/quantization.py).
     """
+    tensor = tensor.to(device)
     if hasattr(module, "load"):
         module.load(tensor, device, dtype)
     else:
-        setattr(module, name, nn.Parameter(tensor.to(device).to(dtype, copy=True), requires_grad=False))
+        tensor = tensor.to(dtype, copy=True)
+        setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    return torch.stack(tensor.aminmax()).float()  # NaN where one of the numbers is
+
+
+def check_finite(names: list[str], extremes: list[torch.Tensor], source: str, dtype: torch.dtype) -> None:
+    """Raises UserError for the first tensor with a number that is not finite. extremes: [2] of each, on the device."""
+    finite = torch.stack(extremes).isfinite().all(1).tolist()  # the only time that the host waits
+    if not all(finite):
+        raise UserError(f"{source}: {names[finite.index(False)]} holds numbers that are not finite in {dtype}: fetch "
+                        "or copy it again, or take another --precision")

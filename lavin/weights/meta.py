@@ -50,7 +50,8 @@ def check_heads(config: LlamaConfig) -> None:
 
 def shard_dim(name: str) -> int | None:
     """Dimension along which tensor parallelism shards a tensor; None if it is replicated."""
-    return next((SHARD_DIMS[part] for part in name.split(".") if part in SHARD_DIMS), None)
+    dim = next((SHARD_DIMS[part] for part in name.split(".") if part in SHARD_DIMS), None)
+    return None if dim == 1 and name.endswith(".bias") else dim
 
 
 class MetaShards(Mapping):

@@ -1,12 +1,17 @@
 """Reads weight files memory-mapped: a tensor is read from disk when it is first used, so no file fills memory.
 
-Nothing here runs code from a file: torch files are read with `weights_only=True`.
+Notable:
+- Nothing here runs code from a file: torch files are read with `weights_only=True`.
+- Files that are cut short are told by both formats. safetensors has no checksums. torch's files have, and those up to
+  CHECKED_BYTES are compared; larger ones are not, since each process would read them a second time, and whole. There,
+  changed bits are found where they give numbers that are not finite (load.py).
 """
 
 import argparse
 import re
 import zipfile
 from collections.abc import Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,13 +28,16 @@ HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or `NAME.index.json`,
 # suffixes of buffers that some checkpoints store; this code computes them from the configuration
 COMPUTED_BUFFERS = ("rope.freqs", "rotary_emb.inv_freq")
 INTEGER_BUFFERS = ("position_ids",)  # the same, of CLIP
+CHECKED_BYTES = 2**30
+LFS_POINTER = b"version https://git-lfs"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # those of 8 bits need scales
 WRAPPERS = ("state_dict", "model")  # entries in which training programs store the weights
 
 
 def is_weight(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"is no tensor but {shown(value)}")
-    if not value.is_floating_point() or value.layout != torch.strided:
+    if value.dtype not in FLOATS or value.layout != torch.strided:
         raise ValueError(f"is a tensor of {value.dtype}, {value.layout}, not of dense floating-point numbers")
     return value
 
@@ -48,17 +56,20 @@ def read_torch(path: Path) -> dict:
     """Reads a torch file, memory-mapped. Raises UserError if it is missing, broken, or holds more than tensors."""
     if not path.is_file():
         raise UserError(f"no file {path}: put it there, or correct the path")
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip and path.stat().st_size <= CHECKED_BYTES:
+        check_crc(path)
     try:
         # The published code stores its flags in checkpoints as an argparse.Namespace, which holds plain values only.
         # Files from before torch 1.6 are not zip archives and cannot be memory-mapped.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch.load raises many types of exception
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         if forbidden:
             raise UserError(f"{path} holds more than tensors ({forbidden[1]}), which could run code, so it is not "
                             "read: save only its tensors") from error
-        raise UserError(f"{path} cannot be read as weights ({first_line(error)}): fetch or copy it again") from error
+        raise unreadable(path, error) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not named weights: fetch or copy it again")
     return content
@@ -68,7 +79,27 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as weights ({first_line(error)}): fetch or copy it again") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return UserError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` in its folder")
+    return UserError(f"{path} cannot be read as weights ({first_line(error)}): fetch or copy it again")
+
+
+def check_crc(path: Path) -> None:
+    """Raises UserError where a record of a torch file does not match its checksum. Torch writes 0 for all where it was
+    told to compute none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() if any(record.CRC for record in archive.infolist()) else None
+    except Exception as error:  # damaged headers raise many types of exception
+        raise unreadable(path, error) from error
+    if damaged:
+        raise UserError(f"{path} was changed after it was written ({damaged} does not match its checksum): fetch or "
+                        "copy it again")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -30,11 +30,15 @@ from lavin.weights.meta import MetaShards, shard_dim
 def to_parallel_layer(module: nn.Module, cls: type, dim: int, **attributes) -> None:
     """Converts a linear layer or embedding on meta to fairscale's class `cls`, its weight sharded along `dim`.
 
+    A bias is sharded with the rows; where columns are sharded, each rank adds all of it, after the sum over the ranks.
+
     In place, since fairscale's constructors would allocate and initialise both the full weight and the shard.
     """
     shape = list(module.weight.shape)
     shape[dim] //= distributed.model_parallel_size
     module.weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+    if getattr(module, "bias", None) is not None and dim == 0:
+        module.bias = nn.Parameter(torch.empty(shape[0], device="meta"), requires_grad=False)
     module.__class__ = cls
     vars(module).update(attributes)
 

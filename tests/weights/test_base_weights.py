@@ -136,10 +136,8 @@ def test_pytorch_bin(base, tokenizer_file, tmp_path, files, zipped):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"hidden_act": "gelu"}, "'gelu'"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"model_type": "mistral"}, "'mistral'"),
-    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'linear'"),
-    ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
+    ({"attention_bias": True}, "lacks 8 tensors"), ({"mlp_bias": True}, "lacks 6 tensors"),
+    ({"hidden_act": "gelu"}, "'gelu'"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"num_hidden_layers": 3}, "lacks 9 tensors"), ({"num_hidden_layers": 1}, "unknown 9 tensors"),
     ({"intermediate_size": 48}, "w1.weight is [56, 32]"), ({"num_key_value_heads": 2}, "wk.weight is [32, 32]"),
     ({"vocab_size": 481}, "[480, 32]"), ({"hidden_size": None}, "hidden_size: ")])
@@ -158,6 +156,53 @@ def test_error_names_the_broken_file(base, tokenizer_file, tmp_path, file, conte
     write_hugging_face(tmp_path / "hf", tokenizer_file)
     (tmp_path / "hf" / file).write_text(content)
     assert str(tmp_path / "hf" / file) in error_message(load, "nowhere", tmp_path / "hf", base.vision)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs(base, tokenizer_file, tmp_path, file):
+    """What a clone without git-lfs leaves in the place of large files."""
+    write_hugging_face(tmp_path / "hf", tokenizer_file)
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    (tmp_path / "hf" / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476939\n")
+    assert "git lfs pull" in error_message(load, "nowhere", tmp_path / "hf", base.vision)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("part", [0.2, 0.6, 0.999])
+def test_a_truncated_file(base, tokenizer_file, tmp_path, file, part):
+    theirs = write_hugging_face(tmp_path / "hf", tokenizer_file)
+    if file.endswith(".bin"):
+        (tmp_path / "hf" / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / "hf" / file)
+    path = tmp_path / "hf" / file
+    path.write_bytes(path.read_bytes()[:int(part * path.stat().st_size)])
+    assert str(path) in error_message(load, "nowhere", tmp_path / "hf", base.vision)
+
+
+def test_mistral_folders_with_files_of_two_formats(base, tokenizer_file, tmp_path):
+    """Mistral publishes its own params.json and consolidated.safetensors next to Hugging Face's files."""
+    theirs = write_hugging_face(tmp_path / "hf", tokenizer_file)
+    (tmp_path / "hf" / "params.json").write_text(json.dumps({"dim": 32, "n_layers": 2, "head_dim": 8}))
+    (tmp_path / "hf" / "consolidated.safetensors").write_bytes(b"unused")
+    require_base("nowhere", str(tmp_path / "hf"))
+    assert_same_logits(load("nowhere", tmp_path / "hf", base.vision), theirs)
+
+
+def test_a_folder_of_lora_adapters_is_no_base(tokenizer_file, tmp_path):
+    (tmp_path / "lora").mkdir()
+    shutil.copy(tokenizer_file, tmp_path / "lora")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "lora" / name).write_text("{}")
+    assert "params.json" in error_message(require_base, "nowhere", str(tmp_path / "lora"))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "language_model.", "base_model.model."])
+def test_names_of_wrapped_models_are_not_taken_for_others(base, tokenizer_file, tmp_path, prefix):
+    from safetensors.torch import load_file, save_file
+    write_hugging_face(tmp_path / "hf", tokenizer_file)
+    path = tmp_path / "hf" / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
+    assert "tensors (" in error_message(load, "nowhere", tmp_path / "hf", base.vision)
 
 
 def test_error_names_the_missing_file(tokenizer_file, tmp_path):
@@ -262,6 +307,20 @@ def test_delta_of_another_model(base, vicuna, tokenizer_file, tmp_path, changes,
     delta.save_pretrained(tmp_path / "vicuna_7B")
     message = error_message(load, tmp_path, "7B", base.vision, use_vicuna=True)
     assert words in message and "vicuna_7B" in message
+
+
+def test_a_delta_in_the_place_of_full_weights(base, vicuna, tmp_path):
+    for use_vicuna in (False, True):
+        message = error_message(load, tmp_path, "vicuna_7B", base.vision, use_vicuna=use_vicuna)
+        assert str(tmp_path / "vicuna_7B") in message and ("holds a delta, not full weights" in message or use_vicuna)
+
+
+def test_a_delta_without_the_last_norm(base, vicuna, tmp_path):
+    from safetensors.torch import load_file, save_file
+    for folder in ("7B", "vicuna_7B"):
+        path = tmp_path / folder / "model.safetensors"
+        save_file({name: tensor for name, tensor in load_file(path).items() if name != "model.norm.weight"}, path)
+    assert "lacks 1 tensors (norm.weight)" in error_message(load, tmp_path, "7B", base.vision, use_vicuna=True)
 
 
 def test_full_weights_in_the_folder_of_the_delta(base, vicuna, tmp_path):

@@ -249,6 +249,57 @@ def test_error_names_a_file_that_is_no_adapter_checkpoint(tmp_path, content):
     assert str(tmp_path / "other.pth") in error_message(read_adapters, tmp_path / "other.pth")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["tok_embeddings.weight", "layers.1.feed_forward.w2.weight", "norm.weight"])
+def test_error_names_the_first_tensor_that_is_not_finite(base_copy, name, value):
+    path = base_copy.weights / "tiny" / "consolidated.00.pth"
+    tensors = torch.load(path, weights_only=True)
+    for broken in (name, "output.weight"):
+        tensors[broken].flatten()[-1] = value
+    torch.save(tensors, path)
+    message = error_message(load, base_copy)
+    assert "consolidated" in message and f"{name} holds numbers that are not finite" in message
+
+
+def test_numbers_beyond_the_compute_dtype(base_copy):
+    path = base_copy.weights / "tiny" / "consolidated.00.pth"
+    tensors = torch.load(path, weights_only=True)
+    tensors["norm.weight"][3] = 1e5
+    torch.save(tensors, path)
+    load(base_copy, dtype=torch.bfloat16)
+    message = error_message(load, base_copy, dtype=torch.float16)
+    assert "norm.weight holds numbers that are not finite in torch.float16" in message and "--precision" in message
+
+
+def test_a_vit_that_is_not_finite(base_copy):
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(base_copy.vision / "model.safetensors")
+    tensors["blocks.3.norm1.weight"][0] = float("nan")
+    save_file(tensors, base_copy.vision / "model.safetensors")
+    assert "--vision_model" in (message := error_message(load, base_copy)) and "blocks.3.norm1.weight holds" in message
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.9])
+def test_a_changed_byte_does_not_match_the_checksum(base_copy, place):
+    path = base_copy.weights / "tiny" / "consolidated.00.pth"
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+    assert str(path) in error_message(load, base_copy)
+
+
+def test_files_without_checksums(base_copy):
+    """torch.serialization.set_crc32_options(False) writes zeros in their place."""
+    path = base_copy.weights / "tiny" / "consolidated.00.pth"
+    tensors = torch.load(path, weights_only=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    load(base_copy)
+
+
 @pytest.mark.parametrize("name", ["tiny/params.json", "tiny/consolidated.00.pth", "tokenizer.model"])
 def test_error_names_the_missing_base_file(base_copy, name):
     require_base(str(base_copy.weights), "tiny")

@@ -81,6 +81,7 @@ TENSOR = torch.zeros(2, 2)
     ({"norm.weight": TENSOR.int()}, "norm.weight: is a tensor of torch.int32"),
     ({"a": TENSOR, "b": TENSOR.bool(), "c": TENSOR.bool()}, "b: is a tensor of torch.bool, torch.strided, not of dense "
                                                             "floating-point numbers (and 1 more)"),
+    ({"norm.weight": TENSOR.to(torch.float8_e4m3fn)}, "norm.weight: is a tensor of torch.float8_e4m3fn"),
     ({"norm.weight": TENSOR.to(torch.complex64)}, "norm.weight: is a tensor of torch.complex64"),
     ({"norm.weight": TENSOR.to_sparse()}, "norm.weight: is a tensor of torch.float32, torch.sparse_coo")])
 def test_error_names_the_tensor(base, tmp_path, content, words):
@@ -136,7 +137,8 @@ def hugging_face(tokenizer_file, tmp_path_factory):
     "num_attention_heads": (0, "4"), "num_key_value_heads": (0, "2"), "vocab_size": (None, 0, "x"),
     "intermediate_size": (None, 56.0), "rms_norm_eps": (None, 0, -1, "x", 1), "rope_theta": (0, "x", None),
     "model_type": (7, None), "rope_parameters": ([], 7), "rope_scaling": ("yarn",), "tie_word_embeddings": ("no", 1),
-    "attention_bias": ("x", True)}))
+    "attention_bias": ("x", 1), "mlp_bias": ("x",), "sliding_window": (0, "x"), "no_rope_layers": ("x", 1),
+    "use_sliding_window": ("x", None), "max_position_embeddings": (0, None)}))
 def test_error_names_the_entry_of_config_json(hugging_face, tmp_path, field, value):
     shutil.copy(hugging_face / "config.json", tmp_path)
     change(tmp_path / "config.json", {field: value})

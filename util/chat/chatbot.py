@@ -26,10 +26,13 @@ from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.adapters import load_adapters, read_adapters
 from util.data.prompts import OPTIONS, PROMPT_FORMATS, answer_text, build_prompt, instruction_prompt
 from util.runs import checkpoints, last_checkpoint, run_folders, user_error_if_malformed
+from util.trained_model import check_image_statistics
 
 # flags that must be equal in all runs on one model: they determine the base model and the shapes of the adapters
 SHARED_FLAGS = ("llm_model", "use_vicuna", "vision_model", "adapter_type", "visual_adapter_type", "adapter_dim",
                 "n_prompt", "hidden_proj")
+# what a checkpoint was trained on, where it says so, as a message calls it
+TRAINED_ON = {"base": "files of --llm_model", "vision": "files of --vision_model"}
 
 
 @dataclass(frozen=True)
@@ -101,17 +104,30 @@ def find_runs(folder: str) -> tuple[dict[str, Path], list[str]]:
         if conflicts:
             left_out.append(f"{path} is left out: it cannot share the others' model ({', '.join(conflicts)})")
             del flags[path]
+    left_out += leave_out_other_files(flags)
     return {path.name or str(path): path for path in flags}, left_out
 
 
+def leave_out_other_files(flags: dict[Path, dict]) -> list[str]:
+    """Removes the runs that were trained on other files than most; returns a line on each. A checkpoint from before
+    this was recorded fits all."""
+    lines = []
+    for name, what in TRAINED_ON.items():
+        known = Counter(run_flags[name] for run_flags in flags.values() if run_flags[name]).most_common(1)
+        for path in [path for path, run_flags in flags.items() if run_flags[name] not in (None, *dict(known))]:
+            lines.append(f"{path} is left out: it was trained with other {what} than the others")
+            del flags[path]
+    return lines
+
+
 def read_flags(run: Path) -> dict:
-    """The flags of config.json. Raises UserError where that or the checkpoint is broken."""
+    """The flags of config.json, and TRAINED_ON. Raises UserError where that or the checkpoint is broken."""
     path, checkpoint = run / "config.json", last_checkpoint(str(run))
     with user_error_if_malformed(path):
         flags = dict(read_json(path)["flags"])
         hash(tuple(flags.get(name) for name in SHARED_FLAGS))  # to be counted
-    read_trained_format(checkpoint)
-    return flags
+    trained, _ = read_trained_format(checkpoint)
+    return {**flags, **{name: trained.get(name) for name in TRAINED_ON}}
 
 
 def read_trained_format(path: Path) -> tuple[dict, str]:
@@ -168,6 +184,7 @@ class Chatbot:
         """Loads a run's last adapters into the model; returns the run's prompt format."""
         path = last_checkpoint(str(self.runs[run]))
         checkpoint, prompt_format = read_trained_format(path)
+        check_image_statistics(self.model, checkpoint, str(path))
         load_adapters(self.model, checkpoint["model"], str(path))
         self.model.adapter = adapter = AdapterConfig(**checkpoint["adapter_config"])
         for module in self.model.modules():

@@ -3,15 +3,11 @@
 Paths do not belong to it, but what they lead to does: the training problems, and a cheap checksum of the base's files.
 """
 
-from pathlib import Path
-
 import torch
 
 from lavin.runtime.device import DTYPES
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import sampled_sha256
-from lavin.weights.base import base_folder, find_delta, find_tokenizer, is_hugging_face
-from lavin.weights.tensor_files import hf_weight_files
+from util.fingerprint import fingerprints
 
 # flags of where and how a run is executed
 EXECUTION_FLAGS = {"device", "num_workers", "cpu_load", "model_parallel_size", "gradient_checkpointing", "output_dir",
@@ -32,24 +28,7 @@ def make_recipe(args, dtype: torch.dtype, world: int, data) -> dict:
         recipe["batch_size"] = args.batch_size  # its loss depends on the size of a micro-batch
     return {**recipe, "precision": next(name for name, known in DTYPES.items() if known == dtype),
             "effective_batch": args.batch_size * args.accum_iter * world, "data": data.fingerprint,
-            "base": sampled_sha256(base_files(args)), "vision": vision_fingerprint(args.vision_model)}
-
-
-def base_files(args) -> list[Path]:
-    """Every file that the base LLaMA and its tokenizer are read from."""
-    folder = base_folder(args.llama_model_path, args.llm_model)
-    delta = find_delta(folder, args.use_vicuna)
-    weights = ([folder / "config.json", *hf_weight_files(folder)] if is_hugging_face(folder)
-               else [folder / "params.json", *sorted(folder.glob("consolidated.*.pth"))])
-    return [find_tokenizer(args.llama_model_path, args.llm_model), *weights, *(hf_weight_files(delta) if delta else [])]
-
-
-def vision_fingerprint(vision_model: str) -> str:
-    """Of a folder or a file, or the name of a model on timm's hub."""
-    path = Path(vision_model)
-    if path.is_dir():
-        return sampled_sha256([path / "config.json", *hf_weight_files(path)])
-    return sampled_sha256([path]) if path.is_file() else vision_model
+            **fingerprints(args)}
 
 
 def differences(recipe: dict, other: dict) -> list[str]:

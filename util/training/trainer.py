@@ -16,6 +16,7 @@ from lavin.weights.adapters import pack_adapters
 from util.data.batches import epoch_batches, steps_per_epoch
 from util.data.instructions import decode_images
 from util.lr_sched import adjust_learning_rate
+from util.trained_model import image_statistics
 from util.training.accumulation import (
     accumulate_with_oom_retry,
     count_answer_tokens,
@@ -159,7 +160,8 @@ class Trainer:
             content = pack_adapters(
                 self.model, epoch=record.epoch, flags=vars(self.args), optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(), skipped=record.skipped, record=None if entry else state,
-                examples=self.examples_sha256, went_back_to=self.run.went_back_to)
+                examples=self.examples_sha256, went_back_to=self.run.went_back_to, base=self.run.recipe["base"],
+                vision=self.run.recipe["vision"], **image_statistics(self.model))
             self.run.save(content, record.epoch, entry)
 
 
