@@ -6,13 +6,15 @@ several: `torchrun --nproc_per_node 2 demo.py --model_parallel_size 2 --runs FOL
 
 import argparse
 import signal
+from pathlib import Path
 
 from lavin.runtime import distributed
 from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.errors import UserError, one_line_errors
-from util.chat.chatbot import Chatbot, Settings, find_runs
+from util.chat.address import check_address, credentials
+from util.chat.chatbot import Chatbot, Settings, find_runs, read_trained_format
 from util.chat.distributed_chatbot import DistributedChatbot
-from util.flags import Parser, count, interval, non_negative, shared_flags
+from util.flags import Parser, count, interval, non_empty, non_negative, shared_flags
 from util.trained_model import load_model
 
 
@@ -22,20 +24,35 @@ def get_args_parser() -> argparse.ArgumentParser:
         "Flags of model and data that are left out are those of the runs."))
     parser.set_defaults(**dict.fromkeys(vars(shared.parse_args([]))))
     add = parser.add_argument
-    add("--runs", default=".", help="folder of finished runs, or one of them (.)")
+    add("--runs", "--adapter_path", default=".", type=non_empty,
+        help="folder of finished runs, one of them, or a checkpoint (.)")
     add("--cli", action="store_true", help="in the terminal")
     add("--share", action="store_true", help="a public link through gradio.live; else this machine alone can connect")
-    add("--port", type=interval(int, "[1, 65535]"), help="of http://127.0.0.1 (the first free one from 7860)")
+    add("--server_name", default="127.0.0.1", type=non_empty,
+        help="address of this machine that the page listens on; others can connect to any but 127.0.0.1, which needs "
+             "--auth (127.0.0.1)")
+    add("--port", "--server_port", type=interval(int, "[1, 65535]"), help="of the page (the first free one from 7860)")
+    add("--auth", type=credentials, metavar="USER:PASSWORD", help="who may use the page")
     add("--tokenizer_path", help="tokenizer.model (the base model's)")
     add("--generation_temperature", default=0.0, type=non_negative, help="initial sampling temperature (0: greedy)")
     add("--top_p", default=0.75, type=interval(float, "(0, 1]"), help="initial threshold of nucleus sampling (0.75)")
     add("--max_new_tokens", default=128, type=count, help="initial limit on the length of an answer (128)")
+    add("--options", nargs="+", help="published flag, without effect")
     return parser
+
+
+def chosen_runs(path: str) -> tuple[dict[str, Path], list[str]]:
+    """As find_runs; a checkpoint is a run, too."""
+    checkpoint = Path(path)
+    if not checkpoint.is_file():
+        return find_runs(path)
+    read_trained_format(checkpoint)
+    return {"/".join(checkpoint.absolute().parts[-2:]): checkpoint}, []
 
 
 def load_chatbot(args) -> Chatbot:
     """The base model with those of the runs in args.runs that can share it; prints which runs cannot."""
-    runs, left_out = find_runs(args.runs)
+    runs, left_out = chosen_runs(args.runs)
     for line in left_out:
         print_rank0(line)
     args.adapter_path = str(next(iter(runs.values())))
@@ -53,11 +70,13 @@ def choose_interface(args):
     if args.cli:
         from util.chat.terminal import talk
         return talk
+    check_address(args.server_name, args.port, args.auth)  # before the model is loaded, which takes long
     try:
         from util.chat.web import serve
     except ImportError as error:
         raise UserError("the page needs Gradio: pip install -r requirements-demo.txt, or take --cli") from error
-    return lambda bot, settings: serve(bot, settings, args.data_root, args.port, args.share)
+    return lambda bot, settings: serve(bot, settings, args.data_root, args.port, args.share, args.server_name,
+                                       args.auth)
 
 
 def main(args) -> None:

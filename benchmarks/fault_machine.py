@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -200,13 +201,22 @@ def unbroken(machine: Machine, *launcher: str) -> tuple[list[bytes], float]:
     return results(folder, ("run",)), ending.seconds
 
 
-def bench_kills(device: str, n: int) -> tuple[list[list], list[str]]:
+def bench_kills(device: str, n: int, jobs: int) -> tuple[list[list], list[str]]:
+    """jobs: runs that are killed side by side, n / jobs times each."""
     with tempfile.TemporaryDirectory() as root:
         machine = build(Path(root), device)
         reference, seconds = unbroken(machine)
         path = machine.train[0]
         command = ("-c", EVERY_STEP.format(root=str(ROOT), path=path), *machine.train[1:])
-        result = interrupt(machine, n, signal.SIGKILL, command, reference, 0.6 * seconds)
+
+        def kill(job: int) -> Interrupted:
+            twin = replace(machine, root=machine.folder(f"job{job}"), rng=Random(job))
+            return interrupt(twin, len(range(job, n, jobs)), signal.SIGKILL, command, reference, 0.6 * seconds)
+        with ThreadPoolExecutor(jobs) as pool:
+            parts = list(pool.map(kill, range(jobs)))
+        result = Interrupted([ending for part in parts for ending in part.endings],
+                             [steps for part in parts for steps in part.repeated],
+                             [words for part in parts for words in part.differences])
     differing = list(filter(None, result.differences))
     remark = (f"{statistics.median(result.repeated):g} steps of {SIZES['train'] // 4 * machine.epochs} repeated in "
               f"median, {max(result.repeated)} at most; all identical: {'no' if differing else 'yes'}")

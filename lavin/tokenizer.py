@@ -1,5 +1,12 @@
-"""SentencePiece or tokenizer.json, and the token layout of one example: BOS, image prefix, prompt, answer, EOS."""
+"""Tokenizers of three formats, and the token layout of one example: BOS, image prefix, prompt, answer, EOS.
 
+Text never becomes BOS, EOS or another special token, whatever it looks like: `</s>` in a question is four characters.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +16,16 @@ from pydantic import BeforeValidator
 from sentencepiece import SentencePieceProcessor
 from typing_extensions import TypedDict
 
-from lavin.runtime.errors import UserError
+from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.schema import declared, read_validated
 
 IMAGE_SLOT = -1  # placeholder among token ids for an image embedding
+
+# Llama 3's, 3.1's, 3.2's and 3.3's; behind their tokens come BOS, EOS, and others that are of no use here
+LLAMA3_TOKENS, LLAMA3_SPECIAL_TOKENS = 128_000, 256
+LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+                r"\s*[\r\n]+|\s+(?!\S)|\s+")
+RANKED = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)")  # a line of tiktoken's format: a token in base64, and its rank
 
 # a special token is text, or an object with its text; its id is a number, or a list whose first is the usual one
 Token = Annotated[str | None, BeforeValidator(lambda token: token.get("content") if isinstance(token, dict) else token)]
@@ -49,16 +62,19 @@ class SentencePiece:
         try:
             self.model = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{path} is no SentencePiece model: copy tokenizer.model again; Llama 3's is of another "
-                            "kind: put its tokenizer.json from Hugging Face in its place") from error
+            raise UserError(f"{path} is no SentencePiece model: copy tokenizer.model again") from error
         self.n_words, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{path} has no BOS or no EOS token: take the tokenizer.model of the base model")
         self.encode, self.decode = self.model.encode, self.model.decode
 
 
-class HuggingFaceTokenizer:
-    """A `tokenizer.json`; BOS and EOS come from tokenizer_config.json or else config.json in the same folder."""
+class FastTokenizer:
+    """A tokenizer of Hugging Face's library tokenizers. bos_id: None where a model has no BOS."""
+
+    n_words: int
+    bos_id: int | None
+    eos_id: int
 
     def __init__(self, path: Path):
         try:
@@ -66,24 +82,14 @@ class HuggingFaceTokenizer:
         except ImportError as error:
             raise UserError(f"{path} is read by Hugging Face's tokenizers: pip install tokenizers") from error
         try:
-            self.model = tokenizers.Tokenizer.from_file(str(path))
+            self.model = self.read(path, tokenizers)
+        except UserError:
+            raise
         except Exception as error:  # tokenizers raises plain Exceptions
-            raise UserError(f"{path} is no tokenizer ({error}): fetch or copy it again") from error
-        self.n_words = self.model.get_vocab_size()
-        self.bos_id, self.eos_id = (self.special_id(path, name) for name in ("bos", "eos"))
+            raise UserError(f"{path} is no tokenizer ({first_line(error)}): fetch or copy it again") from error
 
-    def special_id(self, path: Path, name: str) -> int:
-        for file, key in (("tokenizer_config.json", f"{name}_token"), ("config.json", f"{name}_token_id")):
-            config_path = path.with_name(file)
-            config: Any = read_validated(config_path, TokenizerConfig) if config_path.is_file() else {}
-            value = config.get(key)
-            token_id = self.model.token_to_id(value) if isinstance(value, str) else value
-            if token_id in range(self.n_words):
-                return token_id
-            if token_id is not None:
-                raise UserError(f"{config_path}: {key}: {path.name} has no token {token_id}: fetch both again")
-        raise UserError(f"{path}: neither tokenizer_config.json nor config.json in its folder names a {name.upper()} "
-                        "token: copy them there")
+    def read(self, path: Path, tokenizers):
+        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
@@ -92,18 +98,122 @@ class HuggingFaceTokenizer:
         return self.model.decode(ids)
 
 
+class HuggingFaceTokenizer(FastTokenizer):
+    """A `tokenizer.json`; BOS and EOS come from tokenizer_config.json or else config.json in the same folder."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.n_words = max(self.model.get_vocab().values(), default=-1) + 1
+        self.bos_id = None if self.leaves_bos_out(path) else self.special_id(path, "bos")
+        self.eos_id = self.special_id(path, "eos")
+        special = [self.model.id_to_token(token) for token in (self.bos_id, self.eos_id) if token is not None]
+        self.model.add_special_tokens(special)  # some files declare theirs as words
+
+    def read(self, path: Path, tokenizers):
+        model = tokenizers.Tokenizer.from_file(str(path))
+        for token in json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []):
+            if model.token_to_id(token["content"]) != token["id"]:  # the library closes gaps
+                raise UserError(f"{path}: the added token {token['content']} cannot have the id {token['id']}: take "
+                                "the model's tokenizer.model")
+        model.encode_special_tokens = True  # as the text that they look like
+        model.no_truncation()  # both may be left in the file by what it was trained with
+        model.no_padding()
+        return model
+
+    def leaves_bos_out(self, path: Path) -> bool:
+        """As for Qwen's models: `"bos_token": null`. The BOS of their config.json is not used in training."""
+        config = read_config(path.with_name("tokenizer_config.json"))
+        return "bos_token" in config and config["bos_token"] is None
+
+    def special_id(self, path: Path, name: str) -> int:
+        for file, key in (("tokenizer_config.json", f"{name}_token"), ("config.json", f"{name}_token_id")):
+            config_path = path.with_name(file)
+            value = read_config(config_path).get(key)
+            token_id = self.model.token_to_id(value) if isinstance(value, str) else value
+            if token_id in range(self.n_words):
+                return token_id
+            if token_id is not None:
+                raise UserError(f"{config_path}: {key}: {path.name} has no token {token_id}: fetch both again")
+        raise UserError(f"{path}: neither tokenizer_config.json nor config.json in its folder names a {name.upper()} "
+                        "token: copy them there")
+
+
+def read_config(path: Path) -> Any:
+    return read_validated(path, TokenizerConfig) if path.is_file() else {}
+
+
+class Tiktoken(FastTokenizer):
+    """Llama 3's `tokenizer.model` as Meta ships it, in tiktoken's format: tokens by rank, which is also their id."""
+
+    def read(self, path: Path, tokenizers):
+        ranks = read_ranks(path)
+        self.n_words = len(ranks) + LLAMA3_SPECIAL_TOKENS
+        self.bos_id, self.eos_id = len(ranks), len(ranks) + 1
+        character = byte_characters()
+        vocabulary = {token: "".join(character[byte] for byte in token) for token in ranks}
+        merges = [(vocabulary[left], vocabulary[right]) for left, right in merge_order(ranks)]
+        model = tokenizers.Tokenizer(tokenizers.models.BPE(
+            {vocabulary[token]: rank for token, rank in ranks.items()}, merges, ignore_merges=True))
+        model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        model.decoder = tokenizers.decoders.ByteLevel()
+        return model
+
+
+def is_tiktoken(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return bool(RANKED.fullmatch(file.readline(1000).rstrip()))
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Tokens by rank. Raises UserError unless it is Llama 3's number of them: those of a file that was cut would pass,
+    and give BOS another id."""
+    lines = path.read_bytes().splitlines()
+    ranks = {}
+    for number, line in enumerate(lines):
+        match = RANKED.fullmatch(line)
+        token = base64.b64decode(match[1]) if match else b""
+        if not match or int(match[2]) != number or token in ranks:
+            raise UserError(f"{path} is broken in line {number + 1}: copy it again")
+        ranks[token] = number
+    if len(ranks) != LLAMA3_TOKENS:
+        raise UserError(f"{path} has {len(ranks):,} tokens, and Llama 3's {LLAMA3_TOKENS:,}: copy it again, or take "
+                        "the tokenizer.json of another model")
+    return ranks
+
+
+def byte_characters() -> list[str]:
+    """The characters that stand for the 256 bytes in byte-level BPE (GPT-2's): printable ones for themselves."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def merge_order(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """tiktoken merges the pair whose result has the lowest rank, however it is divided."""
+    for token in ranks:
+        pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
+        yield from sorted((pair for pair in pairs if pair[0] in ranks and pair[1] in ranks),
+                          key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+
+
 class Tokenizer:
-    """LLaMA's `tokenizer.model`, or a `tokenizer.json`. Raises UserError where the file is missing or broken."""
+    """LLaMA's or Llama 3's `tokenizer.model`, or a `tokenizer.json`. Raises UserError where the file is missing or
+    broken. bos_id: None where the model has no BOS, which is then left out of every example.
+    """
 
     def __init__(self, path: str | Path):
         path = Path(path)
         if not path.is_file():
             raise UserError(f"no tokenizer at {path}: put LLaMA's tokenizer.model there")
-        self.model = (HuggingFaceTokenizer if path.suffix == ".json" else SentencePiece)(path)
+        kind = HuggingFaceTokenizer if path.suffix == ".json" else Tiktoken if is_tiktoken(path) else SentencePiece
+        self.model: SentencePiece | FastTokenizer = kind(path)
         self.n_words, self.bos_id, self.eos_id = self.model.n_words, self.model.bos_id, self.model.eos_id
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        return [self.bos_id] * bos + self.model.encode(text) + [self.eos_id] * eos
+        before = [self.bos_id] if bos and self.bos_id is not None else []
+        return before + self.model.encode(text) + [self.eos_id] * eos
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)

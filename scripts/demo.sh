@@ -8,7 +8,8 @@ if [ "$MODEL" = toy ]; then
     export DATA_ROOT=${DATA_ROOT:-data/mini} WEIGHTS=${WEIGHTS:-weights} OUTPUT_ROOT=${OUTPUT_ROOT:-runs/quickstart}
 fi
 source scripts/common.sh
-if ! compgen -G "$OUTPUT_ROOT/*/checkpoint-*.pth" > /dev/null && ! compgen -G "$OUTPUT_ROOT/checkpoint-*.pth" > /dev/null; then
+if [[ " $* " != *" --runs"[\ =]* && " $* " != *" --adapter_path"[\ =]* ]] && # which name others
+    ! compgen -G "$OUTPUT_ROOT/*/checkpoint-*.pth" > /dev/null && ! compgen -G "$OUTPUT_ROOT/checkpoint-*.pth" > /dev/null; then
     echo "no finished runs in $OUTPUT_ROOT: run 'bash scripts/quickstart.sh' first, or name others with OUTPUT_ROOT and MODEL" >&2
     exit 1
 fi

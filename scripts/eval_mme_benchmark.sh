@@ -5,6 +5,9 @@ if [ $# -eq 0 ]; then
     echo "name a run: bash scripts/eval_mme_benchmark.sh LaVIN-13B-VLIT" >&2
     exit 1
 fi
-run=$1
-shift
-launch eval_mme.py --adapter_path "$run" --mme_root "${MME_ROOT:-$DATA_ROOT/mme}" --max_batch_size 16 "$@"
+run=()
+if [[ $1 != -* ]]; then # else --adapter_path is among the flags
+    run=(--adapter_path "$1")
+    shift
+fi
+launch eval_mme.py "${run[@]}" --mme_root "${MME_ROOT:-$DATA_ROOT/mme}" --max_batch_size 16 "$@"

@@ -1,8 +1,13 @@
 """Terminal output: lines and progress bars from rank 0 only, aligned tables."""
 
+import io
 import os
+import sys
 
 from tqdm import tqdm
+
+if isinstance(sys.stdout, io.TextIOWrapper):  # a log in ascii or latin-1 must not end a program: it gets a ? instead
+    sys.stdout.reconfigure(errors="replace")
 
 
 def is_main_process() -> bool:

@@ -302,12 +302,55 @@ def talk(runs, monkeypatch, capsys, content: bytes, *flags: str) -> list[str]:
     ("/run ²", "give a number from 1"), ("/run " + "9" * 5000, "give a number from 1"), ("/run 0", "give a number"),
     ("/compare 1", "ask a question first"), ("/image \0", "is broken"), ("/image /dev/zero", "is no file"),
     ("/options a|b|c|d|e|f\nWhich?", "give 2 to 5 options"), (b"Which \xff pond?", "that is not UTF-8 text"),
-    (QUESTION * 100, "tokens too many")])
+    (QUESTION * 100, "tokens too many"), ("/image ~nosuchuser/a.png", "no file ~nosuchuser/a.png"),
+    ("/image " + "a" * 5000, "File name too long"), ("/image", "is no file"), ("/", "Write a question"),
+    ("/options " + "|" * 5000, ""), ("/options |\nWhich?", ""), ("/context " + "\u2028" * 99 + "\nWhy?", ""),
+    ("</s> <s> </s>", ""), ("\x1b[2J\x07", ""), ("\u200b", ""), ("\0", ""), ("/run 2; rm -r .", "give a number")])
 def test_no_line_ends_the_terminal_chat(runs, monkeypatch, capsys, line, printed):
     line = line if isinstance(line, bytes) else line.encode()
     lines = talk(runs, monkeypatch, capsys, line + b"\n/run 2\n/quit\n")
-    assert sum(printed in answer for answer in lines) == 1
+    assert not printed or sum(printed in answer for answer in lines) == 1
     assert lines[-1] == "scaled> "
+
+
+def test_a_dropped_picture_and_a_byte_order_mark_are_understood(runs, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    red_and_blue().save(tmp_path / "a picture.png")
+    for path in (f"'{tmp_path}/a picture.png'", "~/a picture.png"):
+        lines = talk(runs, monkeypatch, capsys, f"\ufeff/image {path}\n/quit\n".encode())
+        assert lines[-2:] == ["plain> ", "plain> "], lines  # without a word on the picture
+
+
+def test_keys_of_an_ascii_environment_are_utf_8(runs, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("util.chat.chatbot.stream", lambda model, tokenizer, example, *_: asked.append(
+        tokenizer.decode([i for i in example.ids if i >= 0])) or iter(["yes"]))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Où est l'étang ?\n".encode()), encoding="ascii"))
+    demo.main(demo.get_args_parser().parse_args(["--runs", str(runs), "--device", "cpu", "--cli"]))
+    assert "Où est l'étang ?" in asked[0] and "not UTF-8" not in capsys.readouterr().out
+
+
+# --- The published demo ---
+
+def test_published_flags_are_accepted(runs, monkeypatch):
+    """Those of the published demo.py, and of eval.py's published script."""
+    command = """--server_name 127.0.0.1 --ckpt_dir ../data/weights/ --llm_model 13B --max_seq_len 512
+        --adapter_type attn --adapter_path ./15-eph-pretrain.pth --temperature 5. --use_vicuna --options a=b c=d
+        --tokenizer_path ../data/weights/tokenizer.model --adapter_dim 8 --adapter_scale 1 --n_prompt 6
+        --visual_adapter_type router --hidden_proj 128 --bits 4bit --top_p 0.75 --generation_temperature 0.1"""
+    args = demo.get_args_parser().parse_args(command.split())
+    assert (args.runs, args.server_name, args.llama_model_path, args.temperature) == (
+        "./15-eph-pretrain.pth", "127.0.0.1", "../data/weights/", 5)
+
+
+@pytest.mark.parametrize("flag", ["--adapter_path", "--runs"])
+def test_a_single_checkpoint_answers_as_its_run(bot, runs, flag):
+    checkpoint = runs / "scaled" / "checkpoint-3.pth"
+    single = demo.load_chatbot(demo.get_args_parser().parse_args([flag, str(checkpoint), "--device", "cpu"]))
+    assert list(single.runs) == ["scaled/checkpoint-3.pth"]
+    *_, expected = bot.answer("scaled", [], Question(QUESTION), Settings(4))
+    *_, answer = single.answer("scaled/checkpoint-3.pth", [], Question(QUESTION), Settings(4))
+    assert answer == expected
 
 
 def test_terminal_chat_goes_on_without_gpu_memory(runs, monkeypatch, capsys):

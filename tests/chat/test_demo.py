@@ -41,7 +41,7 @@ def one_line(text: str) -> str:
 def address(bot, scienceqa):
     gradio = pytest.importorskip("gradio")
     from util.chat.web import serve
-    _, address, _ = serve(bot, SETTINGS, str(scienceqa), None, share=False, prevent_thread_lock=True, quiet=True)
+    _, address, _ = serve(bot, SETTINGS, str(scienceqa), block=False, quiet=True)
     decode = lavin.generation.generate.decode
     lavin.generation.generate.decode = lambda *args: (time.sleep(SECONDS_PER_TOKEN) or ids for ids in decode(*args))
     yield address

@@ -1,6 +1,8 @@
 """The chat in a terminal: a line is a question, or a command if it starts with a slash."""
 
+import codecs
 import io
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -38,7 +40,10 @@ def talk(bot: Chatbot, settings: Settings) -> None:
     if sys.stdin is None:
         raise UserError("--cli reads questions from standard input, which is closed: leave it open")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # else a wrong byte also loses the lines that were read with it
+        # an environment in ascii says nothing about the terminal's keys
+        encoding = "utf-8" if codecs.lookup(sys.stdin.encoding).name == "ascii" else sys.stdin.encoding
+        # else a wrong byte also loses the lines that were read with it
+        sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
     names = list(bot.runs)
     conversation = Conversation(names[0])
     print(f"{len(names)} runs, {names[0]} answers. /help lists the commands.")
@@ -60,7 +65,7 @@ def talk(bot: Chatbot, settings: Settings) -> None:
 
 
 def read_line(prompt: str) -> str:
-    line = input(prompt).strip()
+    line = input(prompt).strip("\ufeff").strip()  # Windows begins a file with a byte order mark
     try:
         line.encode()
     except UnicodeError as error:
@@ -80,7 +85,8 @@ def command(bot: Chatbot, conversation: Conversation, settings: Settings, name: 
             print(f"\n{run}:")
             show(bot.answer(run, conversation.turns[:-1], conversation.last, settings), conversation.last)
     elif name == "image":
-        image = image_to_tensor(open_image(argument.strip()), bot.model.vision.image_size)
+        path = os.path.expanduser(argument.strip().strip("'\""))  # a file dropped on a terminal comes in quotes
+        image = image_to_tensor(open_image(path), bot.model.vision.image_size)
         conversation.next = replace(conversation.next, image=image)
     elif name == "options":
         options = tuple(option.strip() for option in argument.split("|"))

@@ -7,22 +7,32 @@ Notable:
 - Answers are shown as HTML from util.chat.web_html, which escapes the model's output.
 """
 
+import os
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 
-import gradio as gr
 import torch
 from PIL import Image
 
+from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError
+from util.chat.address import notice, without_proxy
 from util.chat.chatbot import Answer, Chatbot, Question, Settings, Turn, make_prompt
 from util.chat.examples import find_examples
 from util.chat.uploads import open_image
 from util.chat.web_html import CSS, answer_html, cards_html, note_html, question_html
 from util.data.images import image_to_tensor
+
+os.environ["MPLBACKEND"] = "Agg"  # Gradio sets Matplotlib's backend after each message, and a notebook's is not there
+# else /tmp/gradio, which another user of this machine may own
+os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir(), f"gradio-{os.getuid()}")))
+with without_proxy():
+    import gradio as gr
 
 MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}  # one queue for all events that use the model
 NO_QUEUE = {"concurrency_limit": None, "show_progress": "hidden"}
@@ -52,9 +62,12 @@ class Page:
 
     def read(self, message: dict, context: str, options: str) -> tuple[Question, Image.Image | None]:
         """A message as a question, and a thumbnail of its image. Raises UserError where the message is invalid."""
-        question = Question(message["text"].strip(), None, context.strip(),
-                            tuple(line.strip() for line in options.splitlines() if line.strip()))
-        make_prompt(question, "QCM-A")  # validates; any prompt format will do
+        question = Question((message["text"] or "").strip(), None, (context or "").strip(),
+                            tuple(line.strip() for line in (options or "").splitlines() if line.strip()))
+        try:
+            make_prompt(question, "QCM-A").encode()  # validates; any prompt format will do
+        except UnicodeError as error:  # JSON can spell half a character
+            raise UserError("the question is not UTF-8 text: write it again") from error
         if not message["files"]:
             return question, None
         thumbnail = open_image(message["files"][-1])
@@ -81,15 +94,15 @@ class Page:
         return history, conversation, busy(), "", ""
 
     def answer(self, run, max_new_tokens, greedy, temperature, top_p, history, conversation, request: gr.Request):
-        """Streams the answer into the last bubble, unless the question was refused."""
-        if conversation.question is None:
+        """Streams the answer into the last bubble, unless the question was refused, or the conversation cleared."""
+        if conversation.question is None or not history:
             return
         settings = make_settings(max_new_tokens, greedy, temperature, top_p)
         answer = None
         for partial, html in self.stream(run, conversation.turns, conversation.question, settings,
                                          request.session_hash):
             answer = partial
-            history[-1]["content"] = note_html(run) + html
+            history[-1]["content"] = note_html(run or "") + html
             yield history, conversation
         if answer:
             conversation.turns = [*conversation.turns, Turn(answer.prompt, answer.text)]
@@ -124,6 +137,8 @@ class Page:
         """Yields the answer so far and its HTML; on an error, None and the error message as HTML."""
         answer, notes, tokens, start = Answer(""), [], 0, time.perf_counter()
         try:
+            if run not in self.bot.runs:
+                raise UserError("choose a variant")
             for answer in self.bot.answer(run, turns, question, settings):
                 if session in self.stopped:
                     notes.append("stopped")
@@ -228,10 +243,22 @@ def sampling_controls(settings: Settings, max_seq_len: int) -> list:
     return [max_new_tokens, greedy, temperature, top_p]
 
 
-def serve(bot: Chatbot, settings: Settings, data_root: str, port: int | None, share: bool, **launch):
-    """Runs the page until interrupted. Only this machine can connect, unless share is True."""
+def serve(bot: Chatbot, settings: Settings, data_root: str, port: int | None = None, share: bool = False,
+          server_name: str = "127.0.0.1", auth: tuple[str, str] | None = None, block: bool = True, **launch):
+    """Runs the page, until interrupted if block. Only this machine can connect, unless share or server_name says
+    otherwise.
+    """
     theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=["system-ui", "sans-serif"],
                               font_mono=["monospace"])  # system fonts: the browser downloads none
-    return build(bot, settings, data_root).queue(max_size=64).launch(
-        server_name="127.0.0.1", server_port=port, share=share, theme=theme, css=CSS, footer_links=[], ssr_mode=False,
-        max_file_size=MAX_UPLOAD, allowed_paths=[str(Path(data_root, "images").resolve())], **launch)
+    blocks = build(bot, settings, data_root).queue(max_size=64)
+    with nullcontext() if share else without_proxy():
+        launched = blocks.launch(
+            server_name=f"[{server_name}]" if ":" in server_name and "[" not in server_name else server_name,
+            server_port=port, share=share, auth=auth, theme=theme, css=CSS, footer_links=[], ssr_mode=False,
+            max_file_size=MAX_UPLOAD, allowed_paths=[str(Path(data_root, "images").resolve())],
+            prevent_thread_lock=True, **launch)
+    if warning := notice(server_name, blocks.server_port):
+        print_rank0(warning)
+    if block:
+        blocks.block_thread()
+    return launched

@@ -4,14 +4,13 @@ A point is a mean over seeds, its bar the 95 % confidence interval, a small tick
 curve is the standard deviation over the seeds. The loss by step is drawn for each run that has metrics.jsonl.
 """
 
+import os
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
 from types import SimpleNamespace
 
-import matplotlib
-
-matplotlib.use("Agg")  # writes files, never opens a window
+os.environ["MPLBACKEND"] = "Agg"  # writes files, never opens a window; a notebook's backend may not be installed here
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes

@@ -1,0 +1,179 @@
+"""The commands in surroundings that they did not choose, each as its own process, and with the published flags."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_scripts import Sandbox
+
+import eval_mme
+from tiny import ROOT
+from tiny_runs import write_run
+
+NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+HOMELESS = {"HOME": "/dev/null", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
+FOREIGN = {"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}  # git's own switch: the repository is somebody else's
+
+
+def python(*arguments: str, stdin: str = "", code: int = 0, prefix: tuple = (), **environment: str) -> tuple[str, str]:
+    """Standard output and error of a Python process."""
+    done = subprocess.run([*prefix, sys.executable, *arguments], cwd=ROOT, input=stdin.encode(), capture_output=True,
+                          timeout=120, env={**os.environ, **environment})
+    out, errors = done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
+    assert done.returncode == code, errors
+    assert "Traceback" not in errors
+    return out, errors
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "étang 水"
+    write_run(folder, base, 1)
+    return folder
+
+
+def chat(run: Path, *lines: str, prefix: tuple = (), **environment: str) -> str:
+    out, _ = python("demo.py", "--cli", "--runs", str(run), "--device", "cpu", "--max_new_tokens", "3",
+                    stdin="".join(f"{line}\n" for line in lines), prefix=prefix, **environment)
+    return out
+
+
+# --- The terminal ---
+
+@pytest.mark.parametrize("encoding, name", [("ascii", "?tang ?"), ("latin-1", "étang ?")])
+def test_output_in_any_encoding_is_replaced_where_it_must_be(run, encoding, name):
+    out = chat(run, "Why?", "/options été | 水", "Which?", PYTHONIOENCODING=encoding, **HOMELESS)
+    assert f"{name} answers." in out and out.count(f"{name}> ") == 4
+
+
+@pytest.mark.parametrize("environment", [
+    {**NOTEBOOK, **HOMELESS, "PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=["notebook", "C locale"])
+def test_results_are_plotted(tmp_path, environment):
+    folder = tmp_path / "été 水"
+    out, errors = python("plot_results.py", "--out", str(folder), **environment)
+    assert len(list(folder.glob("*.png"))) >= 5 and "published_table.md" in out
+    assert "error" not in errors.lower()
+
+
+def test_a_name_that_is_no_text_is_printed(tmp_path):
+    """A file name in latin-1, on a terminal in UTF-8."""
+    out, _ = python("-c", "import lavin.runtime.console, os; print(os.fsdecode(b'runs/\\xe9t\\xe9'))",
+                    PYTHONIOENCODING="utf-8")
+    assert out == "runs/?t?\n"
+
+
+# --- The machine ---
+
+def test_the_chat_needs_no_network(run):
+    offline = ("unshare", "--map-root-user", "--net")
+    if not shutil.which("unshare") or subprocess.run([*offline, "true"], capture_output=True).returncode:
+        pytest.skip("no network namespaces")
+    assert "answers." in chat(run, "Why?", prefix=offline, **HOMELESS)
+
+
+COMMIT = ("-c", "from util.runs import git_commit; print(git_commit())")
+
+
+def test_the_commit_is_known_where_git_tells_it():
+    if not (ROOT / ".git").exists():
+        pytest.skip("no repository")
+    assert len(python(*COMMIT)[0].strip()) == 40
+
+
+@pytest.mark.parametrize("environment", [{"PATH": "/nonexistent"}, FOREIGN], ids=["no git", "somebody else's"])
+def test_without_the_commit_it_is_null(environment):
+    assert python(*COMMIT, **environment) == ("None\n", "")
+
+
+# --- A half-made .venv ---
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A project whose environment needs no packages."""
+    (tmp_path / "a folder" / "scripts").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "environment.sh", tmp_path / "a folder" / "scripts")
+    (tmp_path / "a folder" / "requirements.txt").touch()
+    return tmp_path / "a folder"
+
+
+def make_venv(project: Path, *flags: str) -> Path:
+    subprocess.run([sys.executable, "-m", "venv", *flags, project / ".venv"], check=True)
+    return project / ".venv"
+
+
+def install(project: Path) -> subprocess.CompletedProcess:
+    script = "set -euo pipefail; source scripts/environment.sh requirements.txt; python -c 'import pip'; type -p python"
+    return subprocess.run(["bash", "-c", script], cwd=project, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHON": sys.executable, "PIP_NO_INDEX": "1"})
+
+
+def assert_installed(done: subprocess.CompletedProcess, project: Path) -> None:
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{project}/.venv/bin/python"
+
+
+def test_a_venv_that_was_interrupted_before_pip_is_finished(project):
+    make_venv(project, "--without-pip")
+    done = install(project)
+    assert_installed(done, project)
+    assert "finishing .venv, which was interrupted" in done.stdout
+    assert install(project).stdout == f"{project}/.venv/bin/python\n"  # and stays as it is
+
+    (project / "requirements.txt").write_text("no-such-package-of-lavin\n")
+    done = install(project)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("pip could not install requirements.txt (above: why)")
+    (project / "requirements.txt").write_text("")
+    assert_installed(install(project), project)
+
+
+@pytest.mark.parametrize("damage", ["dangling python", "no pyvenv.cfg"])
+def test_a_venv_that_cannot_run_is_made_again(project, damage):
+    venv = make_venv(project, "--without-pip")
+    if damage == "no pyvenv.cfg":
+        (venv / "pyvenv.cfg").unlink()
+    else:
+        for python in (venv / "bin").glob("python*"):
+            python.unlink()
+            python.symlink_to("/nonexistent/python")
+    done = install(project)
+    assert_installed(done, project)
+    assert "making .venv" in done.stdout
+
+
+def test_half_a_pip_is_told_in_one_line(project):
+    packages = next(make_venv(project, "--without-pip").glob("lib/*/site-packages"))
+    (packages / "pip-99.dist-info").mkdir()  # so ensurepip finds a pip
+    (packages / "pip-99.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: pip\nVersion: 99\n")
+    done = install(project)
+    assert done.returncode == 1
+    assert done.stderr == ".venv is half made: remove it (rm -r .venv), and start again\n"
+
+
+# --- Published flags ---
+
+PUBLISHED_MME = """--ckpt_dir ../data/weights/ --llm_model 7B --tokenizer_path ../data/weights/tokenizer.model
+    --data_root ../data --caption_file ../data/captions.json --adapter_path ./15-eph-pretrain.pth --adapter_type attn
+    --adapter_dim 8 --adapter_scale 1 --prompt_format QCM-ALE --max_batch_size 16 --max_seq_len 512 --split test
+    --n_prompt 6 --temperature 5. --visual_adapter_type router"""
+
+
+def test_flags_of_the_published_mme_script_are_accepted():
+    more = "--root_dir_ ../data/mme --options A B C --generation_temperature 0.1 --top_p 0.75 --hidden_proj 128"
+    args = eval_mme.get_args_parser().parse_args([*PUBLISHED_MME.split(), *more.split(), "--use_vicuna"])
+    assert (args.adapter_path, args.mme_root, args.temperature) == ("./15-eph-pretrain.pth", "../data/mme", 5)
+
+
+def test_scripts_take_a_checkpoint_by_its_flag(tmp_path):
+    sandbox = Sandbox(tmp_path)
+    score, = sandbox.run("scripts/eval_mme_benchmark.sh", *PUBLISHED_MME.split(), GPUS="1")
+    assert score.startswith("python eval_mme.py --mme_root ../data/mme ") and score.count("--adapter_path") == 1
+    (tmp_path / "requirements-demo.txt").touch()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(tmp_path / "bin" / "python", tmp_path / ".venv" / "bin" / "python")
+    for flag in (["--adapter_path", "a.pth"], ["--adapter_path=a.pth"], ["--cli", "--runs", "b"]):
+        assert sandbox.run("scripts/demo.sh", *flag)[-1].endswith(" ".join(flag))  # without runs of the quickstart
