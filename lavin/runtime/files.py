@@ -46,12 +46,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_text(path: str | Path, errors: str = "strict") -> str:
-    """Raises OSError, also for what is no regular file: a named pipe would be waited for."""
-    path = Path(path)
+def refuse_pipes(path: Path) -> None:
+    """Raises OSError for what is no regular file: a named pipe would be waited for."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file", str(path))
-    return path.read_text(encoding="utf-8", errors=errors)
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    refuse_pipes(Path(path))
+    return Path(path).read_text(encoding="utf-8", errors=errors)
 
 
 def parse_json(text: str) -> Any:
@@ -137,6 +140,7 @@ def sampled_sha256(paths: list[Path]) -> str:
     """Identifies large files cheaply: by their number, sizes, and first, middle and last MiB."""
     digest = hashlib.sha256()
     for path in paths:
+        refuse_pipes(path)
         size = path.stat().st_size
         digest.update(f"{size} ".encode())
         with open(path, "rb") as file:
