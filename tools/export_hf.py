@@ -32,7 +32,7 @@ from lavin.model import LaVIN, pack
 from lavin.runtime.console import print_rank0, progress_bar
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import write_json
-from lavin.tokenizer import Example, Tokenizer
+from lavin.tokenizer import Example, Tokenizer, is_tiktoken
 from lavin.weights.base import find_tokenizer
 from lavin.weights.hugging_face import HF_NAMES, rope_entry
 from output import make_folder, save_tensors
@@ -209,12 +209,15 @@ def main(args) -> None:
     make_folder(args.out)
     model, tokenizer, path = load_model(args, fast=False)
     family(model.llama.config, has_mlp_bias(model))  # refuses what cannot be exported, before anything is written
+    source = Path(args.tokenizer_path or find_tokenizer(args.llama_model_path, args.llm_model))
+    if is_tiktoken(source):
+        raise UserError(f"{source} is in Meta's format, which Hugging Face's tokenizers do not read: name the model's "
+                        "tokenizer.json with --tokenizer_path")
     for picture in args.pictures:
         save_tensors({"inputs_embeds": image_embeddings(model, tokenizer, picture)},
                      args.out / f"{picture.stem}.inputs_embeds.safetensors")
     tensors = progress_bar(merged_tensors(model, MODALITIES.index(args.modality)), "tensors", unit="tensor")
     write_weights(args.out, tensors, model.dtype, SHARD_BYTES)
-    source = Path(args.tokenizer_path or find_tokenizer(args.llama_model_path, args.llm_model))
     write_tokenizer(args.out, source, tokenizer)
     write_json(args.out / "config.json", hf_config(model.llama.config, tokenizer, has_mlp_bias(model), model.dtype))
     checkpoint = path or Path(args.adapter_path)

@@ -125,3 +125,11 @@ def test_existing_model_is_not_overwritten(base, trained, tmp_path):
     with pytest.raises(UserError, match="holds a model"):
         export(base, trained[2], tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == {}
+
+
+def test_a_tokenizer_that_hugging_face_does_not_read_is_refused_before_anything_is_written(base, trained, tmp_path,
+                                                                                           monkeypatch):
+    monkeypatch.setattr(export_hf, "is_tiktoken", lambda path: path.name == "tokenizer.model")
+    with pytest.raises(UserError, match="--tokenizer_path"):
+        export(base, trained[2], tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
