@@ -21,6 +21,9 @@ def check_schedule(args) -> None:
         raise ValueError(f"--lr {args.lr} (or --blr) must be positive and finite")
     if not 0 <= args.min_lr <= args.lr:
         raise ValueError(f"--min_lr {args.min_lr} must lie between 0 and the learning rate {args.lr:g}")
+    if args.lr_schedule == "exponential" and args.lr < EXPONENTIAL_END:
+        raise ValueError(f"--lr {args.lr:g} (or --blr) lies below {EXPONENTIAL_END:g}, to which the exponential "
+                         "schedule would rise")
     if args.lr_schedule != "cyclical" and not 0 <= args.warmup_epochs < args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs}")
 

@@ -73,6 +73,16 @@ def test_invalid_warmup(schedule, warmup):
             check_schedule(flags(schedule, warmup_epochs=warmup))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_an_exponential_schedule_that_would_rise_is_refused(schedule):
+    check_schedule(flags(schedule, lr=1e-5, min_lr=0))
+    if schedule == "exponential":
+        with pytest.raises(ValueError, match="--lr 5e-06"):
+            check_schedule(flags(schedule, lr=5e-6, min_lr=0))
+    else:
+        check_schedule(flags(schedule, lr=5e-6, min_lr=0))
+
+
 def test_unknown_schedule():
     for function in (check_schedule, lambda args: learning_rate(5, args)):
         with pytest.raises(ValueError, match="--lr_schedule"):
