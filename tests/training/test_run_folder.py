@@ -436,6 +436,14 @@ def test_log_dir_without_tensorboard_is_refused_before_anything_is_written(flags
     assert contents(finished) == before
 
 
+def test_a_named_pipe_as_metrics_is_not_waited_for(flags, finished):
+    (finished / "checkpoint-2.pth").unlink()
+    (finished / "metrics.jsonl").unlink()
+    os.mkfifo(finished / "metrics.jsonl")
+    with pytest.raises(OSError, match="it is no file"):
+        run(*in_folder(flags, finished))
+
+
 def test_the_epochs_of_different_machines_are_recorded(flags, tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
         stop_after(patched, 4)

@@ -70,7 +70,7 @@ def summary_writer() -> type:
 def drop_metrics(folder: Path, epoch: int, step: int) -> None:
     """Removes the lines after this step, which an interrupted run left, and a line that it had not finished."""
     path = folder / METRICS
-    if not path.is_file():
+    if not path.exists():
         return
     write_json_lines(path, [line for line in read_whole_lines(path) if is_made_by(line, epoch, step)])
 
