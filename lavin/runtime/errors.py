@@ -63,6 +63,7 @@ def one_line_errors(numbers: tuple[signal.Signals, ...] = signals.STOP_SIGNALS) 
     try:
         yield
         sys.stdout.flush()  # fails here, and not after the program's end, where the disk is full or the pipe closed
+        signals.finish(signal.SIG_IGN)  # all is done: a signal while Python ends must not make it a failure
         return
     except (Stopped, KeyboardInterrupt) as stopped:
         end(str(stopped) or "stopped by SIGINT", UNFINISHED)

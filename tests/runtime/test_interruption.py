@@ -108,6 +108,17 @@ def test_a_process_ends_within_its_grace_period(tmp_path, code, words):
     assert process.returncode == 75 and words in errors and "Traceback" not in errors
 
 
+def test_a_signal_after_the_work_is_done_does_not_make_it_a_failure(tmp_path):
+    """While Python ends, which takes a while with torch."""
+    script = WAITING.format(path=sys.path, code="pass") + "print('ready', flush=True)\ntime.sleep(0.5)\n"
+    (tmp_path / "main.py").write_text(script)
+    with start(tmp_path / "main.py") as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == 0 and errors == ""
+
+
 # --- Errors ---
 
 @pytest.mark.parametrize("error, words", [
