@@ -6,10 +6,8 @@ inside it. Adapter flags are read from the checkpoint. The same command again go
 
 import argparse
 import zlib
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,22 +19,26 @@ from lavin.generation.option_scoring import option_example, score_options
 from lavin.generation.sampling import NotFinite
 from lavin.runtime import distributed
 from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar
-from lavin.runtime.device import DTYPES
 from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.files import read_json, read_json_lines, sha256, write_json, write_json_lines
+from lavin.runtime.files import read_json, read_json_lines, write_json, write_json_lines
 from util.data.datasets import ScienceQA, load_scienceqa
 from util.data.images import load_images
-from util.data.prompts import answer_text, build_prompt, is_answered, parse_answer
-from util.fingerprint import fingerprints
-from util.flags import Parser, caption_path, count, interval, non_negative, seed, shared_flags
-from util.results import answer_all, drop_partial, results_folder, scored_before
+from util.data.prompts import answer_text, build_prompt, fit_prompt, is_answered, parse_answer
+from util.flags import Parser, caption_path, count, interval, non_empty, non_negative, seed, shared_flags
+from util.results import (
+    answer_all,
+    drop_partial,
+    model_identity,
+    results_folder,
+    sampling_identity,
+    scored_before,
+)
 from util.runs import checkpoints, locked
 from util.scoring import COLUMNS, score
 from util.trained_model import Trained, load_model, read_trained
 from util.training.resume import take_flags_of_run
 
 MAX_ANSWER_TOKENS = 64  # in formats that begin with the answer; in others, --max_seq_len
-PREFIX_TOKENS = 16  # at most, of the modality token, BOS and "Image: N/A"
 FILES = ("generations.jsonl", "preds.json", "scores.json")
 PARTIAL = "answers"  # beginning of the names of the files of answers as they come
 
@@ -47,8 +49,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "Model and data flags that are left out take the values of the training run."))
     parser.set_defaults(**dict.fromkeys(vars(shared.parse_args([]))))
     add = parser.add_argument
-    add("--adapter_path", help="a checkpoint, or a run's folder (without it: the untuned base)")
-    add("--output_dir", help="folder for the results (that of the run; for an early checkpoint, one inside it)")
+    add("--adapter_path", type=non_empty, help="a checkpoint, or a run's folder (without it: the untuned base)")
+    add("--output_dir", type=non_empty,
+        help="folder for the results (that of the run; for an early checkpoint, one inside it)")
     add("--tokenizer_path", help="tokenizer.model (the base model's)")
     add("--split", default="test", help="split of pid_splits.json (test)")
     add("--decode", default="generate", choices=["generate", "score"],
@@ -81,19 +84,6 @@ def take_run(args) -> None:
     if n_done < trained.epochs:
         raise UserError(f"{trained.output_dir} is unfinished ({n_done} of {trained.epochs} epochs): train it first")
     args.adapter_path = trained.output_dir
-
-
-def model_identity(args, trained: Trained) -> dict:
-    """The model that answers. Known before it is loaded."""
-    return {"checkpoint": trained.path and trained.path.name,
-            "checkpoint_sha256": trained.path and sha256(trained.path),
-            "precision": next(name for name, dtype in DTYPES.items() if dtype == trained.dtype), "bits": args.bits,
-            **fingerprints(args), "adapter": asdict(trained.adapter)}
-
-
-def sampling_identity(args) -> dict:
-    names = ("generation_temperature", "top_p", "seed") if args.generation_temperature else ()
-    return {name: getattr(args, name) for name in names}
 
 
 def identity(args, trained: Trained, data: ScienceQA) -> dict:
@@ -152,23 +142,6 @@ def answers_first(prompt_format: str) -> bool:
     return prompt_format.split("-")[1].startswith("A")
 
 
-def fit_prompt(tokenizer, prompt: str, image: torch.Tensor | None, n_prompt: int, max_seq_len: int) -> str:
-    """The prompt, without as many words in its middle as are too many for --max_seq_len: training sees no longer texts,
-    the question is at the beginning (or, with CQM, in the second half), and the options are at the end."""
-    if len(prompt.encode()) + n_prompt + PREFIX_TOKENS < max_seq_len:  # no token is shorter than a byte
-        return prompt
-    words = prompt.split(" ")
-
-    def without(n: int) -> str:
-        start = (len(words) - n) // 2
-        return " ".join(words[:start] + words[start + n:])
-
-    def fits(n: int) -> bool:
-        return len(tokenizer.example(without(n), None, image, n_prompt).ids) < max_seq_len  # 1: the modality token
-
-    return prompt if fits(0) else without(bisect_left(range(len(words)), True, key=fits))
-
-
 def make_question(tokenizer, n_prompt: int, data, qid: str, image: torch.Tensor | None, args) -> EvalQuestion:
     whole, _ = build_prompt(data.problems[qid], args.prompt_format, data.captions.get(qid, ""))
     prompt = fit_prompt(tokenizer, whole, image, n_prompt, args.max_seq_len)
@@ -176,29 +149,21 @@ def make_question(tokenizer, n_prompt: int, data, qid: str, image: torch.Tensor 
                         zlib.crc32(f"{args.seed} {qid}".encode()), prompt != whole)
 
 
-def answer_questions(model, tokenizer, data, images: dict, args, qids: list[str] | None = None,
-                     save: Callable[[dict[str, dict]], None] = lambda answers: None) -> list[dict]:
-    """The answers to the questions `qids`; without them, to this rank's part of all.
-
-    save: gets each batch's answers, by id. Raises UserError, which names the questions, where the model gives NaN.
-    """
-    if qids is None:
-        rank, world, _ = distributed.init()
-        qids = list(data.problems)[rank::world]
+def answer_questions(model, tokenizer, data, images: dict, args, qids: list[str]) -> Iterator[dict[str, dict]]:
+    """The answers to the questions `qids`, batch by batch, by id. Raises UserError, naming them, where the model gives
+    NaN."""
     questions = [make_question(tokenizer, model.adapter.n_prompt, data, qid, images.get(qid), args) for qid in qids]
     batches = [questions[start:start + args.max_batch_size] for start in range(0, len(questions), args.max_batch_size)]
-    results, answers = answer_batches(model, tokenizer, batches, args), []
+    results = answer_batches(model, tokenizer, batches, args)
     with progress_bar(None, "questions", total=len(questions), unit="question") as bar:
         for batch in batches:
             with named_failures([f"question {question.qid}" for question in batch]):
                 answered = next(results)
-            new = [{"qid": question.qid, "text": text, "prediction": prediction, "parsed": parsed,
-                    "answer": data.problems[question.qid]["answer"], **({"cut": True} if question.cut else {})}
-                   for question, (text, prediction, parsed) in zip(batch, answered, strict=True)]
-            save({answer["qid"]: answer for answer in new})
-            answers += new
+            yield {question.qid: {"qid": question.qid, "text": text, "prediction": prediction, "parsed": parsed,
+                                  "answer": data.problems[question.qid]["answer"],
+                                  **({"cut": True} if question.cut else {})}
+                   for question, (text, prediction, parsed) in zip(batch, answered, strict=True)}
             bar.update(len(batch))
-    return answers
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Writes mme_answers.jsonl and mme_scores.json to the run's folder. Adapter flags 
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,14 @@ from util.data.images import IMAGE_ERRORS, load_image
 from util.data.mme import Pair, is_decided, load_mme, read_answer, score
 from util.data.prompts import instruction_prompt
 from util.flags import Parser
-from util.results import answer_all, drop_partial, results_folder, scored_before
+from util.results import (
+    answer_all,
+    drop_partial,
+    model_identity,
+    results_folder,
+    sampling_identity,
+    scored_before,
+)
 from util.runs import locked
 from util.trained_model import Trained, load_model, read_trained
 
@@ -54,9 +61,8 @@ def load_pair_images(pairs: list[Pair], size: int, threads: int) -> list[torch.T
         return list(pool.map(load, pairs))
 
 
-def answer_pairs(model, tokenizer, pairs: list[Pair], args, names: list[str], save: Callable[[dict], None]) -> None:
-    """Calls save({name: its two answers}) batch by batch, for the pairs called `names`. A pair's questions share a
-    batch."""
+def answer_pairs(model, tokenizer, pairs: list[Pair], args, names: list[str]) -> Iterator[dict[str, list[dict]]]:
+    """The two answers to each of the pairs `names`, batch by batch, by name. A pair's questions share a batch."""
     index_of, batch_size = {pair.name: i for i, pair in enumerate(pairs)}, max(1, args.max_batch_size // 2)
     with progress_bar(None, "pictures", total=len(names), unit="picture") as bar:
         for start in range(0, len(names), batch_size):
@@ -64,10 +70,10 @@ def answer_pairs(model, tokenizer, pairs: list[Pair], args, names: list[str], sa
             batch = [pairs[index] for index in indices]
             seeds = [args.seed + 2 * index + i for index in indices for i in range(2)]
             texts = iter(answer_batch(model, tokenizer, batch, seeds, args))
-            save({pair.name: [
+            yield {pair.name: [
                 {"subtask": pair.subtask, "picture": pair.name, "question": question, "answer": answer,
                  "text": (text := next(texts)), "prediction": read_answer(text)}
-                for question, answer in zip(pair.questions, pair.answers, strict=True)] for pair in batch})
+                for question, answer in zip(pair.questions, pair.answers, strict=True)] for pair in batch}
             bar.update(len(batch))
 
 
@@ -107,7 +113,7 @@ def main(args) -> None:
 
 def evaluate(args, trained: Trained, pairs: list[Pair], folder: Path) -> None:
     what = distributed.from_rank_0(lambda: {
-        **evaluation.model_identity(args, trained), **evaluation.sampling_identity(args), "data": fingerprint(pairs)})
+        **model_identity(args, trained), **sampling_identity(args), "data": fingerprint(pairs)})
     scores = distributed.from_rank_0(lambda: scored_before(
         [folder / name for name in FILES], what, lambda _: {**score(read_json_lines(folder / FILES[0])), **what}))
     if scores:

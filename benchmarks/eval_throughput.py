@@ -58,6 +58,14 @@ def questions(model, n: int, seed: int) -> tuple[SimpleNamespace, dict[str, torc
     return SimpleNamespace(problems=problems, captions={}), images
 
 
+def answer_all(model, tokenizer, test_set: tuple, flags, rank: int = 0, world: int = 1) -> dict[str, dict]:
+    """As eval.py; this rank's part of the answers, by question."""
+    data, images = test_set
+    qids = list(data.problems)[rank::world]
+    return {qid: answer for batch in evaluation.answer_questions(model, tokenizer, data, images, flags, qids)
+            for qid, answer in batch.items()}
+
+
 def main(args) -> None:
     device = torch.device(args.device)
     cuda = device.type == "cuda"
@@ -87,11 +95,11 @@ def main(args) -> None:
         for decode in ("generate", "score"):
             flags = argparse.Namespace(prompt_format="QCM-ALE", max_seq_len=512, max_batch_size=args.batch, seed=0,
                                        generation_temperature=0.0, top_p=0.75, decode=decode)
-            evaluation.answer_questions(model, tokenizer, *questions(model, 2 * args.batch, 0), flags)  # compiles
+            answer_all(model, tokenizer, questions(model, 2 * args.batch, 0), flags)  # compiles
             start_memory(device)
             test_set = questions(model, args.questions, 1)
             start = time.perf_counter()
-            evaluation.answer_questions(model, tokenizer, *test_set, flags)
+            answer_all(model, tokenizer, test_set, flags)
             seconds = time.perf_counter() - start
             add(f"ours, {bits.replace('16bit', 'bf16')}, --decode {decode}", args.questions, seconds)
     print(report(rows))

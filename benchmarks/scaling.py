@@ -24,9 +24,8 @@ import torch
 from timing import peak_gib, report, start_memory, step_seconds  # first: it extends sys.path
 
 # isort: split
-import eval as evaluation
 import train  # noqa: F401, sets CUDA's environment variables
-from eval_throughput import RandomTokenizer, questions
+from eval_throughput import RandomTokenizer, answer_all, questions
 from lavin.fast.speed_up import speed_up
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
@@ -114,10 +113,10 @@ def measure_evaluation(args, model) -> dict:
         test_set = questions(model, n, seed)
         distributed.all_gather_object(None)  # a barrier
         start = time.perf_counter()
-        local_answers = evaluation.answer_questions(model.eval(), tokenizer, *test_set, flags)
+        local_answers = answer_all(model.eval(), tokenizer, test_set, flags, *distributed.init()[:2])
         gathered = distributed.gather_data_parallel(local_answers)
         seconds = time.perf_counter() - start
-        predictions = {answer["qid"]: answer["prediction"] for answers in gathered for answer in answers}
+        predictions = {qid: answer["prediction"] for answers in gathered for qid, answer in answers.items()}
     return {"rate": args.questions / seconds, "predictions": predictions}
 
 

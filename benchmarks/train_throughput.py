@@ -15,30 +15,11 @@ from timing import hardware, matmul_peak, peak_gib, report, start_memory, step_s
 # isort: split
 import train  # noqa: F401, sets CUDA's environment variables
 from lavin.fast.speed_up import speed_up
-from lavin.model import pack
 from published_recipe import published_loss
 from random_lavin import random_examples, random_lavin, redrawn
 from util.training.accumulation import accumulate_gradients, count_answer_tokens, with_loss_weights
 from util.training.optimizer import make_optimizer, optimizer_step
-
-
-def frozen_weights(model) -> dict[str, int]:
-    """Number of frozen matrix parameters of each part of the model."""
-    count = lambda module: sum(p.numel() for name, p in module.named_parameters()  # noqa: E731
-                               if p.ndim > 1 and "adapter" not in name)
-    return {"layers": count(model.llama.layers), "head": model.llama.output.weight.numel(),
-            "vit": count(model.vision.vit.blocks)}
-
-
-def frozen_flops(weights: dict[str, int], positions: int, batch) -> float:
-    """FLOPs that no implementation can avoid in one step: forward pass and input gradient of the frozen matrices.
-
-    4 x parameters x tokens: LLaMA's layers at every token, its head at answer tokens, the ViT at all positions of every
-    image. positions: of one image.
-    """
-    n_images = 0 if batch.images is None else len(batch.images)
-    return 4 * (weights["layers"] * sum(batch.lengths) + weights["head"] * len(batch.targets)
-                + weights["vit"] * positions * n_images)
+from util.training.throughput import frozen_weights, step_flops
 
 
 def trained_parameters(model) -> list:
@@ -94,14 +75,15 @@ class Benchmark:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         model = random_lavin(self.args.size, self.device, dtype).train()
-        self.weights, self.positions = frozen_weights(model), model.vision.vit.pos_embed.shape[1]
+        self.weights = frozen_weights(model)
         return speed_up(model, bits) if bits else model
 
     def measure(self, what: str, model, step, n: int, full: bool = False) -> None:
         total = self.args.steps + self.args.warm_up
         samples = [random_examples(model, n, 1000 * n + i, full=full) for i in range(total)]
-        batches = [pack(s) for s in samples[self.args.warm_up:]]
-        flops = sum(frozen_flops(self.weights, self.positions, batch) for batch in batches) / len(batches)
+        steps = samples[self.args.warm_up:]
+        flops = sum(step_flops(self.weights, step_samples) for step_samples in steps) / len(steps)
+        n_tokens = sum(len(sample.ids) for step_samples in steps for sample in step_samples) / len(steps)
         step(samples[0])  # compiles
         gc.collect()
         start_memory(self.device)
@@ -113,7 +95,7 @@ class Benchmark:
         seconds = step_seconds(lambda i: step(samples[i]), self.device, self.args.steps, self.args.warm_up)
         self.rows.append({
             "what": what, "samples": f"{n}", "ms a step": 1000 * seconds, "samples/s": n / seconds,
-            "tokens/s": sum(sum(batch.lengths) for batch in batches) / len(batches) / seconds,
+            "tokens/s": n_tokens / seconds,
             "of peak": flops / seconds / self.peak, "GiB": peak_gib(self.device),
             "ratio": n / seconds / self.rows[0]["samples/s"] if self.rows else 1.0})
         print(report(self.rows[-1:]), flush=True)

@@ -6,16 +6,20 @@ the identity: an evaluation that was killed goes on where it was. The files are 
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lavin.runtime import distributed
 from lavin.runtime.console import print_rank0
+from lavin.runtime.device import DTYPES
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json, read_whole_lines, write_json_lines
+from lavin.runtime.files import read_json, read_whole_lines, sha256, write_json_lines
+from util.fingerprint import fingerprints
 from util.runs import PARTIAL, checkpoints, user_error_if_malformed
+from util.trained_model import Trained
 
 # --- The folder ---
 
@@ -53,6 +57,21 @@ def results_folder(output_dir: str | None, checkpoint: Path | None) -> Path:
     return folder / checkpoint.stem if is_of_run and checkpoint != final_checkpoint(folder) else folder
 
 
+# --- What is scored ---
+
+def model_identity(args, trained: Trained) -> dict:
+    """The model that answers. Known before it is loaded."""
+    return {"checkpoint": trained.path and trained.path.name,
+            "checkpoint_sha256": trained.path and sha256(trained.path),
+            "precision": next(name for name, dtype in DTYPES.items() if dtype == trained.dtype), "bits": args.bits,
+            **fingerprints(args), "adapter": asdict(trained.adapter)}
+
+
+def sampling_identity(args) -> dict:
+    names = ("generation_temperature", "top_p", "seed") if args.generation_temperature else ()
+    return {name: getattr(args, name) for name in names}
+
+
 # --- Scores that are there ---
 
 def scored_before(paths: list[Path], identity: dict, recount: Callable[[dict], dict]) -> dict | None:
@@ -85,26 +104,24 @@ def are_of_answers(scores: dict, recount: Callable[[dict], dict]) -> bool:
 # --- Answers as they come ---
 
 def answer_all(folder: Path, name: str, identity: dict, keys: list[str],
-               answer: Callable[[list[str], Callable[[dict], None]], Any]) -> dict[str, Any]:
+               answer: Callable[[list[str]], Iterable[dict[str, Any]]]) -> dict[str, Any]:
     """The answers by key, in the order of keys: those that earlier processes wrote, and the rest, which this and the
     other processes share.
 
-    answer(keys, save): calls save({key: answer, ...}) for a batch of keys at a time.
+    answer(keys): yields {key: answer, ...} for a batch of keys at a time.
     """
     answers = distributed.from_rank_0(lambda: recover(folder, name, identity))
     if answers:
         print_rank0(f"{len(answers):,} of {len(keys):,} are answered: the rest follows")
     rank, world, _ = distributed.init()
     new: dict[str, Any] = {}
-    is_copy = int(os.environ.get("RANK", 0)) % distributed.model_parallel_size  # of a rank that shares its model
+    is_copy = distributed.launched_as()[0] % distributed.model_parallel_size  # of a rank that shares its model
     with open(os.devnull if is_copy else partial_path(folder, name, rank), "a", encoding="utf-8") as file:
         if file.tell() == 0:
             append(file, identity)
-        def save(batch: dict) -> None:
+        for batch in answer([key for key in keys if key not in answers][rank::world]):
             append(file, *batch.items())
             new.update(batch)
-
-        answer([key for key in keys if key not in answers][rank::world], save)
     for part in distributed.gather_data_parallel(new):
         answers |= part
     return {key: answers[key] for key in keys}

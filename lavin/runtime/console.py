@@ -11,7 +11,7 @@ if isinstance(sys.stdout, io.TextIOWrapper):  # a log in ascii or latin-1 must n
 
 
 def is_main_process() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_rank0(*words) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lavin.runtime import heartbeat, signals
+from lavin.runtime.console import is_main_process
 from lavin.runtime.errors import UserError, first_line
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -92,7 +93,7 @@ def all_gather_object(value: Any) -> list:
 
 def from_rank_0(make) -> Any:
     """`make()`, called on rank 0 only, on every rank."""
-    value = [make() if int(os.environ.get("RANK", 0)) == 0 else None]
+    value = [make() if is_main_process() else None]
     if dist.is_initialized():
         with lost_contact():
             dist.broadcast_object_list(value, src=0)

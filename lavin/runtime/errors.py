@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from lavin.runtime import signals
+from lavin.runtime.console import is_main_process
 from lavin.runtime.signals import UNFINISHED, Stopped
 
 # what torch's RuntimeErrors say when the host's memory, or a disk or pipe that it writes to, has no space left
@@ -76,11 +77,10 @@ def one_line_errors(numbers: tuple[signal.Signals, ...] = signals.STOP_SIGNALS) 
 
 def end(message: str, status: int) -> None:
     """Ends the process with its line. The other processes of rank 0 end later, so that torchrun stops them first."""
-    is_rank_0 = os.environ.get("RANK", "0") == "0"
-    signals.finish(signal.SIG_IGN if is_rank_0 else signal.SIG_DFL)
+    signals.finish(signal.SIG_IGN if is_main_process() else signal.SIG_DFL)
     message = f"{os.path.basename(sys.argv[0])}: {message}"
     report_to_torchrun(message)
-    if not is_rank_0:
+    if not is_main_process():
         if status == UNFINISHED:
             os._exit(status)
         time.sleep(SECONDS_FOR_RANK_0)

@@ -16,6 +16,8 @@ from lavin.runtime.errors import UserError
 
 PART = ".part"  # suffix of files that are being written
 SAMPLE_BYTES = 2**20
+# how messages on files end
+PUT_IT_THERE, WRITE_IT_AGAIN = "put it there, or correct the path", "fetch or write it again"
 
 
 @contextmanager
@@ -78,16 +80,21 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def read_json(path: str | Path, hint: str = "put it there, or correct the path") -> dict[str, Any]:
-    """A JSON object. Raises UserError where the file is missing (the message ends in `hint`) or broken."""
+def load_json(path: str | Path, hint: str, fix: str) -> Any:
+    """Raises UserError, which ends in `hint` where the file cannot be read, and in `fix` where it is broken."""
     try:
-        value = parse_json(read_text(path))
+        return parse_json(read_text(path))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): {hint}") from error
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): fetch or write it again") from error
+        raise UserError(f"{path} is not valid JSON ({error}): {fix}") from error
+
+
+def read_json(path: str | Path, hint: str = PUT_IT_THERE) -> dict[str, Any]:
+    """A JSON object. Raises UserError where the file is missing (the message ends in `hint`) or broken."""
+    value = load_json(path, hint, WRITE_IT_AGAIN)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: fetch or write it again")
+        raise UserError(f"{path} holds no JSON object: {WRITE_IT_AGAIN}")
     return value
 
 
@@ -96,7 +103,7 @@ def read_json_lines(path: str | Path) -> list:
     try:
         return [parse_json(line) for line in read_text(path).splitlines()]
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): put it there, or correct the path") from error
+        raise UserError(f"cannot read {path} ({error.strerror}): {PUT_IT_THERE}") from error
     except ValueError as error:
         raise UserError(f"{path} has a line that is not valid JSON ({error}): write it again") from error
 

@@ -50,7 +50,8 @@ def beat(store, rank: int, world: int) -> None:
         while not _stopping.wait(INTERVAL_SECONDS if count else 0):
             count += 1
             store.set(f"beat/{rank}", f"{count} {name}")
-            frozen = [other for other in last if is_frozen(store, other, last)]
+            last = {other: latest_beat(store, other, *seen) for other, seen in last.items()}
+            frozen = [other for other, (_, since) in last.items() if time.monotonic() - since > LIMIT_SECONDS]
             if frozen:
                 report(frozen[0], last[frozen[0]][0], first=min(set(range(world)) - set(frozen)) == rank)
         store.set(f"beat/{rank}", GONE)
@@ -58,11 +59,10 @@ def beat(store, rank: int, world: int) -> None:
         return
 
 
-def is_frozen(store, other: int, last: dict) -> bool:
-    value = store.get(f"beat/{other}") if store.check([f"beat/{other}"]) else b""
-    if value != last[other][0] or value == GONE:
-        last[other] = value, time.monotonic()
-    return time.monotonic() - last[other][1] > LIMIT_SECONDS
+def latest_beat(store, other: int, value: bytes, since: float) -> tuple[bytes, float]:
+    """A process's beat, and since when it has it. A process that has finished needs no new one."""
+    latest = store.get(f"beat/{other}") if store.check([f"beat/{other}"]) else b""
+    return (value, since) if latest == value != GONE else (latest, time.monotonic())
 
 
 def report(other: int, value: bytes, first: bool) -> None:

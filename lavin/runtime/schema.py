@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import parse_json, read_text
+from lavin.runtime.files import PUT_IT_THERE, WRITE_IT_AGAIN, load_json
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ def adapter(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
 
 
-def validate(value: Any, schema: type[T], source: str, hint: str = "fetch or write it again") -> T:
+def validate(value: Any, schema: type[T], source: str, hint: str = WRITE_IT_AGAIN) -> T:
     """The value, checked; no type is converted, except int to float.
 
     Raises UserError `SOURCE: FIELD: what is wrong (and N more): HINT`.
@@ -111,15 +111,8 @@ def shown(value: Any, quoted: bool = True) -> str:
 
 # --- JSON ---
 
-def read_validated(path: str | Path, schema: type[T], hint: str = "put it there, or correct the path",
-                   fix: str = "fetch or write it again") -> T:
+def read_validated(path: str | Path, schema: type[T], hint: str = PUT_IT_THERE, fix: str = WRITE_IT_AGAIN) -> T:
     """The content of a JSON file, checked. Raises UserError, which ends in `hint` where the file cannot be read, and in
     `fix` where its content is not as declared.
     """
-    try:
-        content = parse_json(read_text(path))
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): {hint}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): {fix}") from error
-    return validate(content, schema, str(path), fix)
+    return validate(load_json(path, hint, fix), schema, str(path), fix)

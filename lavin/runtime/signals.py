@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lavin.runtime.console import is_main_process
+
 UNFINISHED = 75  # exit status: stopped, and the same command goes on (EX_TEMPFAIL of sysexits.h)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 GRACE_SECONDS, DEFERRED_GRACE_SECONDS = 5, 25  # torchrun kills its processes 30 s after it has sent SIGTERM
@@ -69,7 +71,7 @@ def end_after_grace_period(reader: int, numbers: tuple[signal.Signals, ...]) -> 
         pass
     seconds = DEFERRED_GRACE_SECONDS if _deferred else GRACE_SECONDS
     threading.Event().wait(seconds)
-    if os.environ.get("RANK", "0") == "0" and not _ending:
+    if is_main_process() and not _ending:
         print(f"\n{os.path.basename(sys.argv[0])}: ended {seconds} s after the stop signal, without saving: the same "
               "command goes on from the last checkpoint", file=sys.stderr, flush=True)
     os._exit(UNFINISHED)

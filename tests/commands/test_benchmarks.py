@@ -19,6 +19,7 @@ from lavin.generation.generate import decode
 from lavin.model import pack
 from published_recipe import published_answers, published_loss
 from tiny import VARIANTS, greedy, mixed_examples, tiny_model
+from util.training.throughput import frozen_weights, step_flops
 
 
 @pytest.mark.parametrize("adapter_type, visual_type", VARIANTS)
@@ -112,12 +113,13 @@ def test_samples_depend_only_on_their_seed():
 def test_flops_of_the_frozen_layers():
     """4 x frozen parameters x tokens, by hand for the tiny size: 2 LLaMA layers of width 64, hidden 192."""
     model = train_throughput.random_lavin("tiny", "cpu", torch.float32)
-    weights = train_throughput.frozen_weights(model)
-    assert weights["layers"] == 2 * (4 * 64 * 64 + 3 * 64 * 192) and weights["head"] == 64 * 320
-    batch = pack(train_throughput.random_examples(model, 1, 0, full=True))
+    weights = frozen_weights(model)
+    assert weights.layers == 2 * (4 * 64 * 64 + 3 * 64 * 192) and weights.head == 64 * 320
+    examples = train_throughput.random_examples(model, 1, 0, full=True)
+    batch = pack(examples)
     num_tokens, num_targets = len(batch.ids), len(batch.targets)
-    assert train_throughput.frozen_flops(weights, 17, batch) == 4 * (
-        weights["layers"] * num_tokens + weights["head"] * num_targets + weights["vit"] * 17)
+    assert step_flops(weights, examples) == 4 * (
+        weights.layers * num_tokens + weights.head * num_targets + weights.vit * weights.positions)
 
 
 def fail(error: BaseException):

@@ -23,6 +23,7 @@ from lavin.tokenizer import Tokenizer
 from tiny import ROOT
 from tiny_runs import run_flags, write_run
 from util.data.datasets import load_scienceqa
+from util.data.prompts import fit_prompt
 from util.results import PARTIAL
 from util.runs import lock_folder
 
@@ -330,12 +331,12 @@ def test_a_model_that_gives_nan_is_refused(unscored, monkeypatch, flags):
 def test_a_prompt_that_is_too_long_loses_words_in_its_middle(tokenizer: Tokenizer):
     words = [f"word{i}" for i in range(2000)]
     prompt = "Question: Which pond? " + " ".join(words) + " Options: (A) old (B) new\nResponse:"
-    cut = evaluation.fit_prompt(tokenizer, prompt, None, 6, 100)
+    cut = fit_prompt(tokenizer, prompt, None, 6, 100)
     n = len(tokenizer.example(cut, None).ids)
     assert 90 < n < 100 and cut.startswith("Question: Which pond? word0") and cut.endswith("(A) old (B) new\nResponse:")
-    assert evaluation.fit_prompt(tokenizer, cut, None, 6, n + 1) == cut  # with the modality token
-    assert evaluation.fit_prompt(tokenizer, cut, None, 6, n) != cut
-    assert evaluation.fit_prompt(tokenizer, 5000 * "a", None, 6, 100) == ""
+    assert fit_prompt(tokenizer, cut, None, 6, n + 1) == cut  # with the modality token
+    assert fit_prompt(tokenizer, cut, None, 6, n) != cut
+    assert fit_prompt(tokenizer, 5000 * "a", None, 6, 100) == ""
 
 
 def test_cut_prompts_are_counted(finished, tmp_path, capsys):

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 from lavin.runtime.console import progress_bar
 from lavin.runtime.distributed import all_gather_object
 from lavin.runtime.errors import UserError, first_line
-from lavin.runtime.files import json_sha256
+from lavin.runtime.files import json_sha256, refuse_pipes
 from util.data.datasets import ScienceQA
 
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
@@ -32,9 +32,7 @@ TRNS_SCALES = {"L;2": 255 / 3, "L;4": 255 / 15, "RGB;16B": 1 / 256}
 def open_picture(path: str | Path, formats: tuple[str, ...] | None = None, max_pixels: float = float("inf")
                  ) -> Image.Image:
     """RGB, as a viewer on a white page shows it; of an animation, the first frame. Raises one of IMAGE_ERRORS."""
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise OSError("it is no file")  # opening a named pipe would wait for ever
+    refuse_pipes(Path(path))
     with Image.open(path, formats=formats) as image:
         if image.width * image.height > max_pixels:
             raise Image.DecompressionBombError(f"it has more than {max_pixels} pixels")

@@ -4,11 +4,13 @@ Letters: Q question, C context, M multiple options, L lecture, E explanation (th
 """
 
 import re
+from bisect import bisect_left
 
 OPTIONS = "ABCDE"
 PROMPT_FORMATS = tuple(f"{order}-{output}" for order in ("CQM", "QCM")
                        for output in ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE", "AEL")) + (
     "QCML-A", "QCME-A", "QCMLE-A", "QCLM-A", "QCEM-A", "QCLEM-A", "QCML-AE")
+PREFIX_TOKENS = 16  # at most, of the modality token, BOS and "Image: N/A"
 ANSWER = re.compile(r"The answer is ([A-Z])\.")
 
 
@@ -52,6 +54,23 @@ def build_answer(problem: dict, output: str) -> str:
     if output.startswith("A"):
         return tidy(f"{verdict} BECAUSE: {reason}" if reason.strip() else verdict)
     return tidy(f"{reason} {verdict}")
+
+
+def fit_prompt(tokenizer, prompt: str, image, n_prompt: int, max_seq_len: int) -> str:
+    """The prompt, without as many words in its middle as are too many for --max_seq_len: training sees no longer texts,
+    the question is at the beginning (or, with CQM, in the second half), and the options are at the end."""
+    if len(prompt.encode()) + n_prompt + PREFIX_TOKENS < max_seq_len:  # no token is shorter than a byte
+        return prompt
+    words = prompt.split(" ")
+
+    def without(n: int) -> str:
+        start = (len(words) - n) // 2
+        return " ".join(words[:start] + words[start + n:])
+
+    def fits(n: int) -> bool:
+        return len(tokenizer.example(without(n), None, image, n_prompt).ids) < max_seq_len  # 1: the modality token
+
+    return prompt if fits(0) else without(bisect_left(range(len(words)), True, key=fits))
 
 
 def instruction_prompt(instruction: str, input: str = "") -> str:
