@@ -20,6 +20,7 @@ from lavin.runtime.errors import UserError, one_line_errors
 from lavin.weights.base import open_base
 from tiny import ROOT, tiny_model
 from tiny_weights import write_hugging_face
+from user_errors import error_message
 from util.data.datasets import load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import answer_text, build_prompt, parse_answer
@@ -43,13 +44,6 @@ def run_train(base, data, folder, *flags) -> None:
 
 def run_eval(*flags) -> None:
     evaluation.main(evaluation.get_args_parser().parse_args(["--device", "cpu", *map(str, flags)]))
-
-
-def error_message(function, *args) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def read_json(path):

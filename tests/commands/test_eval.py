@@ -17,11 +17,12 @@ import demo
 import eval as evaluation
 import eval_mme
 import train
-from lavin.runtime.errors import UsageError, UserError
+from lavin.runtime.errors import UsageError
 from lavin.runtime.files import read_whole_lines
 from lavin.tokenizer import Tokenizer
 from tiny import ROOT
 from tiny_runs import run_flags, write_run
+from user_errors import error_message
 from util.data.datasets import load_scienceqa
 from util.data.prompts import fit_prompt
 from util.results import PARTIAL
@@ -39,10 +40,7 @@ def run_eval(*flags) -> None:
 
 
 def refusal(*flags) -> str:
-    with pytest.raises(UserError) as caught:
-        run_eval(*flags)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return error_message(run_eval, *flags)
 
 
 def results(folder) -> list[bytes]:

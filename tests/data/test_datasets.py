@@ -9,6 +9,7 @@ from PIL import Image
 
 from lavin.runtime.errors import UserError
 from tiny import IMAGE_SIZE
+from user_errors import error_message
 from util.data.batches import build_example
 from util.data.datasets import load_scienceqa
 from util.data.images import image_to_tensor, load_images, to_rgb
@@ -51,39 +52,36 @@ def test_problem_json_is_an_alternative_name(scienceqa_copy):
         load_scienceqa(scienceqa_copy, "train")
 
 
-def error_message(root, split="train", captions=None) -> str:
-    with pytest.raises(UserError) as caught:
-        load_images(load_scienceqa(root, split, captions), IMAGE_SIZE, 2, skip_bad=False)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def message_of_loading(root, split="train", captions=None) -> str:
+    return error_message(lambda: load_images(load_scienceqa(root, split, captions), IMAGE_SIZE, 2, skip_bad=False))
 
 
 def test_error_names_the_missing_file(scienceqa_copy):
     for name in ("pid_splits.json", "problems.json"):
         (scienceqa_copy / name).unlink()
-        message = error_message(scienceqa_copy)
+        message = message_of_loading(scienceqa_copy)
         assert str(scienceqa_copy / name) in message and "--data_root" in message
 
 
 def test_error_names_the_missing_captions(scienceqa_copy):
-    assert "nowhere.json" in error_message(scienceqa_copy, captions=scienceqa_copy / "nowhere.json")
+    assert "nowhere.json" in message_of_loading(scienceqa_copy, captions=scienceqa_copy / "nowhere.json")
 
 
 @pytest.mark.parametrize("text", ['{"100": ', "", "\x00", "[1, 2", "\udcff"])
 @pytest.mark.parametrize("name", ["problems.json", "pid_splits.json", "captions.json"])
 def test_error_names_the_broken_json_file(scienceqa_copy, name, text):
     (scienceqa_copy / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert str(scienceqa_copy / name) in error_message(scienceqa_copy, captions=scienceqa_copy / "captions.json")
+    assert str(scienceqa_copy / name) in message_of_loading(scienceqa_copy, captions=scienceqa_copy / "captions.json")
 
 
 @pytest.mark.parametrize("name", ["problems.json", "pid_splits.json", "captions.json"])
 def test_error_names_the_json_file_that_is_no_object(scienceqa_copy, name):
     (scienceqa_copy / name).write_text("[1, 2]")
-    assert str(scienceqa_copy / name) in error_message(scienceqa_copy, captions=scienceqa_copy / "captions.json")
+    assert str(scienceqa_copy / name) in message_of_loading(scienceqa_copy, captions=scienceqa_copy / "captions.json")
 
 
 def test_error_for_an_unknown_split_lists_the_splits(scienceqa_copy):
-    message = error_message(scienceqa_copy, split="dev")
+    message = message_of_loading(scienceqa_copy, split="dev")
     assert "--split dev" in message and "train, test" in message
 
 
@@ -96,10 +94,10 @@ def test_error_names_the_faulty_problem(scienceqa_copy):
                           ({**good, "answer": -1}, "no choice number -1"), ({**good, "hint": None}, "hint: "),
                           ({**good, "image": {"bytes": "iVBO", "path": "image.png"}}, "image: ")]:
         path.write_text(json.dumps({**problems, "100": faulty}))
-        assert "problem 100" in error_message(scienceqa_copy) and words in error_message(scienceqa_copy)
+        assert "problem 100" in message_of_loading(scienceqa_copy) and words in message_of_loading(scienceqa_copy)
     del problems["100"]
     path.write_text(json.dumps(problems))
-    assert "lacks problem 100" in error_message(scienceqa_copy)
+    assert "lacks problem 100" in message_of_loading(scienceqa_copy)
 
 
 def break_images(root) -> list:
@@ -112,13 +110,13 @@ def break_images(root) -> list:
 
 def test_error_names_the_bad_image(scienceqa_copy):
     missing, broken = break_images(scienceqa_copy)
-    message = error_message(scienceqa_copy, "test")
+    message = message_of_loading(scienceqa_copy, "test")
     assert str(missing) in message and "missing" in message and "--skip_bad" in message
     missing.write_bytes(b"no image")
-    message = error_message(scienceqa_copy, "test")
+    message = message_of_loading(scienceqa_copy, "test")
     assert str(missing) in message and "does not decode" in message
     Image.new("RGB", (4, 4)).save(missing)
-    assert str(broken) in error_message(scienceqa_copy, "test")
+    assert str(broken) in message_of_loading(scienceqa_copy, "test")
 
 
 def test_skip_bad_skips_and_counts(scienceqa_copy):
@@ -139,7 +137,7 @@ def test_error_if_all_problems_are_skipped(scienceqa_copy):
 
 def test_empty_split_is_an_error(scienceqa_copy):
     (scienceqa_copy / "pid_splits.json").write_text('{"train": []}')
-    assert "no problem" in error_message(scienceqa_copy)
+    assert "no problem" in message_of_loading(scienceqa_copy)
 
 
 def test_example_has_prompt_answer_image_and_caption(scienceqa, tokenizer):

@@ -12,23 +12,12 @@ from hypothesis import given, settings, strategies
 from lavin.runtime.errors import UserError
 from lavin.runtime.schema import Size, Text, read_validated, validate
 from tiny import IMAGE_SIZE, problem
+from user_errors import change_json, error_message
 from util.data.batches import load_examples, load_training_data
 from util.data.datasets import Problem, ScienceQA, load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import PROMPT_FORMATS, build_prompt
 from util.scoring import score
-
-
-def error_message(function, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def change(path, changes: dict) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
 
 # --- JSON ---
 
@@ -78,7 +67,7 @@ PROBLEM_FAULTS = [(field, value) for field, values in {
 @pytest.mark.parametrize("field, value", PROBLEM_FAULTS)
 def test_error_names_problem_and_field(scienceqa_copy, field, value):
     path = scienceqa_copy / "problems.json"
-    change(path, {"101": {**json.loads(path.read_text())["101"], field: value}})
+    change_json(path, {"101": {**json.loads(path.read_text())["101"], field: value}})
     assert error_message(load_scienceqa, scienceqa_copy, "train").startswith(f"{path}: problem 101: {field}")
     assert len(load_scienceqa(scienceqa_copy, "test").problems) == 6  # the other split's problems are not checked
 
@@ -87,14 +76,14 @@ def test_a_choice_that_is_listed_twice_is_counted(scienceqa_copy, capsys):
     path = scienceqa_copy / "problems.json"
     load_scienceqa(scienceqa_copy, "train")
     assert "twice" not in capsys.readouterr().out
-    change(path, {"103": {**json.loads(path.read_text())["103"], "choices": ["a", "a ", "b"]}})
+    change_json(path, {"103": {**json.loads(path.read_text())["103"], "choices": ["a", "a ", "b"]}})
     load_scienceqa(scienceqa_copy, "train")
     assert "1 problems list a choice twice, the first is 103" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", [None, 7, [], "text"])
 def test_error_names_the_problem_that_is_no_object(scienceqa_copy, value):
-    change(scienceqa_copy / "problems.json", {"101": value})
+    change_json(scienceqa_copy / "problems.json", {"101": value})
     assert "problem 101: should be a valid dictionary" in error_message(load_scienceqa, scienceqa_copy, "train")
 
 
@@ -132,7 +121,7 @@ def test_any_value_in_any_field_works_to_the_end_or_is_refused_in_one_line(field
 def test_error_names_the_split(scienceqa_copy, splits, words):
     path = scienceqa_copy / "pid_splits.json"
     if isinstance(splits, dict):
-        change(path, splits)
+        change_json(path, splits)
     else:
         path.write_text(json.dumps(splits))
     message = error_message(load_scienceqa, scienceqa_copy, "train")
@@ -198,7 +187,7 @@ def test_fingerprint_does_not_depend_on_path_key_order_or_unused_entries(science
     problems = {qid: {"extra": 1, **dict(reversed(p.items())), "skill": "x"}
                 for qid, p in reversed(json.loads(path.read_text()).items())}
     path.write_text(json.dumps(problems, indent=3))
-    change(scienceqa_copy / "captions.json", {"extra": 1})
+    change_json(scienceqa_copy / "captions.json", {"extra": 1})
     one, other = (load_scienceqa(root, "train", root / "captions.json") for root in (scienceqa, scienceqa_copy))
     assert one.fingerprint == other.fingerprint != load_scienceqa(scienceqa, "train").fingerprint
 

@@ -15,6 +15,7 @@ import train
 from lavin.runtime import signals
 from lavin.runtime.errors import UserError
 from tiny_runs import load_checkpoint, read_log, run_flags
+from user_errors import error_message
 from util.runs import LAST, checkpoints
 from util.training import run_folder, trainer
 from util.training.epoch_record import EpochRecord
@@ -32,10 +33,7 @@ def run(*flags) -> None:
 
 
 def refused(*flags) -> str:
-    with pytest.raises(UserError) as caught:
-        run(*flags)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return error_message(run, *flags)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

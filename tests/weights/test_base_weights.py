@@ -10,21 +10,14 @@ import torch
 from lavin.llama import Llama, LlamaConfig
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import pack
-from lavin.runtime.errors import UserError
 from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.base import open_base, require_base
 from lavin.weights.hugging_face import HuggingFaceLlama, llama_config
 from lavin.weights.load import frozen_parameters, load_base
 from tiny_weights import HF_VARIANTS, LLAMA_3, write_hugging_face, write_shards
+from user_errors import error_message
 
 CPU = torch.device("cpu")
-
-
-def error_message(function, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def load(weights, name, vision, **changes):

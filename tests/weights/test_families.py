@@ -23,6 +23,7 @@ from lavin.weights.hugging_face import Config, HuggingFaceLlama, llama_config
 from lavin.weights.load import frozen_parameters, load_base
 from tiny import loss_and_gradients, mixed_examples, randomise_adapters, tiny_model
 from tiny_runs import run_workers
+from user_errors import error_message
 
 CPU = torch.device("cpu")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
@@ -239,13 +240,6 @@ def test_the_export_has_the_same_logits(base, folders, tmp_path, name, adapter_t
 
 
 # --- Configurations ---
-
-def error_message(function, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
 
 def change(folder, changes: dict) -> None:
     path = folder / "config.json"

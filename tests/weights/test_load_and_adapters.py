@@ -15,26 +15,19 @@ import torch
 from lavin.llama import LlamaConfig
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
-from lavin.runtime.errors import UserError
 from lavin.timm_compat import timm
 from lavin.weights.adapters import adapter_parameters, load_adapters, read_adapters, save_adapters
 from lavin.weights.base import require_base
 from lavin.weights.load import frozen_parameters, load_base, load_frozen
 from lavin.weights.tensor_files import read_torch
 from tiny import VARIANTS, tiny_model
+from user_errors import error_message
 
 CPU = torch.device("cpu")
 
 
 def load(base, adapter=None, dtype=torch.float32):
     return load_base(str(base.weights), "tiny", str(base.vision), adapter or AdapterConfig(), CPU, dtype)
-
-
-def error_message(function, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture

@@ -13,23 +13,16 @@ import torch
 from safetensors.torch import save_file
 
 from lavin.mm_adapter import AdapterConfig
-from lavin.runtime.errors import UserError
 from lavin.timm_compat import timm
 from lavin.weights import vision
 from lavin.weights.load import load_base
 from lavin.weights.vision import open_vit
 from tiny import IMAGE_SIZE, ROOT, normalize_imagenet, tiny_vit
+from user_errors import error_message
 
 IMAGES = torch.randint(0, 256, (2, 3, IMAGE_SIZE, IMAGE_SIZE), generator=torch.Generator().manual_seed(0),
                        dtype=torch.uint8)
 WIDTH, PATCH, DEPTH = 128, 8, 6
-
-
-def error_message(function, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @torch.no_grad()

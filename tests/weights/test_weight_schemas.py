@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 import lavin.weights.load
 from lavin.mm_adapter import AdapterConfig
-from lavin.runtime.errors import UserError
 from lavin.runtime.schema import validate
 from lavin.timm_compat import timm
 from lavin.tokenizer import Tokenizer
@@ -23,17 +22,7 @@ from lavin.weights.load import load_base
 from lavin.weights.vision import open_vit
 from tiny import IMAGE_SIZE, tiny_model, tiny_vit
 from tiny_weights import LLAMA_3, write_hugging_face
-
-
-def error_message(function, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def change(path, changes: dict) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+from user_errors import change_json, error_message
 
 
 def faults(fields: dict[str, tuple]) -> list[tuple]:
@@ -49,7 +38,7 @@ def faults(fields: dict[str, tuple]) -> list[tuple]:
     "use_scaled_rope": ("yes", 1), "rope_scaling_factor": (0, None)}))
 def test_error_names_the_entry_of_params_json(base, tmp_path, field, value):
     shutil.copytree(base.weights / "tiny", tmp_path / "tiny")
-    change(tmp_path / "tiny" / "params.json", {field: value})
+    change_json(tmp_path / "tiny" / "params.json", {field: value})
     message = error_message(open_base, tmp_path / "tiny", 480)
     assert message.startswith(f"{tmp_path / 'tiny' / 'params.json'}: {field}: ")
 
@@ -66,7 +55,7 @@ def test_a_number_that_is_too_large_for_a_float(base, tmp_path):
     ({"n_heads": 32, "n_kv_heads": 32}, "width 1 of its heads is odd")])
 def test_sizes_in_params_json_that_contradict_each_other(base, tmp_path, changes, words):
     shutil.copytree(base.weights / "tiny", tmp_path / "tiny")
-    change(tmp_path / "tiny" / "params.json", changes)
+    change_json(tmp_path / "tiny" / "params.json", changes)
     message = error_message(open_base, tmp_path / "tiny", 480)
     assert str(tmp_path / "tiny" / "params.json") in message and words in message
 
@@ -117,7 +106,7 @@ def load(weights, name, vision):
 
 def test_the_tokenizer_is_checked_before_weights_are_loaded(base, tmp_path, monkeypatch):
     shutil.copytree(base.weights, tmp_path / "weights")
-    change(tmp_path / "weights" / "tiny" / "params.json", {"vocab_size": 470})
+    change_json(tmp_path / "weights" / "tiny" / "params.json", {"vocab_size": 470})
     for function in ("open_vit", "load_frozen"):
         monkeypatch.setattr(lavin.weights.load, function, None)
     assert "480 pieces" in error_message(load, tmp_path / "weights", "tiny", base.vision)
@@ -141,7 +130,7 @@ def hugging_face(tokenizer_file, tmp_path_factory):
     "use_sliding_window": ("x", None), "max_position_embeddings": (0, None)}))
 def test_error_names_the_entry_of_config_json(hugging_face, tmp_path, field, value):
     shutil.copy(hugging_face / "config.json", tmp_path)
-    change(tmp_path / "config.json", {field: value})
+    change_json(tmp_path / "config.json", {field: value})
     assert error_message(open_base, tmp_path, 480).startswith(f"{tmp_path / 'config.json'}: {field}: ")
 
 
@@ -151,13 +140,13 @@ def test_error_names_the_entry_of_config_json(hugging_face, tmp_path, field, val
     ({"original_max_position_embeddings": 0}, "original_max_position_embeddings: ")])
 def test_error_names_the_entry_of_rope_parameters(hugging_face, tmp_path, changes, words):
     shutil.copy(hugging_face / "config.json", tmp_path)
-    change(tmp_path / "config.json", {"rope_parameters": {**LLAMA_3, **changes}})
+    change_json(tmp_path / "config.json", {"rope_parameters": {**LLAMA_3, **changes}})
     assert words in error_message(open_base, tmp_path, 480)
 
 
 def test_a_missing_entry_of_rope_parameters(hugging_face, tmp_path):
     shutil.copy(hugging_face / "config.json", tmp_path)
-    change(tmp_path / "config.json", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}})
+    change_json(tmp_path / "config.json", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}})
     assert "no entry 'low_freq_factor'" in error_message(open_base, tmp_path, 480)
 
 
@@ -174,7 +163,7 @@ def test_any_value_in_config_json_is_taken_or_refused_in_one_line(hugging_face, 
     folder = tmp_path_factory.getbasetemp() / "any value"
     folder.mkdir(exist_ok=True)
     shutil.copy(hugging_face / "config.json", folder)
-    change(folder / "config.json", {field: value})
+    change_json(folder / "config.json", {field: value})
     assert str(folder) in error_message(open_base, folder, 480)  # there are no weights
 
 
@@ -222,14 +211,14 @@ def write_vit(folder, vit=None, architecture="vit_tiny_patch16_224", **model_arg
     ({"model_args": {"no_such": 1}}, "does not describe a timm model")])
 def test_error_names_the_entry_of_a_timm_config(tmp_path, changes, words):
     vit = write_vit(tmp_path / "vit")
-    change(tmp_path / "vit" / "config.json", changes)
+    change_json(tmp_path / "vit" / "config.json", changes)
     message = error_message(open_vit, vit)
     assert str(tmp_path / "vit" / "config.json") in message and words in message
 
 
 def test_a_config_of_another_network(tmp_path):
     write_vit(tmp_path / "vit")
-    change(tmp_path / "vit" / "config.json", {"architecture": "resnet18", "model_args": {}})
+    change_json(tmp_path / "vit" / "config.json", {"architecture": "resnet18", "model_args": {}})
     assert "no ViT with a class token" in error_message(open_vit, str(tmp_path / "vit"))
 
 
@@ -269,7 +258,7 @@ def write_clip(folder, **changes):
         hidden_size=128, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4, image_size=IMAGE_SIZE,
         patch_size=8))
     model.save_pretrained(folder)
-    change(folder / "config.json", changes)
+    change_json(folder / "config.json", changes)
     return str(folder)
 
 

@@ -1,0 +1,100 @@
+"""Files are complete or absent, JSON is what it seems, checksums see every change."""
+
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lavin.runtime.errors import UserError
+from lavin.runtime.files import (
+    atomic_write,
+    json_sha256,
+    read_json,
+    read_json_lines,
+    read_whole_lines,
+    sampled_sha256,
+    value_sha256,
+)
+from lavin.runtime.schema import read_validated
+from util.runs import locked
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyError), atomic_write(path) as tmp:
+        tmp.write_text("new")
+        raise KeyError
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+    with locked(tmp_path):
+        (tmp_path / ".file.host.1.part").write_text("half")  # of a process that was killed
+    with locked(tmp_path):
+        assert not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"a": 1, "a": 2}', "two entries 'a'"), ('{"a": NaN}', "NaN is no number"), ('{"a": -Infinity}', "no number"),
+    ("[" * 100_000, "nested too deeply"), ("{", "not valid JSON"), ("[]", "no JSON object")])
+def test_json_that_is_not_what_it_seems_is_refused(tmp_path, text, words):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_json(tmp_path / "file")
+
+
+@pytest.mark.parametrize("read", [read_json, read_json_lines, lambda path: read_validated(path, dict[str, int]),
+                                  lambda path: sampled_sha256([path])])
+def test_a_named_pipe_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "file")
+    with pytest.raises((UserError, OSError), match="it is no file"):
+        read(tmp_path / "file")
+
+
+def test_lines_are_read_up_to_a_torn_one(tmp_path):
+    (tmp_path / "file").write_text('{"a": 1}\n[2]\n{"a": 3')
+    assert read_whole_lines(tmp_path / "file") == [{"a": 1}, [2]]
+    (tmp_path / "file").write_text('{"a": 1}\n[2\n{"a": 3}\n')
+    with pytest.raises(UserError, match="line 2 is not valid JSON"):
+        read_whole_lines(tmp_path / "file")
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+                    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=2), children),
+                    max_leaves=6))
+def test_a_checksum_of_a_value_is_that_of_its_copy_and_of_no_other(value):
+    """Also as part of others, where lengths tell lists apart."""
+    assert value_sha256(value) == value_sha256(json.loads(json.dumps(value)))
+    assert len({value_sha256(other) for other in ([value], [[value]], {"a": value}, [value, value])}) == 4
+
+
+def test_a_checksum_sees_every_bit_shape_and_dtype_of_a_tensor():
+    tensor = torch.arange(6.0)
+    others = [tensor + 1e-6, tensor.reshape(2, 3), tensor.to(torch.bfloat16), tensor.int(), tensor[:5], -tensor]
+    assert len({value_sha256(other) for other in [tensor, *others]}) == 7
+    assert value_sha256(tensor) == value_sha256(torch.stack((tensor, tensor), 1)[:, 0])  # not how it lies in memory
+
+
+def test_files_follow_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "file") as tmp:
+            tmp.write_text("x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_sampled_checksum_sees_the_size_and_the_first_middle_and_last_bytes(tmp_path):
+    content, seen = bytearray(5 * 2**20), set()
+    for position in (None, 0, len(content) // 2, len(content) - 1):
+        changed = bytearray(content)
+        if position is not None:
+            changed[position] = 1
+        (tmp_path / "file").write_bytes(changed)
+        seen.add(sampled_sha256([tmp_path / "file"]))
+    (tmp_path / "file").write_bytes(content + b"\0")
+    seen.add(sampled_sha256([tmp_path / "file"]))
+    assert len(seen) == 5
+    assert json_sha256({"a": 1, "b": [2]}) == json_sha256({"b": [2], "a": 1}) != json_sha256({"a": 1, "b": [3]})
