@@ -39,6 +39,7 @@ TORCHRUN = ("-m", "util.launch", "--standalone", "--nproc_per_node", "2")
 EVERY_STEP = ("import runpy, sys; sys.path.insert(0, {root!r}); from util.training import metrics; "
               "metrics.STEPS_PER_LINE = 1; sys.argv[0] = {path!r}; runpy.run_path({path!r}, run_name='__main__')")
 SIZES = {"train": 96, "val": 2, "test": 6}
+STEPS_PER_EPOCH = SIZES["train"] // 4
 GPU_LLAMA = {**LLAMA, "dim": 256, "n_layers": 4, "n_kv_heads": 4}  # heads of 64, for the kernels
 GPU_VIT: dict[str, Any] = {**VIT, "img_size": 32, "embed_dim": 128}
 
@@ -158,16 +159,16 @@ def steps_done(run: Path) -> tuple[int, int]:
     return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
 
 
-def resumed_at(out: str) -> tuple[int, int]:
+def repeated_steps(out: str, done: tuple[int, int]) -> int:
+    """out: of the run that went on; none are repeated where it was finished."""
     found = re.search(r"goes on from .*: epoch (\d+), step (\d+) of", out)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    return max(0, (done[0] - int(found[1])) * STEPS_PER_EPOCH + done[1] - int(found[2])) if found else 0
 
 
 def interrupt(machine: Machine, n: int, number: signal.Signals, command: tuple[str, ...], reference: list[bytes],
               most_seconds: float) -> Interrupted:
     """n signals at random moments after training began, and runs that go on to their end."""
     result, folder, left, done = Interrupted(), machine.folder("interrupted"), n, None
-    steps_per_epoch = SIZES["train"] // 4
     while left or done:
         process, before = start(folder, *command), done
         wait_for_training(process, folder / "run")
@@ -176,8 +177,7 @@ def interrupt(machine: Machine, n: int, number: signal.Signals, command: tuple[s
             process.send_signal(number)
         ending, done = finish(process), steps_done(folder / "run")
         if before:
-            (epoch, step), (old_epoch, old_step) = resumed_at(ending.out), before
-            result.repeated.append(max(0, (old_epoch - epoch) * steps_per_epoch + old_step - step))
+            result.repeated.append(repeated_steps(ending.out, before))
         if ending.status:
             result.endings.append(ending)
             left -= 1
@@ -218,7 +218,7 @@ def bench_kills(device: str, n: int, jobs: int) -> tuple[list[list], list[str]]:
                              [steps for part in parts for steps in part.repeated],
                              [words for part in parts for words in part.differences])
     differing = list(filter(None, result.differences))
-    remark = (f"{statistics.median(result.repeated):g} steps of {SIZES['train'] // 4 * machine.epochs} repeated in "
+    remark = (f"{statistics.median(result.repeated):g} steps of {STEPS_PER_EPOCH * machine.epochs} repeated in "
               f"median, {max(result.repeated)} at most; all identical: {'no' if differing else 'yes'}")
     n_runs = len(result.differences)
     failed = [ending for ending in result.endings if ending.status != -signal.SIGKILL]

@@ -15,8 +15,9 @@ from lavin.runtime import signals
 from lavin.tokenizer import Tokenizer
 from tiny import IMAGE_SIZE, perturb_weights, problem, tiny_vit
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell's background command: children would inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in signals.STOP_SIGNALS:
+    if signal.getsignal(number) == signal.SIG_IGN:  # by nohup, or in a background job: child processes would inherit it
+        signal.signal(number, signal.SIG_DFL)
 torch.set_num_threads(1)  # with models this small, synchronizing threads costs more than it saves
 
 

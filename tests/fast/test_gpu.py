@@ -11,7 +11,7 @@ from lavin.generation.generate import decode
 from lavin.kernels import fp8, fused_ops
 from lavin.kernels.fp8 import scaled_matmul
 from lavin.model import pack
-from tiny import BATCHES, cast_frozen, greedy, loss_and_gradients, mixed_examples, tiny_model
+from tiny import BATCHES, cast_frozen, greedy, greedy_logits, loss_and_gradients, mixed_examples, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
                                 reason="no GPU of compute capability 8.0 or newer")
@@ -83,6 +83,22 @@ def test_captured_training(models):
         assert actual[0] == pytest.approx(expected[0], rel=0.03)
         assert F.cosine_similarity(expected[1:], actual[1:], 0) > (0.98 if bits == "16bit" else 0.9)
     assert len(fast.llama.forward.graphs) == 3
+
+
+@pytest.mark.parametrize("base", [{"biases": ("wq", "wk", "wv")}, {"qk_norm": True},
+                                  {"biases": ("wq", "wk", "wv", "wo", "w1", "w2", "w3"), "nope_layers": (1,)}])
+def test_other_bases(base):
+    """Qwen2, Qwen3, and the rest of what LlamaConfig can say: captured training and decoding."""
+    torch.compiler.reset()
+    shape = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, **base}
+    plain, fast = (tiny_model(llama=shape, dropout_prob=0.0) for _ in range(2))
+    fast = speed_up(cast_frozen(fast.train(), "cuda", torch.bfloat16))
+    for examples in BATCHES[:1] * 3:
+        expected, actual = (loss_and_gradients(model, examples).cpu() for model in (plain, fast))
+        assert actual[0] == pytest.approx(expected[0], rel=0.03)
+        assert F.cosine_similarity(expected[1:], actual[1:], 0) > 0.98
+    expected, actual = (greedy_logits(model.eval(), mixed_examples(0), 2)[0] for model in (plain, fast))
+    assert close(actual, expected, 0.05)
 
 
 def test_dropout_in_captured_training(models):
