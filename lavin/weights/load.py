@@ -35,7 +35,7 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
     if tokenizer.n_words > base.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.n_words} pieces, but {base.source} only "
                         f"{base.config.vocab_size}: it belongs to another model")
-    check_use(base.config, bits, max_seq_len)
+    check_length(base.config, max_seq_len)
     vit, vit_tensors = open_vit(vision_model)
     try:
         with torch.device("meta"):
@@ -57,11 +57,8 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
     return model.to(device), tokenizer
 
 
-def check_use(config: LlamaConfig, bits: str, max_seq_len: int | None) -> None:
-    """Raises UserError for uses of a base that are not supported."""
-    if bits in ("4bit", "8bit") and (config.biases or config.qk_norm):
-        what = "biases" if config.biases else "norms of query and key"
-        raise UserError(f"--bits {bits} does not know the {what} of this base model: leave it at 16bit, or take fp8")
+def check_length(config: LlamaConfig, max_seq_len: int | None) -> None:
+    """Raises UserError for more tokens than a base supports here."""
     if max_seq_len and config.max_context and max_seq_len > config.max_context:
         raise UserError(f"--max_seq_len {max_seq_len}: beyond {config.max_context} tokens this base model needs a "
                         "sliding window or dynamic rope scaling, which are not supported: lower it")
@@ -109,7 +106,7 @@ def load_frozen_tensor(module: nn.Module, name: str, tensor: torch.Tensor, devic
     A module that stores its weight in another form converts it by its method `load` (lavin/weights/quantization.py).
     """
     tensor = tensor.to(device)
-    if hasattr(module, "load"):
+    if name == "weight" and hasattr(module, "load"):
         module.load(tensor, device, dtype)
     else:
         tensor = tensor.to(dtype, copy=True)

@@ -4,8 +4,8 @@ Needs bitsandbytes (requirements-lite.txt); importing this file without it raise
 
 - Linear layers are replaced while the model is on the meta device, and each weight is quantized as it is loaded
   (lavin/weights/load.py), so that neither host nor device ever holds the whole model in 16 bits.
-- Embeddings, output projection, norms, the ViT and the adapters are not quantized: they take little memory and need
-  the precision.
+- Embeddings, output projection, norms, biases, the ViT and the adapters are not quantized: they take little memory and
+  need the precision.
 """
 
 import logging
@@ -15,6 +15,7 @@ import torch
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from torch import nn
 
+from lavin.fast.fused_linear import add_bias
 from lavin.model import LaVIN
 
 # it would warn at every matmul that bfloat16 is cast to float16
@@ -26,7 +27,19 @@ quantize_4bit(torch.zeros(64), compress_statistics=True)
 OUTLIER_THRESHOLD = 6.0  # columns of activations with larger values are multiplied in 16 bits, by 8-bit weights
 
 
-class Linear4bit(nn.Module):
+class QuantizedLinear(nn.Module):
+    """x W^T + b without a weight yet: `load` fills it. b [O], which may be None, is not quantized."""
+
+    def __init__(self, bias: nn.Parameter | None = None):
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, x):
+        """[N, K] -> [N, O]."""
+        return add_bias(self.matmul(x), self.bias)
+
+
+class Linear4bit(QuantizedLinear):
     """x W^T with W in NF4: one scale per block of 64 weights, itself stored in 8 bits (double quantization).
 
     QLoRA: Dettmers et al. 2023, arXiv 2305.14314.
@@ -41,12 +54,11 @@ class Linear4bit(nn.Module):
         state = self.state
         return [self.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
 
-    def forward(self, x):
-        """[N, K] -> [N, O]."""
+    def matmul(self, x):
         return bitsandbytes.matmul_4bit(x, self.weight.t(), self.state)
 
 
-class Linear8bit(nn.Module):
+class Linear8bit(QuantizedLinear):
     """x W^T with W and x in int8, one scale per row of each; columns of x with outliers stay in 16 bits.
 
     LLM.int8(): Dettmers et al. 2022, arXiv 2208.07339. On CPUs x is not quantized.
@@ -61,8 +73,7 @@ class Linear8bit(nn.Module):
     def stored_tensors(self) -> list[torch.Tensor]:
         return [self.state.CB, self.state.SCB]
 
-    def forward(self, x):
-        """[N, K] -> [N, O]."""
+    def matmul(self, x):
         return bitsandbytes.matmul(x, self.state.CB, state=self.state)
 
 
@@ -73,8 +84,9 @@ def quantize_linears(model: LaVIN, bits: str) -> None:
     """In place: replaces every linear layer of LLaMA's blocks by an empty quantized one; its `load` fills it."""
     for block in model.llama.layers:
         for parent in (block.attention, block.feed_forward):
-            for name, _ in list(parent.named_children()):
-                setattr(parent, name, QUANTIZED_LINEARS[bits]())
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, QUANTIZED_LINEARS[bits](child.bias))
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -22,6 +22,7 @@ from tiny_runs import load_checkpoint, write_run
 from util.chat.chatbot import Chatbot, Question, Settings, Turn, find_runs, fit, make_prompt
 from util.chat.examples import find_examples
 from util.chat.uploads import open_image
+from util.flags import shared_flags
 from util.trained_model import load_model
 
 QUESTION = "Which pond crosses the map?"
@@ -350,6 +351,21 @@ def test_a_single_checkpoint_answers_as_its_run(bot, runs, flag):
     assert list(single.runs) == ["scaled/checkpoint-3.pth"]
     *_, expected = bot.answer("scaled", [], Question(QUESTION), Settings(4))
     *_, answer = single.answer("scaled/checkpoint-3.pth", [], Question(QUESTION), Settings(4))
+    assert answer == expected
+
+
+def test_published_adapters_answer_by_the_flags_that_they_were_trained_with(bot, runs, tmp_path):
+    """A published checkpoint holds no configuration; the run `scaled` has scale SCALE."""
+    content = load_checkpoint(runs / "scaled" / "checkpoint-3.pth")
+    torch.save({"model": content["model"]}, tmp_path / "published.pth")
+    flags = [item for name, value in {**content["flags"], **content["adapter_config"]}.items()
+             if name in vars(shared_flags().parse_args([])) and value not in (None, False)
+             for item in (f"--{name}", str(value))]
+    published = demo.load_chatbot(demo.get_args_parser().parse_args(
+        ["--adapter_path", str(tmp_path / "published.pth"), "--device", "cpu", *flags]))
+    name, = published.runs
+    *_, expected = bot.answer("scaled", [], Question(QUESTION, options=("north", "south")), Settings(4))
+    *_, answer = published.answer(name, [], Question(QUESTION, options=("north", "south")), Settings(4))
     assert answer == expected
 
 

@@ -301,10 +301,19 @@ def test_spellings_of_no_scaling(base, folders, tmp_path, changes):
     assert llama_config(read_validated(tmp_path / "config.json", Config)) == expected
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_quantized_layers_without_biases_and_norms(base, folders, name, bits):
-    assert f"--bits {bits} does not know the" in error_message(load, folders[name][0], base.vision, bits=bits)
+def test_biases_and_norms_beside_quantized_weights(base, folders, bits):
+    """They are loaded exactly; tests/weights/test_quantization.py tests what is done with them."""
+    pytest.importorskip("bitsandbytes")
+    exact, quantized = (dict(load(folders["qwen3 with biases"][0], base.vision, bits=b).llama.named_parameters())
+                        for b in ("16bit", bits))
+    assert [name for name in exact if name not in quantized] == [
+        f"layers.{layer}.{name}.weight" for layer in range(3)
+        for name in ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1",
+                     "feed_forward.w2", "feed_forward.w3")]
+    same = [name for name in quantized if "adapter" not in name]
+    assert "layers.2.attention.wo.bias" in same and "layers.2.attention.k_norm.weight" in same
+    assert all(torch.equal(exact[name], quantized[name]) for name in same)
 
 
 def test_entries_of_the_first_configurations(base, folders, tmp_path):

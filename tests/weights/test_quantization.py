@@ -93,24 +93,30 @@ def test_only_the_quantized_weight_is_kept(quantization, weight, bits, num_bytes
     assert original() is None and quantization.weight_bytes(linear) == num_bytes
 
 
-def quantized_and_dequantized_model(quantization, bits: str) -> tuple[LaVIN, LaVIN]:
+QWEN = {"biases": ("wq", "wk", "wv", "wo", "w1", "w2", "w3"), "qk_norm": True}
+
+
+def quantized_and_dequantized_model(quantization, bits: str, llama: dict | None = None) -> tuple[LaVIN, LaVIN]:
     """A quantized model, and an unquantized one with the first one's dequantized weights."""
-    quantized, dequantized = tiny_model(), tiny_model()
+    quantized, dequantized = tiny_model(llama=llama), tiny_model(llama=llama)
     exact = dict(quantized.llama.named_parameters())
     quantize_model(quantized, bits)
     for name, module in quantized.llama.layers.named_modules():
         if type(module) is quantization.QUANTIZED_LINEARS[bits]:
             weight = exact[f"layers.{name}.weight"]
             module.load(weight.detach(), CPU, torch.float32)
+            bias, module.bias = module.bias, None
             dequantized.llama.layers.get_submodule(name).weight.data = dequantized_weight(module, weight.shape[1])
+            module.bias = bias
     return quantized, dequantized
 
 
+@pytest.mark.parametrize("llama", [{}, QWEN])
 @pytest.mark.parametrize("bits", BITS)
-def test_model_equals_one_with_dequantized_weights(quantization, bits):
+def test_model_equals_one_with_dequantized_weights(quantization, bits, llama):
     """The loss and all gradients, with and without gradient checkpointing; the greedy answers."""
-    quantized, dequantized = quantized_and_dequantized_model(quantization, bits)
-    exact_loss = tiny_model()(pack(mixed_examples())).item()
+    quantized, dequantized = quantized_and_dequantized_model(quantization, bits, llama)
+    exact_loss = tiny_model(llama=llama)(pack(mixed_examples())).item()
     for model, checkpointing in ((dequantized, False), (quantized, False), (quantized, True)):
         model.train()
         for module in model.modules():

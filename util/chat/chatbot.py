@@ -25,6 +25,7 @@ from lavin.runtime.files import read_json
 from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.adapters import load_adapters, read_adapters
 from util.data.prompts import OPTIONS, PROMPT_FORMATS, answer_text, build_prompt, instruction_prompt
+from util.flags import shared_flags
 from util.runs import checkpoints, last_checkpoint, run_folders, user_error_if_malformed
 from util.trained_model import check_image_statistics
 
@@ -131,8 +132,10 @@ def read_flags(run: Path) -> dict:
 
 
 def read_trained_format(path: Path) -> tuple[dict, str]:
-    """A checkpoint of train.py, and the prompt format that it was trained with."""
+    """A checkpoint, and the prompt format that it was trained with. A published one does not say: with the default."""
     checkpoint = read_adapters(path)
+    if "adapter_config" not in checkpoint:
+        return checkpoint, shared_flags().get_default("prompt_format")
     with user_error_if_malformed(path):
         AdapterConfig(**checkpoint["adapter_config"])
         prompt_format = checkpoint["flags"]["prompt_format"]
@@ -177,6 +180,7 @@ class Chatbot:
 
     def __init__(self, model: LaVIN, tokenizer: Tokenizer, runs: dict[str, Path], max_seq_len: int):
         self.model, self.tokenizer, self.runs, self.max_seq_len = model.eval(), tokenizer, runs, max_seq_len
+        self.adapter = model.adapter  # of checkpoints that do not say: from the command line
         self.lock = Lock()
         self.latest_request = object()  # only the latest one may use the model
 
@@ -186,7 +190,8 @@ class Chatbot:
         checkpoint, prompt_format = read_trained_format(path)
         check_image_statistics(self.model, checkpoint, str(path))
         load_adapters(self.model, checkpoint["model"], str(path))
-        self.model.adapter = adapter = AdapterConfig(**checkpoint["adapter_config"])
+        config = checkpoint.get("adapter_config")
+        self.model.adapter = adapter = AdapterConfig(**config) if config else self.adapter
         for module in self.model.modules():
             if isinstance(module, RepAdapter):
                 module.scale = adapter.adapter_scale
