@@ -129,7 +129,7 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
     model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, adapter, device, dtype,
                                  args.drop_path, use_vicuna=args.use_vicuna, bits=args.bits,
                                  max_seq_len=args.max_seq_len)
-    speed_up(model, args.bits)
+    speed_up(model, args.bits, args.compile, args.cuda_graphs)
     model.set_gradient_checkpointing(args.gradient_checkpointing)
     examples = load_examples(data, args, tokenizer, model.vision.image_size)
     trainer = Trainer(args, model, examples, run, rank, world)

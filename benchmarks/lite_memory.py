@@ -15,6 +15,7 @@ from timing import peak_gib, report, start_memory  # first: it extends sys.path
 # isort: split
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
+from lavin.runtime.device import DTYPES, choose_dtype
 from lavin.timm_compat import timm
 from lavin.weights.load import frozen_parameters, load_frozen_tensor, quantize_model
 from lavin.weights.quantization import weight_bytes
@@ -39,7 +40,7 @@ def random_lite(size: str, bits: str, device, dtype) -> LaVIN:
 
 def main(args) -> None:
     device = torch.device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = choose_dtype(args.precision, device)
     gib = weight_bytes(random_lite(args.size, args.bits, "meta", dtype)) / 2**30
     start_memory(device)
     model = random_lite(args.size, args.bits, device, dtype).train()
@@ -61,6 +62,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="7B", choices=SIZES)
     parser.add_argument("--bits", default="4bit", choices=["16bit", "8bit", "4bit"])
+    parser.add_argument("--precision", default="auto", choices=["auto", *DTYPES], help="fp16: as on a V100")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", default=3, type=int)
     main(parser.parse_args())

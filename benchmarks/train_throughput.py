@@ -18,7 +18,7 @@ from lavin.fast.speed_up import speed_up
 from published_recipe import published_loss
 from random_lavin import random_examples, random_lavin, redrawn
 from util.training.accumulation import accumulate_gradients, count_answer_tokens, with_loss_weights
-from util.training.optimizer import make_optimizer, optimizer_step
+from util.training.optimizer import make_optimizer, make_scaler, optimizer_step
 from util.training.throughput import frozen_weights, step_flops
 
 
@@ -26,32 +26,36 @@ def trained_parameters(model) -> list:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def published_trainer(model):
-    """The published training loop: fp16 with loss scaling; reads the loss at every step."""
+def published_trainer(model, pass_size: int = 64):
+    """The published training loop: fp16 with loss scaling; reads the loss at every pass of `pass_size` samples."""
     parameters = trained_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
 
     def step(samples):
-        loss = published_loss(model, samples, 512)
-        scaler.scale(loss).backward()
+        passes = [samples[i:i + pass_size] for i in range(0, len(samples), pass_size)]
+        losses = []
+        for pass_samples in passes:
+            loss = published_loss(model, pass_samples, 512) / len(passes)
+            scaler.scale(loss).backward()
+            losses.append(loss.item())
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        return loss.item()
+        return sum(losses)
 
     return step
 
 
-def our_trainer(model):
-    """train.py's optimizer step, with all samples in one pass."""
+def our_trainer(model, max_tokens: float = math.inf):
+    """train.py's optimizer step, with passes of at most `max_tokens`."""
     parameters = trained_parameters(model)
     optimizer = make_optimizer(model, argparse.Namespace(lr=1e-4, weight_decay=0.02))
-    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    scaler = make_scaler(model)
 
     def step(samples):
         weighted = with_loss_weights([samples], count_answer_tokens(samples), "batch", 1)
-        loss = accumulate_gradients(model, weighted, math.inf, scaler)
+        loss = accumulate_gradients(model, weighted, max_tokens, scaler)
         return optimizer_step(optimizer, scaler, parameters, loss, None)
 
     return step

@@ -1,4 +1,4 @@
-"""Causal attention within each document of a packed row: three implementations that agree, and the choice among them.
+"""Causal attention within each document of a packed row: implementations that agree, and the choice among them.
 
 All take query [N, H, d], key and value [N, H_kv, d] and the pass's VarlenMetadata, and return [N, H, d].
 """
@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from lavin.kernels.flash_attention import flash_attention
-from lavin.runtime.device import to_device
+from lavin.runtime.device import compute_capability, to_device
 
-HAS_TRITON = find_spec("triton") is not None  # installed with torch's GPU builds
+has_triton = find_spec("triton") is not None  # with torch's GPU builds; speed_up.py unsets it where it does not work
+CAUSAL = 1  # custom_mask_type of _efficient_attention_forward
 
 
 class VarlenMetadata:
@@ -43,10 +44,11 @@ class VarlenMetadata:
 
 
 def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int):
-    """Flash attention where the hardware has it (Ampere, 8.0, or newer, in 16 bits), else padded attention."""
-    ampere = HAS_TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    flash = ampere and dtype != torch.float32 and head_dim in (16, 32, 64, 128)
-    return flash_varlen_attention if flash else padded_attention
+    """On a GPU: flash attention from Ampere (8.0) on, in 16 bits, else memory-efficient attention; elsewhere padded."""
+    if device.type != "cuda":
+        return padded_attention
+    flash = has_triton and compute_capability(device) >= (8, 0) and dtype != torch.float32
+    return flash_varlen_attention if flash and head_dim in (16, 32, 64, 128) else efficient_varlen_attention
 
 
 def causal_sdpa(query, key, value):
@@ -55,7 +57,7 @@ def causal_sdpa(query, key, value):
 
 
 def reference_attention(query, key, value, attn_metadata: VarlenMetadata):
-    """One document at a time: what the other two are tested against."""
+    """One document at a time: what the others are tested against."""
     documents = zip(*(x.split(attn_metadata.lengths) for x in (query, key, value)), strict=True)
     outputs = []
     for q, k, v in documents:  # [T, H, d], [T, H_kv, d]
@@ -72,6 +74,18 @@ def padded_attention(query, key, value, attn_metadata: VarlenMetadata):
     batch = [x.new_zeros(attn_metadata.num_docs, attn_metadata.max_seqlen, *x.shape[1:]).index_put(index, x)
              for x in (query, key, value)]
     return causal_sdpa(*(x.transpose(1, 2) for x in batch)).transpose(1, 2)[index]
+
+
+def efficient_varlen_attention(query, key, value, attn_metadata: VarlenMetadata):
+    """Memory-efficient attention on the packed row itself, without padding (Rabe and Staats 2021, arXiv 2112.05682):
+    PyTorch's kernel for all GPUs from Maxwell on, as it calls it for nested tensors."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    cu_seqlens, max_seqlen = attn_metadata.cu_seqlens, attn_metadata.max_seqlen
+    return torch.ops.aten._efficient_attention_forward(
+        query[None], key[None], value[None], None, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, CAUSAL,
+        compute_log_sumexp=True)[0][0]
 
 
 def flash_varlen_attention(query, key, value, attn_metadata: VarlenMetadata):

@@ -106,6 +106,9 @@ def shared_flags() -> Parser:
     add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
         help="compute dtype; auto: bf16, fp16 or fp32 by hardware")
     add("--device", default=None, help="cuda or cpu; default: cuda where there is one")
+    add("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile; auto: on GPUs where it works")
+    add("--cuda_graphs", default="auto", choices=["auto", "on", "off"],
+        help="training passes and decoding captured in CUDA graphs; auto: on GPUs")
 
     add("--data_root", default="../data", help="folder of problems.json, pid_splits.json, images/")
     add("--caption_file", default=None, help="captions.json; default: the one in --data_root")
@@ -130,7 +133,7 @@ def shared_flags() -> Parser:
 
 
 # not inherited from a checkpoint, since a run may be evaluated on another machine
-MACHINE_FLAGS = ("device", "precision", "num_workers", "cpu_load", "model_parallel_size")
+MACHINE_FLAGS = ("device", "precision", "compile", "cuda_graphs", "num_workers", "cpu_load", "model_parallel_size")
 
 
 def inherit(args: argparse.Namespace, trained: dict, source: str) -> None:

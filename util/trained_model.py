@@ -115,4 +115,6 @@ def load_model(args, trained: Trained | None = None, fast: bool = True) -> tuple
     if trained.path:
         check_image_statistics(model, trained.image_statistics, str(trained.path))
         load_adapters(model, trained.tensors, str(trained.path))
-    return (speed_up(model, args.bits) if fast else model).eval(), tokenizer, trained.path
+    if fast:
+        speed_up(model, args.bits, args.compile, args.cuda_graphs)
+    return model.eval(), tokenizer, trained.path

@@ -75,10 +75,11 @@ class CapturedLlama(CapturedModule):
     pass_class = CapturedLlamaPass
 
     def bucket(self, x, attn_metadata, routing):
-        """Rows, documents (with the dummy one) and the longest document's tokens, each rounded up."""
+        """Rows, documents (with the dummy one) and the longest document's tokens, each rounded up; the last to at most
+        all rows, as memory-efficient attention requires."""
         rows, num_docs = pad_to_bucket(len(x)), attn_metadata.num_docs + 1
         max_seqlen = max(attn_metadata.max_seqlen, rows - len(x))
-        return rows, num_docs + -num_docs % 4, max_seqlen + -max_seqlen % 256
+        return rows, num_docs + -num_docs % 4, min(max_seqlen + -max_seqlen % 256, rows)
 
     def compile_key(self, bucket):
         """One for all buckets: a second uncaptured pass next to the captured ones might run out of memory."""

@@ -1,14 +1,23 @@
 """The one place that chooses, by hardware, which parts of a model are replaced by faster ones."""
 
-from functools import partial
+import io
+import logging
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 
-from lavin.attention import flash_varlen_attention, select_attention
+from lavin import attention
+from lavin.attention import select_attention
 from lavin.fast import fused_linear
 from lavin.fast.captured_models import capture_training
+from lavin.kernels.fused_ops import swiglu
 from lavin.loss import answer_loss, cross_entropy
 from lavin.model import LaVIN
+from lavin.runtime.console import print_rank0
+from lavin.runtime.errors import UserError, first_line
 
 
 def fuse(model: LaVIN, fp8: bool = False) -> None:
@@ -30,20 +39,72 @@ def compile_model(model: LaVIN) -> None:
     model.answer_loss = partial(answer_loss, cross_entropy=torch.compile(cross_entropy, dynamic=True))
 
 
-def speed_up(model: LaVIN, bits: str = "16bit") -> LaVIN:
-    """In place; returns the model. bits: `fp8` for fp8 matrices.
+@cache
+def compiler_error(device: torch.device) -> str | None:
+    """Why Triton or Inductor does not work on this GPU, tried on a small function; None: both do.
 
-    Fused kernels need Ampere (8.0) or newer. Training passes are captured in CUDA graphs only with flash attention:
-    with other attention this was never tried. Quantized and tensor-parallel models stay as they are.
+    What goes wrong on clusters: no kernels for an old GPU, no C compiler, no place to write to.
+    """
+    if not attention.has_triton:
+        return "Triton is not installed"
+    x = torch.randn(4, 64, device=device)
+    logging.disable(logging.CRITICAL)  # Inductor and Triton would print a thousand lines
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            torch.compile(lambda x: swiglu(x.square(), False)[0].sum(-1), dynamic=True)(x).tolist()
+    except Exception as error:  # of Dynamo, Inductor, Triton, ptxas, gcc or the file system
+        return first_line(error)
+    finally:
+        logging.disable(logging.NOTSET)
+    return None
+
+
+@dataclass(frozen=True)
+class FastPaths:
+    """What a model on a device uses. attention: of lavin/attention.py. fused: fused matrices with Triton kernels.
+    captured: training passes and decoding in CUDA graphs. notes: what is not used and why, a line each."""
+
+    attention: Callable
+    fused: bool
+    compiled: bool
+    captured: bool
+    notes: tuple[str, ...] = ()
+
+
+def choose_fast_paths(device: torch.device, dtype: torch.dtype, head_dim: int, bits: str = "16bit",
+                      compile: str = "auto", cuda_graphs: str = "auto") -> FastPaths:
+    """compile, cuda_graphs: `auto`, `on` or `off`. Raises UserError for what was asked for and does not work."""
+    gpu = device.type == "cuda"
+    if cuda_graphs == "on" and not gpu:
+        raise UserError("--cuda_graphs on needs a GPU: leave it at auto")
+    error = compiler_error(device) if gpu else None
+    if error and (compile == "on" or bits == "fp8"):
+        raise UserError(f"{'--bits fp8' if bits == 'fp8' else '--compile on'} does not work on this GPU: {error}")
+    notes = []
+    if error:
+        attention.has_triton = False
+        notes = [f"the model runs without torch.compile and Triton, which do not work on this GPU: {error}"]
+    works = gpu and not error
+    return FastPaths(select_attention(device, dtype, head_dim), fused=works or bits == "fp8",
+                     compiled=compile == "on" or (compile == "auto" and works),
+                     captured=gpu and cuda_graphs != "off", notes=tuple(notes))
+
+
+def speed_up(model: LaVIN, bits: str = "16bit", compile: str = "auto", cuda_graphs: str = "auto") -> LaVIN:
+    """In place; returns the model. bits: `fp8` for fp8 matrices. compile, cuda_graphs: `auto`, `on` or `off`.
+
+    Quantized and tensor-parallel models stay as they are. Raises UserError as `choose_fast_paths`.
     """
     if not isinstance(model.llama.layers[0].attention.wq, torch.nn.Linear):
         return model
-    cuda = model.device.type == "cuda"
-    if bits == "fp8" or cuda and torch.cuda.get_device_capability(model.device) >= (8, 0):
+    paths = choose_fast_paths(model.device, model.dtype, model.llama.config.head_dim, bits, compile, cuda_graphs)
+    for note in paths.notes:
+        print_rank0(note)
+    if paths.fused:
         fuse(model, bits == "fp8")
-    if cuda:
+    if paths.compiled:
         compile_model(model)
+    if paths.captured:
         model.use_cuda_graphs = True
-    if select_attention(model.device, model.dtype, model.llama.config.head_dim) is flash_varlen_attention:
         capture_training(model)
     return model

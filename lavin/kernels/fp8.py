@@ -5,6 +5,7 @@ Micikevicius et al. 2022, arXiv 2209.05433.
 
 import torch
 
+from lavin.runtime.device import compute_capability
 from lavin.runtime.errors import UserError
 
 FP8_DTYPE = torch.float8_e4m3fn
@@ -27,6 +28,6 @@ def scaled_matmul(a, a_scale, b, b_scale, dtype: torch.dtype):
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where the GPU has no fp8 tensor cores."""
-    if device.type == "cuda" and (torch.cuda.get_device_capability(device) < (8, 9) or dtype != torch.bfloat16):
+    if device.type == "cuda" and (compute_capability(device) < (8, 9) or dtype != torch.bfloat16):
         raise UserError("--bits fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or newer and --precision bf16: "
                         "leave it at 16bit")

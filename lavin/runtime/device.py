@@ -1,6 +1,9 @@
 """Device and compute dtype by hardware, and copies between host and device that do not block the host."""
 
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -9,8 +12,50 @@ from lavin.runtime.errors import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/gpus")  # one entry a GPU, whatever this torch can do with it
+
+
+def compute_capability(device) -> tuple[int, int]:
+    """(major, minor) of a GPU: V100 (7, 0), T4 (7, 5), A100 (8, 0), L40 (8, 9), H100 (9, 0)."""
+    return torch.cuda.get_device_capability(device)
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """architecture: of torch.cuda.get_arch_list(): sm_75 is machine code for 7.5 and later 7.x, and compute_75 is
+    compiled by the driver for 7.5 and anything newer."""
+    found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+    if not found:
+        return False
+    built_for = int(found[2]), int(found[3])
+    return built_for <= capability and (found[1] == "compute" or built_for[0] == capability[0])
+
+
+def unsupported_gpu(device) -> str | None:
+    """A line where this torch has no kernels for the GPU."""
+    capability, architectures = compute_capability(device), torch.cuda.get_arch_list()
+    if any(runs_on(architecture, capability) for architecture in architectures):
+        return None
+    older = all(int(architecture.split("_")[1].rstrip("af")) > 10 * capability[0] + capability[1]
+                for architecture in architectures)
+    fix = "pip install -r requirements.txt -c requirements-v100.txt" if older else "pip install --upgrade torch"
+    return (f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (compute capability "
+            f"{capability[0]}.{capability[1]}; it has {', '.join(architectures)}): {fix}")
+
+
+def unusable_driver() -> str | None:
+    """A line where this machine has NVIDIA GPUs, and this torch cannot use any."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not NVIDIA_DRIVER.is_dir():
+        return None
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
+    return (f"this machine has a GPU that torch {torch.__version__}, built for {built}, cannot use: for drivers before "
+            "580, pip install -r requirements.txt -c requirements-cuda12.txt (before 525: requirements-cuda11.txt); to "
+            "leave the GPU alone, --device cpu")
+
+
 def choose_device(name: str | None, local_rank: int) -> torch.device:
-    """--device, or this process's GPU where there is one. Raises UserError where it is not available."""
+    """--device, or this process's GPU where there is one. Raises UserError where it cannot be used."""
+    if name is None and (problem := unusable_driver()):
+        raise UserError(problem)
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -26,7 +71,11 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
     if device.index >= torch.cuda.device_count():
         raise UserError(f"{torch.cuda.device_count()} GPUs are visible, and process {local_rank} needs one of its own: "
                         "start fewer processes (torchrun --nproc_per_node)")
+    if problem := unsupported_gpu(device):
+        raise UserError(problem)
     torch.cuda.set_device(device)
+    # partial sums of a matmul stay in float32; in fp16, LLaMA's largest activations would cost precision or overflow
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     return device
 
 
@@ -36,7 +85,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         return DTYPES[precision]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if compute_capability(device) >= (8, 0) else torch.float16
 
 
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:

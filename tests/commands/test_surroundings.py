@@ -108,7 +108,7 @@ def make_venv(project: Path, *flags: str) -> Path:
 def install(project: Path) -> subprocess.CompletedProcess:
     script = "set -euo pipefail; source scripts/environment.sh requirements.txt; python -c 'import pip'; type -p python"
     return subprocess.run(["bash", "-c", script], cwd=project, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHON": sys.executable, "PIP_NO_INDEX": "1"})
+                          env={**os.environ, "PYTHON": sys.executable, "PIP_NO_INDEX": "1", "TORCH_CONSTRAINTS": ""})
 
 
 def assert_installed(done: subprocess.CompletedProcess, project: Path) -> None:

@@ -42,6 +42,15 @@ def test_captured_training_equals_eager(adapter_type, visual_type):
     assert all(tokens > sum(len(e.ids) for e in BATCHES[1]) or tokens < 200 for tokens, *_ in llama.graphs)  # padded
 
 
+def test_a_bucket_has_no_longer_documents_than_rows():
+    """Memory-efficient attention requires it."""
+    model = tiny_model().train()
+    capture_training(model)
+    for examples in BATCHES:
+        loss_and_gradients(model, examples)
+    assert {max_seqlen <= rows for rows, _, max_seqlen in model.llama.forward.graphs} == {True}
+
+
 def test_least_recently_used_buckets_are_evicted(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     eager, captured = (tiny_model(dropout_prob=0.0).train() for _ in range(2))

@@ -51,25 +51,50 @@ def test_scaled_matmul_equals_the_cpu():
     assert close(scaled_matmul(*(x.cuda() for x in (*a, *b)), torch.bfloat16), expected, 5e-3)
 
 
-def test_flash_varlen_attention_equals_the_reference():
+@pytest.mark.parametrize("implementation, dtype, tolerance", [
+    (attention.flash_varlen_attention, torch.bfloat16, 0.02),
+    (attention.efficient_varlen_attention, torch.float16, 0.005),
+    (attention.efficient_varlen_attention, torch.float32, 1e-5)])
+def test_varlen_attention_equals_the_reference(implementation, dtype, tolerance):
     torch.manual_seed(0)
     attn_metadata = VarlenMetadata([1, 1, 5, 9, 3], "cuda")
-    q, k, v = (torch.randn(19, h, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
+    attn_metadata.max_seqlen = 16  # a bucket's
+    q, k, v = (torch.randn(19, h, 16, device="cuda", dtype=dtype, requires_grad=True) for h in (4, 2, 2))
     results = []
-    for implementation in (attention.flash_varlen_attention, attention.reference_attention):
-        out = implementation(q, k, v, attn_metadata)
+    for attend in (implementation, attention.reference_attention):
+        out = attend(q, k, v, attn_metadata)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
-    assert attention.select_attention(q.device, q.dtype, 16) is attention.flash_varlen_attention
-    assert all(close(actual, expected, 0.02) for actual, expected in zip(*results, strict=True))
+    assert all(close(actual, expected, tolerance) for actual, expected in zip(*results, strict=True))
 
 
-@pytest.fixture(scope="module", params=["16bit", pytest.param("fp8", marks=NEEDS_FP8)])
+def test_attention_by_hardware(monkeypatch):
+    device = torch.device("cuda")
+    for capability, dtype, name in (((9, 0), torch.bfloat16, "flash"), ((8, 0), torch.float16, "flash"),
+                                    ((8, 0), torch.float32, "efficient"), ((7, 5), torch.float16, "efficient")):
+        monkeypatch.setattr(attention, "compute_capability", lambda _, capability=capability: capability)
+        assert attention.select_attention(device, dtype, 16).__name__ == f"{name}_varlen_attention"
+    assert attention.select_attention(device, torch.bfloat16, 24) is attention.efficient_varlen_attention
+
+
+# --bits, the dtype, and whether the compiler works; fp16: as on a V100 or T4
+KINDS = [("16bit", torch.bfloat16, True), pytest.param(("fp8", torch.bfloat16, True), marks=NEEDS_FP8),
+         ("16bit", torch.float16, True), ("16bit", torch.float16, False), ("16bit", torch.float32, False)]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def models(request):
     """A float32 model on the CPU, the same model after speed_up on the GPU, and its --bits."""
+    bits, dtype, compiler = request.param
     torch.compiler.reset()
     shape = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4}
     plain, fast = (tiny_model(llama=shape, dropout_prob=0.0).train() for _ in range(2))
-    return plain, speed_up(cast_frozen(fast, "cuda", torch.bfloat16), request.param), request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "has_triton", True)  # it is unset where the compiler does not work
+        if dtype == torch.float16:
+            patch.setattr(attention, "compute_capability", lambda _: (7, 0))
+        if not compiler:
+            patch.setattr("lavin.fast.speed_up.compiler_error", lambda _: "no C compiler")
+        yield plain, speed_up(cast_frozen(fast, "cuda", dtype), bits), bits
 
 
 def test_captured_training(models):

@@ -145,7 +145,8 @@ def test_the_recipe_does_not_depend_on_paths_and_processes(flags, finished, scie
     """A copy of the data and the base elsewhere, and other micro-batches."""
     shutil.copytree(base.weights, tmp_path / "weights")
     run(*in_folder(flags, finished, "--data_root", scienceqa_copy, "--llama_model_path", tmp_path / "weights",
-                   "--batch_size", "1", "--accum_iter", "4", "--gradient_checkpointing"))
+                   "--batch_size", "1", "--accum_iter", "4", "--gradient_checkpointing", "--compile", "off",
+                   "--cuda_graphs", "off"))
 
 
 def test_other_base_weights_are_another_recipe(flags, finished, base, tmp_path):

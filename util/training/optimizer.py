@@ -6,6 +6,8 @@ import torch
 
 from lavin.runtime import distributed
 
+INITIAL_SCALE = 1024.0  # of the loss; it doubles after every 2,000 steps without an overflow
+
 
 def make_optimizer(model, args) -> torch.optim.Optimizer:
     """AdamW over the trained parameters, with weight decay on matrices only."""
@@ -13,6 +15,15 @@ def make_optimizer(model, args) -> torch.optim.Optimizer:
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+
+def make_scaler(model) -> torch.amp.GradScaler:
+    """Loss scaling, for fp16 only.
+
+    PyTorch's initial scale of 65536 would overflow in the first steps of a base with large activations: each halving
+    skips a step, and ten skipped steps in a row end training (epoch_record.py).
+    """
+    return torch.amp.GradScaler(model.device.type, init_scale=INITIAL_SCALE, enabled=model.dtype == torch.float16)
 
 
 def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad: float | None, stop: bool = False

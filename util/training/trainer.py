@@ -25,7 +25,7 @@ from util.training.accumulation import (
 )
 from util.training.epoch_record import MAX_SKIPPED, EpochRecord
 from util.training.metrics import Metrics
-from util.training.optimizer import make_optimizer, optimizer_step
+from util.training.optimizer import make_optimizer, make_scaler, optimizer_step
 from util.training.resume import restore
 from util.training.run_folder import RunFolder
 from util.training.throughput import frozen_weights, peak_flops, peak_memory_gib
@@ -49,7 +49,7 @@ class Trainer:
         self.n_steps = steps_per_epoch(len(examples), self.effective_batch)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, args)
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+        self.scaler = make_scaler(model)
         self.frozen = frozen_weights(model)
         self.max_tokens = math.inf
         self.last_save = time.monotonic()

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Says what this machine has, what a run would use, and what would fail, with the fix: as text for a bug report.
+#   bash scripts/check.sh [flags of train.py, such as --data_root ../data --llm_model 7B]
+# Exit status 0: a run would start. Nothing needs to be installed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+"$python" -c '' 2> /dev/null || python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit("Python 3.10 or newer is needed; name one with PYTHON=...") if sys.version_info < (3, 10) else None'
+exec "$python" -m util.doctor "$@"

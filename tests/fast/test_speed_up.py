@@ -1,0 +1,75 @@
+"""What a model uses on which hardware, with and without a working compiler."""
+
+import pytest
+import torch
+
+from lavin import attention
+from lavin.fast import speed_up
+from lavin.fast.speed_up import choose_fast_paths
+from user_errors import error_message
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def hardware(monkeypatch):
+    """A function that pretends what a GPU and its compiler are like."""
+    monkeypatch.setattr(attention, "has_triton", True)
+
+    def pretend(capability, error=None):
+        monkeypatch.setattr(attention, "compute_capability", lambda _: capability)
+        monkeypatch.setattr(speed_up, "compiler_error", lambda _: error)
+    return pretend
+
+
+def summary(paths) -> tuple:
+    return paths.attention.__name__.split("_")[0], paths.fused, paths.compiled, paths.captured
+
+
+@pytest.mark.parametrize("capability, dtype, error, expected", [
+    ((9, 0), BF16, None, ("flash", True, True, True)), ((8, 0), FP32, None, ("efficient", True, True, True)),
+    ((7, 0), FP16, None, ("efficient", True, True, True)),
+    ((7, 0), FP16, "ptxas fatal", ("efficient", False, False, True)),
+    ((8, 0), BF16, "no C compiler", ("efficient", False, False, True))])
+def test_by_gpu_and_compiler(hardware, capability, dtype, error, expected):
+    hardware(capability, error)
+    paths = choose_fast_paths(GPU, dtype, 128)
+    assert summary(paths) == expected
+    assert [error in note for note in paths.notes] == [True] * bool(error)
+
+
+def test_by_flags(hardware):
+    hardware((8, 0))
+    assert summary(choose_fast_paths(GPU, BF16, 128, compile="off")) == ("flash", True, False, True)
+    assert summary(choose_fast_paths(GPU, BF16, 128, cuda_graphs="off")) == ("flash", True, True, False)
+    assert summary(choose_fast_paths(CPU, FP32, 128)) == ("padded", False, False, False)
+    assert summary(choose_fast_paths(CPU, FP32, 128, "fp8")) == ("padded", True, False, False)
+    assert summary(choose_fast_paths(CPU, FP32, 128, compile="on")) == ("padded", False, True, False)
+
+
+def test_what_was_asked_for_and_does_not_work_is_refused(hardware):
+    assert "--cuda_graphs on needs a GPU" in error_message(choose_fast_paths, CPU, FP32, 128, cuda_graphs="on")
+    hardware((8, 9), "no C compiler")
+    assert "--compile on does not work on this GPU: no C" in error_message(choose_fast_paths, GPU, BF16, 128,
+                                                                           compile="on")
+    assert "--bits fp8 does not work" in error_message(choose_fast_paths, GPU, BF16, 128, "fp8")
+
+
+def test_the_compiler_is_tried_once_and_in_silence(monkeypatch, capfd):
+    calls = []
+
+    def fail(function, **_):
+        calls.append(function)
+        print("a thousand lines of PTX")
+        raise RuntimeError("NoTritonConfigsError: ptxas fatal\nand so on")
+
+    monkeypatch.setattr(attention, "has_triton", True)
+    monkeypatch.setattr(torch, "compile", fail)
+    speed_up.compiler_error.cache_clear()
+    assert [speed_up.compiler_error(CPU) for _ in range(2)] == ["NoTritonConfigsError: ptxas fatal"] * 2
+    assert len(calls) == 1 and capfd.readouterr() == ("", "")
+    speed_up.compiler_error.cache_clear()
+    monkeypatch.setattr(attention, "has_triton", False)
+    assert speed_up.compiler_error(CPU) == "Triton is not installed"
+    speed_up.compiler_error.cache_clear()

@@ -1,0 +1,72 @@
+"""GPUs that this torch cannot use are said in one line, with the command that helps."""
+
+import pytest
+import torch
+
+from lavin.runtime import device
+from lavin.runtime.errors import UserError
+from user_errors import error_message
+
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # as torch's CUDA 13 wheels say
+CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that pretends that there is a GPU of a capability, and a torch of these architectures."""
+    def pretend(capability, architectures):
+        for name, value in (("is_available", True), ("device_count", 1), ("get_arch_list", architectures),
+                            ("get_device_name", "Tesla V100-SXM2-32GB"), ("set_device", None)):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        monkeypatch.setattr(device, "compute_capability", lambda _: capability)
+    return pretend
+
+
+@pytest.mark.parametrize("architecture, capability, expected", [
+    ("sm_70", (7, 0), True), ("sm_70", (7, 5), True), ("sm_75", (7, 0), False), ("sm_80", (8, 9), True),
+    ("sm_80", (9, 0), False), ("sm_90a", (9, 0), True), ("sm_120", (12, 0), True), ("sm_100", (10, 3), True),
+    ("compute_75", (9, 0), True), ("compute_90", (8, 0), False), ("gfx90a", (9, 0), False)])
+def test_which_gpus_run_the_code_of_an_architecture(architecture, capability, expected):
+    """CUDA's rule: machine code runs on later minor versions, PTX on anything later."""
+    assert device.runs_on(architecture, capability) == expected
+
+
+@pytest.mark.parametrize("capability, architectures", [((7, 0), CUDA_12), ((7, 5), CUDA_13), ((12, 1), CUDA_13)])
+def test_supported_gpus(gpu, capability, architectures):
+    gpu(capability, architectures)
+    assert device.choose_device(None, 0) == GPU
+
+
+def test_a_gpu_without_kernels_is_refused_with_the_command_that_helps(gpu):
+    gpu((7, 0), CUDA_13)
+    message = error_message(device.choose_device, "cuda", 0)
+    assert "no kernels for Tesla V100-SXM2-32GB (compute capability 7.0" in message and "\n" not in message
+    assert message.endswith("pip install -r requirements.txt -c requirements-v100.txt")
+    gpu((10, 0), CUDA_12)
+    assert error_message(device.choose_device, None, 0).endswith("pip install --upgrade torch")
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_left_alone_in_silence(monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "NVIDIA_DRIVER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    message = error_message(device.choose_device, None, 0)
+    assert "has a GPU that torch" in message and "requirements-cuda12.txt" in message and "--device cpu" in message
+    assert device.choose_device("cpu", 0) == torch.device("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert device.choose_device(None, 0) == torch.device("cpu")
+
+
+def test_sums_of_fp16_products_stay_in_float32(gpu):
+    gpu((7, 0), CUDA_12)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    device.choose_device(None, 0)
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:9"])
+def test_unknown_devices_are_refused(gpu, name):
+    gpu((7, 0), CUDA_12)
+    with pytest.raises(UserError):
+        device.choose_device(name, 0)
