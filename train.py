@@ -12,8 +12,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 
 import torch
 
-from lavin.fast.speed_up import speed_up
-from lavin.kernels.fp8 import check_fp8
+from lavin.fast.speed_up import check_fast_paths, speed_up
 from lavin.mm_adapter import AdapterConfig, dropout_schedule
 from lavin.runtime import distributed
 from lavin.runtime.console import is_main_process, print_rank0
@@ -111,8 +110,7 @@ def main(args) -> None:
 def train(args, rank: int, world: int, device: torch.device) -> None:
     # first everything that is fast and may refuse the command
     dtype = choose_dtype(args.precision, device)
-    if args.bits == "fp8":
-        check_fp8(device, dtype)
+    check_fast_paths(device, dtype, args.bits, args.compile, args.cuda_graphs)
     if args.log_dir:
         summary_writer()
     data = load_training_data(args, caption_path(args))

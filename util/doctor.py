@@ -20,7 +20,6 @@ try:  # packages may be missing or broken, and this program says so
 
     import train
     from lavin.fast.speed_up import choose_fast_paths
-    from lavin.kernels.fp8 import check_fp8
     from lavin.runtime.device import choose_device, choose_dtype, compute_capability
     from lavin.runtime.errors import describe
     from lavin.timm_compat import timm
@@ -101,8 +100,6 @@ def run(args) -> Iterator[str]:
         yield row(f"--bits {bits}", "possible" if works else f"needs {needs}")
         if args.bits == bits and not works:
             yield f"! --bits {bits} needs {needs}: leave it at 16bit"
-    if args.bits == "fp8":
-        check_fp8(device, dtype)
     paths = choose_fast_paths(device, dtype, 128, args.bits, args.compile, args.cuda_graphs)
     yield row("attention", paths.attention.__name__)
     unchanged = args.bits in ("4bit", "8bit") or args.model_parallel_size > 1  # lavin/fast/speed_up.py

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from lavin.fast.speed_up import speed_up
-from lavin.kernels.fp8 import check_fp8
+from lavin.fast.speed_up import check_fast_paths, speed_up
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.runtime import distributed
@@ -94,8 +93,7 @@ def read_trained(args) -> Trained:
         warn_of_other_base(path, checkpoint, fingerprints(args))
     device = choose_device(args.device, distributed.init(args.model_parallel_size)[2])
     dtype = choose_dtype(args.precision, device)
-    if args.bits == "fp8":
-        check_fp8(device, dtype)
+    check_fast_paths(device, dtype, args.bits, args.compile, args.cuda_graphs)
     adapter = adapter or {name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__
                           if hasattr(args, name)}
     return Trained(path, checkpoint["model"], AdapterConfig(**adapter), device, dtype,

@@ -13,6 +13,7 @@ from lavin import attention
 from lavin.attention import select_attention
 from lavin.fast import fused_linear
 from lavin.fast.captured_models import capture_training
+from lavin.kernels.fp8 import check_fp8
 from lavin.kernels.fused_ops import swiglu
 from lavin.loss import answer_loss, cross_entropy
 from lavin.model import LaVIN
@@ -41,7 +42,8 @@ def compile_model(model: LaVIN) -> None:
 
 @cache
 def compiler_error(device: torch.device) -> str | None:
-    """Why Triton or Inductor does not work on this GPU, tried on a small function; None: both do.
+    """Why Triton or Inductor does not work on this GPU, tried on a small function; None: both do. Then attention does
+    without Triton, too.
 
     What goes wrong on clusters: no kernels for an old GPU, no C compiler, no place to write to.
     """
@@ -53,6 +55,7 @@ def compiler_error(device: torch.device) -> str | None:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             torch.compile(lambda x: swiglu(x.square(), False)[0].sum(-1), dynamic=True)(x).tolist()
     except Exception as error:  # of Dynamo, Inductor, Triton, ptxas, gcc or the file system
+        attention.has_triton = False
         return first_line(error)
     finally:
         logging.disable(logging.NOTSET)
@@ -71,19 +74,26 @@ class FastPaths:
     notes: tuple[str, ...] = ()
 
 
-def choose_fast_paths(device: torch.device, dtype: torch.dtype, head_dim: int, bits: str = "16bit",
-                      compile: str = "auto", cuda_graphs: str = "auto") -> FastPaths:
-    """compile, cuda_graphs: `auto`, `on` or `off`. Raises UserError for what was asked for and does not work."""
-    gpu = device.type == "cuda"
-    if cuda_graphs == "on" and not gpu:
+def check_fast_paths(device: torch.device, dtype: torch.dtype, bits: str, compile: str, cuda_graphs: str) -> str | None:
+    """Why the compiler does not work on this GPU, if so. Raises UserError for what was asked for and does not work.
+
+    To be called before a model is loaded, which takes longer. Flags: as in `choose_fast_paths`.
+    """
+    if bits == "fp8":
+        check_fp8(device, dtype)
+    if cuda_graphs == "on" and device.type != "cuda":
         raise UserError("--cuda_graphs on needs a GPU: leave it at auto")
-    error = compiler_error(device) if gpu else None
+    error = compiler_error(device) if device.type == "cuda" else None
     if error and (compile == "on" or bits == "fp8"):
         raise UserError(f"{'--bits fp8' if bits == 'fp8' else '--compile on'} does not work on this GPU: {error}")
-    notes = []
-    if error:
-        attention.has_triton = False
-        notes = [f"the model runs without torch.compile and Triton, which do not work on this GPU: {error}"]
+    return error
+
+
+def choose_fast_paths(device: torch.device, dtype: torch.dtype, head_dim: int, bits: str = "16bit",
+                      compile: str = "auto", cuda_graphs: str = "auto") -> FastPaths:
+    """compile, cuda_graphs: `auto`, `on` or `off`. Raises UserError as `check_fast_paths`."""
+    error, gpu = check_fast_paths(device, dtype, bits, compile, cuda_graphs), device.type == "cuda"
+    notes = [f"the model runs without torch.compile and Triton, which do not work on this GPU: {error}"] * bool(error)
     works = gpu and not error
     return FastPaths(select_attention(device, dtype, head_dim), fused=works or bits == "fp8",
                      compiled=compile == "on" or (compile == "auto" and works),

@@ -6,6 +6,7 @@ import torch
 from lavin import attention
 from lavin.fast import speed_up
 from lavin.fast.speed_up import choose_fast_paths
+from lavin.kernels import fp8
 from user_errors import error_message
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -15,10 +16,10 @@ FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 @pytest.fixture
 def hardware(monkeypatch):
     """A function that pretends what a GPU and its compiler are like."""
-    monkeypatch.setattr(attention, "has_triton", True)
-
     def pretend(capability, error=None):
-        monkeypatch.setattr(attention, "compute_capability", lambda _: capability)
+        monkeypatch.setattr(attention, "has_triton", not error)
+        for module in (attention, fp8):
+            monkeypatch.setattr(module, "compute_capability", lambda _: capability)
         monkeypatch.setattr(speed_up, "compiler_error", lambda _: error)
     return pretend
 
@@ -68,7 +69,7 @@ def test_the_compiler_is_tried_once_and_in_silence(monkeypatch, capfd):
     monkeypatch.setattr(torch, "compile", fail)
     speed_up.compiler_error.cache_clear()
     assert [speed_up.compiler_error(CPU) for _ in range(2)] == ["NoTritonConfigsError: ptxas fatal"] * 2
-    assert len(calls) == 1 and capfd.readouterr() == ("", "")
+    assert len(calls) == 1 and capfd.readouterr() == ("", "") and not attention.has_triton
     speed_up.compiler_error.cache_clear()
     monkeypatch.setattr(attention, "has_triton", False)
     assert speed_up.compiler_error(CPU) == "Triton is not installed"
