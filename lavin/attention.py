@@ -51,9 +51,11 @@ def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int):
     return flash_varlen_attention if flash and head_dim in (16, 32, 64, 128) else efficient_varlen_attention
 
 
-def causal_sdpa(query, key, value):
-    """query [B, H, T, d], key and value [B, H_kv, T, d] -> [B, H, T, d]."""
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+def grouped_sdpa(query, key, value, **options):
+    """query [B, H, T, d], key and value [B, H_kv, S, d] -> [B, H, T, d], by PyTorch's choice of a kernel."""
+    if query.shape[1] == key.shape[1]:  # two calls, since Dynamo of torch 2.7 takes no symbolic enable_gqa
+        return F.scaled_dot_product_attention(query, key, value, **options)
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
 
 
 def reference_attention(query, key, value, attn_metadata: VarlenMetadata):
@@ -64,7 +66,8 @@ def reference_attention(query, key, value, attn_metadata: VarlenMetadata):
         if len(q) == 1:  # the softmax over a single key is 1
             outputs.append(v.repeat_interleave(q.shape[1] // v.shape[1], 1))
         else:
-            outputs.append(causal_sdpa(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1))
+            batch = (x.transpose(0, 1)[None] for x in (q, k, v))
+            outputs.append(grouped_sdpa(*batch, is_causal=True)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -73,7 +76,7 @@ def padded_attention(query, key, value, attn_metadata: VarlenMetadata):
     index = attn_metadata.document_ids, attn_metadata.doc_positions
     batch = [x.new_zeros(attn_metadata.num_docs, attn_metadata.max_seqlen, *x.shape[1:]).index_put(index, x)
              for x in (query, key, value)]
-    return causal_sdpa(*(x.transpose(1, 2) for x in batch)).transpose(1, 2)[index]
+    return grouped_sdpa(*(x.transpose(1, 2) for x in batch), is_causal=True).transpose(1, 2)[index]
 
 
 def efficient_varlen_attention(query, key, value, attn_metadata: VarlenMetadata):

@@ -24,11 +24,13 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, fp8: bool, bias: torch.Tensor | None = None):
         super().__init__()
-        parts = [weight.detach()]
+        tensors = [weight.detach()]
         if fp8:
-            parts = [part.contiguous() for w in (parts[0], parts[0].t()) for part in quantize_rows(w)]
-        self.parts = nn.ParameterList(nn.Parameter(part, requires_grad=False) for part in parts)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+            tensors = [part.contiguous() for w in (tensors[0], tensors[0].t()) for part in quantize_rows(w)]
+        # one attribute each: Dynamo of torch 2.7 loses the entries of a ParameterList
+        self.weight, self.scale, self.weight_t, self.scale_t, self.bias = (
+            None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+            for tensor in (*tensors, *[None] * (4 - len(tensors)), bias))
 
     @classmethod
     def join(cls, linears: list[nn.Linear], fp8: bool) -> "FrozenLinear":
@@ -38,7 +40,7 @@ class FrozenLinear(nn.Module):
 
     @property
     def weights(self) -> tuple:
-        return tuple(self.parts)
+        return (self.weight,) if self.scale is None else (self.weight, self.scale, self.weight_t, self.scale_t)
 
     def forward(self, x):
         """[N, K] -> [N, O]."""

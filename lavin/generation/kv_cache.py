@@ -6,9 +6,8 @@ The modality token is not cached: no other token attends to it, and its effect o
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from lavin.attention import VarlenMetadata
+from lavin.attention import VarlenMetadata, grouped_sdpa
 from lavin.llama import LlamaConfig
 from lavin.model import MODALITIES
 
@@ -81,7 +80,5 @@ class DecodeLayer:
         index = self.attn_metadata.document_ids, slice(None), self.attn_metadata.cache_positions
         self.keys[index] = key
         self.values[index] = value
-        out = F.scaled_dot_product_attention(query[:, :, None], self.keys, self.values,
-                                             attn_mask=self.attn_metadata.mask,
-                                             enable_gqa=query.shape[1] != key.shape[1])
+        out = grouped_sdpa(query[:, :, None], self.keys, self.values, attn_mask=self.attn_metadata.mask)
         return out[:, :, 0]

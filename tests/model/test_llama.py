@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lavin.attention import VarlenMetadata, padded_attention, reference_attention
+from lavin.attention import VarlenMetadata, efficient_varlen_attention, padded_attention, reference_attention
 from lavin.llama import Block, Llama, LlamaConfig, rotary_frequencies
 from tiny import VOCAB_SIZE, perturb_weights, tiny_config
 
@@ -52,6 +52,16 @@ def test_logits_equal_hugging_face(changes, attention, monkeypatch):
         packed = ours.output(ours(ours.tok_embeddings(ids), VarlenMetadata(lengths, "cpu")))
         expected = torch.cat([theirs(document[None]).logits[0] for document in ids.split(lengths)])
     torch.testing.assert_close(packed, expected, atol=1e-4, rtol=0)
+
+
+def test_memory_efficient_attention_has_an_operator_with_gradients():
+    """Without a GPU, PyTorch checks the operator's arguments and infers shapes, of grouped heads too."""
+    attn_metadata = VarlenMetadata([4, 9, 6], "cpu")
+    attn_metadata.cu_seqlens = attn_metadata.cu_seqlens.to("meta")
+    inputs = [torch.empty(19, heads, 16, device="meta", dtype=torch.float16, requires_grad=True) for heads in (4, 2, 2)]
+    out = efficient_varlen_attention(*inputs, attn_metadata)
+    assert out.shape == (19, 4, 16)
+    assert [grad.shape for grad in torch.autograd.grad(out.sum(), inputs)] == [x.shape for x in inputs]
 
 
 def test_gradient_checkpointing_keeps_gradients():
