@@ -5,6 +5,7 @@ get the same samples and hold the same adapters, so that together they are one d
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -66,6 +67,10 @@ def launched_as() -> tuple[int, int, int]:
 def close() -> None:
     heartbeat.stop()
     if dist.is_initialized():
+        if dist.get_backend() == "gloo":
+            # in torch 2.7, its destructor waits for its threads with the GIL held, and for ever where one of them is
+            # about to release the tensors of the last message
+            time.sleep(0.5)
         dist.destroy_process_group()
 
 

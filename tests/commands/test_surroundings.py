@@ -66,6 +66,20 @@ def test_a_name_that_is_no_text_is_printed(tmp_path):
     assert out == "runs/?t?\n"
 
 
+UNUSABLE = {"OMP_NUM_THREADS": "abc", "TMPDIR": "/nonexistent", "COLUMNS": "0", "TERM": "dumb", "HF_HOME": "/dev/null",
+            "MPLCONFIGDIR": "/dev/null/x", "CUDA_VISIBLE_DEVICES": "abc", "GIT_DIR": "/nonexistent", "LC_ALL": "xx_YY"}
+
+
+def test_variables_that_make_no_sense(run):
+    assert "answers." in chat(run, "Why?", prefix=("bash", "-c", 'umask 077; exec "$@"', "bash"), **UNUSABLE)
+
+
+def test_packages_of_the_same_names_elsewhere(run, tmp_path):
+    for name in ("util", "lavin"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    assert "answers." in chat(run, "Why?", PYTHONPATH=str(tmp_path))
+
+
 # --- The machine ---
 
 def test_the_chat_needs_no_network(run):

@@ -99,6 +99,20 @@ def test_malformed_records_are_named_and_counted(tmp_path):
     assert [(r["instruction"], r["answer"], r["image"]) for r in records] == EXPECTED
 
 
+TURNS = DETAIL[0]["conversations"]
+
+
+@pytest.mark.parametrize("content, words", [
+    ([{"image": ["2.jpg"], "conversations": TURNS}], "record 0: its image is not a file name"),
+    ([{"image": "2.jpg", "conversations": [{"from": "system", "value": "Be kind."}, *TURNS]}], "do not alternate"),
+    ([{"image": "2.jpg", "conversations": [{"role": "user", "content": "Why?"}]}], "record 0: lacks from"),
+    ({"data": DETAIL}, "holds no list of records"), ("\ufeff[]", "BOM"), ("{}\n{}", "Extra data")])
+def test_records_as_other_programs_write_them(tmp_path, content, words):
+    (tmp_path / "detail_23k.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=f"detail_23k.json.*{words}"):
+        data_processing.process(tmp_path, tmp_path / "all_data.json")
+
+
 def test_missing_and_broken_files_raise_one_line_errors(tmp_path):
     out = tmp_path / "all_data.json"
     with pytest.raises(UserError, match="has none of alpaca_data.json"):

@@ -110,6 +110,16 @@ def test_texts_and_pictures_as_they_come_from_other_systems(tmp_path):
     assert [pair.questions for pair in pairs] == [pair.questions for pair in expected]
 
 
+def test_names_with_dots_and_spaces_and_lines_of_old_systems(tmp_path):
+    folder = write_mme(tmp_path) / "color"
+    expected = load_mme(str(tmp_path))[0].questions
+    (folder / "a.jpg").rename(folder / "a 1.5.b.jpg")
+    (folder / "a 1.5.b.txt").write_bytes((folder / "a.txt").read_bytes().replace(b"\n", b"\r"))
+    (folder / "a.txt").unlink()
+    pair = load_mme(str(tmp_path))[0]
+    assert (pair.name, pair.questions) == ("color/a 1.5.b.jpg", expected)
+
+
 def test_a_text_in_another_encoding_is_refused_with_the_fix(tmp_path):
     for encoding in ("latin-1", "utf-16"):
         (write_mme(tmp_path) / "color" / "b.txt").write_text("Is Zo\xeb old?\tYes\nNew?\tNo\n", encoding=encoding)

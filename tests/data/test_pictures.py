@@ -33,11 +33,12 @@ def opened(path, image: Image.Image, **options) -> np.ndarray:
     return np.asarray(result)
 
 
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def png(bits: int, colour_type: int, width: int, rows: list[bytes], clear: bytes = b"") -> bytes:
     """A PNG of a kind that Pillow does not write."""
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     header = struct.pack(">IIBBBBB", width, len(rows), bits, colour_type, 0, 0, 0)
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + (chunk(b"tRNS", clear) if clear else b"")
             + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))) + chunk(b"IEND", b""))
@@ -74,6 +75,24 @@ def test_cmyk_of_hand_worked_colours(tmp_path):
     for suffix, options in (("tif", {}), ("jpg", {"quality": 100})):
         pixels = opened(tmp_path / f"a.{suffix}", image, **options).astype(int)
         assert abs(pixels[4, [3, 12]] - [[0, 255, 255], [127, 127, 127]]).max() <= 2
+
+
+def test_cmyk_without_adobes_marker(tmp_path):
+    """Inverted all the same, as browsers take it."""
+    Image.new("CMYK", (16, 8), (255, 0, 0, 0)).save(tmp_path / "a.jpg", quality=100)
+    content = (tmp_path / "a.jpg").read_bytes()
+    marker = content.index(b"\xff\xee\0\x0eAdobe")
+    (tmp_path / "b.jpg").write_bytes(content[:marker] + content[marker + 16:])
+    assert (np.asarray(open_picture(tmp_path / "b.jpg")) == np.asarray(open_picture(tmp_path / "a.jpg"))).all()
+
+
+@pytest.mark.parametrize("name, data", [
+    (b"gAMA", struct.pack(">I", 100_000)), (b"cHRM", struct.pack(">8I", *[30_000] * 8)), (b"iCCP", b"x\0\0garbage")])
+def test_gamma_and_profiles_do_not_change_pixels(tmp_path, name, data):
+    """As in the training of CLIP."""
+    content = png(8, 2, 1, [b"\x64\x96\xc8"])
+    (tmp_path / "a.png").write_bytes(content[:33] + chunk(name, data) + content[33:])
+    assert np.asarray(open_picture(tmp_path / "a.png")).tolist() == [[[100, 150, 200]]]
 
 
 # --- Transparency ---
@@ -262,6 +281,51 @@ def test_a_jpeg_of_several_pictures(tmp_path):
 def test_a_wrong_suffix_does_not_matter(tmp_path):
     Image.new("RGB", (8, 8), RED).save(tmp_path / "a.jpg", "WEBP", lossless=True)
     assert (np.asarray(open_image(tmp_path / "a.jpg")) == RED).all()
+
+
+NO_PICTURES = [b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"<!DOCTYPE html>",
+               b"%PDF-1.4\n", b"PK\3\4", b"version https://git-lfs.github.com/spec/v1\n", png(8, 2, 0, [b""]),
+               b"GIF89a\0\0\0\0\0\0\0;"]  # the last two have no pixels
+
+
+@pytest.mark.parametrize("content", NO_PICTURES)
+def test_what_is_no_picture_whatever_its_name(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content + bytes(99))
+    with pytest.raises(IMAGE_ERRORS, match="cannot identify"):
+        load_image(tmp_path / "a.png", 8)
+    with pytest.raises(UserError, match="^a.png is not a picture: send a JPEG"):
+        open_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iCCP"])
+def test_a_small_file_with_much_text_is_not_unpacked(tmp_path, name):
+    content = png(8, 2, 1, [b"\x64\x96\xc8"])
+    bomb = chunk(name, b"x\0\0" + zlib.compress(bytes(3_000_000)))
+    (tmp_path / "a.png").write_bytes(content[:33] + bomb + content[33:])
+    with pytest.raises(IMAGE_ERRORS, match="(?i)too large"):
+        load_image(tmp_path / "a.png", 8)
+    with pytest.raises(UserError, match="(?i)^a.png is broken .*too large"):
+        open_image(tmp_path / "a.png")
+
+
+def test_more_pixels_than_a_picture_has_are_not_decoded(tmp_path):
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
+    assert "400000000 pixels) exceeds limit" in LazyImage(tmp_path / "a.png", 8).problem()
+
+
+@pytest.mark.parametrize("suffix, end, words", [
+    ("jpg", -2, "truncated"), ("jpg", -40, "truncated"), ("png", -12, None), ("png", None, None), ("jpg", None, None)])
+def test_files_that_lack_their_end_or_go_on_behind_it(tmp_path, suffix, end, words):
+    """A JPEG without its last marker may lack pixels; a PNG without its last chunk does not."""
+    path = tmp_path / f"a.{suffix}"
+    whole = opened(path, Image.fromarray(NOISE[..., :3]))
+    path.write_bytes(path.read_bytes()[:end] if end else path.read_bytes() + b"more")
+    if words:
+        with pytest.raises(IMAGE_ERRORS, match=words):
+            open_picture(path)
+    else:
+        assert (np.asarray(open_picture(path)) == whole).all()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),

@@ -2,8 +2,10 @@
 
 import argparse
 import copy
+import gzip
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -25,12 +27,20 @@ from util.scoring import score
     ('{"a": 1, "b": 2, "a": 1}', "two entries 'a'"), ('{"a": {"b": 1, "b": 2}}', "two entries 'b'"),
     ('{"a": NaN}', "NaN is no number"), ('{"a": -Infinity}', "-Infinity is no number"),
     ("[" * 100_000 + "]" * 100_000, "nested too deeply"), ("9" * 5000, "digits"), ("", "Expecting value"),
-    (b"\xff\xfe", "utf-8"), ("\ufeff{}", "BOM")])
+    (b"\xff\xfe", "utf-8"), ("\ufeff{}", "BOM"), ('{"a": 1}\n{"a": 2}', "Extra data"), (gzip.compress(b"{}"), "utf-8"),
+    ('{"a": 1,}', "property name"), ("{'a': 1}", "property name"), ("// a\n{}", "Expecting value"),
+    ("version https://git-lfs.github.com/spec/v1\n", "Expecting value"), ("<!DOCTYPE html>", "Expecting value")])
 def test_json_that_is_refused(tmp_path, text, words):
     path = tmp_path / "file.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     message = error_message(read_validated, path, dict[str, int])
     assert f"{path} is not valid JSON" in message and words in message and message.endswith("fetch or write it again")
+
+
+@pytest.mark.parametrize("text", ['{"a":\r\n 1}\r\n', '{"a":\r 1}', ' \n{"\\u0061": 1}', '{"a": 1}\n\n'])
+def test_json_as_other_systems_write_it(tmp_path, text):
+    (tmp_path / "file.json").write_bytes(text.encode())
+    assert read_validated(tmp_path / "file.json", dict[str, int]) == {"a": 1}
 
 
 def test_a_file_that_cannot_be_read_ends_in_the_hint(tmp_path):
@@ -255,6 +265,25 @@ def test_truncated_answers_are_counted_and_none_left_is_an_error(scienceqa, toke
 
 
 # --- Pictures ---
+
+@pytest.mark.parametrize("name", ["my picture (1).png", " é水.png", "a%20b.png", "#1?.png", "-rf.png", "~a", "a" * 250])
+def test_pictures_of_any_name(scienceqa_copy, name):
+    folder, path = scienceqa_copy / "images" / "train" / "101", scienceqa_copy / "problems.json"
+    (folder / "image.png").rename(folder / name)
+    change_json(path, {"101": {**json.loads(path.read_text())["101"], "image": name}})
+    assert len(load_images(load_scienceqa(scienceqa_copy, "train"), 8, 2, skip_bad=False)) == 6
+
+
+def test_a_folder_that_links_to_itself_and_a_name_that_is_too_long(scienceqa_copy):
+    folder, path = scienceqa_copy / "images" / "train" / "101", scienceqa_copy / "problems.json"
+    shutil.rmtree(folder)
+    folder.symlink_to("101")
+    change_json(path, {"103": {**json.loads(path.read_text())["103"], "image": "a" * 300}})
+    data = load_scienceqa(scienceqa_copy, "train")
+    assert f"{folder}/image.png does not decode" in error_message(load_images, data, 8, 2, skip_bad=False)
+    load_images(data, 8, 2, skip_bad=True)
+    assert data.skipped == ["101", "103"]
+
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_a_picture_that_is_no_file_does_not_hang(scienceqa_copy, make):

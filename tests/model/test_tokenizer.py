@@ -171,6 +171,22 @@ def test_a_model_without_eos_is_refused(qwen_folder):
         Tokenizer(qwen_folder / "tokenizer.json")
 
 
+def test_tokenizer_model_knows_its_own_bos_and_eos(tokenizer_file, tmp_path):
+    """The first conversions of LLaMA have empty names and the ids 0 and 1 beside it."""
+    shutil.copy(tokenizer_file, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "", "eos_token": ""}')
+    (tmp_path / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1}')
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+
+def test_an_added_token_counts_as_a_word(bpe, tmp_path):
+    """So that a base without a row for it is refused (tests/weights/test_base_weights.py)."""
+    padded = HuggingFace.from_str(bpe.to_str())
+    padded.add_special_tokens(["[PAD]"])
+    assert Tokenizer(write_json(tmp_path, padded)).n_words == bpe.get_vocab_size() + 1
+
+
 # --- Llama 3's tokenizer.model ---
 
 # of Meta's llama3/tokenizer.py

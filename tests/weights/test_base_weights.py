@@ -198,6 +198,91 @@ def test_names_of_wrapped_models_are_not_taken_for_others(base, tokenizer_file, 
     assert "tensors (" in error_message(load, "nowhere", tmp_path / "hf", base.vision)
 
 
+@pytest.mark.parametrize("shape, words", [((0,), "tok_embeddings.weight is [0]"), ((1,), "is [1] and the model has")])
+def test_matrices_that_a_sharded_training_left_empty(base, tokenizer_file, tmp_path, shape, words):
+    """As DeepSpeed's ZeRO-3 does, where nothing gathers them first."""
+    from safetensors.torch import load_file, save_file
+    write_hugging_face(tmp_path / "hf", tokenizer_file)
+    path = tmp_path / "hf" / "model.safetensors"
+    save_file({name: torch.zeros(shape) if t.ndim == 2 else t for name, t in load_file(path).items()}, path)
+    assert words in error_message(load, "nowhere", tmp_path / "hf", base.vision)
+
+
+@pytest.mark.parametrize("name, dtype", [("qweight", torch.int32), ("weight", torch.uint32), ("weight", torch.int8),
+                                         ("weight", torch.float8_e4m3fn)])
+def test_quantized_weights_without_a_word_in_the_configuration(base, tokenizer_file, tmp_path, name, dtype):
+    """Of GPTQ with its own quantize_config.json, of MLX, and others."""
+    from safetensors.torch import load_file, save_file
+    write_hugging_face(tmp_path / "hf", tokenizer_file)
+    path = tmp_path / "hf" / "model.safetensors"
+    save_file({key.replace("weight", name) if "proj" in key else key: t.abs().to(dtype) if "proj" in key else t
+               for key, t in load_file(path).items()}, path)
+    assert f"is a tensor of {dtype}" in error_message(load, "nowhere", tmp_path / "hf", base.vision)
+
+
+NORM, OTHER_NORM = "model.norm.weight", "model.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda header: header[:-1] + f', "{NORM}": {json.dumps(json.loads(header)[OTHER_NORM])}}}', "cannot be read"),
+    (lambda header: edited(header, data_offsets=json.loads(header)[OTHER_NORM]["data_offsets"]), "cannot be read"),
+    (lambda header: edited(header, shape=[31]), "cannot be read"), (lambda header: header + " " * 9, None),
+    (lambda header: edited(header, dtype="I32"), f"{NORM}: is a tensor of torch.int32"),
+    (lambda header: edited(header, dtype="Q4"), "cannot be read"), (lambda header: header[1:], "cannot be read"),
+    (lambda header: json.dumps({**json.loads(header), "__metadata__": {"format": "tf", "note": "é" * 999}}), None)])
+def test_headers_of_safetensors(base, tokenizer_file, tmp_path, change, words):
+    """One name twice, two names for the same bytes, a shape or type that is not that of the bytes; and harmless ones."""
+    theirs = write_hugging_face(tmp_path / "hf", tokenizer_file)
+    path = tmp_path / "hf" / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = change(content[8:end].decode().rstrip()).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    if words:
+        assert words in error_message(load, "nowhere", tmp_path / "hf", base.vision)
+    else:
+        assert_same_logits(load("nowhere", tmp_path / "hf", base.vision), theirs)
+
+
+def edited(header: str, **changes) -> str:
+    content = json.loads(header)
+    return json.dumps({**content, NORM: {**content[NORM], **changes}})
+
+
+@pytest.mark.parametrize("change", [lambda content: content + b"more", lambda content: b"GGUF" + content,
+                                    lambda content: b"\xff" * 8 + content[8:]])
+def test_what_is_no_safetensors(base, tokenizer_file, tmp_path, change):
+    write_hugging_face(tmp_path / "hf", tokenizer_file)
+    path = tmp_path / "hf" / "model.safetensors"
+    path.write_bytes(change(path.read_bytes()))
+    assert f"{path} cannot be read as weights" in error_message(load, "nowhere", tmp_path / "hf", base.vision)
+
+
+def test_safetensors_are_taken_before_a_bin_beside_them(base, tokenizer_file, tmp_path):
+    theirs = write_hugging_face(tmp_path / "hf", tokenizer_file)
+    torch.save({name: tensor + 1 for name, tensor in theirs.state_dict().items()}, tmp_path / "hf/pytorch_model.bin")
+    assert_same_logits(load("nowhere", tmp_path / "hf", base.vision), theirs)
+
+
+@pytest.mark.parametrize("target", ["../../blobs/4d7a", "model.safetensors"])
+def test_a_link_to_a_file_that_is_not_there(base, tokenizer_file, tmp_path, target):
+    """As in the hub's cache, after its blobs were removed; and a link to itself."""
+    write_hugging_face(tmp_path / "hf", tokenizer_file)
+    path = tmp_path / "hf" / "model.safetensors"
+    path.unlink()
+    path.symlink_to(target)
+    assert f"missing {path}" in error_message(load, "nowhere", tmp_path / "hf", base.vision)
+
+
+@pytest.mark.parametrize("name", ["a b", "été 水", "a#1?b=%20", "[ac]*", "-a", "~a", "$HOME", "a\\b", "'\""])
+def test_folders_of_any_name(base, tmp_path, name):
+    shutil.copytree(base.weights, tmp_path / name / "weights")
+    shutil.copytree(base.vision, tmp_path / name / "vit")
+    ours, theirs = (load(folder.weights, "tiny", folder.vision) for folder in (
+        type(base)(tmp_path / name / "weights", tmp_path / name / "vit"), base))
+    assert all(torch.equal(p, theirs.get_parameter(key)) for key, p in ours.named_parameters() if "adapter" not in key)
+
+
 def test_error_names_the_missing_file(tokenizer_file, tmp_path):
     write_hugging_face(tmp_path / "hf", tokenizer_file)
     (tmp_path / "hf" / "tokenizer.model").unlink()

@@ -59,7 +59,7 @@ def write_clip(folder, class_name="CLIPModel", max_shard_size="1GB", **changes):
                 "vocab_size": 9, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
         model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text))
     else:
-        model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision))
+        model = getattr(transformers, class_name)(transformers.CLIPVisionConfig(**vision))
     perturb_parameters(model)
     model.eval().save_pretrained(folder, max_shard_size=max_shard_size)
     return getattr(model, "vision_model", model)
@@ -70,7 +70,7 @@ def clip_features(tower):
     return torch.stack(tower(normalize_imagenet(IMAGES), output_hidden_states=True).hidden_states[1:], 1)[:, :, 0]
 
 
-@pytest.mark.parametrize("class_name", ["CLIPModel", "CLIPVisionModel"])
+@pytest.mark.parametrize("class_name", ["CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"])
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_clip_of_hugging_face(base, tmp_path, class_name, activation):
     tower = write_clip(tmp_path / "clip", class_name, hidden_act=activation)
@@ -387,6 +387,29 @@ def test_error_names_the_broken_file(base, tmp_path):
     assert "no CLIP" in error_message(open_vit, str(tmp_path / "other.pt"))
     save_file(tiny_vit().state_dict(), tmp_path / "plain.safetensors")
     assert "config.json" in error_message(open_vit, str(tmp_path / "plain.safetensors"))
+
+
+@pytest.mark.parametrize("save, words", [
+    (lambda vit, path: torch.save(vit, path), "holds more than tensors (timm.models"),
+    (lambda vit, path: torch.save({"teacher": vit.state_dict()}, path), "teacher: is no tensor but a"),
+    (lambda vit, path: torch.save({f"module.{name}": p for name, p in vit.state_dict().items()}, path), "lacks 78 tens"),
+    (lambda vit, path: torch.save({f"_orig_mod.{name}": p for name, p in vit.state_dict().items()}, path), "lacks 78 t"),
+    (lambda vit, path: torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(2)).save(path), "cannot be read as weights"),
+    (lambda vit, path: path.write_bytes(b"PK\3\4"), "cannot be read as weights")])
+def test_other_files_of_training_programs(base, tmp_path, save, words):
+    vit = tiny_vit()
+    write_timm(tmp_path, vit, "vit_tiny_patch16_224", {**CLIP_SIZE, "embed_dim": 24})
+    save(vit, tmp_path / "vit.pth")
+    message = error_message(features, base, tmp_path / "vit.pth")
+    assert f"--vision_model {tmp_path / 'vit.pth'}" in message and words in message
+
+
+def test_clips_text_model_is_no_vit(tmp_path):
+    import transformers
+    transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=9, bos_token_id=0,
+        eos_token_id=1, pad_token_id=1)).save_pretrained(tmp_path)
+    assert "lack embeddings.patch_embedding.weight" in error_message(open_vit, str(tmp_path))
 
 
 def test_vit_without_class_token_is_refused(base, tmp_path):
