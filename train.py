@@ -133,7 +133,7 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
     trainer = Trainer(args, model, examples, run, rank, world)
     record = trainer.restore()
     if is_main_process():
-        run.write_recipe(vars(args))
+        run.begin(vars(args))
         drop_metrics(run.path, record.epoch, len(record.steps))
         write_config(run.path, vars(args), device, world, model.llama.config.n_layers,
                      {"epoch": record.epoch, "step": len(record.steps)} if run.checkpoint else None)
@@ -141,7 +141,6 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
                 f"batch {trainer.effective_batch}, lr {args.lr:.3g}, {args.lr_schedule}")
     trainer.train(record)
     print_rank0(f"run: {run.folder}")
-
 
 
 if __name__ == "__main__":

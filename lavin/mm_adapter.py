@@ -47,12 +47,12 @@ def dropout_schedule(n_layers: int, prob: float, var: float, lim: float) -> list
     if n_layers < 1:
         raise ValueError(f"a schedule needs at least one layer, not {n_layers}")
     if not (0 <= prob < 1 and 0 <= lim < 1):
-        raise ValueError(f"dropout_prob {prob} and dropout_lim {lim} must lie in [0, 1)")
+        raise ValueError(f"--dropout_prob {prob} and --dropout_lim {lim} must lie in [0, 1)")
     if not 0 < var < float("inf"):
-        raise ValueError(f"dropout_var {var} must be positive and finite")
+        raise ValueError(f"--dropout_var {var} must be positive and finite")
     if (var > 1 and lim < prob) or (var < 1 and lim > prob):
         side = "at or above" if var > 1 else "at or below"
-        raise ValueError(f"dropout_lim {lim} must lie {side} dropout_prob {prob} when dropout_var is {var}")
+        raise ValueError(f"--dropout_lim {lim} must lie {side} --dropout_prob {prob} where --dropout_var is {var}")
     if var == 1:
         return [prob] * n_layers
     bound = min if var > 1 else max

@@ -1,5 +1,6 @@
 """Errors that a user can fix: one line that names the file or the flag and says what to do, without a traceback."""
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,9 @@ from lavin.runtime.signals import UNFINISHED, Stopped
 
 # what torch's RuntimeErrors say when the host's memory, or a disk or pipe that it writes to, has no space left
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
+
+NO_SPACE = ": free some space, and the same command goes on"
+FIXES = {errno.ENOSPC: NO_SPACE, errno.EDQUOT: NO_SPACE, errno.EFBIG: ": raise the limit of file sizes (ulimit -f)"}
 
 SECONDS_FOR_RANK_0 = 10  # in which it says what all processes would say, and the launcher stops the others
 
@@ -49,7 +53,7 @@ def describe(error: BaseException) -> str | None:
     if isinstance(error, BrokenPipeError):
         return "the program that read the output has ended"
     if isinstance(error, OSError):
-        reason = error.strerror or first_line(error)
+        reason = (error.strerror or first_line(error)) + FIXES.get(error.errno or 0, "")
         return f"{error.filename}: {reason}" if error.filename is not None else reason
     return str(error) if isinstance(error, UserError) else None
 

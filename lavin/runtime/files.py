@@ -35,6 +35,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         sync(tmp_path)
         os.replace(tmp_path, path)
         sync(path.parent)
+    except OSError as error:  # names no file where a disk is full, and the temporary one elsewhere
+        if error.filename is None or Path(error.filename) == tmp_path:
+            error.filename = str(path)
+        raise
     finally:
         tmp_path.unlink(missing_ok=True)
 

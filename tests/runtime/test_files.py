@@ -35,6 +35,19 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
         assert not list(tmp_path.glob(".*.part"))
 
 
+@pytest.mark.parametrize("named, expected", [(None, "file"), ("other", "other")])
+def test_an_error_while_writing_names_the_file(tmp_path, named, expected):
+    """A full disk names none, and a temporary name would say nothing."""
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "file") as tmp:
+        tmp.write_text("half")
+        raise OSError(28, "No space left on device", *([str(tmp_path / named)] if named else []))
+    assert caught.value.filename == str(tmp_path / expected)
+    (tmp_path / "file").mkdir()
+    with pytest.raises(IsADirectoryError) as caught, atomic_write(tmp_path / "file") as tmp:
+        tmp.write_text("new")
+    assert caught.value.filename == str(tmp_path / "file")
+
+
 @pytest.mark.parametrize("text, words", [
     ('{"a": 1, "a": 2}', "two entries 'a'"), ('{"a": NaN}', "NaN is no number"), ('{"a": -Infinity}', "no number"),
     ("[" * 100_000, "nested too deeply"), ("{", "not valid JSON"), ("[]", "no JSON object")])

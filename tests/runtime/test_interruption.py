@@ -110,7 +110,9 @@ def test_a_signal_after_the_work_is_done_does_not_make_it_a_failure(tmp_path):
 # --- Errors ---
 
 @pytest.mark.parametrize("error, words", [
-    (OSError(28, "No space left on device", "/run/log.txt"), "/run/log.txt: No space left on device"),
+    (OSError(28, "No space left on device", "/run/log.txt"),
+     "/run/log.txt: No space left on device: free some space, and the same command goes on"),
+    (OSError(27, "File too large", "/run/log.txt"), "raise the limit of file sizes (ulimit -f)"),
     (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied"), (MemoryError(), "not enough memory"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate "
                   "99 bytes"), "not enough memory"),

@@ -273,6 +273,13 @@ def test_scores_that_belong_together_though_they_differ(tmp_path):
     assert f"Note: {note}." in text_table(comparison).splitlines()
 
 
+def test_scores_without_written_answers_are_noted(tmp_path):
+    write_run(tmp_path / "a", scored={**OWN, "decode": "score"})
+    assert compare([str(tmp_path)]).notes == [
+        f"{tmp_path / 'a'}: scored with --decode score, which compares the options' letters: answers written out may "
+        "differ"]
+
+
 def test_skipped_steps_are_noted(tmp_path):
     log = [{"epoch": 0, "train_closs": 1.0, "steps_left_out": 2}, {"epoch": 1, "train_closs": 1.0, "steps_left_out": 1}]
     metrics = [{"epoch": 0, "step": 1000, "loss": 1.0}, {"epoch": 0, "step": 1100, "loss": None}]

@@ -14,11 +14,13 @@ import torch
 import train
 from lavin.runtime import signals
 from lavin.runtime.errors import UserError
+from lavin.runtime.files import value_sha256
 from tiny_runs import load_checkpoint, read_log, run_flags
 from user_errors import error_message
 from util.runs import LAST, checkpoints
 from util.training import run_folder, trainer
 from util.training.epoch_record import EpochRecord
+from util.training.metrics import drop_metrics
 from util.training.trainer import Trainer
 
 DROPOUT = ("--dropout_prob", "0.3", "--dropout_lim", "0.3", "--drop_path", "0.2")
@@ -39,6 +41,23 @@ def refused(*flags) -> str:
 def contents(folder: Path) -> dict[str, bytes]:
     """Of every file; hidden ones are those of the lock."""
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+def die_at_file(monkeypatch, n: int) -> list:
+    """The process dies at the n-th file that is removed or moved, and does nothing more. Returns the files up to it."""
+    done: list = []
+
+    def dying(function):
+        def call(path, *args, **kwargs):
+            if len(done) >= n:
+                raise Killed
+            done.append(path)
+            return function(path, *args, **kwargs)
+        return call
+    for owner, names in ((Path, ("unlink", "replace", "rename", "rmdir")), (os, ("replace",)), (shutil, ("rmtree",))):
+        for name in names:
+            monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -191,20 +210,9 @@ def test_an_interrupted_replacement_is_completed(flags, finished, tmp_path, monk
         path.rename(staging / LAST)
     (staging / "recipe.json").write_text("new")
     (finished / "scores.json").write_text("old")
-    calls = []
-
-    def dying(method):
-        def call(path, *args, **kwargs):
-            if len(calls) == n:
-                raise Killed
-            calls.append(path)
-            return method(path, *args, **kwargs)
-        return call
-    with monkeypatch.context() as patched:
-        for name in ("unlink", "replace", "rename", "rmdir"):
-            patched.setattr(Path, name, dying(getattr(Path, name)))
-        with pytest.raises(Killed):
-            run_folder.promote(finished)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        die_at_file(patched, n)
+        run_folder.promote(finished)
     run_folder.recover_promotion(finished)
     assert sorted(contents(finished)) == ["config.json", LAST, "log.txt", "metrics.jsonl", "recipe.json"]
     assert (finished / "recipe.json").read_text() == "new" and not list(finished.glob(".p*"))
@@ -237,11 +245,12 @@ def test_flags_that_contradict_the_resumed_run_are_refused(finished, given, word
 
 def test_going_back_drops_what_came_later_once_a_new_checkpoint_is_whole(flags, finished, unbroken, monkeypatch):
     (finished / "scores.json").write_text("{}")
-    back = ("--resume", finished / "checkpoint-0.pth")
+    back, before = ("--resume", finished / "checkpoint-0.pth"), contents(finished)
     with monkeypatch.context() as patched, pytest.raises(Killed):
         stop_after(patched, 1, Killed)
         run(*back)
-    assert list(checkpoints(finished)) == [0, 1, 2] and (finished / "scores.json").exists()
+    shutil.rmtree(finished / run_folder.STAGING)  # which the next command would replace
+    assert contents(finished) == before
     with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
         stop_after(patched, 1)
         run(*back)
@@ -254,6 +263,45 @@ def test_going_back_drops_what_came_later_once_a_new_checkpoint_is_whole(flags, 
     assert [line["epoch"] for line in read_log(finished)] == [0, 1, 2]
     for name, tensor in load_checkpoint(unbroken / "checkpoint-2.pth")["model"].items():
         assert torch.equal(load_checkpoint(finished / "checkpoint-2.pth")["model"][name], tensor)
+
+
+def go_back(folder: Path, content: bytes) -> None:
+    """As train.py --resume FOLDER/checkpoint-0.pth does it, up to its first checkpoint."""
+    run = run_folder.RunFolder(folder, {}, 3, checkpoint=folder / "checkpoint-0.pth", went_back_to=0, staged=True)
+    run.begin({})
+    drop_metrics(run.path, 1, 0)
+    run.save(content, 1, {"epoch": 1, "train_closs": 7.0})
+
+
+def state(folder: Path) -> tuple:
+    """After what the next command does first: the checkpoint where it goes on, and what the folder then says."""
+    run_folder.recover_promotion(folder)
+    run = run_folder.RunFolder(folder, {}, epochs=3)
+    run_folder.find_start(run, "")
+    metrics = (folder / "metrics.jsonl").read_text().count("\n")
+    return run.checkpoint.name, (*checkpoints(folder),), (*(line["epoch"] for line in read_log(folder)),), metrics
+
+
+def test_going_back_may_be_killed_at_any_file(finished, tmp_path, monkeypatch):
+    """Afterwards the folder is that of the finished run, or that of the run that has gone back."""
+    (finished / "scores.json").write_text("{}")
+    saved = {**load_checkpoint(finished / "checkpoint-1.pth"), "went_back_to": 0}
+    del saved["sha256"]
+    torch.save({**saved, "sha256": value_sha256(saved)}, tmp_path / "new.pth")
+    content, before = (tmp_path / "new.pth").read_bytes(), state(finished)
+    states = []
+    for n in range(99):
+        folder = Path(shutil.copytree(finished, tmp_path / f"killed{n}"))
+        with monkeypatch.context() as patched:
+            done = die_at_file(patched, n)
+            with suppress(Killed):
+                go_back(folder, content)
+        states.append(state(folder))
+        if len(done) < n:
+            break
+    after = ("checkpoint-1.pth", (0, 1), (0, 1), 1)
+    assert 6 < n < 99 and before[:3] == ("checkpoint-2.pth", (0, 1, 2), (0, 1, 2))
+    assert states[0] == before and states[-1] == after and set(states) == {before, after}
 
 
 @pytest.mark.parametrize("batch, accum, world, expected", [(8, 4, 2, (8, 2)), (8, 4, 4, (8, 1)), (8, 4, 8, (4, 1)),
@@ -330,6 +378,13 @@ def test_only_the_last_checkpoints_are_kept(flags, unbroken, tmp_path):
     folder = tmp_path / "run"
     run(*in_folder(flags, folder, "--keep_last", "2"))
     assert list(checkpoints(folder)) == [1, 2] and same_tensors(folder, unbroken)
+
+
+@pytest.mark.parametrize("name, make", [("log.txt", os.mkdir), ("metrics.jsonl", os.mkfifo), (LAST, os.mkdir)])
+def test_what_is_no_file_is_refused_at_once(flags, finished, name, make):
+    (finished / name).unlink(missing_ok=True)
+    make(finished / name)
+    assert f"{finished / name} is no file: remove it" in refused(*in_folder(flags, finished))
 
 
 def test_stray_files_are_no_checkpoints(tmp_path):
@@ -433,14 +488,6 @@ def test_log_dir_without_tensorboard_is_refused_before_anything_is_written(flags
     before = contents(finished)
     assert "pip install tensorboard" in refused(*in_folder(flags, finished, "--log_dir", "events", "--seed", "4"))
     assert contents(finished) == before
-
-
-def test_a_named_pipe_as_metrics_is_not_waited_for(flags, finished):
-    (finished / "checkpoint-2.pth").unlink()
-    (finished / "metrics.jsonl").unlink()
-    os.mkfifo(finished / "metrics.jsonl")
-    with pytest.raises(OSError, match="it is no file"):
-        run(*in_folder(flags, finished))
 
 
 def test_the_epochs_of_different_machines_are_recorded(flags, tmp_path, monkeypatch):

@@ -219,6 +219,8 @@ def notes(scores: dict, log: list[dict], steps: list[dict]) -> list[str]:
     lines = []
     if "checkpoint_sha256" not in scores:
         lines.append("scored by an earlier version: which checkpoint, and how, cannot be checked")
+    if scores.get("decode") == "score":
+        lines.append("scored with --decode score, which compares the options' letters: answers written out may differ")
     n_skipped = sum(line.get("steps_left_out", 0) for line in log)
     if n_skipped:
         of_all = f" of {len(log) * max(line['step'] for line in steps):,}" if steps else ""

@@ -2,8 +2,8 @@
 
 - recipe.json is written first and never changed, once there is a checkpoint. The same recipe goes on from its last
   whole checkpoint.
-- Nothing old is removed before the first new checkpoint is whole: --overwrite writes into a folder of its own until
-  then, and going back keeps the later checkpoints.
+- Nothing old is changed before the first new checkpoint is whole: --overwrite and going back write into a folder of
+  their own until then.
 """
 
 import shutil
@@ -19,7 +19,8 @@ from util.runs import LAST, PARTIAL, RESULTS, RUN_FILES, checkpoint_path, checkp
 from util.training.recipe import differences
 
 FILES = ("recipe.json", "config.json", "log.txt", "metrics.jsonl", LAST)  # that train.py writes, beside checkpoints
-STAGING = ".overwriting"  # folder of a run that replaces another, until its first checkpoint is whole
+COPIED = ("recipe.json", "config.json", "log.txt", "metrics.jsonl")  # when going back
+STAGING = ".overwriting"  # folder of what replaces a run or its later part, until its first checkpoint is whole
 PROMOTING = ".promoting"  # the same folder while its files are moved to the place of the old ones
 
 
@@ -46,10 +47,16 @@ class RunFolder:
     def finished(self) -> bool:
         return self.checkpoint == checkpoint_path(self.folder, self.epochs - 1) and not self.staged
 
-    def write_recipe(self, flags: dict) -> None:
+    def begin(self, flags: dict) -> None:
         """When everything is loaded, so that a command that fails before leaves the folder as it was."""
+        if self.staged:
+            shutil.rmtree(self.path, ignore_errors=True)
         if not self.checkpoint:
             write_json(self.path / "recipe.json", {"recipe": self.recipe, "flags": flags})
+        elif self.staged:
+            self.path.mkdir()
+            for path in filter(Path.exists, map(self.folder.joinpath, COPIED)):
+                shutil.copy2(path, self.path)
 
     def save(self, content: bytes, epoch: int, entry: dict | None = None) -> None:
         """Writes a checkpoint, and then removes what it replaces.
@@ -77,13 +84,15 @@ class RunFolder:
 def open_run(args, recipe: dict) -> RunFolder:
     """Decides, with the folder locked, what the command means there. Raises UserError for another run's folder."""
     folder = Path(args.output_dir)
+    for path in map(folder.joinpath, FILES):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no file: remove it, or name another --output_dir")
     recover_promotion(folder)
     run = RunFolder(folder, recipe, args.epochs, args.keep_last)
     reason = refusal(folder, recipe)
     if reason:
         if not args.overwrite:
             raise UserError(f"{folder} {reason}: name another --output_dir, or replace it with --overwrite")
-        shutil.rmtree(folder / STAGING, ignore_errors=True)
         run.staged = True
     else:
         find_start(run, args.resume)
@@ -121,19 +130,23 @@ def find_start(run: RunFolder, resume: str) -> None:
         raise UserError(f"--resume {named} is broken ({damage}): name an earlier one")
     if not run.checkpoint or run.went_back_to is None or \
             read_adapters(run.checkpoint).get("went_back_to") != run.went_back_to:
-        run.checkpoint = named
+        run.checkpoint = named if run.went_back_to is None else checkpoint_path(run.folder, run.went_back_to)
+        run.staged = run.went_back_to is not None and not run.finished
 
 
 def latest_whole_checkpoint(folder: Path) -> Path | None:
     """Says which later ones are broken."""
-    by_epoch = checkpoints(folder)
+    by_epoch, broken, found = checkpoints(folder), [], None
     for path in filter(Path.is_file, (folder / LAST, *reversed(by_epoch.values()))):
         damage = find_damage(path)
         if damage:
-            print_rank0(f"{path} is broken ({damage}): the checkpoint before it is used")
+            broken.append(f"{path} is broken ({damage})")
         elif path.name != LAST or read_adapters(path)["epoch"] > max(by_epoch, default=-1):
-            return path  # LAST may be older than a whole epoch's, if the process was killed before it removed LAST
-    return None
+            found = path  # LAST may be older than a whole epoch's, if the process was killed before it removed LAST
+            break
+    for line in broken:
+        print_rank0(f"{line}: {f'{found.name} is used' if found else 'no whole one is left, so training begins anew'}")
+    return found
 
 
 def find_damage(path: Path) -> str | None:
@@ -170,8 +183,11 @@ def append_log(folder: Path, entry: dict) -> None:
 # --- Replacing another run ---
 
 def promote(folder: Path) -> None:
-    """Replaces the run in `folder` by the one in STAGING. `recover_promotion` completes it if it is interrupted."""
-    drop_stale(folder, next_epoch=0)
+    """Replaces the run in `folder`, or what it has after the epoch that training went back to, by what is in STAGING,
+    which has a whole checkpoint. `recover_promotion` completes it if it is interrupted."""
+    staged = next(path for path in (folder / STAGING).glob("*.pth") if not find_damage(path))
+    went_back_to = read_adapters(staged).get("went_back_to")
+    drop_stale(folder, next_epoch=0 if went_back_to is None else went_back_to + 1)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     (folder / STAGING).rename(folder / PROMOTING)  # from here on, nothing is removed
