@@ -20,7 +20,7 @@ from util.trained_model import load_model
 
 def get_args_parser() -> argparse.ArgumentParser:
     shared = shared_flags()
-    parser = Parser("demo.py", description=__doc__.splitlines()[0], parents=[shared], epilog=(
+    parser = Parser("demo.py", description=(__doc__ or "").partition("\n")[0], parents=[shared], epilog=(
         "Flags of model and data that are left out are those of the runs."))
     parser.set_defaults(**dict.fromkeys(vars(shared.parse_args([]))))
     add = parser.add_argument

@@ -45,7 +45,7 @@ PARTIAL = "answers"  # beginning of the names of the files of answers as they co
 
 def get_args_parser() -> argparse.ArgumentParser:
     shared = shared_flags()
-    parser = Parser("eval.py", description=__doc__.splitlines()[0], parents=[shared], epilog=(
+    parser = Parser("eval.py", description=(__doc__ or "").partition("\n")[0], parents=[shared], epilog=(
         "Model and data flags that are left out take the values of the training run."))
     parser.set_defaults(**dict.fromkeys(vars(shared.parse_args([]))))
     add = parser.add_argument

@@ -38,8 +38,8 @@ PARTIAL = "mme_answers"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser("eval_mme.py", description=__doc__.splitlines()[0], parents=[evaluation.get_args_parser()],
-                    add_help=False)
+    parser = Parser("eval_mme.py", description=(__doc__ or "").partition("\n")[0], add_help=False,
+                    parents=[evaluation.get_args_parser()])
     parser.add_argument("--mme_root", "--root_dir_", help="folder of MME's subtasks (mme in --data_root)")
     parser.add_argument("--options", nargs="+", help="published flag, without effect")
     return parser

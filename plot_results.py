@@ -17,7 +17,7 @@ TABLES = {"md": markdown_table, "csv": csv_table, "tex": latex_table}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser("plot_results.py", description=__doc__.splitlines()[0],
+    parser = Parser("plot_results.py", description=(__doc__ or "").partition("\n")[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, or a folder of runs")
     parser.add_argument("--base", default=None, metavar="RUN",

@@ -44,7 +44,7 @@ from util.training.trainer import Trainer
 
 
 def get_args_parser() -> Parser:
-    parser = Parser("train.py", description=__doc__.splitlines()[0], parents=[shared_flags()],
+    parser = Parser("train.py", description=(__doc__ or "").partition("\n")[0], parents=[shared_flags()],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data_path", default="", help="all_data.json for --do_pretrain (the one in --data_root)")

@@ -229,7 +229,7 @@ def short(outcome: Outcome) -> str:
 # --- All ---
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", nargs="*", choices=["inputs", "machine", "kills", []], default=[], help="default: all")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the runs that are killed")
     parser.add_argument("--n", default=20, type=int, help="kills")

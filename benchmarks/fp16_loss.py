@@ -107,7 +107,7 @@ def main(args) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--base", default="weights/toy")
     parser.add_argument("--data_root", default="data/mini")
     parser.add_argument("--image_size", default=48, type=int, help="of the base's ViT")

@@ -59,7 +59,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", default="7B", choices=SIZES)
     parser.add_argument("--bits", default="4bit", choices=["16bit", "8bit", "4bit"])
     parser.add_argument("--precision", default="auto", choices=["auto", *DTYPES], help="fp16: as on a V100")

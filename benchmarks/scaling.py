@@ -165,7 +165,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", default="7B", choices=SIZES)
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])

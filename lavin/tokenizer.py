@@ -60,7 +60,7 @@ class SentencePiece:
 
     def __init__(self, path: Path):
         try:
-            self.model = SentencePieceProcessor(model_file=str(path))
+            self.model = SentencePieceProcessor(model_proto=path.read_bytes())  # a name may be no UTF-8
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path} is no SentencePiece model: copy tokenizer.model again") from error
         self.n_words, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
@@ -132,8 +132,8 @@ class HuggingFaceTokenizer(FastTokenizer):
             token_id = self.model.token_to_id(value) if isinstance(value, str) else value
             if token_id in range(self.n_words):
                 return token_id
-            if token_id is not None:
-                raise UserError(f"{config_path}: {key}: {path.name} has no token {token_id}: fetch both again")
+            if value is not None:
+                raise UserError(f"{config_path}: {key}: {path.name} has no token {value!r}: fetch both again")
         raise UserError(f"{path}: neither tokenizer_config.json nor config.json in its folder names a {name.upper()} "
                         "token: copy them there")
 

@@ -47,7 +47,7 @@ DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float
 
 def get_args_parser() -> argparse.ArgumentParser:
     shared = shared_flags()
-    parser = Parser("export_hf.py", description=__doc__.splitlines()[0], parents=[shared], epilog=(
+    parser = Parser("export_hf.py", description=(__doc__ or "").partition("\n")[0], parents=[shared], epilog=(
         "Model and data flags that are left out take the values of the training run."))
     parser.set_defaults(**{**dict.fromkeys(vars(shared.parse_args([]))), "precision": "fp16", "device": "cpu",
                            "bits": "16bit"})

@@ -110,7 +110,7 @@ def write_mini_scienceqa(out: Path, sizes: dict[str, int], seed: int) -> dict[st
 
 
 def main() -> None:
-    parser = Parser("make_mini_scienceqa.py", description=__doc__.splitlines()[0])
+    parser = Parser("make_mini_scienceqa.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", default="data/mini", type=Path, help="folder to write (data/mini)")
     parser.add_argument("--seed", default=0, type=seed)
     args = parser.parse_args()

@@ -196,7 +196,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser("make_toy_base.py", description=__doc__.splitlines()[0])
+    parser = Parser("make_toy_base.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data_root", default="data/mini")
     parser.add_argument("--out", default="weights/toy", type=Path)
     parser.add_argument("--seed", default=0, type=seed)

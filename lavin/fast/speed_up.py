@@ -34,7 +34,7 @@ def compile_model(model: LaVIN) -> None:
     for function in (fused_linear.frozen_linear, fused_linear.swiglu_mlp, fused_linear.qkv_rope):
         torch.compiler.allow_in_graph(function)
     torch.fx.experimental._config.use_duck_shape = False  # two sizes that are equal at first may differ later
-    torch._dynamo.config.recompile_limit = 32  # one graph each for training, prefill, decoding, a single sequence
+    torch._dynamo.config.cache_size_limit = 32  # one graph each for training, prefill, decoding, a single sequence
     for module in (model.llama, model.vision):
         module.run_blocks = torch.compile(module.run_blocks, dynamic=True)
     model.answer_loss = partial(answer_loss, cross_entropy=torch.compile(cross_entropy, dynamic=True))

@@ -6,6 +6,9 @@ import sys
 
 from tqdm import tqdm
 
+for name in ("stdout", "stderr"):
+    if getattr(sys, name) is None:  # closed by the shell: what is said is lost, and no more
+        setattr(sys, name, open(os.devnull, "w"))
 if isinstance(sys.stdout, io.TextIOWrapper):  # a log in ascii or latin-1 must not end a program: it gets a ? instead
     sys.stdout.reconfigure(errors="replace")
 

@@ -82,7 +82,7 @@ def one_line_errors(numbers: tuple[signal.Signals, ...] = signals.STOP_SIGNALS) 
 def end(message: str, status: int) -> None:
     """Ends the process with its line. The other processes of rank 0 end later, so that torchrun stops them first."""
     signals.finish(signal.SIG_IGN if is_main_process() else signal.SIG_DFL)
-    message = f"{os.path.basename(sys.argv[0])}: {message}"
+    message = " ".join(f"{os.path.basename(sys.argv[0])}: {message}".splitlines())  # a file's name may have two lines
     report_to_torchrun(message)
     if not is_main_process():
         if status == UNFINISHED:

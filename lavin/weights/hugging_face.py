@@ -217,4 +217,9 @@ def open_hugging_face(folder: Path) -> tuple[LlamaConfig, HuggingFaceLlama, str]
     except ValueError as error:
         raise UserError(f"{path} describes no LLaMA that can be loaded ({error}): name another --llm_model") from error
     tied = {**DEFAULTS[content["model_type"]], **content}.get("tie_word_embeddings", False)
-    return config, HuggingFaceLlama(read_hf_folder(folder), config, tied), str(folder)
+    tensors = read_hf_folder(folder)
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if tied and head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise UserError(f"{path} says tie_word_embeddings, and lm_head.weight is not model.embed_tokens.weight: fetch "
+                        "both again, or set it to false where the model was trained so")
+    return config, HuggingFaceLlama(tensors, config, tied), str(folder)

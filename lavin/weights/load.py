@@ -32,9 +32,9 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
     """
     tokenizer = Tokenizer(tokenizer_path or find_tokenizer(llama_model_path, llm_model))
     base = open_base(base_folder(llama_model_path, llm_model), tokenizer.n_words, use_vicuna)
-    if tokenizer.n_words > base.config.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.n_words} pieces, but {base.source} only "
-                        f"{base.config.vocab_size}: it belongs to another model")
+    if not base.config.vocab_size / 2 <= tokenizer.n_words <= base.config.vocab_size:  # models pad their vocabulary
+        raise UserError(f"the tokenizer has {tokenizer.n_words} pieces, and {base.source} {base.config.vocab_size}: it "
+                        "belongs to another model: put the model's own into its folder")
     check_length(base.config, max_seq_len)
     vit, vit_tensors = open_vit(vision_model)
     try:

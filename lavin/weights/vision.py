@@ -80,6 +80,7 @@ class ClipVisionConfig(TypedDict, total=False):
     num_attention_heads: Width
     hidden_act: Text
     image_size: Size
+    num_hidden_layers: Width
     layer_norm_eps: Positive
 
 
@@ -341,7 +342,9 @@ def open_hf_clip(folder: Path, config: ClipVisionConfig) -> OpenedViT:
     vit = describe_clip(patch_embed, len(positions), depth_of(tensors, "encoder.layers"), fc1,
                         config.get("num_attention_heads", 12), config.get("hidden_act", "quick_gelu"),
                         config.get("layer_norm_eps", 1e-5))
-    if config.get("image_size", vit.patch_embed.img_size[0]) != vit.patch_embed.img_size[0]:
-        raise UserError(f"{folder / 'config.json'}: image_size {config['image_size']}, but the weights have "
-                        f"{vit.patch_embed.img_size[0]}: fetch or copy both again")
+    weights = {"image_size": vit.patch_embed.img_size[0], "num_hidden_layers": len(vit.blocks)}
+    for name, value in config.items():
+        if value != weights.get(name, value):
+            raise UserError(f"{folder / 'config.json'}: {name} {value}, but the weights have {weights[name]}: fetch or "
+                            "copy both again")
     return vit, HuggingFaceClip(tensors)

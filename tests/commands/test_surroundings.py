@@ -66,6 +66,31 @@ def test_a_name_that_is_no_text_is_printed(tmp_path):
     assert out == "runs/?t?\n"
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_output_loses_what_is_said_and_no_more(tmp_path, closed):
+    python("plot_results.py", "--out", str(tmp_path), prefix=("bash", "-c", f'exec "$@" {closed}', "bash"))
+    assert (tmp_path / "published_table.md").exists()
+
+
+def test_without_docstrings(run):
+    assert "answers." in chat(run, "Why?", PYTHONOPTIMIZE="2")
+    for script in ("train.py", "eval.py", "eval_mme.py", "plot_results.py", "tools/export_hf.py"):
+        assert python(script, "--help", PYTHONOPTIMIZE="2")[0].startswith("usage: ")
+
+
+def test_a_path_of_two_lines_is_told_in_one():
+    _, errors = python("train.py", "--data_root", "/a\nb", "--llama_model_path", "/c\nd", code=1)
+    assert errors.count("\n") == 1 and "/c d" in errors
+
+
+def test_a_folder_whose_name_is_no_text(base, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/mod\xe8le"
+    shutil.copytree(os.fsencode(base.weights), folder)
+    code = "import sys; from lavin.tokenizer import Tokenizer; print(Tokenizer(sys.argv[1]).n_words)"
+    done = subprocess.run([sys.executable, "-c", code, folder + b"/tokenizer.model"], cwd=ROOT, capture_output=True)
+    assert done.stdout == b"480\n", done.stderr
+
+
 UNUSABLE = {"OMP_NUM_THREADS": "abc", "TMPDIR": "/nonexistent", "COLUMNS": "0", "TERM": "dumb", "HF_HOME": "/dev/null",
             "MPLCONFIGDIR": "/dev/null/x", "CUDA_VISIBLE_DEVICES": "abc", "GIT_DIR": "/nonexistent", "LC_ALL": "xx_YY"}
 

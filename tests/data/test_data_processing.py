@@ -104,8 +104,10 @@ TURNS = DETAIL[0]["conversations"]
 
 @pytest.mark.parametrize("content, words", [
     ([{"image": ["2.jpg"], "conversations": TURNS}], "record 0: its image is not a file name"),
+    ([{"image": "coco/train2017/2.jpg", "conversations": TURNS}], "record 0: its image is not a file name"),
     ([{"image": "2.jpg", "conversations": [{"from": "system", "value": "Be kind."}, *TURNS]}], "do not alternate"),
-    ([{"image": "2.jpg", "conversations": [{"role": "user", "content": "Why?"}]}], "record 0: lacks from"),
+    ([{"image": "2.jpg", "conversations": [{"role": role, "content": "Why?"} for role in ("user", "assistant")]}],
+     "record 0: lacks from"),
     ({"data": DETAIL}, "holds no list of records"), ("\ufeff[]", "BOM"), ("{}\n{}", "Extra data")])
 def test_records_as_other_programs_write_them(tmp_path, content, words):
     (tmp_path / "detail_23k.json").write_text(content if isinstance(content, str) else json.dumps(content))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from lavin.runtime.errors import UserError
 from tiny import ROOT
@@ -306,6 +306,18 @@ def test_a_small_file_with_much_text_is_not_unpacked(tmp_path, name):
         load_image(tmp_path / "a.png", 8)
     with pytest.raises(UserError, match="(?i)^a.png is broken .*too large"):
         open_image(tmp_path / "a.png")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_a_damaged_avif_is_a_bad_file(tmp_path):
+    """Its decoder raises what no other does: wherever 8 bytes are lost, the file decodes or is a bad one."""
+    path = tmp_path / "a.avif"
+    Image.fromarray(NOISE[..., :3]).save(path)
+    whole, faults = path.read_bytes(), set()
+    for i in range(0, 200, 3):
+        path.write_bytes(whole[:i] + b"\xff" * 8 + whole[i + 8:])
+        faults.add(LazyImage(path, 8).problem())
+    assert any("Failed to decode" in str(fault) for fault in faults)
 
 
 def test_more_pixels_than_a_picture_has_are_not_decoded(tmp_path):

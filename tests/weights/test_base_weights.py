@@ -231,7 +231,7 @@ NORM, OTHER_NORM = "model.norm.weight", "model.layers.0.input_layernorm.weight"
     (lambda header: edited(header, dtype="Q4"), "cannot be read"), (lambda header: header[1:], "cannot be read"),
     (lambda header: json.dumps({**json.loads(header), "__metadata__": {"format": "tf", "note": "é" * 999}}), None)])
 def test_headers_of_safetensors(base, tokenizer_file, tmp_path, change, words):
-    """One name twice, two names for the same bytes, a shape or type that is not that of the bytes; and harmless ones."""
+    """One name twice, two names for the same bytes, a shape or type that is not the bytes'; and harmless ones."""
     theirs = write_hugging_face(tmp_path / "hf", tokenizer_file)
     path = tmp_path / "hf" / "model.safetensors"
     content = path.read_bytes()
@@ -291,9 +291,23 @@ def test_error_names_the_missing_file(tokenizer_file, tmp_path):
     assert f"missing {tmp_path / 'hf' / 'model.safetensors'}" in error_message(require_base, str(tmp_path), "hf")
 
 
-def test_tokenizer_with_more_tokens_than_embeddings(base, tokenizer_file, tmp_path):
-    write_hugging_face(tmp_path / "hf", tokenizer_file, vocab_size=470)
-    assert "480 pieces" in error_message(load, "nowhere", tmp_path / "hf", base.vision)
+@pytest.mark.parametrize("vocab_size, fits", [(470, False), (480, True), (960, True), (970, False)])
+def test_a_tokenizer_of_another_vocabulary_is_refused(base, tokenizer_file, tmp_path, vocab_size, fits):
+    """It has 480 pieces; a model may pad its vocabulary, but Llama 3's is four times LLaMA's."""
+    write_hugging_face(tmp_path / "hf", tokenizer_file, vocab_size=vocab_size)
+    if fits:
+        load("nowhere", tmp_path / "hf", base.vision)
+    else:
+        assert f"480 pieces, and {tmp_path / 'hf'} {vocab_size}: it belongs" in error_message(
+            load, "nowhere", tmp_path / "hf", base.vision)
+
+
+def test_an_output_matrix_that_contradicts_tied_embeddings_is_refused(base, tokenizer_file, tmp_path):
+    write_hugging_face(tmp_path / "hf", tokenizer_file)
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    message = error_message(load, "nowhere", tmp_path / "hf", base.vision)
+    assert message.startswith(f"{path} says tie_word_embeddings, and lm_head.weight is not")
 
 
 # config.json and number of parameters of the published models; tied weights count once

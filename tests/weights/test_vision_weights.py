@@ -392,8 +392,8 @@ def test_error_names_the_broken_file(base, tmp_path):
 @pytest.mark.parametrize("save, words", [
     (lambda vit, path: torch.save(vit, path), "holds more than tensors (timm.models"),
     (lambda vit, path: torch.save({"teacher": vit.state_dict()}, path), "teacher: is no tensor but a"),
-    (lambda vit, path: torch.save({f"module.{name}": p for name, p in vit.state_dict().items()}, path), "lacks 78 tens"),
-    (lambda vit, path: torch.save({f"_orig_mod.{name}": p for name, p in vit.state_dict().items()}, path), "lacks 78 t"),
+    (lambda vit, path: save_renamed(vit, path, "module."), "lacks 78 tensors"),
+    (lambda vit, path: save_renamed(vit, path, "_orig_mod."), "lacks 78 tensors"),
     (lambda vit, path: torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(2)).save(path), "cannot be read as weights"),
     (lambda vit, path: path.write_bytes(b"PK\3\4"), "cannot be read as weights")])
 def test_other_files_of_training_programs(base, tmp_path, save, words):
@@ -402,6 +402,10 @@ def test_other_files_of_training_programs(base, tmp_path, save, words):
     save(vit, tmp_path / "vit.pth")
     message = error_message(features, base, tmp_path / "vit.pth")
     assert f"--vision_model {tmp_path / 'vit.pth'}" in message and words in message
+
+
+def save_renamed(vit, path, prefix: str) -> None:
+    torch.save({prefix + name: tensor for name, tensor in vit.state_dict().items()}, path)
 
 
 def test_clips_text_model_is_no_vit(tmp_path):

@@ -266,6 +266,7 @@ def write_clip(folder, **changes):
     ({"num_attention_heads": 0}, "num_attention_heads: "), ({"num_attention_heads": "4"}, "num_attention_heads: "),
     ({"num_attention_heads": 7}, "its weights do not describe"), ({"hidden_act": 7}, "hidden_act: "),
     ({"image_size": 32}, "image_size 32, but the weights have 16"), ({"vision_config": []}, "a valid dictionary"),
+    ({"num_hidden_layers": 5}, "num_hidden_layers 5, but the weights have 6"),
     ({"image_size": None}, "image_size: ")])
 def test_error_names_the_entry_of_a_clip_config(tmp_path, changes, words):
     assert words in error_message(open_vit, write_clip(tmp_path / "clip", **changes))
@@ -300,9 +301,12 @@ def bpe_folder(tmp_path_factory):
     ("config.json", {"bos_token_id": [1.5]}, "bos_token_id: should be a valid integer, not 1.5"),
     ("config.json", {"bos_token_id": -1}, "bos_token_id: tokenizer.json has no token -1"),
     ("config.json", {"bos_token_id": 10**6}, "bos_token_id: tokenizer.json has no token 1000000"),
+    ("tokenizer_config.json", {"bos_token": "<s>"}, "bos_token: tokenizer.json has no token '<s>'"),
+    ("tokenizer_config.json", {"bos_token": ""}, "bos_token: tokenizer.json has no token ''"),
     ("config.json", {"bos_token_id": 0, "eos_token_id": True}, "eos_token_id: should be a valid integer, not True")])
 def test_error_names_the_special_token(bpe_folder, tmp_path, file, content, words):
     shutil.copy(bpe_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1}')  # which a wrong name must not hide
     (tmp_path / file).write_text(json.dumps(content))
     message = error_message(Tokenizer, tmp_path / "tokenizer.json")
     assert message.startswith(f"{tmp_path / file}: ") and words in message

@@ -17,7 +17,8 @@ from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import json_sha256, refuse_pipes
 from util.data.datasets import ScienceQA
 
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
+# what Pillow raises on bad files
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 
 # EXIF orientation -> what turns the picture upright. ImageOps.exif_transpose also rewrites EXIF, which fails where it
 # is broken.
