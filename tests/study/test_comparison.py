@@ -9,13 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, sem
 
 from lavin.runtime.errors import UserError
 from util.scoring import COLUMNS
 from util.study.comparison import PUBLISHED, compare, method_name, published, with_published
 from util.study.finished_runs import read_run
-from util.study.statistics import holm, mcnemar, newcombe, paired_bootstrap, wilson
+from util.study.statistics import (
+    detectable,
+    holm,
+    mcnemar,
+    newcombe,
+    paired_bootstrap,
+    paired_error,
+    unpaired_error,
+    wilson,
+)
 from util.study.tables import csv_table, latex_table, markdown_table, text_table
 
 FLAGS = {"llm_model": "toy", "lr_schedule": "cosine", "lr": 0.01, "blr": 0.08, "min_lr": 0.0, "epochs": 2,
@@ -116,6 +125,25 @@ def test_bootstrap_resamples_seeds():
     assert paired_bootstrap(right[None], np.stack([right, wrong])) == (0, 1)
 
 
+def test_standard_errors():
+    method, base = right_answers(40, 20, both=140)
+    differences = (method - base)[0]
+    assert paired_error(method, base) == pytest.approx(sem(differences, ddof=0))
+    assert unpaired_error(56, 70, 48, 80) == pytest.approx(np.sqrt(0.8 * 0.2 / 70 + 0.6 * 0.4 / 80))
+    assert paired_error(method, method) == 0
+
+
+def test_a_detectable_difference_is_found_four_times_of_five():
+    """Of 400 simulated studies of 2,000 questions with the exact test, which is a little conservative."""
+    rng, n, discordant = np.random.default_rng(0), 2000, 0.1
+    true = detectable(np.sqrt(discordant / n))
+    found = 0
+    for _ in range(400):
+        signs = rng.choice([1, 0, -1], n, p=[(discordant + true) / 2, 1 - discordant, (discordant - true) / 2])
+        found += mcnemar((signs > 0)[None].astype(int), (signs < 0)[None].astype(int)) < 0.05
+    assert 0.72 < found / 400 < 0.84
+
+
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.7, 0.6]) == [1, 1]
@@ -132,8 +160,8 @@ def test_published_table_has_the_published_digits():
         assert row[0] == "| " + method["name"]
         assert row[1:10] == [f"{method['scores'][column]:.2f}" for column in COLUMNS]
         assert row[10] == "4,241"
-    assert rows[2][11:] == ["87.84 to 89.74", "–", "– |"]
-    assert rows[3][11:] == ["85.04 to 87.12", "−2.71", "−4.12 to −1.30 |"]
+    assert rows[2][11:] == ["87.84 to 89.74", "–", "–", "– |"]
+    assert rows[3][11:] == ["85.04 to 87.12", "−2.71", "−4.12 to −1.30", "±2.01 |"]
     assert " | ".join(rows[10][:10]) == (
         "| questions | 2,252 | 889 | 1,100 | 2,046 | 2,017 | 1,435 | 2,724 | 1,517 | 4,241")
     assert "without predictions" in markdown_table(published())

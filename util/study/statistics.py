@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+Z_POWER = 0.8416212335729143  # 80 % quantile
 DRAWS = 10_000  # bootstrap samples: the Monte Carlo error of an interval's ends is about 0.02 of its width
 
 
@@ -25,6 +26,23 @@ def newcombe(correct: float, n: int, base_correct: float, base_n: int) -> tuple[
     p, q = correct / n, base_correct / base_n
     (p_low, p_high), (q_low, q_high) = wilson(correct, n), wilson(base_correct, base_n)
     return p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
+
+
+def unpaired_error(correct: float, n: int, base_correct: float, base_n: int) -> float:
+    """Standard error of an unpaired difference of proportions."""
+    p, q = correct / n, base_correct / base_n
+    return math.sqrt(p * (1 - p) / n + q * (1 - q) / base_n)
+
+
+def paired_error(method: np.ndarray, base: np.ndarray) -> float:
+    """Standard error of the mean over the questions of their differences, for these seeds."""
+    differences = method.mean(0) - base.mean(0)
+    return float(differences.std() / math.sqrt(len(differences)))
+
+
+def detectable(standard_error: float) -> float:
+    """The smallest true difference that a two-sided test at 5 % finds 4 times of 5 (power 0.8; Cohen 1988)."""
+    return (Z + Z_POWER) * standard_error
 
 
 def mcnemar(method: np.ndarray, base: np.ndarray) -> float:

@@ -41,11 +41,11 @@ def csv_table(comparison: Comparison) -> str:
     write = csv.writer(out, lineterminator="\n").writerow
     write(["method", "published", "seeds", "n", *COLUMNS, "Avg_low", "Avg_high",
            *(f"{column}_sd" for column in COLUMNS), "difference", "difference_low", "difference_high",
-           "p_mcnemar", "p_holm"])
+           "difference_detectable", "p_mcnemar", "p_holm"])
     for method in comparison.methods:
         d = comparison.differences.get(method.name)
         numbers = [*map(method.accuracy, COLUMNS), *method.interval("Avg"), *map(method.deviation, COLUMNS),
-                   *((d.points, d.low, d.high) if d else (None,) * 3)]
+                   *((d.points, d.low, d.high, d.detectable) if d else (None,) * 4)]
         write([method.name, int(method.published), len(method.runs), method.counts["Avg"],
                *("" if number is None else f"{number:.4f}" for number in numbers),
                *("" if p is None else f"{p:.6g}" for p in ((d.p, d.holm) if d else (None, None)))])
@@ -54,9 +54,10 @@ def csv_table(comparison: Comparison) -> str:
 
 def rounded_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows; the last row has the numbers of questions. Columns without information are left out."""
-    header = ["Method", "seeds", *COLUMNS, "n", "Avg, 95 %", "vs. base", "vs. base, 95 %", "p", "p (Holm)"]
+    header = ["Method", "seeds", *COLUMNS, "n", "Avg, 95 %", "vs. base", "vs. base, 95 %", "detectable", "p",
+              "p (Holm)"]
     rows = [method_cells(method, comparison) for method in comparison.methods]
-    rows.append(["questions", NONE, *(f"{comparison.counts[column]:,}" for column in COLUMNS), *[NONE] * 6])
+    rows.append(["questions", NONE, *(f"{comparison.counts[column]:,}" for column in COLUMNS), *[NONE] * 7])
     kept = [i for i, name in enumerate(header)
             if any(row[i] != NONE for row in rows) and not (name == "seeds" and all(row[i] in "1–" for row in rows))]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
@@ -65,8 +66,10 @@ def rounded_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 def method_cells(method: Method, comparison: Comparison) -> list[str]:
     low, high = method.interval("Avg")
     d = comparison.differences.get(method.name)
-    difference = ([points(d.points), f"{points(d.low)} to {points(d.high)}", p_value(d.p), p_value(d.holm)]
-                  if d else [NONE] * 4)
+    difference = [NONE] * 5
+    if d:
+        difference = [points(d.points), f"{points(d.low)} to {points(d.high)}",
+                      f"±{d.detectable:.2f}" if d.detectable else NONE, p_value(d.p), p_value(d.holm)]
     return [method.name, str(len(method.runs)), *(accuracy(method, column) for column in COLUMNS),
             f"{method.counts['Avg']:,}", f"{low:.2f} to {high:.2f}", *difference]
 
@@ -100,6 +103,9 @@ def notes(comparison: Comparison) -> list[str]:
                      "interval) and untested.")
     elif len(comparison.methods) > 1 and not comparison.differences:
         lines.append("No run is the base (cosine schedule, --dropout_var 1): for differences, choose one with --base.")
+    if comparison.differences:
+        lines.append("detectable: the smallest difference to the base that a test on these questions finds 4 times of "
+                     "5, before Holm's adjustment. A smaller one that was not found may well be there.")
     if max_seeds > 1:
         lines.append("±: standard deviation over the seeds; all else is of their mean. The bootstrap draws seeds as "
                      "well as questions, the test is about the questions alone.")
