@@ -21,6 +21,7 @@ from util.runs import LAST, checkpoints
 from util.training import run_folder, trainer
 from util.training.epoch_record import EpochRecord
 from util.training.metrics import drop_metrics
+from util.training.resume import take_flags_of_run
 from util.training.trainer import Trainer
 
 DROPOUT = ("--dropout_prob", "0.3", "--dropout_lim", "0.3", "--drop_path", "0.2")
@@ -212,7 +213,7 @@ def test_an_interrupted_replacement_is_completed(flags, finished, tmp_path, monk
     (finished / "scores.json").write_text("old")
     with monkeypatch.context() as patched, pytest.raises(Killed):
         die_at_file(patched, n)
-        run_folder.promote(finished)
+        run_folder.promote(finished, None)
     run_folder.recover_promotion(finished)
     assert sorted(contents(finished)) == ["config.json", LAST, "log.txt", "metrics.jsonl", "recipe.json"]
     assert (finished / "recipe.json").read_text() == "new" and not list(finished.glob(".p*"))
@@ -249,8 +250,12 @@ def test_going_back_drops_what_came_later_once_a_new_checkpoint_is_whole(flags, 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         stop_after(patched, 1, Killed)
         run(*back)
-    shutil.rmtree(finished / run_folder.STAGING)  # which the next command would replace
+    shutil.copytree(finished / run_folder.STAGING, finished.parent / "left over")
+    shutil.rmtree(finished / run_folder.STAGING)
     assert contents(finished) == before
+    shutil.move(finished.parent / "left over", finished / run_folder.STAGING)
+    run("--resume", finished)  # is finished, whatever is left over
+    assert list(checkpoints(finished)) == [0, 1, 2] and (finished / "scores.json").exists()
     with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
         stop_after(patched, 1)
         run(*back)
@@ -275,6 +280,7 @@ def go_back(folder: Path, content: bytes) -> None:
 
 def state(folder: Path) -> tuple:
     """After what the next command does first: the checkpoint where it goes on, and what the folder then says."""
+    take_flags_of_run(train.get_args_parser().parse_args(["--resume", str(folder)]), train.get_args_parser())
     run_folder.recover_promotion(folder)
     run = run_folder.RunFolder(folder, {}, epochs=3)
     run_folder.find_start(run, "")
@@ -378,6 +384,15 @@ def test_only_the_last_checkpoints_are_kept(flags, unbroken, tmp_path):
     folder = tmp_path / "run"
     run(*in_folder(flags, folder, "--keep_last", "2"))
     assert list(checkpoints(folder)) == [1, 2] and same_tensors(folder, unbroken)
+
+
+def test_the_checkpoint_that_a_command_names_is_kept(flags, finished):
+    """Else the same command, submitted again, would not find it."""
+    back = ("--resume", finished / "checkpoint-0.pth", "--keep_last", "1")
+    run(*back)
+    assert list(checkpoints(finished)) == [0, 2]
+    run(*back)
+    assert list(checkpoints(finished)) == [0, 2]
 
 
 @pytest.mark.parametrize("name, make", [("log.txt", os.mkdir), ("metrics.jsonl", os.mkfifo), (LAST, os.mkdir)])

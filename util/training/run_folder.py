@@ -18,8 +18,8 @@ from lavin.weights.adapters import read_adapters
 from util.runs import LAST, PARTIAL, RESULTS, RUN_FILES, checkpoint_path, checkpoints, user_error_if_malformed
 from util.training.recipe import differences
 
-FILES = ("recipe.json", "config.json", "log.txt", "metrics.jsonl", LAST)  # that train.py writes, beside checkpoints
 COPIED = ("recipe.json", "config.json", "log.txt", "metrics.jsonl")  # when going back
+FILES = (*COPIED, LAST)  # that train.py writes, beside checkpoints
 STAGING = ".overwriting"  # folder of what replaces a run or its later part, until its first checkpoint is whole
 PROMOTING = ".promoting"  # the same folder while its files are moved to the place of the old ones
 
@@ -49,14 +49,14 @@ class RunFolder:
 
     def begin(self, flags: dict) -> None:
         """When everything is loaded, so that a command that fails before leaves the folder as it was."""
-        if self.staged:
-            shutil.rmtree(self.path, ignore_errors=True)
+        if self.staged and self.path.exists():
+            shutil.rmtree(self.path)
         if not self.checkpoint:
             write_json(self.path / "recipe.json", {"recipe": self.recipe, "flags": flags})
         elif self.staged:
-            self.path.mkdir()
             for path in filter(Path.exists, map(self.folder.joinpath, COPIED)):
-                shutil.copy2(path, self.path)
+                with atomic_write(self.path / path.name) as tmp_path:
+                    shutil.copyfile(path, tmp_path)
 
     def save(self, content: bytes, epoch: int, entry: dict | None = None) -> None:
         """Writes a checkpoint, and then removes what it replaces.
@@ -71,14 +71,15 @@ class RunFolder:
         if not self.trained_on:
             self.trained_on = True
             if self.staged:
-                promote(self.folder)
+                promote(self.folder, self.went_back_to)
                 self.staged = False
             drop_stale(self.folder, epoch if entry is None else epoch + 1)
         if entry:
             (self.folder / LAST).unlink(missing_ok=True)
             if self.keep_last:
-                for old in list(checkpoints(self.folder).values())[:-self.keep_last]:
-                    old.unlink()
+                for old, old_path in list(checkpoints(self.folder).items())[:-self.keep_last]:
+                    if old != self.went_back_to:  # which the same command names again
+                        old_path.unlink()
 
 
 def open_run(args, recipe: dict) -> RunFolder:
@@ -120,7 +121,7 @@ def find_start(run: RunFolder, resume: str) -> None:
     The same --resume again, after training has gone on from there, does not go back a second time.
     """
     run.checkpoint = latest_whole_checkpoint(run.folder)
-    if not resume or Path(resume).is_dir():
+    if not resume or Path(resume).is_dir() or Path(resume).name == LAST:
         run.went_back_to = read_adapters(run.checkpoint).get("went_back_to") if run.checkpoint else None
         return
     named = Path(resume)
@@ -180,16 +181,15 @@ def append_log(folder: Path, entry: dict) -> None:
     write_json_lines(path, [*earlier, entry])
 
 
-# --- Replacing another run ---
+# --- Replacing a run, or its later part ---
 
-def promote(folder: Path) -> None:
+def promote(folder: Path, went_back_to: int | None) -> None:
     """Replaces the run in `folder`, or what it has after the epoch that training went back to, by what is in STAGING,
     which has a whole checkpoint. `recover_promotion` completes it if it is interrupted."""
-    staged = next(path for path in (folder / STAGING).glob("*.pth") if not find_damage(path))
-    went_back_to = read_adapters(staged).get("went_back_to")
     drop_stale(folder, next_epoch=0 if went_back_to is None else went_back_to + 1)
     for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+        if not (folder / STAGING / name).exists():  # else it is replaced, so that recipe.json is always there
+            (folder / name).unlink(missing_ok=True)
     (folder / STAGING).rename(folder / PROMOTING)  # from here on, nothing is removed
     move_promoted(folder)
 
@@ -203,5 +203,7 @@ def move_promoted(folder: Path) -> None:
 def recover_promotion(folder: Path) -> None:
     if (folder / PROMOTING).is_dir():
         move_promoted(folder)
-    elif any(not find_damage(path) for path in (folder / STAGING).glob("*.pth")):
-        promote(folder)
+        return
+    staged = next((path for path in (folder / STAGING).glob("*.pth") if not find_damage(path)), None)
+    if staged:
+        promote(folder, read_adapters(staged).get("went_back_to"))
