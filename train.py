@@ -110,7 +110,6 @@ def main(args) -> None:
 def train(args, rank: int, world: int, device: torch.device) -> None:
     # first everything that is fast and may refuse the command
     dtype = choose_dtype(args.precision, device)
-    check_fast_paths(device, dtype, args.bits, args.compile, args.cuda_graphs)
     if args.log_dir:
         summary_writer()
     data = load_training_data(args, caption_path(args))
@@ -118,6 +117,7 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
     if run.finished:
         print_rank0(f"run: {run.folder}, which is finished: all {args.epochs} epochs of this recipe are there")
         return
+    check_fast_paths(device, dtype, args.bits, args.compile, args.cuda_graphs)
 
     # with warn_only, the ViT's attention would not be deterministic; bitsandbytes does not guarantee determinism
     torch.use_deterministic_algorithms(True, warn_only=args.bits in ("4bit", "8bit"))

@@ -197,6 +197,10 @@ def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> 
 
 # --- Layers ---
 
+def add_bias(x, bias):
+    return x if bias is None else x + bias
+
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()

@@ -1,7 +1,8 @@
 # Sourced: makes .venv with the packages of a requirements file, once, and puts it first on PATH.
 #   source scripts/environment.sh requirements.txt
 # PyTorch is the newest that this machine's GPUs and driver can run. On a login node without GPUs, name it:
-#   TORCH_CONSTRAINTS=requirements-v100.txt   or -cuda12, -cuda11 (they say what for); empty: the newest of all
+#   TORCH_CONSTRAINTS=requirements-v100.txt
+# or requirements-cuda12.txt, requirements-cuda11.txt (each says what for); empty: the newest of all
 has_pip() { .venv/bin/python -c 'import pip._internal.cli.main' 2> /dev/null; }
 
 give_up() {
@@ -35,7 +36,7 @@ choose_torch() {
     constraints=${TORCH_CONSTRAINTS-} why="named by TORCH_CONSTRAINTS"
     if [ -n "${TORCH_CONSTRAINTS+given}" ]; then
         [ -z "$constraints" ] || [ -f "$constraints" ] ||
-            give_up "TORCH_CONSTRAINTS=$constraints is no file: choose requirements-v100.txt, -cuda12 or -cuda11"
+            give_up "TORCH_CONSTRAINTS=$constraints is no file: choose requirements-v100.txt, requirements-cuda12.txt or requirements-cuda11.txt"
         return
     fi
     gpus=$(list_gpus)

@@ -28,7 +28,7 @@ try:  # packages may be missing or broken, and this program says so
     from lavin.weights.vision import DOWNLOAD_HINT, hub_answers, open_vit, require_cached
     from util.data.datasets import find_problems_file, load_scienceqa
     from util.data.instructions import read_instructions
-    from util.flags import caption_path, check_shared
+    from util.flags import caption_path
 except Exception as error:  # of many types: a library of CUDA that is gone, a torchvision of another torch
     import_error = error
 
@@ -37,7 +37,8 @@ FIX = "bash scripts/quickstart.sh makes .venv with all packages, or pip install 
 INSTALLED = {found.name.lower(): found.version for found in metadata.distributions() if found.name}
 BITSANDBYTES = ", and bitsandbytes (pip install -r requirements-lite.txt)"
 LEAST = {"fp8": (8, 9), "8bit": (7, 5), "4bit": (6, 0)}  # compute capability: of lavin/kernels/fp8.py, bitsandbytes
-BUILDS = "; for older ones: pip install -r requirements.txt -c requirements-v100.txt, -cuda12.txt or -cuda11.txt"
+BUILDS = ("; for older GPUs or drivers: pip install -r requirements.txt -c requirements-v100.txt (or "
+          "requirements-cuda12.txt, requirements-cuda11.txt)")
 GPU_QUERY = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
 
 
@@ -169,11 +170,17 @@ def output(args) -> Iterator[str]:
         yield f"! --output_dir {args.output_dir}: {existing} is no folder to write to: name another"
 
 
+def flags(args) -> Iterator[str]:
+    train.check_args(args)
+    yield from ()
+
+
 def of_train_py(argv: list[str]) -> Iterator[str]:
     args = train.get_args_parser().parse_args(argv)
     if args.resume:
         train.take_flags_of_run(args, train.get_args_parser())
-    check_shared(args)
+    args.lr = args.lr or 1.0  # train.py computes it from the number of processes
+    yield from checked(flags(args))
     for section in (run, data, weights, vision, output):
         yield f"== {section.__name__}"
         yield from checked(section(args))
@@ -188,7 +195,8 @@ def main(argv: list[str]) -> int:
                 problems[line] = None
             else:
                 print(re.sub(home, "~", line), flush=True)
-    print(re.sub(home, "~", "\n".join(["== what would fail", *problems] if problems else ["== a run would start"])))
+    end = ["== what would fail", *problems] if problems else ["== nothing found that would stop a run"]
+    print(re.sub(home, "~", "\n".join(end)))
     return 1 if problems else 0
 
 

@@ -16,7 +16,11 @@ from torch import nn
 
 from lavin.kernels.fp8 import quantize_rows, scaled_matmul
 from lavin.kernels.fused_ops import qkv_rope_backward, swiglu, swiglu_backward
-from lavin.llama import Attention, FeedForward, apply_rotary
+from lavin.llama import Attention, FeedForward, add_bias, apply_rotary
+
+
+def frozen(tensor: torch.Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 class FrozenLinear(nn.Module):
@@ -24,13 +28,13 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, fp8: bool, bias: torch.Tensor | None = None):
         super().__init__()
-        tensors = [weight.detach()]
+        tensors: list[torch.Tensor | None] = [weight.detach()]
         if fp8:
-            tensors = [part.contiguous() for w in (tensors[0], tensors[0].t()) for part in quantize_rows(w)]
+            tensors = [part.contiguous() for w in (weight.detach(), weight.detach().t()) for part in quantize_rows(w)]
+        tensors += [None] * (4 - len(tensors))
         # one attribute each: Dynamo of torch 2.7 loses the entries of a ParameterList
-        self.weight, self.scale, self.weight_t, self.scale_t, self.bias = (
-            None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
-            for tensor in (*tensors, *[None] * (4 - len(tensors)), bias))
+        self.weight, self.scale, self.weight_t, self.scale_t = map(frozen, tensors)
+        self.bias = frozen(bias)
 
     @classmethod
     def join(cls, linears: list[nn.Linear], fp8: bool) -> "FrozenLinear":
@@ -45,10 +49,6 @@ class FrozenLinear(nn.Module):
     def forward(self, x):
         """[N, K] -> [N, O]."""
         return add_bias(frozen_linear(x, *self.weights), self.bias)
-
-
-def add_bias(x, bias):
-    return x if bias is None else x + bias
 
 
 def maybe_quantize(x, weights: tuple) -> tuple:

@@ -54,6 +54,8 @@ def compiler_error(device: torch.device) -> str | None:
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             torch.compile(lambda x: swiglu(x.square(), False)[0].sum(-1), dynamic=True)(x).tolist()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of Dynamo, Inductor, Triton, ptxas, gcc or the file system
         attention.has_triton = False
         return first_line(error)

@@ -11,8 +11,8 @@ from lavin.runtime.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/gpus")  # one entry a GPU, whatever this torch can do with it
+NVIDIA_DEVICES = Path("/dev")  # nvidia0, ...: the GPUs that this process may open
+VISIBLE = r"\d.*|GPU-.*|MIG-.*"  # CUDA_VISIBLE_DEVICES that names a GPU; Slurm's NoDevFiles and -1 name none
 
 
 def compute_capability(device) -> tuple[int, int]:
@@ -27,29 +27,34 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     if not found:
         return False
     built_for = int(found[2]), int(found[3])
+    if found[4] == "a":
+        return built_for == capability
     return built_for <= capability and (found[1] == "compute" or built_for[0] == capability[0])
 
 
 def unsupported_gpu(device) -> str | None:
-    """A line where this torch has no kernels for the GPU."""
+    """A line where this torch has no kernels for the GPU. ROCm's builds are not checked."""
     capability, architectures = compute_capability(device), torch.cuda.get_arch_list()
-    if any(runs_on(architecture, capability) for architecture in architectures):
+    if torch.version.hip or any(runs_on(architecture, capability) for architecture in architectures):
         return None
-    older = all(int(architecture.split("_")[1].rstrip("af")) > 10 * capability[0] + capability[1]
-                for architecture in architectures)
-    fix = "pip install -r requirements.txt -c requirements-v100.txt" if older else "pip install --upgrade torch"
+    fix = "pip install --upgrade torch" if capability >= (7, 5) else \
+        "pip install -r requirements.txt -c requirements-v100.txt" if capability >= (5, 0) else "take --device cpu"
     return (f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (compute capability "
             f"{capability[0]}.{capability[1]}; it has {', '.join(architectures)}): {fix}")
 
 
 def unusable_driver() -> str | None:
-    """A line where this machine has NVIDIA GPUs, and this torch cannot use any."""
-    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not NVIDIA_DRIVER.is_dir():
+    """A line where this process may use NVIDIA GPUs, and this torch cannot."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    gpus = [path for path in NVIDIA_DEVICES.glob("nvidia[0-9]*") if os.access(path, os.R_OK | os.W_OK)]
+    if torch.cuda.is_available() or not gpus or not re.fullmatch(VISIBLE, visible):
         return None
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
-    return (f"this machine has a GPU that torch {torch.__version__}, built for {built}, cannot use: for drivers before "
-            "580, pip install -r requirements.txt -c requirements-cuda12.txt (before 525: requirements-cuda11.txt); to "
-            "leave the GPU alone, --device cpu")
+    if torch.version.cuda is None:
+        return (f"this machine has a GPU, and torch {torch.__version__} is built for CPUs only: pip install "
+                "--force-reinstall torch, or leave the GPU alone with --device cpu")
+    return (f"this machine has a GPU that torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use: "
+            "for drivers before 580, pip install -r requirements.txt -c requirements-cuda12.txt (before 525: "
+            "requirements-cuda11.txt); to leave the GPU alone, --device cpu")
 
 
 def choose_device(name: str | None, local_rank: int) -> torch.device:
@@ -80,7 +85,12 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """--precision. `auto`: float32 on a CPU, bfloat16 on GPUs that support it (Ampere, 8.0), float16 on older ones."""
+    """--precision. `auto`: float32 on a CPU, bfloat16 on GPUs that support it (Ampere, 8.0), float16 on older ones.
+
+    Raises UserError for bfloat16 on these.
+    """
+    if precision == "bf16" and device.type == "cuda" and compute_capability(device) < (8, 0):
+        raise UserError("--precision bf16 needs a GPU of compute capability 8.0 (Ampere) or newer: take fp16")
     if precision != "auto":
         return DTYPES[precision]
     if device.type != "cuda":

@@ -67,9 +67,10 @@ def launched_as() -> tuple[int, int, int]:
 def close() -> None:
     heartbeat.stop()
     if dist.is_initialized():
-        # Before torch 2.8, the destructor of a gloo group, which the chat has beside NCCL, waits for its threads with
-        # the GIL held, and for ever where one of them is about to release the tensors of the last message.
-        time.sleep(0.5)
+        if torch.__version__ < "2.8":
+            # The destructor of a gloo group, which the chat has beside NCCL, waits for its threads with the GIL held,
+            # and for ever where one of them is about to release the last message's tensors. Now it hardly can be.
+            time.sleep(0.5)
         dist.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ import torch
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from torch import nn
 
-from lavin.fast.fused_linear import add_bias
+from lavin.llama import add_bias
 from lavin.model import LaVIN
 
 # it would warn at every matmul that bfloat16 is cast to float16

@@ -42,7 +42,8 @@ def check(world, capsys):
         lines = capsys.readouterr().out.splitlines()
         problems = [line for line in lines if line.startswith("!")]
         assert status == (1 if problems else 0)
-        assert lines[-1 - len(problems)] == ("== what would fail" if problems else "== a run would start")
+        end = "== what would fail" if problems else "== nothing found that would stop a run"
+        assert lines[-1 - len(problems)] == end
         return lines, problems
     return run
 
@@ -63,7 +64,7 @@ def find(lines: list[str], label: str) -> str:
 def test_a_complete_world_passes(check, world):
     lines, problems = check()
     assert problems == []
-    assert find(lines, "CUDA of torch").startswith(torch.version.cuda or "-; it sees 0 GPUs; for older ones: pip ")
+    assert find(lines, "CUDA of torch").startswith(torch.version.cuda or "-; it sees 0 GPUs; for older GPUs")
     assert find(lines, "device") == "CPU" and find(lines, "precision").startswith("torch.float32 (")
     assert find(lines, "attention") == "padded_attention"
     assert [find(lines, label) for label in ("fused", "compiled", "captured")] == ["no"] * 3
@@ -306,3 +307,8 @@ def test_the_script_refuses_an_old_python(project):
     old.chmod(0o755)
     done = run_script(project, PYTHON=str(old))
     assert done.returncode == 1 and done.stdout == ""
+
+
+def test_flags_that_train_py_refuses_are_told(check):
+    _, problems = check("--dropout_var", "2", "--dropout_lim", "0.05")
+    assert problems == ["! --dropout_lim 0.05 must lie at or above --dropout_prob 0.1 where --dropout_var is 2.0"]

@@ -117,7 +117,7 @@ def test_the_choice_by_hand_wins(project):
     assert project.install(TORCH_CONSTRAINTS="")[0].endswith("-r requirements.txt")
     assert project.install(code=1, TORCH_CONSTRAINTS="requirements-v10.txt") == []
     assert project.errors == ("TORCH_CONSTRAINTS=requirements-v10.txt is no file: choose requirements-v100.txt, "
-                              "-cuda12 or -cuda11\n")
+                              "requirements-cuda12.txt or requirements-cuda11.txt\n")
 
 
 def test_nothing_is_installed_again_where_nothing_changed(project):

@@ -26,6 +26,7 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize("architecture, capability, expected", [
     ("sm_70", (7, 0), True), ("sm_70", (7, 5), True), ("sm_75", (7, 0), False), ("sm_80", (8, 9), True),
     ("sm_80", (9, 0), False), ("sm_90a", (9, 0), True), ("sm_120", (12, 0), True), ("sm_100", (10, 3), True),
+    ("sm_90a", (9, 1), False), ("compute_90a", (10, 0), False),
     ("compute_75", (9, 0), True), ("compute_90", (8, 0), False), ("gfx90a", (9, 0), False)])
 def test_which_gpus_run_the_code_of_an_architecture(architecture, capability, expected):
     """CUDA's rule: machine code runs on later minor versions, PTX on anything later."""
@@ -47,15 +48,54 @@ def test_a_gpu_without_kernels_is_refused_with_the_command_that_helps(gpu):
     assert error_message(device.choose_device, None, 0).endswith("pip install --upgrade torch")
 
 
-def test_a_gpu_that_torch_cannot_use_is_not_left_alone_in_silence(monkeypatch, tmp_path):
-    monkeypatch.setattr(device, "NVIDIA_DRIVER", tmp_path)
+@pytest.fixture
+def gpus_without_torch(monkeypatch, tmp_path):
+    """A machine with two GPUs, of which torch sees none."""
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(device, "NVIDIA_DEVICES", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize("built_for, words", [("13.0", "requirements-cuda12.txt"), (None, "built for CPUs only")])
+def test_a_gpu_that_torch_cannot_use_is_not_left_alone_in_silence(gpus_without_torch, monkeypatch, built_for, words):
+    monkeypatch.setattr(torch.version, "cuda", built_for)
     message = error_message(device.choose_device, None, 0)
-    assert "has a GPU that torch" in message and "requirements-cuda12.txt" in message and "--device cpu" in message
+    assert "this machine has a GPU" in message and words in message and "--device cpu" in message
     assert device.choose_device("cpu", 0) == torch.device("cpu")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles", "void"])
+def test_gpus_that_a_job_was_not_given_are_left_alone(gpus_without_torch, monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert device.choose_device(None, 0) == torch.device("cpu")
+
+
+def test_gpus_without_device_files_are_left_alone(gpus_without_torch, monkeypatch, tmp_path):
+    """As in a container, or a job on a GPU node that asked for none."""
+    monkeypatch.setattr(device, "NVIDIA_DEVICES", tmp_path / "nowhere")
+    assert device.choose_device(None, 0) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("capability, fix", [((3, 7), "take --device cpu"), ((10, 0), "pip install --upgrade torch")])
+def test_gpus_that_no_constraint_helps(gpu, capability, fix):
+    gpu(capability, CUDA_12)
+    assert error_message(device.choose_device, None, 0).endswith(fix)
+
+
+def test_builds_for_amd_are_not_checked(gpu, monkeypatch):
+    gpu((9, 0), ["gfx90a"])
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert device.choose_device(None, 0) == GPU
+
+
+def test_bf16_needs_ampere(gpu):
+    gpu((7, 0), CUDA_12)
+    assert device.choose_dtype("auto", GPU) == torch.float16
+    assert "--precision bf16 needs" in error_message(device.choose_dtype, "bf16", GPU)
+    gpu((8, 0), CUDA_12)
+    assert device.choose_dtype("auto", GPU) == device.choose_dtype("bf16", GPU) == torch.bfloat16
 
 
 def test_sums_of_fp16_products_stay_in_float32(gpu):
