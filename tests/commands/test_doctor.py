@@ -230,7 +230,7 @@ def test_wrong_flags(check):
     assert_one(check("--bits", "3bit")[1], "--bits", "3bit", "python train.py --help")
     assert_one(check("--no_such_flag")[1], "--no_such_flag")
     assert_one(check("--resume", "no run")[1], "--resume: no checkpoint no run")
-    assert_one(check("--bits", "4bit", "--model_parallel_size", "2")[1], "--model_parallel_size 2 works with 16-bit")
+    assert_one(check("--bits", "fp8", "--model_parallel_size", "2")[1], "--model_parallel_size 2 works with 16-bit")
 
 
 def test_a_bug_is_a_line_too(check, monkeypatch):
