@@ -312,13 +312,14 @@ def test_error_names_the_special_token(bpe_folder, tmp_path, file, content, word
     assert message.startswith(f"{tmp_path / file}: ") and words in message
 
 
-def test_a_sentencepiece_model_without_bos_is_refused(tmp_path):
+@pytest.mark.parametrize("missing", [{"bos_id": -1}, {"eos_id": -1}, {"bos_id": -1, "eos_id": -1}])
+def test_a_sentencepiece_model_without_bos_or_eos_is_refused(tmp_path, missing):
     """Its id would be -1, which marks image slots."""
     import sentencepiece
     (tmp_path / "lines.txt").write_text("The pond is old.\n" * 9)
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "lines.txt"), model_prefix=str(tmp_path / "tokenizer"), model_type="char", vocab_size=13,
-        bos_id=-1, minloglevel=2, hard_vocab_limit=False)
+        minloglevel=2, hard_vocab_limit=False, **missing)
     assert "tokenizer.model has no BOS" in error_message(Tokenizer, tmp_path / "tokenizer.model")
 
 
