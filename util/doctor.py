@@ -77,7 +77,8 @@ def machine() -> Iterator[str]:
 
 def packages() -> Iterator[str]:
     required = dict(re.findall(r"^([\w-]+)(.*)", Path("requirements.txt").read_text(), re.M))
-    yield from (row(name, INSTALLED.get(name, "-")) for name in (*required, *OPTIONAL))
+    found = INSTALLED if import_error else {**INSTALLED, "torch": torch.__version__}  # which names its CUDA version
+    yield from (row(name, found.get(name, "-")) for name in (*required, *OPTIONAL))
     missing = [name for name in required if name not in INSTALLED]
     if missing:
         yield f"! missing: {', '.join(missing)}: {FIX}"
