@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 from lavin.runtime import distributed
-from lavin.runtime.console import is_main_process, print_rank0
+from lavin.runtime.console import is_main_process, print_rank0, summary
 from lavin.runtime.errors import UserError, one_line_errors
 from util.chat.address import check_address, credentials
 from util.chat.chatbot import Chatbot, Settings, find_runs, read_trained_format
@@ -20,7 +20,7 @@ from util.trained_model import load_model
 
 def get_args_parser() -> argparse.ArgumentParser:
     shared = shared_flags()
-    parser = Parser("demo.py", description=(__doc__ or "").partition("\n")[0], parents=[shared], epilog=(
+    parser = Parser("demo.py", description=summary(__doc__), parents=[shared], epilog=(
         "Flags of model and data that are left out are those of the runs."))
     parser.set_defaults(**dict.fromkeys(vars(shared.parse_args([]))))
     add = parser.add_argument

@@ -18,7 +18,7 @@ from lavin.generation.generate import generate
 from lavin.generation.option_scoring import option_example, score_options
 from lavin.generation.sampling import NotFinite
 from lavin.runtime import distributed
-from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar
+from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar, summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import read_json, read_json_lines, write_json, write_json_lines
 from util.data.datasets import ScienceQA, load_scienceqa
@@ -45,7 +45,7 @@ PARTIAL = "answers"  # beginning of the names of the files of answers as they co
 
 def get_args_parser() -> argparse.ArgumentParser:
     shared = shared_flags()
-    parser = Parser("eval.py", description=(__doc__ or "").partition("\n")[0], parents=[shared], epilog=(
+    parser = Parser("eval.py", description=summary(__doc__), parents=[shared], epilog=(
         "Model and data flags that are left out take the values of the training run."))
     parser.set_defaults(**dict.fromkeys(vars(shared.parse_args([]))))
     add = parser.add_argument

@@ -14,7 +14,7 @@ import torch
 import eval as evaluation
 from lavin.generation.generate import generate
 from lavin.runtime import distributed
-from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar
+from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar, summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import json_sha256, read_json_lines, write_json, write_json_lines
 from util.data.images import IMAGE_ERRORS, load_image
@@ -38,7 +38,7 @@ PARTIAL = "mme_answers"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser("eval_mme.py", description=(__doc__ or "").partition("\n")[0], add_help=False,
+    parser = Parser("eval_mme.py", description=summary(__doc__), add_help=False,
                     parents=[evaluation.get_args_parser()])
     parser.add_argument("--mme_root", "--root_dir_", help="folder of MME's subtasks (mme in --data_root)")
     parser.add_argument("--options", nargs="+", help="published flag, without effect")

@@ -6,6 +6,7 @@ Writes figures (util/study/figures.py) and a table in Markdown, CSV and LaTeX (u
 import argparse
 from pathlib import Path
 
+from lavin.runtime.console import summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import write_text
 from util.flags import Parser
@@ -17,7 +18,7 @@ TABLES = {"md": markdown_table, "csv": csv_table, "tex": latex_table}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser("plot_results.py", description=(__doc__ or "").partition("\n")[0],
+    parser = Parser("plot_results.py", description=summary(__doc__),
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, or a folder of runs")
     parser.add_argument("--base", default=None, metavar="RUN",

@@ -15,7 +15,7 @@ import torch
 from lavin.fast.speed_up import check_fast_paths, speed_up
 from lavin.mm_adapter import AdapterConfig, dropout_schedule
 from lavin.runtime import distributed
-from lavin.runtime.console import is_main_process, print_rank0
+from lavin.runtime.console import is_main_process, print_rank0, summary
 from lavin.runtime.device import choose_device, choose_dtype
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.weights.base import require_base
@@ -44,7 +44,7 @@ from util.training.trainer import Trainer
 
 
 def get_args_parser() -> Parser:
-    parser = Parser("train.py", description=(__doc__ or "").partition("\n")[0], parents=[shared_flags()],
+    parser = Parser("train.py", description=summary(__doc__), parents=[shared_flags()],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data_path", default="", help="all_data.json for --do_pretrain (the one in --data_root)")

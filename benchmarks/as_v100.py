@@ -9,9 +9,8 @@ import timing  # noqa: F401, first: it extends sys.path
 from lavin.runtime import device
 
 V100 = (7, 0)
-# by setattr, since a type checker would complain of an assignment
-setattr(device, "compute_capability", lambda _: V100)  # noqa: B010
-setattr(device, "unsupported_gpu", lambda _: None)  # noqa: B010, this GPU's kernels are there
+device.compute_capability = lambda device: V100
+device.unsupported_gpu = lambda device: None  # this GPU's kernels are there
 for enable in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_cudnn_sdp):
     enable(False)
 

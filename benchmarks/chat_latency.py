@@ -19,6 +19,7 @@ from timing import hardware, matmul_peak, peak_gib, report, start_memory  # firs
 # isort: split
 from lavin.fast.speed_up import speed_up
 from lavin.generation.generate import decode, warmup
+from lavin.runtime.console import summary
 from published_recipe import published_answers
 from random_lavin import random_examples, random_lavin, redrawn
 
@@ -79,7 +80,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("--size", default="7B")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", default=144, type=int)

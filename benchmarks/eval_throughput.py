@@ -21,6 +21,7 @@ from timing import hardware, matmul_peak, peak_gib, report, start_memory  # firs
 # isort: split
 import eval as evaluation
 from lavin.fast.speed_up import speed_up
+from lavin.runtime.console import summary
 from lavin.tokenizer import IMAGE_SLOT, Example
 from published_recipe import published_answers
 from random_lavin import IMAGE_PREFIX, TEXT_PREFIX, image_generator, length_rows, random_examples, random_lavin
@@ -106,7 +107,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("--size", default="7B")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", default=64, type=int)

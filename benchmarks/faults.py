@@ -30,7 +30,7 @@ import timing  # noqa: F401, first: it extends sys.path
 import fault_cases
 import fault_machine
 from fault_cases import COMMANDS, Case
-from lavin.runtime.console import format_table
+from lavin.runtime.console import format_table, summary
 from lavin.runtime.errors import UserError, describe, one_line_errors
 
 LINE, SAME, CHANGED, TRACEBACK, CRASH = OUTCOMES = "one line", "same result", "changed result", "traceback", "crash"
@@ -229,7 +229,7 @@ def short(outcome: Outcome) -> str:
 # --- All ---
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("what", nargs="*", choices=["inputs", "machine", "kills", []], default=[], help="default: all")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the runs that are killed")
     parser.add_argument("--n", default=20, type=int, help="kills")

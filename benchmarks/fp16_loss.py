@@ -24,6 +24,7 @@ from timing import report
 from lavin.fast.speed_up import speed_up
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN, pack
+from lavin.runtime.console import summary
 from lavin.runtime.device import choose_device
 from lavin.weights.load import load_base
 from util.data.batches import build_example
@@ -107,7 +108,7 @@ def main(args) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("--base", default="weights/toy")
     parser.add_argument("--data_root", default="data/mini")
     parser.add_argument("--image_size", default=48, type=int, help="of the base's ViT")

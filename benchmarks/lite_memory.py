@@ -15,6 +15,7 @@ from timing import peak_gib, report, start_memory  # first: it extends sys.path
 # isort: split
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
+from lavin.runtime.console import summary
 from lavin.runtime.device import DTYPES, choose_dtype
 from lavin.timm_compat import timm
 from lavin.weights.load import frozen_parameters, load_frozen_tensor, quantize_model
@@ -59,10 +60,11 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("--size", default="7B", choices=SIZES)
     parser.add_argument("--bits", default="4bit", choices=["16bit", "8bit", "4bit"])
-    parser.add_argument("--precision", default="auto", choices=["auto", *DTYPES], help="fp16: as on a V100")
+    parser.add_argument("--precision", default="auto", choices=["auto", *DTYPES],
+                        help="fp16: what GPUs before Ampere use")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", default=3, type=int)
     main(parser.parse_args())

@@ -30,7 +30,7 @@ from lavin.fast.speed_up import speed_up
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.runtime import distributed
-from lavin.runtime.console import is_main_process
+from lavin.runtime.console import is_main_process, summary
 from lavin.runtime.device import choose_device
 from lavin.timm_compat import timm
 from lavin.weights.load import frozen_parameters, load_frozen
@@ -165,7 +165,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("--size", default="7B", choices=SIZES)
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])

@@ -15,6 +15,7 @@ from timing import hardware, matmul_peak, peak_gib, report, start_memory, step_s
 # isort: split
 import train  # noqa: F401, sets CUDA's environment variables
 from lavin.fast.speed_up import speed_up
+from lavin.runtime.console import summary
 from published_recipe import published_loss
 from random_lavin import random_examples, random_lavin, redrawn
 from util.training.accumulation import accumulate_gradients, count_answer_tokens, with_loss_weights
@@ -148,7 +149,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("--size", default="7B")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", default=32, type=int, help="samples per step, all in one pass")

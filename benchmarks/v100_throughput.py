@@ -15,6 +15,7 @@ import as_v100
 
 # isort: split
 from timing import report
+from lavin.runtime.console import summary
 from train_throughput import Benchmark, our_trainer, published_trainer
 
 PUBLISHED = "published recipe"
@@ -52,7 +53,7 @@ def ratio(rows: list[dict], row: dict) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("--size", default="7B")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compiler", default="works", choices=["works", "broken"], help="torch.compile and Triton")

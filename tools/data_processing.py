@@ -16,8 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from lavin.runtime.console import summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import parse_json, read_text, write_json
+from lavin.runtime.schema import is_plain_name
 from util.data.prompts import instruction_prompt
 from util.flags import Parser
 
@@ -44,7 +46,7 @@ def alpaca_records(item: dict, number: int) -> list[dict]:
 def llava_records(item: dict, number: int, source: str) -> list[dict]:
     """One record for each question of a conversation and its answer."""
     image, turns = item["image"], item["conversations"]
-    if not isinstance(image, str) or not image or set(image) & set("/\\"):
+    if not isinstance(image, str) or not is_plain_name(image):
         raise ValueError("its image is not a file name")
     if not turns or len(turns) % 2 or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError("its turns do not alternate between human and gpt")
@@ -96,7 +98,7 @@ def process(data_root: Path, out: Path) -> tuple[int, list[str]]:
 
 
 def main() -> None:
-    parser = Parser("data_processing.py", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser("data_processing.py", description=summary(__doc__))
     parser.add_argument("--data_root", default="../data", type=Path, help="folder of the files (../data)")
     parser.add_argument("--out", type=Path, help="the file to write (all_data.json in --data_root)")
     args = parser.parse_args()

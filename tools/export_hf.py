@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.llama import LlamaConfig
 from lavin.mm_adapter import RepAdapterRouter
 from lavin.model import LaVIN, pack
-from lavin.runtime.console import print_rank0, progress_bar
+from lavin.runtime.console import print_rank0, progress_bar, summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import write_json
 from lavin.tokenizer import Example, Tokenizer, is_tiktoken
@@ -47,7 +47,7 @@ DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float
 
 def get_args_parser() -> argparse.ArgumentParser:
     shared = shared_flags()
-    parser = Parser("export_hf.py", description=(__doc__ or "").partition("\n")[0], parents=[shared], epilog=(
+    parser = Parser("export_hf.py", description=summary(__doc__), parents=[shared], epilog=(
         "Model and data flags that are left out take the values of the training run."))
     parser.set_defaults(**{**dict.fromkeys(vars(shared.parse_args([]))), "precision": "fp16", "device": "cpu",
                            "bits": "16bit"})

@@ -18,6 +18,7 @@ from mini_pictures import Canvas
 from mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Problem, Skill, make_problem
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from lavin.runtime.console import summary
 from lavin.runtime.errors import one_line_errors
 from lavin.runtime.files import atomic_write
 from output import make_folder
@@ -110,7 +111,7 @@ def write_mini_scienceqa(out: Path, sizes: dict[str, int], seed: int) -> dict[st
 
 
 def main() -> None:
-    parser = Parser("make_mini_scienceqa.py", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser("make_mini_scienceqa.py", description=summary(__doc__))
     parser.add_argument("--out", default="data/mini", type=Path, help="folder to write (data/mini)")
     parser.add_argument("--seed", default=0, type=seed)
     args = parser.parse_args()

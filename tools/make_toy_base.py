@@ -21,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.attention import VarlenMetadata
 from lavin.llama import Llama, LlamaConfig
+from lavin.runtime.console import summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import atomic_write, write_json
 from lavin.timm_compat import timm
@@ -196,7 +197,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser("make_toy_base.py", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser("make_toy_base.py", description=summary(__doc__))
     parser.add_argument("--data_root", default="data/mini")
     parser.add_argument("--out", default="weights/toy", type=Path)
     parser.add_argument("--seed", default=0, type=seed)

@@ -28,13 +28,12 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, fp8: bool, bias: torch.Tensor | None = None):
         super().__init__()
-        tensors: list[torch.Tensor | None] = [weight.detach()]
-        if fp8:
-            tensors = [part.contiguous() for w in (weight.detach(), weight.detach().t()) for part in quantize_rows(w)]
-        tensors += [None] * (4 - len(tensors))
-        # one attribute each: Dynamo of torch 2.7 loses the entries of a ParameterList
-        self.weight, self.scale, self.weight_t, self.scale_t = map(frozen, tensors)
         self.bias = frozen(bias)
+        # one attribute each: Dynamo of torch 2.7 loses the entries of a ParameterList
+        self.weight, self.scale, self.weight_t, self.scale_t = frozen(weight), None, None, None
+        if fp8:
+            self.weight, self.scale, self.weight_t, self.scale_t = (
+                frozen(part.contiguous()) for w in (weight, weight.t()) for part in quantize_rows(w.detach()))
 
     @classmethod
     def join(cls, linears: list[nn.Linear], fp8: bool) -> "FrozenLinear":

@@ -10,7 +10,6 @@ from functools import cache, partial
 import torch
 
 from lavin import attention
-from lavin.attention import select_attention
 from lavin.fast import fused_linear
 from lavin.fast.captured_models import capture_training
 from lavin.kernels.fp8 import check_fp8
@@ -67,13 +66,13 @@ def compiler_error(device: torch.device) -> str | None:
 @dataclass(frozen=True)
 class FastPaths:
     """What a model on a device uses. attention: of lavin/attention.py. fused: fused matrices with Triton kernels.
-    captured: training passes and decoding in CUDA graphs. notes: what is not used and why, a line each."""
+    captured: training passes and decoding in CUDA graphs. note: a line on what does not work here, if anything."""
 
     attention: Callable
     fused: bool
     compiled: bool
     captured: bool
-    notes: tuple[str, ...] = ()
+    note: str = ""
 
 
 def check_fast_paths(device: torch.device, dtype: torch.dtype, bits: str, compile: str, cuda_graphs: str) -> str | None:
@@ -95,11 +94,11 @@ def choose_fast_paths(device: torch.device, dtype: torch.dtype, head_dim: int, b
                       compile: str = "auto", cuda_graphs: str = "auto") -> FastPaths:
     """compile, cuda_graphs: `auto`, `on` or `off`. Raises UserError as `check_fast_paths`."""
     error, gpu = check_fast_paths(device, dtype, bits, compile, cuda_graphs), device.type == "cuda"
-    notes = [f"the model runs without torch.compile and Triton, which do not work on this GPU: {error}"] * bool(error)
+    note = f"the model runs without torch.compile and Triton, which do not work on this GPU: {error}" if error else ""
     works = gpu and not error
-    return FastPaths(select_attention(device, dtype, head_dim), fused=works or bits == "fp8",
+    return FastPaths(attention.select_attention(device, dtype, head_dim), fused=works or bits == "fp8",
                      compiled=compile == "on" or (compile == "auto" and works),
-                     captured=gpu and cuda_graphs != "off", notes=tuple(notes))
+                     captured=gpu and cuda_graphs != "off", note=note)
 
 
 def speed_up(model: LaVIN, bits: str = "16bit", compile: str = "auto", cuda_graphs: str = "auto") -> LaVIN:
@@ -110,8 +109,8 @@ def speed_up(model: LaVIN, bits: str = "16bit", compile: str = "auto", cuda_grap
     if not isinstance(model.llama.layers[0].attention.wq, torch.nn.Linear):
         return model
     paths = choose_fast_paths(model.device, model.dtype, model.llama.config.head_dim, bits, compile, cuda_graphs)
-    for note in paths.notes:
-        print_rank0(note)
+    if paths.note:
+        print_rank0(paths.note)
     if paths.fused:
         fuse(model, bits == "fp8")
     if paths.compiled:

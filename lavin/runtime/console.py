@@ -13,6 +13,11 @@ if isinstance(sys.stdout, io.TextIOWrapper):  # a log in ascii or latin-1 must n
     sys.stdout.reconfigure(errors="replace")
 
 
+def summary(doc: str | None) -> str:
+    """The first line of a module's docstring, which python -OO drops: what --help says."""
+    return (doc or "").partition("\n")[0]
+
+
 def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 

@@ -43,7 +43,7 @@ def unsupported_gpu(device) -> str | None:
             f"{capability[0]}.{capability[1]}; it has {', '.join(architectures)}): {fix}")
 
 
-def unusable_driver() -> str | None:
+def unusable_gpu() -> str | None:
     """A line where this process may use NVIDIA GPUs, and this torch cannot."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     gpus = [path for path in NVIDIA_DEVICES.glob("nvidia[0-9]*") if os.access(path, os.R_OK | os.W_OK)]
@@ -59,7 +59,7 @@ def unusable_driver() -> str | None:
 
 def choose_device(name: str | None, local_rank: int) -> torch.device:
     """--device, or this process's GPU where there is one. Raises UserError where it cannot be used."""
-    if name is None and (problem := unusable_driver()):
+    if name is None and (problem := unusable_gpu()):
         raise UserError(problem)
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -69,7 +69,7 @@ def close() -> None:
     if dist.is_initialized():
         if torch.__version__ < "2.8":
             # The destructor of a gloo group, which the chat has beside NCCL, waits for its threads with the GIL held,
-            # and for ever where one of them is about to release the last message's tensors. Now it hardly can be.
+            # and deadlocks where one of them is still to release the last message's tensors: this gives them time.
             time.sleep(0.5)
         dist.destroy_process_group()
 

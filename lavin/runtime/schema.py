@@ -36,9 +36,13 @@ def not_blank(text: str) -> str:
     return text
 
 
+def is_plain_name(text: str) -> bool:
+    """Whether the name of a file or folder cannot lead out of its folder."""
+    return bool(text.strip()) and text.isprintable() and not set(text) & set("/\\") and text not in (".", "..")
+
+
 def plain_name(text: str) -> str:
-    """A name that cannot lead out of its folder."""
-    if not text.strip() or not text.isprintable() or set(text) & set("/\\") or text in (".", ".."):
+    if not is_plain_name(text):
         raise ValueError(f"is no plain name of a file or folder: {shown(text)}")
     return text
 

@@ -1,4 +1,4 @@
-"""scripts/check.sh and util/doctor.py: a complete world passes, and each thing that is missing has its line."""
+"""scripts/check.sh and tools/doctor.py: a complete world passes, and each thing that is missing has its line."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import doctor
 from lavin.attention import efficient_varlen_attention, padded_attention
 from lavin.fast.speed_up import FastPaths
 from lavin.runtime.errors import UserError
 from tiny import ROOT
-from util import doctor
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def on_gpu(monkeypatch, capability=(7, 0), paths=None):
     """As on a machine with a GPU. paths: what choose_fast_paths answers."""
     monkeypatch.setattr(doctor, "choose_device", lambda name, local_rank: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    for module in ("util.doctor", "lavin.runtime.device", "lavin.kernels.fp8"):
+    for module in ("doctor", "lavin.runtime.device", "lavin.kernels.fp8"):
         monkeypatch.setattr(f"{module}.compute_capability", lambda device: capability)
     paths = paths or FastPaths(efficient_varlen_attention, fused=True, compiled=True, captured=True)
     monkeypatch.setattr(doctor, "choose_fast_paths", lambda *args: paths)
@@ -98,7 +98,7 @@ def on_gpu(monkeypatch, capability=(7, 0), paths=None):
 
 def test_what_a_run_uses_is_what_speed_up_chooses(check, monkeypatch):
     note = "the model runs without torch.compile, which does not work on this GPU: no C compiler"
-    on_gpu(monkeypatch, paths=FastPaths(efficient_varlen_attention, True, False, True, notes=(note,)))
+    on_gpu(monkeypatch, paths=FastPaths(efficient_varlen_attention, True, False, True, note=note))
     lines, problems = check()
     assert problems == []
     assert find(lines, "device") == "Tesla V100" and find(lines, "precision").startswith("torch.float16 (")
@@ -260,7 +260,8 @@ class NoTorch:
         if name == "torch":
             raise ImportError("libtorch_cpu.so: cannot open shared object file")
 sys.meta_path.insert(0, NoTorch())
-from util import doctor
+sys.path.insert(0, "tools")
+import doctor
 sys.exit(doctor.main([]))
 """
 
@@ -275,7 +276,7 @@ def test_torch_that_cannot_be_imported():
 @pytest.fixture
 def project(tmp_path):
     """The project without .venv, and a Python without packages on PATH."""
-    for name in ("scripts/check.sh", "util/__init__.py", "util/doctor.py", "requirements.txt"):
+    for name in ("scripts/check.sh", "tools/doctor.py", "requirements.txt"):
         (tmp_path / "a folder" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / "a folder" / name)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)

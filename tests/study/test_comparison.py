@@ -16,13 +16,13 @@ from util.scoring import COLUMNS
 from util.study.comparison import PUBLISHED, compare, method_name, published, with_published
 from util.study.finished_runs import read_run
 from util.study.statistics import (
-    detectable,
     holm,
     mcnemar,
+    minimum_detectable_difference,
     newcombe,
     paired_bootstrap,
-    paired_error,
-    unpaired_error,
+    paired_standard_error,
+    unpaired_standard_error,
     wilson,
 )
 from util.study.tables import csv_table, latex_table, markdown_table, text_table
@@ -128,15 +128,15 @@ def test_bootstrap_resamples_seeds():
 def test_standard_errors():
     method, base = right_answers(40, 20, both=140)
     differences = (method - base)[0]
-    assert paired_error(method, base) == pytest.approx(sem(differences, ddof=0))
-    assert unpaired_error(56, 70, 48, 80) == pytest.approx(np.sqrt(0.8 * 0.2 / 70 + 0.6 * 0.4 / 80))
-    assert paired_error(method, method) == 0
+    assert paired_standard_error(method, base) == pytest.approx(sem(differences, ddof=0))
+    assert unpaired_standard_error(56, 70, 48, 80) == pytest.approx(np.sqrt(0.8 * 0.2 / 70 + 0.6 * 0.4 / 80))
+    assert paired_standard_error(method, method) == 0
 
 
 def test_a_detectable_difference_is_found_four_times_of_five():
     """Of 400 simulated studies of 2,000 questions with the exact test, which is a little conservative."""
     rng, n, discordant = np.random.default_rng(0), 2000, 0.1
-    true = detectable(np.sqrt(discordant / n))
+    true = minimum_detectable_difference(np.sqrt(discordant / n))
     found = 0
     for _ in range(400):
         signs = rng.choice([1, 0, -1], n, p=[(discordant + true) / 2, 1 - discordant, (discordant - true) / 2])

@@ -260,6 +260,9 @@ def test_going_back_drops_what_came_later_once_a_new_checkpoint_is_whole(flags, 
         stop_after(patched, 1)
         run(*back)
     assert list(checkpoints(finished)) == [0] and not (finished / "scores.json").exists()
+    start = run_folder.RunFolder(finished, {}, epochs=3)
+    run_folder.find_start(start, str(finished / LAST))  # as --resume RUN: it stays known where training went back to
+    assert (start.checkpoint, start.went_back_to, start.staged) == (finished / LAST, 0, False)
     made = []
     monkeypatch.setattr(Trainer, "train_step", lambda self, *args, step=Trainer.train_step: made.append(1) or
                         step(self, *args))

@@ -15,13 +15,13 @@ from lavin.runtime.files import read_json
 from util.runs import run_folders
 from util.study.finished_runs import Run, read_run
 from util.study.statistics import (
-    detectable,
     holm,
     mcnemar,
+    minimum_detectable_difference,
     newcombe,
     paired_bootstrap,
-    paired_error,
-    unpaired_error,
+    paired_standard_error,
+    unpaired_standard_error,
     wilson,
 )
 from util.training.recipe import EXECUTION_FLAGS, RESTATED_FLAGS
@@ -258,15 +258,15 @@ def differences_to_first(methods: list[Method], answers: dict[str, int] | None) 
     if answers is None:
         intervals = [newcombe(m.correct("Avg"), m.counts["Avg"], base.correct("Avg"), base.counts["Avg"])
                      for m in others]
-        errors = [unpaired_error(m.correct("Avg"), m.counts["Avg"], base.correct("Avg"), base.counts["Avg"])
+        errors = [unpaired_standard_error(m.correct("Avg"), m.counts["Avg"], base.correct("Avg"), base.counts["Avg"])
                   for m in others]
         p_pairs: list[tuple] = [(None, None)] * len(others)
     else:
         base_outcomes, *outcomes = [method.outcomes(answers) for method in methods]
         intervals = [paired_bootstrap(o, base_outcomes) for o in outcomes]
-        errors = [paired_error(o, base_outcomes) for o in outcomes]
+        errors = [paired_standard_error(o, base_outcomes) for o in outcomes]
         p_values = [mcnemar(o, base_outcomes) for o in outcomes]
         p_pairs = list(zip(p_values, holm(p_values), strict=True))
-    return {method.name: Difference(method.overall - base.overall, 100 * low, 100 * high, 100 * detectable(error),
-                                    *p_pair)
+    return {method.name: Difference(method.overall - base.overall, 100 * low, 100 * high,
+                                    100 * minimum_detectable_difference(error), *p_pair)
             for method, (low, high), error, p_pair in zip(others, intervals, errors, p_pairs, strict=True)}

@@ -28,19 +28,19 @@ def newcombe(correct: float, n: int, base_correct: float, base_n: int) -> tuple[
     return p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
 
 
-def unpaired_error(correct: float, n: int, base_correct: float, base_n: int) -> float:
+def unpaired_standard_error(correct: float, n: int, base_correct: float, base_n: int) -> float:
     """Standard error of an unpaired difference of proportions."""
     p, q = correct / n, base_correct / base_n
     return math.sqrt(p * (1 - p) / n + q * (1 - q) / base_n)
 
 
-def paired_error(method: np.ndarray, base: np.ndarray) -> float:
+def paired_standard_error(method: np.ndarray, base: np.ndarray) -> float:
     """Standard error of the mean over the questions of their differences, for these seeds."""
     differences = method.mean(0) - base.mean(0)
     return float(differences.std() / math.sqrt(len(differences)))
 
 
-def detectable(standard_error: float) -> float:
+def minimum_detectable_difference(standard_error: float) -> float:
     """The smallest true difference that a two-sided test at 5 % finds 4 times of 5 (power 0.8; Cohen 1988)."""
     return (Z + Z_POWER) * standard_error
 

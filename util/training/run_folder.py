@@ -20,7 +20,7 @@ from util.training.recipe import differences
 
 COPIED = ("recipe.json", "config.json", "log.txt", "metrics.jsonl")  # when going back
 FILES = (*COPIED, LAST)  # that train.py writes, beside checkpoints
-STAGING = ".overwriting"  # folder of what replaces a run or its later part, until its first checkpoint is whole
+STAGING = ".staging"  # folder of what replaces a run or its later part, until its first checkpoint is whole
 PROMOTING = ".promoting"  # the same folder while its files are moved to the place of the old ones
 
 
@@ -129,10 +129,11 @@ def find_start(run: RunFolder, resume: str) -> None:
     damage = find_damage(named)
     if damage:
         raise UserError(f"--resume {named} is broken ({damage}): name an earlier one")
-    if not run.checkpoint or run.went_back_to is None or \
-            read_adapters(run.checkpoint).get("went_back_to") != run.went_back_to:
-        run.checkpoint = named if run.went_back_to is None else checkpoint_path(run.folder, run.went_back_to)
-        run.staged = run.went_back_to is not None and not run.finished
+    if run.went_back_to is None:  # a copy under another name
+        run.checkpoint = named
+    elif not run.checkpoint or read_adapters(run.checkpoint).get("went_back_to") != run.went_back_to:
+        run.checkpoint = checkpoint_path(run.folder, run.went_back_to)
+        run.staged = not run.finished
 
 
 def latest_whole_checkpoint(folder: Path) -> Path | None:

@@ -13,6 +13,8 @@ from contextlib import redirect_stdout
 from importlib import metadata
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 import_error: Exception | None = None
 try:  # packages may be missing or broken, and this program says so
     import torch
@@ -76,7 +78,7 @@ def machine() -> Iterator[str]:
 
 
 def packages() -> Iterator[str]:
-    required = dict(re.findall(r"^([\w-]+)(.*)", Path("requirements.txt").read_text(), re.M))
+    required = dict(re.findall(r"^([\w-]+)(.*)", (ROOT / "requirements.txt").read_text(), re.M))
     found = INSTALLED if import_error else {**INSTALLED, "torch": torch.__version__}  # which names its CUDA version
     yield from (row(name, found.get(name, "-")) for name in (*required, *OPTIONAL))
     missing = [name for name in required if name not in INSTALLED]
@@ -107,7 +109,8 @@ def run(args) -> Iterator[str]:
     unchanged = args.bits in ("4bit", "8bit") or args.model_parallel_size > 1  # lavin/fast/speed_up.py
     for label in ("fused", "compiled", "captured"):
         yield row(label, "yes" if getattr(paths, label) and not unchanged else "no")
-    yield from (row("", note) for note in paths.notes)
+    if paths.note:
+        yield row("", paths.note)
 
 
 def data(args) -> Iterator[str]:
