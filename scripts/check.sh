@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Says what this machine has, what a run would use, and what would fail, with the fix: as text for a bug report.
 #   bash scripts/check.sh [flags of train.py, such as --data_root ../data --llm_model 7B]
-# Exit status 0: a run would start. Nothing needs to be installed.
+# Exit status 0: nothing was found that would stop a run. Nothing needs to be installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python

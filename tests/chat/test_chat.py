@@ -355,7 +355,7 @@ def test_a_single_checkpoint_answers_as_its_run(bot, runs, flag):
 
 
 def test_published_adapters_answer_by_the_flags_that_they_were_trained_with(bot, runs, tmp_path):
-    """A published checkpoint holds no configuration; the run `scaled` has scale SCALE."""
+    """A published checkpoint holds no configuration, and the run `scaled` another scale than the default."""
     content = load_checkpoint(runs / "scaled" / "checkpoint-3.pth")
     torch.save({"model": content["model"]}, tmp_path / "published.pth")
     flags = [item for name, value in {**content["flags"], **content["adapter_config"]}.items()
