@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-LAYERS_PER_CALL = 2  # one compiled call (less host overhead), and one unit of gradient checkpointing
-
 
 # --- Rotary embeddings ---
 
@@ -269,11 +267,9 @@ class Block(nn.Module):
         return self.residual(x, self.feed_forward(self.feed_forward_input(x, routing)), attn_metadata)
 
 
-def run_blocks(blocks, x, rotary, attn_metadata, routing):
-    """Consecutive layers; rotary, attn_metadata and routing: one entry a layer."""
-    for block, *inputs in zip(blocks, rotary, attn_metadata, routing, strict=True):
-        x = block(x, *inputs)
-    return x
+def run_block(block, *inputs):
+    """One layer of a model, compiled once for all of them, and the unit of gradient checkpointing."""
+    return block(*inputs)
 
 
 class Llama(nn.Module):
@@ -282,7 +278,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, make_block=lambda config, layer: Block(config)):
         super().__init__()
         self.config = config
-        self.run_blocks = run_blocks  # replaced by a compiled version in lavin/fast/speed_up.py
+        self.run_block = run_block  # replaced by a compiled version in lavin/fast/speed_up.py
         self.gradient_checkpointing = False
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(make_block(config, layer) for layer in range(config.n_layers))
@@ -296,12 +292,10 @@ class Llama(nn.Module):
         `.for_layer(i)` is passed to layer i.
         """
         rotary = rotary_by_layer(self.config, attn_metadata.position_ids)
-        for first in range(0, len(self.layers), LAYERS_PER_CALL):
-            layers = range(first, min(first + LAYERS_PER_CALL, len(self.layers)))
-            inputs = ([self.layers[i] for i in layers], x, [rotary[i] for i in layers],
-                      [attn_metadata.for_layer(i) for i in layers], [routing and routing.for_layer(i) for i in layers])
+        for i, layer in enumerate(self.layers):
+            inputs = layer, x, rotary[i], attn_metadata.for_layer(i), routing and routing.for_layer(i)
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(self.run_blocks, *inputs, use_reentrant=False)
+                x = checkpoint(self.run_block, *inputs, use_reentrant=False)
             else:
-                x = self.run_blocks(*inputs)
+                x = self.run_block(*inputs)
         return self.norm(x)

@@ -4,16 +4,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lavin.llama import run_block
 from lavin.timm_compat import timm
 
 IMAGENET = (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
-
-
-def run_blocks(blocks, x):
-    """Consecutive blocks of a ViT; x [I, T, D]."""
-    for block in blocks:
-        x = block(x)
-    return x
 
 
 def channels(values: tuple[float, ...]) -> torch.Tensor:
@@ -33,7 +27,7 @@ class VisionEncoder(nn.Module):
         if n_features < 1 or len(vit.blocks) % n_features:
             raise ValueError(f"--n_prompt {n_features} must divide the ViT's {len(vit.blocks)} blocks")
         self.vit = vit
-        self.run_blocks = run_blocks  # replaced by a compiled version in lavin/fast/speed_up.py
+        self.run_block = run_block  # replaced by a compiled version in lavin/fast/speed_up.py
         self.blocks_per_feature = len(vit.blocks) // n_features
         self.width = vit.embed_dim
         self.image_size = vit.patch_embed.img_size[0]
@@ -46,12 +40,14 @@ class VisionEncoder(nn.Module):
         """uint8 images [I, 3, S, S] -> CLS features [I, n_features, width]."""
         x = ((images / 255 - self.pixel_mean) / self.pixel_std).to(self.vit.patch_embed.proj.weight.dtype)
         x = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(x)))  # [I, 1 + patches, width]
+        if self.training:
+            x.requires_grad_()  # as the next blocks' inputs do: torch.compile makes a graph for each kind
         features = []
-        for first in range(0, len(self.vit.blocks), self.blocks_per_feature):
-            blocks = [self.vit.blocks[i] for i in range(first, first + self.blocks_per_feature)]
+        for i, block in enumerate(self.vit.blocks, 1):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(self.run_blocks, blocks, x, use_reentrant=False)
+                x = checkpoint(self.run_block, block, x, use_reentrant=False)
             else:
-                x = self.run_blocks(blocks, x)
-            features.append(x[:, 0])
+                x = self.run_block(block, x)
+            if i % self.blocks_per_feature == 0:
+                features.append(x[:, 0])
         return torch.stack(features, 1)

@@ -6,6 +6,7 @@ Whether a pass is captured is decided in CapturedModule.__call__ (cuda_graphs.py
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from lavin.attention import VarlenMetadata
 from lavin.fast.cuda_graphs import CapturedModule, CapturedPass, copy_and_zero_pad, pad_to_bucket
@@ -30,14 +31,20 @@ class CapturedVisionPass(CapturedPass):
 
 
 class CapturedVision(CapturedModule):
+    """Training passes have an even number of images, the last one blank where needed: half as many graphs, and none
+    for a single image, for which torch.compile would make a program of its own."""
+
     pass_class = CapturedVisionPass
+
+    def __call__(self, images):
+        blank = len(images) % 2 if self.module.training else 0
+        return super().__call__(F.pad(images, (0, 0) * (images.ndim - 1) + (0, blank)))[:len(images)]
 
     def bucket(self, images):
         return images.shape
 
     def compile_key(self, bucket):
-        """torch.compile may specialize on few images; running each number once uncaptured costs little."""
-        return bucket
+        """One for all."""
 
 
 class CapturedLlamaPass(CapturedPass):

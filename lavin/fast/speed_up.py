@@ -32,10 +32,11 @@ def compile_model(model: LaVIN) -> None:
     # torch 2.11 cannot trace into these autograd functions with dynamic shapes; AOTAutograd can handle what they call
     for function in (fused_linear.frozen_linear, fused_linear.swiglu_mlp, fused_linear.qkv_rope):
         torch.compiler.allow_in_graph(function)
+    torch._dynamo.config.specialize_float = True  # else the numbers of a layer are traced as inputs first, then again
     torch.fx.experimental._config.use_duck_shape = False  # two sizes that are equal at first may differ later
     torch._dynamo.config.cache_size_limit = 32  # one graph each for training, prefill, decoding, a single sequence
     for module in (model.llama, model.vision):
-        module.run_blocks = torch.compile(module.run_blocks, dynamic=True)
+        module.run_block = torch.compile(module.run_block, dynamic=True)
     model.answer_loss = partial(answer_loss, cross_entropy=torch.compile(cross_entropy, dynamic=True))
 
 

@@ -57,6 +57,15 @@ def test_training_compiles_once(compiled, captured):
     assert not captured or len(model.llama.forward.graphs) == 2
 
 
+def test_captured_training_compiles_one_program_a_kind(compiled):
+    """One for all layers of LLaMA, one for the ViT's, whose first pass has a single image, and one for the loss."""
+    _, model, counter = compiled
+    capture_training(model.train())
+    for n_images in (1, 3, 2):
+        loss_and_gradients(model, [tiny_example(seed, 9, 3, image=seed < n_images) for seed in range(4)])
+    assert counter.frame_count == 3
+
+
 def test_decoding_compiles_once(compiled):
     eager, model, counter = compiled
     model.use_cuda_graphs = True  # pads short prompts to a bucket
