@@ -5,6 +5,7 @@ inside it. Adapter flags are read from the checkpoint. The same command again go
 """
 
 import argparse
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from lavin.runtime import distributed
 from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar, summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import read_json, read_json_lines, write_json, write_json_lines
+from lavin.tokenizer import Example
+from util.data.batches import balanced_parts
 from util.data.datasets import ScienceQA, load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import answer_text, build_prompt, fit_prompt, is_answered, parse_answer
@@ -96,13 +99,13 @@ def identity(args, trained: Trained, data: ScienceQA) -> dict:
 # --- Answers ---
 
 class EvalQuestion(NamedTuple):
-    """A question as the model gets it. image: uint8 [3, S, S] or None. seed: for sampling, independent of the batch.
-    cut: whether the prompt was too long, and words in its middle are left out.
+    """A question as the model gets it. example: the prompt, tokenized, with its image. seed: for sampling, independent
+    of the batch. cut: whether the prompt was too long, and words in its middle are left out.
     """
 
     qid: str
     prompt: str
-    image: torch.Tensor | None
+    example: Example
     n_choices: int
     seed: int
     cut: bool = False
@@ -111,7 +114,7 @@ class EvalQuestion(NamedTuple):
 def most_likely_options(model, tokenizer, batches: Iterable[list[EvalQuestion]]) -> Iterator[list[int]]:
     """The most likely option of each question, batch by batch, by the first token in which its answers differ."""
     examples = ([option_example(tokenizer, question.prompt, [answer_text(k) for k in range(question.n_choices)],
-                                image=question.image, n_prompt=model.adapter.n_prompt) for question in batch]
+                                image=question.example.image, n_prompt=model.adapter.n_prompt) for question in batch]
                 for batch in batches)
     for batch_scores in score_options(model, examples):
         yield [scores.index(max(scores)) for scores in batch_scores]
@@ -119,12 +122,11 @@ def most_likely_options(model, tokenizer, batches: Iterable[list[EvalQuestion]])
 
 def generate_batch(model, tokenizer, batch: list[EvalQuestion], args) -> list[tuple[str, int, bool]]:
     """For each question: the text, the option index, and whether the text names it; if not, the most likely one."""
-    examples = [tokenizer.example(question.prompt, None, question.image, model.adapter.n_prompt) for question in batch]
     max_new_tokens = MAX_ANSWER_TOKENS if answers_first(args.prompt_format) else args.max_seq_len
-    texts = generate(model, tokenizer, examples, max_new_tokens, is_answered, args.generation_temperature, args.top_p,
-                     [question.seed for question in batch])
+    texts = generate(model, tokenizer, [question.example for question in batch], max_new_tokens, is_answered,
+                     args.generation_temperature, args.top_p, [question.seed for question in batch])
     predictions = [parse_answer(text, question.n_choices) for text, question in zip(texts, batch, strict=True)]
-    # scores the whole batch, not only the unparsed questions, so that the model's session can be reused
+    # scores the whole batch, not only the unparsed questions: a single one would need a session of its own
     fallbacks = next(most_likely_options(model, tokenizer, [batch])) if None in predictions else [0] * len(batch)
     return [(text, fallback if prediction is None else prediction, prediction is not None)
             for text, prediction, fallback in zip(texts, predictions, fallbacks, strict=True)]
@@ -145,15 +147,18 @@ def answers_first(prompt_format: str) -> bool:
 def make_question(tokenizer, n_prompt: int, data, qid: str, image: torch.Tensor | None, args) -> EvalQuestion:
     whole, _ = build_prompt(data.problems[qid], args.prompt_format, data.captions.get(qid, ""))
     prompt = fit_prompt(tokenizer, whole, image, n_prompt, args.max_seq_len)
-    return EvalQuestion(qid, prompt, image, len(data.problems[qid]["choices"]),
-                        zlib.crc32(f"{args.seed} {qid}".encode()), prompt != whole)
+    return EvalQuestion(qid, prompt, tokenizer.example(prompt, None, image, n_prompt),
+                        len(data.problems[qid]["choices"]), zlib.crc32(f"{args.seed} {qid}".encode()), prompt != whole)
 
 
 def answer_questions(model, tokenizer, data, images: dict, args, qids: list[str]) -> Iterator[dict[str, dict]]:
     """The answers to the questions `qids`, batch by batch, by id. Raises UserError, naming them, where the model gives
     NaN."""
     questions = [make_question(tokenizer, model.adapter.n_prompt, data, qid, images.get(qid), args) for qid in qids]
-    batches = [questions[start:start + args.max_batch_size] for start in range(0, len(questions), args.max_batch_size)]
+    # of about as many tokens each, so that few sizes are captured in CUDA graphs
+    parts = balanced_parts([len(question.example.ids) for question in questions],
+                           math.ceil(len(questions) / args.max_batch_size))
+    batches = [[questions[i] for i in part] for part in parts]
     results = answer_batches(model, tokenizer, batches, args)
     with progress_bar(None, "questions", total=len(questions), unit="question") as bar:
         for batch in batches:

@@ -34,9 +34,11 @@ from lavin.runtime.console import is_main_process, summary
 from lavin.runtime.device import choose_device
 from lavin.timm_compat import timm
 from lavin.weights.load import frozen_parameters, load_frozen
-from random_lavin import SIZES, random_examples
+from random_lavin import SIZES, random_examples, redrawn
+from util.data.batches import balanced_parts
 from util.training.accumulation import accumulate_gradients, count_answer_tokens, with_loss_weights
 from util.training.optimizer import make_optimizer, optimizer_step
+from util.training.throughput import frozen_weights, step_flops
 
 EFFECTIVE_BATCH = 32
 
@@ -81,10 +83,13 @@ def measure_training(args, model, rank: int, world: int) -> dict:
     parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = make_optimizer(model, argparse.Namespace(lr=1e-3, weight_decay=0.02))
     scaler = torch.amp.GradScaler(model.device.type, enabled=False)
+    weights = frozen_weights(model)
 
     def step(global_batch) -> torch.Tensor:
         """train.py's optimizer step on this rank's share of the batch."""
-        weighted = with_loss_weights([global_batch[rank::world]], count_answer_tokens(global_batch), "batch", world)
+        part = balanced_parts([step_flops(weights, [sample]) for sample in global_batch], world)[rank]
+        weighted = with_loss_weights([[global_batch[i] for i in part]], count_answer_tokens(global_batch), "batch",
+                                     world)
         loss = accumulate_gradients(model, weighted, math.inf, scaler)
         return optimizer_step(optimizer, scaler, parameters, loss, None)[0]
 
@@ -94,6 +99,9 @@ def measure_training(args, model, rank: int, world: int) -> dict:
     rates = []
     for n in (EFFECTIVE_BATCH, EFFECTIVE_BATCH * world):
         samples = [random_examples(model, n, 100 + i) for i in range(args.warm_up + args.repeats)]
+        for global_batch in samples:  # captures every bucket
+            step(global_batch)
+        samples = [redrawn(model, global_batch, i) for i, global_batch in enumerate(samples)]
         seconds = step_seconds(lambda i, s=samples: step(s[i]), model.device, args.repeats, args.warm_up)
         rates.append(n / seconds)
     zero = torch.zeros(1, device=model.device)

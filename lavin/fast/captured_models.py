@@ -1,4 +1,4 @@
-"""LLaMA and the ViT with captured training passes: their static inputs, buckets and padding (cuda_graphs.py).
+"""LLaMA and the ViT with captured passes: their static inputs, buckets and padding (cuda_graphs.py).
 
 Whether a pass is captured is decided in CapturedModule.__call__ (cuda_graphs.py), and for a whole model in speed_up.py.
 """
@@ -43,9 +43,6 @@ class CapturedVision(CapturedModule):
     def bucket(self, images):
         return images.shape
 
-    def compile_key(self, bucket):
-        """One for all."""
-
 
 class CapturedLlamaPass(CapturedPass):
     """bucket: (rows, documents, max_seqlen). Unused rows form one trailing dummy document, whose output is dropped."""
@@ -58,7 +55,7 @@ class CapturedLlamaPass(CapturedPass):
         self.attn_metadata.document_ids, self.attn_metadata.doc_positions = zeros(), zeros()
         self.attn_metadata.position_ids = zeros()
         self.routing = Routing(torch.zeros(rows, MODALITIES, device=owner.device))
-        self.inputs = [owner.buffers.take("x", [rows, dim], dtype).detach().requires_grad_()]
+        self.inputs = [owner.buffers.take("x", [rows, dim], dtype).detach().requires_grad_(torch.is_grad_enabled())]
         self.capture_graphs(owner, (rows, dim), dtype)
 
     def run(self):
@@ -88,18 +85,19 @@ class CapturedLlama(CapturedModule):
         max_seqlen = max(attn_metadata.max_seqlen, rows - len(x))
         return rows, num_docs + -num_docs % 4, min(max_seqlen + -max_seqlen % 256, rows)
 
-    def compile_key(self, bucket):
-        """One for all buckets: a second uncaptured pass next to the captured ones might run out of memory."""
+    def captures_inference(self, x, attn_metadata, routing):
+        """Passes that leave nothing behind, in a KV cache or a routing cache."""
+        return type(attn_metadata) is VarlenMetadata and routing.cache is None
 
 
-def capture_training(model: LaVIN) -> None:
-    """In place: training passes of LLaMA and the ViT are captured and replayed from now on."""
+def capture_passes(model: LaVIN) -> None:
+    """In place: training passes of LLaMA and the ViT, and LLaMA's that score options, are captured and replayed."""
     CapturedLlama(model.llama, model.device)
     CapturedVision(model.vision, model.device)
 
 
 def free_graphs(model: LaVIN) -> None:
-    """Drops all captured training passes and the memory they hold, where there are any."""
+    """Drops all captured passes and the memory they hold, where there are any."""
     for module in (model.llama, model.vision):
         if isinstance(module.forward, CapturedModule):
             module.forward.free()

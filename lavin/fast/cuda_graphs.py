@@ -1,11 +1,11 @@
-"""CUDA graphs: which training passes are captured (CapturedModule.__call__), and how they are captured and replayed.
+"""CUDA graphs: which passes are captured (CapturedModule.__call__), and how they are captured and replayed.
 
 Where a step is short, the host takes longer to launch its thousands of kernels than the GPU to run them. A CUDA graph
 replays all of them with one launch. A graph always reads and writes the memory it was captured with, so inputs are
 copied into static tensors before a replay, and outputs are copied out after it.
 
 Notable:
-- One graph for the forward and one for the backward pass of each bucket (a padded shape).
+- One graph for the forward and, in training, one for the backward pass of each bucket (a padded shape).
 - All buckets share one memory pool and their static buffers, so a pass must be backpropagated before the next one
   starts.
 - Without a GPU nothing is captured: `capture` returns the function itself, so tests run the same code on a CPU.
@@ -62,7 +62,7 @@ class StaticBuffers:
 
 
 class CapturedPass:
-    """The captured forward and backward pass of one bucket.
+    """The captured forward and, where gradients are enabled, backward pass of one bucket.
 
     Subclasses create the static tensors in __init__ (`inputs`: those that need a gradient) and call `capture_graphs`;
     their `run` computes the output from them, and `load` copies a batch into those that are not `inputs`. `forward` and
@@ -84,11 +84,18 @@ class CapturedPass:
     def capture_graphs(self, owner: "CapturedModule", shape, dtype) -> None:
         """shape, dtype: of the output."""
         self.owner, take = owner, owner.buffers.take
-        self.output, self.grad_output = (take(name, shape, dtype) for name in ("output", "grad_output"))
+        self.output = take("output", shape, dtype)
+        if not torch.is_grad_enabled():
+            self.forward = capture(self.run_inference, owner.device, owner.pool)
+            return
+        self.grad_output = take("grad_output", shape, dtype)
         self.grad_inputs = [take(f"grad_input {i}", x.shape, x.dtype) for i, x in enumerate(self.inputs)]
         self.grad_parameters = take("grad_parameters", [sum(p.numel() for p in owner.parameters)], torch.float32)
         self.forward = capture(self.run_forward, owner.device, owner.pool)
         self.backward = capture(self.run_backward, owner.device, owner.pool)
+
+    def run_inference(self) -> None:
+        self.output.copy_(self.run())
 
     def run_forward(self) -> None:
         with torch.enable_grad(), self.owner.parameter_aliases() as aliases:
@@ -136,10 +143,11 @@ def copy_and_zero_pad(static: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 class CapturedModule:
-    """Replaces a module's `forward`: training passes are captured per bucket and replayed.
+    """Replaces a module's `forward`: passes are captured per bucket and replayed, those of training and those that
+    `captures_inference` names.
 
-    The first pass of each compiled graph runs uncaptured, since it compiles. Subclasses define `pass_class`, `bucket`
-    (hashable, from the inputs of forward) and `compile_key` (buckets with the same key share one compiled graph).
+    The first pass of each kind runs uncaptured, since it compiles: for a second one next to the captured ones, memory
+    might not suffice. Subclasses define `pass_class` and `bucket` (hashable, from the inputs of forward).
     """
 
     pass_class: type[CapturedPass]
@@ -150,36 +158,46 @@ class CapturedModule:
                        if p.requires_grad]
         self.parameters = [getattr(*owner) for owner in self.owners]
         self.num_passes = 0
-        self.compiled: set = set()  # compile keys
+        self.compiled: set[bool] = set()  # whether for training or for inference
         self.free()
         module.forward = self
 
     def bucket(self, *inputs):
         raise NotImplementedError
 
-    def compile_key(self, bucket):
-        raise NotImplementedError
+    def captures_inference(self, *inputs) -> bool:
+        return False
 
     def free(self) -> None:
         """Drops all graphs and the memory they hold."""
         self.buffers, self.pool = StaticBuffers(self.device), graph_pool(self.device)
-        self.graphs: dict[Hashable, CapturedPass] = {}  # by bucket, the last used at the end
+        self.graphs: dict[Hashable, CapturedPass] = {}  # by (training, bucket), the last used at the end
 
     def __call__(self, x, *others):
-        if not (torch.is_grad_enabled() and self.module.training) or self.module.gradient_checkpointing:
+        training = self.module.training and torch.is_grad_enabled() and not self.module.gradient_checkpointing
+        inference = not (self.module.training or torch.is_grad_enabled()) and self.captures_inference(x, *others)
+        if not training and not inference:
             return self.uncaptured(x, *others)
         self.num_passes += 1
-        bucket = self.bucket(x, *others)
-        if (key := self.compile_key(bucket)) not in self.compiled:
+        if training not in self.compiled:
             out = self.uncaptured(x, *others)
-            self.compiled.add(key)  # only now: the pass may have run out of memory
+            self.compiled.add(training)  # only now: the pass may have run out of memory
             return out
-        captured = self.graphs.pop(bucket, None) or self.capture_bucket(bucket, x.dtype)
-        self.graphs[bucket] = captured
+        captured = self.captured_pass((training, self.bucket(x, *others)), x.dtype)
+        captured.load(x, *others)
+        if training:
+            return GraphReplay.apply(captured, len(x), x if captured.inputs else None, *self.parameters)
+        for static in captured.inputs:
+            copy_and_zero_pad(static, x)
+        captured.forward()
+        return captured.output[:len(x)].clone()
+
+    def captured_pass(self, key: tuple, dtype) -> CapturedPass:
+        captured = self.graphs.pop(key, None) or self.capture_bucket(key[1], dtype)
+        self.graphs[key] = captured  # at the end
         if len(self.graphs) > MAX_GRAPHS:
             del self.graphs[next(iter(self.graphs))]
-        captured.load(x, *others)
-        return GraphReplay.apply(captured, len(x), x if captured.inputs else None, *self.parameters)
+        return captured
 
     @contextmanager
     def parameter_aliases(self) -> Iterator[list[nn.Parameter]]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from lavin.kernels.fp8 import quantize_rows, scaled_matmul
 from lavin.kernels.fused_ops import qkv_rope_backward, swiglu, swiglu_backward
+from lavin.kernels.gemv import gemv
 from lavin.llama import Attention, FeedForward, add_bias, apply_rotary
 
 
@@ -61,6 +62,13 @@ def matmul(scaled_x: tuple, weights: tuple, dtype):
     return scaled_matmul(x, scale, weights[0], weights[1], dtype) if len(weights) > 1 else x @ weights[0].t()
 
 
+def linear(x, weights: tuple):
+    """x W^T: [N, K] -> [N, O], in the dtype of x."""
+    if x.shape[0] == 1 and x.is_cuda:  # torch.compile makes a program of its own for one row anyway
+        return gemv(x, weights[0], weights[1] if len(weights) > 1 else None)
+    return matmul(maybe_quantize(x, weights), weights, x.dtype)
+
+
 def matmul_backward(scaled_grad: tuple, weights: tuple, dtype):
     """Gradient of x, grad_output W: [N, O] -> [N, K]. scaled_grad: grad_output from `maybe_quantize`."""
     grad, scale = scaled_grad
@@ -71,7 +79,7 @@ class FrozenLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *weights):
         ctx.save_for_backward(*weights)
-        return matmul(maybe_quantize(x, weights), weights, x.dtype)
+        return linear(x, weights)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -87,8 +95,10 @@ class SwiGLUMLPFunction(torch.autograd.Function):
     def forward(ctx, x, bias, *weights):
         half = len(weights) // 2
         w13, w2 = weights[:half], weights[half:]
-        gate_up = add_bias(matmul(maybe_quantize(x, w13), w13, x.dtype), bias)  # [N, 2H]
+        gate_up = add_bias(linear(x, w13), bias)  # [N, 2H]
         ctx.save_for_backward(gate_up, *weights)
+        if x.shape[0] == 1 and x.is_cuda:
+            return linear(swiglu(gate_up, False)[0], w2)
         return matmul(swiglu(gate_up, half > 1), w2, x.dtype)
 
     @staticmethod
@@ -107,7 +117,7 @@ class QKVRopeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, heads, kv_heads, bias, *weights):
         ctx.save_for_backward(cos, sin, *weights)
-        qkv = add_bias(matmul(maybe_quantize(x, weights), weights, x.dtype), bias)
+        qkv = add_bias(linear(x, weights), bias)
         query, key, value = split_heads(qkv, heads, kv_heads)
         return apply_rotary(query, (cos, sin)), apply_rotary(key, (cos, sin)), value.clone()
 

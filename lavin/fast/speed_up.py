@@ -11,7 +11,7 @@ import torch
 
 from lavin import attention
 from lavin.fast import fused_linear
-from lavin.fast.captured_models import capture_training
+from lavin.fast.captured_models import capture_passes
 from lavin.kernels.fp8 import check_fp8
 from lavin.kernels.fused_ops import swiglu
 from lavin.loss import answer_loss, cross_entropy
@@ -118,5 +118,5 @@ def speed_up(model: LaVIN, bits: str = "16bit", compile: str = "auto", cuda_grap
         compile_model(model)
     if paths.captured:
         model.use_cuda_graphs = True
-        capture_training(model)
+        capture_passes(model)
     return model

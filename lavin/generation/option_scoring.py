@@ -1,4 +1,4 @@
-"""Multiple-choice answers without generation: log-probabilities of the options from one prefill."""
+"""Multiple-choice answers without generation: log-probabilities of the options from one forward pass."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -7,8 +7,8 @@ import torch
 
 from lavin.generation.generate import session_for
 from lavin.generation.sampling import refuse_not_finite
-from lavin.model import LaVIN
-from lavin.runtime.device import copy_to_host
+from lavin.model import LaVIN, pack
+from lavin.runtime.device import copy_to_host, to_device
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import Example, Tokenizer
 
@@ -40,14 +40,22 @@ def score_options(model: LaVIN, batches: Iterable[list[OptionExample]]) -> Itera
     model.eval()
     in_flight = None
     for questions in batches:
-        examples = [example for example, _ in questions]
-        with session_for(model, examples, 0) as session:
-            logits = copy_to_host(session.prefill(examples))
+        logits = copy_to_host(next_token_logits(model, [example for example, _ in questions]))
         if in_flight:
             yield read_scores(*in_flight)
         in_flight = logits, questions
     if in_flight:
         yield read_scores(*in_flight)
+
+
+def next_token_logits(model: LaVIN, examples: list[Example]) -> torch.Tensor:
+    """[B, V] float32: of the token behind each example."""
+    if len(examples) == 1:  # as in the chat, which has captured a session's prefills
+        with session_for(model, examples, 0) as session:
+            return session.prefill(examples)
+    batch = pack(examples)
+    last = to_device(torch.tensor(batch.lengths).cumsum(0) - 1, model.device)
+    return model.llama.output(model.hidden_states(batch.to(model.device))[last]).float()
 
 
 def read_scores(logits: Callable[[], torch.Tensor], questions: list[OptionExample]) -> list[list[float]]:

@@ -147,8 +147,9 @@ def test_unparsed_answer_in_a_batch_gets_its_own_option_and_keeps_the_session(to
         sessions.append(model.session)
         return ["The answer is B.", "no idea", "The answer is A."]
     monkeypatch.setattr(evaluation, "generate", generate_with_one_unparsed)
-    batch = [evaluation.EvalQuestion(str(i), f"Which pond is {word}?\nResponse:", None, 3, i)
-             for i, word in enumerate(("deep", "old", "new"))]
+    prompts = [f"Which pond is {word}?\nResponse:" for word in ("deep", "old", "new")]
+    batch = [evaluation.EvalQuestion(str(i), prompt, tokenizer.example(prompt), 3, i)
+             for i, prompt in enumerate(prompts)]
     args = argparse.Namespace(prompt_format="QCM-ALE", generation_temperature=0.0, top_p=1.0)
     for _ in range(2):
         results = evaluation.generate_batch(model, tokenizer, batch, args)

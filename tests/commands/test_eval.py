@@ -322,7 +322,7 @@ def test_a_model_that_gives_nan_is_refused(unscored, monkeypatch, flags):
         return model, *rest
     monkeypatch.setattr(evaluation, "load_model", load_broken)
     message = refusal("--adapter_path", unscored, "--max_batch_size", "2", *flags)
-    assert message == "the model gives NaN for question 112, question 113: the weights or the adapters are broken"
+    assert message == "the model gives NaN for question 112, question 117: the weights or the adapters are broken"
     assert not (unscored / "scores.json").exists()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lavin.fast.captured_models import capture_training
+from lavin.fast.captured_models import capture_passes
 from lavin.fast.speed_up import compile_model, fuse
 from lavin.model import pack
 from tiny import greedy_logits, mixed_examples, tiny_example, tiny_model
@@ -46,7 +46,7 @@ def test_training_compiles_once(compiled, captured):
     eager, model, counter = compiled
     eager.train(), model.train()
     if captured:
-        capture_training(model)
+        capture_passes(model)
     frame_counts = []
     for examples in batches(3):
         expected, actual = loss_and_gradients(eager, examples), loss_and_gradients(model, examples)
@@ -60,7 +60,7 @@ def test_training_compiles_once(compiled, captured):
 def test_captured_training_compiles_one_program_a_kind(compiled):
     """One for all layers of LLaMA, one for the ViT's, whose first pass has a single image, and one for the loss."""
     _, model, counter = compiled
-    capture_training(model.train())
+    capture_passes(model.train())
     for n_images in (1, 3, 2):
         loss_and_gradients(model, [tiny_example(seed, 9, 3, image=seed < n_images) for seed in range(4)])
     assert counter.frame_count == 3

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from lavin.fast import captured_models, cuda_graphs
-from lavin.fast.captured_models import CapturedLlamaPass, capture_training
+from lavin.fast.captured_models import CapturedLlamaPass, capture_passes
 from lavin.fast.cuda_graphs import pad_to_bucket
 from lavin.generation.generate import decode, warmup
+from lavin.generation.option_scoring import score_options
 from lavin.model import pack
 from tiny import (
     BATCHES,
@@ -33,34 +34,49 @@ from util.training.accumulation import accumulate_with_oom_retry
 def test_captured_training_equals_eager(adapter_type, visual_type):
     eager, captured = (tiny_model(adapter_type=adapter_type, visual_adapter_type=visual_type, dropout_prob=0.0).train()
                        for _ in range(2))
-    capture_training(captured)
+    capture_passes(captured)
     for examples in BATCHES:
         torch.testing.assert_close(loss_and_gradients(captured, examples), loss_and_gradients(eager, examples),
                                    rtol=1e-4, atol=1e-5)
     llama, vision = captured.llama.forward, captured.vision.forward
     assert llama.num_passes == 5 and len(llama.graphs) == 3 and vision.num_passes == 4 and len(vision.graphs) == 2
-    assert all(tokens > sum(len(e.ids) for e in BATCHES[1]) or tokens < 200 for tokens, *_ in llama.graphs)  # padded
+    tokens_of_graphs = [tokens for _, (tokens, *_) in llama.graphs]
+    assert all(tokens > sum(len(e.ids) for e in BATCHES[1]) or tokens < 200 for tokens in tokens_of_graphs)  # padded
+
+
+def test_captured_scoring_equals_eager():
+    """Between training passes, which share its buffers; only the first batch is not captured."""
+    eager, captured = (tiny_model(dropout_prob=0.0) for _ in range(2))
+    capture_passes(captured)
+    batches = [[(tiny_example(seed, n, 0, image=seed % 2 > 0), [3, 7, 11]) for seed, n in enumerate(lengths)]
+               for lengths in ((9, 14, 30), (9, 14, 30), (30, 30, 4), (8, 8, 8, 8), (11, 13, 29))]
+    for batch in batches:
+        torch.testing.assert_close(list(score_options(captured, [batch])), list(score_options(eager, [batch])),
+                                   rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loss_and_gradients(captured.train(), BATCHES[0]),
+                                   loss_and_gradients(eager.train(), BATCHES[0]), rtol=1e-4, atol=1e-5)
+    assert sum(not training for training, _ in captured.llama.forward.graphs) == 3
 
 
 def test_a_bucket_has_no_longer_documents_than_rows():
     """Memory-efficient attention requires it."""
     model = tiny_model().train()
-    capture_training(model)
+    capture_passes(model)
     for examples in BATCHES:
         loss_and_gradients(model, examples)
-    assert {max_seqlen <= rows for rows, _, max_seqlen in model.llama.forward.graphs} == {True}
+    assert {max_seqlen <= rows for _, (rows, _, max_seqlen) in model.llama.forward.graphs} == {True}
 
 
 def test_least_recently_used_buckets_are_evicted(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     eager, captured = (tiny_model(dropout_prob=0.0).train() for _ in range(2))
-    capture_training(captured)
+    capture_passes(captured)
     buckets = []
     for tokens in (60, 60, 120, 60, 180, 120, 180):  # the first pass compiles and is not captured
         examples = [tiny_example(tokens + i, tokens // 4, tokens // 4) for i in range(2)]
         torch.testing.assert_close(loss_and_gradients(captured, examples), loss_and_gradients(eager, examples),
                                    rtol=1e-4, atol=1e-5)
-        buckets.append([bucket_tokens for bucket_tokens, *_ in captured.llama.forward.graphs])
+        buckets.append([bucket_tokens for _, (bucket_tokens, *_) in captured.llama.forward.graphs])
     a, b, c = sorted({bucket_tokens for held in buckets for bucket_tokens in held})
     assert buckets == [[], [a], [a, b], [b, a], [a, c], [c, b], [b, c]]
 
@@ -72,7 +88,7 @@ def test_freed_graphs_do_not_wait_for_the_garbage_collector(monkeypatch):
         return lambda: run()()
     monkeypatch.setattr(cuda_graphs, "capture", capture)
     model = tiny_model(dropout_prob=0.0).train()
-    capture_training(model)
+    capture_passes(model)
     for _ in range(3):
         loss_and_gradients(model, mixed_examples())
     passes = [ref(captured_pass) for module in (model.llama.forward, model.vision.forward)
@@ -91,7 +107,7 @@ def test_freed_graphs_do_not_wait_for_the_garbage_collector(monkeypatch):
 
 def test_a_first_pass_that_runs_out_of_memory_does_not_count_as_compiled():
     model = tiny_model(dropout_prob=0.0).train()
-    capture_training(model)
+    capture_passes(model)
     captured, uncaptured = model.llama.forward, model.llama.forward.uncaptured
 
     def out_of_memory(*inputs):
@@ -106,7 +122,7 @@ def test_a_first_pass_that_runs_out_of_memory_does_not_count_as_compiled():
 
 def test_gradients_accumulate_and_passes_must_not_overlap():
     captured, eager = (tiny_model(dropout_prob=0.0).train() for _ in range(2))
-    capture_training(captured)
+    capture_passes(captured)
     for model in (captured, eager):
         for examples in BATCHES[:3]:
             model(pack(examples)).backward()
@@ -122,7 +138,7 @@ def test_gradients_accumulate_and_passes_must_not_overlap():
 
 def test_only_training_passes_are_captured():
     model = tiny_model(dropout_prob=0.0)
-    capture_training(model)
+    capture_passes(model)
     with torch.no_grad():
         model.train()(pack(mixed_examples()))
     model.eval()(pack(mixed_examples())).backward()
@@ -217,7 +233,7 @@ def test_a_session_serves_one_answer_at_a_time_and_one_adapter_config():
 
 def test_a_split_too_large_to_capture_is_halved(monkeypatch):
     eager, captured = (tiny_model(dropout_prob=0.0).train() for _ in range(2))
-    capture_training(captured)
+    capture_passes(captured)
     loss_and_gradients(captured, mixed_examples())
     init = CapturedLlamaPass.__init__
 

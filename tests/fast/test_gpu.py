@@ -10,6 +10,7 @@ from lavin.fast.speed_up import speed_up
 from lavin.generation.generate import decode
 from lavin.kernels import fp8, fused_ops
 from lavin.kernels.fp8 import scaled_matmul
+from lavin.kernels.gemv import gemv
 from lavin.model import pack
 from tiny import BATCHES, cast_frozen, greedy, greedy_logits, loss_and_gradients, mixed_examples, tiny_model
 
@@ -41,6 +42,15 @@ def test_triton_kernels_equal_pytorch(quantized):
         expected = kernel(*inputs, quantized)
         assert actual[0].dtype == expected[0].dtype and actual[1].shape == expected[1].shape
         assert close(dequantized(*actual), dequantized(*expected), 0.01 if quantized else 1e-5), kernel
+
+
+@pytest.mark.parametrize("quantized", [False, pytest.param(True, marks=NEEDS_FP8)])
+def test_gemv_equals_pytorch(quantized):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 1500), torch.randn(37, 1500)  # neither is a multiple of a block
+    weight, scale = fp8.quantize_rows(weight) if quantized else (weight, None)
+    actual = gemv(x.cuda(), weight.cuda(), None if scale is None else scale.cuda())
+    assert close(actual, gemv(x, weight, scale), 1e-5)
 
 
 @NEEDS_FP8

@@ -25,7 +25,7 @@ from lavin.tokenizer import Example
 from reference import loss as reference_loss
 from tiny import ROOT, mixed_examples, tiny_example, tiny_model
 from tiny_runs import NO_SCALING, load_checkpoint, read_log, run_flags, run_workers, train_run
-from util.data.batches import epoch_batches, steps_per_epoch
+from util.data.batches import balanced_parts, epoch_batches, steps_per_epoch
 from util.training import accumulation
 from util.training.accumulation import (
     accumulate_gradients,
@@ -293,7 +293,9 @@ def test_weight_decay_is_on_matrices_only():
 @pytest.mark.parametrize("n, batch_size, accum", [(23, 2, 2), (16, 1, 4), (9, 4, 1)])
 def test_steps_take_the_same_samples_on_any_number_of_processes(n, batch_size, accum):
     def steps(batch_size, accum, world_size, epoch=3):
-        ranks = [list(epoch_batches(n, batch_size, accum, rank, world_size, 7, epoch)) for rank in range(world_size)]
+        costs = [float(i % 7) for i in range(n)]
+        ranks = [list(epoch_batches(costs, batch_size, accum, rank, world_size, 7, epoch))
+                 for rank in range(world_size)]
         for step in zip(*ranks, strict=True):
             samples = [i for _, local_batches in step for micro_batch in local_batches for i in micro_batch]
             assert sorted(samples) == sorted(step[0][0])
@@ -309,8 +311,25 @@ def test_steps_take_the_same_samples_on_any_number_of_processes(n, batch_size, a
     assert steps(batch_size * accum * 2, 1, 1, epoch=4) != expected
 
 
+@given(st.lists(st.floats(1, 512), min_size=1, max_size=80), st.integers(1, 8))
+def test_balanced_parts_cost_about_the_same(costs, n_parts):
+    parts = balanced_parts(costs, n_parts)
+    assert sorted(i for part in parts for i in part) == list(range(len(costs)))
+    sizes, sums = [len(part) for part in parts], [sum(costs[i] for i in part) for part in parts]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
+    assert all(part == sorted(part) for part in parts)
+    assert max(sums) - min(sums) <= max(costs)
+
+
+def test_ranks_get_equal_numbers_of_tokens():
+    """By turns, the first rank would get all long examples."""
+    costs = [512.0, 64.0] * 16
+    for global_batch, [local_batch] in epoch_batches(costs, 8, 1, 0, 2, 0, 0):
+        assert abs(2 * sum(costs[i] for i in local_batch) - sum(costs[i] for i in global_batch)) <= 512 - 64
+
+
 def test_fewer_samples_than_the_effective_batch_make_one_step():
-    (global_batch, local_batches), = epoch_batches(3, 4, 2, 0, 1, 0, 0)
+    (global_batch, local_batches), = epoch_batches([1.0] * 3, 4, 2, 0, 1, 0, 0)
     assert sorted(global_batch) == sorted(local_batches[0]) == [0, 1, 2]
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import export_hf
-from lavin.fast.captured_models import capture_training
+from lavin.fast.captured_models import capture_passes
 from lavin.fast.speed_up import compile_model, fuse
 from lavin.generation.generate import decode
 from lavin.llama import Llama, LlamaConfig, rotary_frequencies
@@ -159,7 +159,7 @@ def test_compiled_and_captured_layers(differences, monkeypatch):
     plain, fast = (tiny_model(llama=shape, dropout_prob=0.0).train() for _ in range(2))
     fuse(fast)
     compile_model(fast)
-    capture_training(fast)
+    capture_passes(fast)
     for _ in range(2):  # the first pass is not captured
         torch.testing.assert_close(loss_and_gradients(fast, mixed_examples()),
                                    loss_and_gradients(plain, mixed_examples()), rtol=1e-3, atol=1e-4)

@@ -62,13 +62,34 @@ def steps_per_epoch(n_examples: int, effective_batch: int) -> int:
     return max(1, n_examples // effective_batch)
 
 
-def epoch_batches(n_examples: int, batch_size: int, accum_iter: int, rank: int, world: int, seed: int, epoch: int
+def balanced_parts(costs: list[float], n_parts: int) -> list[list[int]]:
+    """The indices of `costs` in parts of nearly the same sum, whose sizes differ by at most 1; the larger parts first.
+
+    Greedy (Graham 1969): the n most expensive go to a part each, then the next n, the most expensive of them to the
+    part with the least so far.
+    """
+    order = sorted(range(len(costs)), key=lambda i: -costs[i])
+    parts: list[list[int]] = [[] for _ in range(n_parts)]
+    sums = [0.0] * n_parts
+    for start in range(0, len(order), n_parts or 1):
+        cheapest_first = sorted(range(n_parts), key=sums.__getitem__)
+        for part, i in zip(cheapest_first, order[start:start + n_parts], strict=False):
+            parts[part].append(i)
+            sums[part] += costs[i]
+    return sorted(map(sorted, parts), key=lambda part: -len(part))
+
+
+def epoch_batches(costs: list[float], batch_size: int, accum_iter: int, rank: int, world: int, seed: int, epoch: int
                   ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """For each optimizer step: the indices of its global batch, and this rank's part of it as micro-batches."""
+    """For each optimizer step: the indices of its global batch, and this rank's part of it as micro-batches.
+
+    costs: of each example. All ranks get parts of nearly the same cost, since in every step the slowest sets the pace.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(n_examples, generator=generator).tolist()
+    order = torch.randperm(len(costs), generator=generator).tolist()
     effective_batch = batch_size * accum_iter * world
-    for step in range(steps_per_epoch(n_examples, effective_batch)):
+    for step in range(steps_per_epoch(len(costs), effective_batch)):
         global_batch = order[step * effective_batch:(step + 1) * effective_batch]
-        local_batch = global_batch[rank::world]
+        part = balanced_parts([costs[i] for i in global_batch], world)[rank]
+        local_batch = [global_batch[i] for i in part]
         yield global_batch, [local_batch[i:i + batch_size] for i in range(0, len(local_batch), batch_size)]

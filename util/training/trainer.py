@@ -28,7 +28,7 @@ from util.training.metrics import Metrics
 from util.training.optimizer import make_optimizer, make_scaler, optimizer_step
 from util.training.resume import restore
 from util.training.run_folder import RunFolder
-from util.training.throughput import frozen_weights, peak_flops, peak_memory_gib
+from util.training.throughput import frozen_weights, peak_flops, peak_memory_gib, step_flops
 
 
 class Trainer:
@@ -51,6 +51,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, args)
         self.scaler = make_scaler(model)
         self.frozen = frozen_weights(model)
+        self.costs = [step_flops(self.frozen, [example]) for example in self.examples]
         self.max_tokens = math.inf
         self.last_save = time.monotonic()
 
@@ -89,7 +90,7 @@ class Trainer:
                 record = EpochRecord(record.epoch + 1, record.skipped)
 
     def batches(self, epoch: int, first_step: int = 0):
-        batches = epoch_batches(len(self.examples), self.args.batch_size, self.args.accum_iter, self.rank, self.world,
+        batches = epoch_batches(self.costs, self.args.batch_size, self.args.accum_iter, self.rank, self.world,
                                 self.args.seed, epoch)
         return islice(batches, first_step, None)
 
