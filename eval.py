@@ -37,7 +37,7 @@ from util.results import (
     scored_before,
 )
 from util.runs import checkpoints, locked
-from util.scoring import COLUMNS, score
+from util.scoring import COLUMNS, cluster, score
 from util.trained_model import Trained, load_model, read_trained
 from util.training.resume import take_flags_of_run
 
@@ -166,6 +166,7 @@ def answer_questions(model, tokenizer, data, images: dict, args, qids: list[str]
                 answered = next(results)
             yield {question.qid: {"qid": question.qid, "text": text, "prediction": prediction, "parsed": parsed,
                                   "answer": data.problems[question.qid]["answer"],
+                                  "cluster": cluster(question.qid, data.problems[question.qid]),
                                   **({"cut": True} if question.cut else {})}
                    for question, (text, prediction, parsed) in zip(batch, answered, strict=True)}
             bar.update(len(batch))

@@ -1,6 +1,7 @@
 """Compares runs: `python plot_results.py RUN [RUN ...]`; without an argument, the published eight methods.
 
-Writes figures (util/study/figures.py) and a table in Markdown, CSV and LaTeX (util/study/tables.py).
+Writes figures (util/study/figures.py) and a table in Markdown, CSV and LaTeX (util/study/tables.py); with --plan,
+prints how many seeds and questions a difference needs (util/study/planning.py).
 """
 
 import argparse
@@ -9,9 +10,10 @@ from pathlib import Path
 from lavin.runtime.console import summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import write_text
-from util.flags import Parser
+from util.flags import Parser, interval
 from util.study.comparison import Comparison, compare, published, with_published
 from util.study.figures import write_figures
+from util.study.planning import plan
 from util.study.tables import csv_table, latex_table, markdown_table, text_table
 
 TABLES = {"md": markdown_table, "csv": csv_table, "tex": latex_table}
@@ -24,6 +26,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", default=None, metavar="RUN",
                         help="the run that others are compared to; default: cosine schedule, --dropout_var 1")
     parser.add_argument("--published", action="store_true", help="add the published runs to the comparison")
+    parser.add_argument("--plan", type=interval(float, "(0, 100)"), metavar="POINTS",
+                        help="only print how many seeds and questions a difference of this size needs, by these runs")
     parser.add_argument("--out", default="plots", help="folder of figures and tables")
     return parser
 
@@ -43,6 +47,9 @@ def main(args: argparse.Namespace) -> None:
     comparison = compare(args.runs, args.base) if args.runs else published()
     if args.runs and args.published:
         comparison = with_published(comparison)
+    if args.plan:
+        print(plan(comparison, args.plan))
+        return
     try:
         written = write_comparison(comparison, Path(args.out))
     except OSError as error:

@@ -13,8 +13,17 @@ from scipy.stats import binomtest, sem
 
 from lavin.runtime.errors import UserError
 from util.scoring import COLUMNS
-from util.study.comparison import PUBLISHED, compare, method_name, published, with_published
-from util.study.finished_runs import read_run
+from util.study.comparison import (
+    PUBLISHED,
+    Comparison,
+    Difference,
+    Method,
+    compare,
+    method_name,
+    published,
+    with_published,
+)
+from util.study.finished_runs import Run, read_run
 from util.study.statistics import (
     holm,
     mcnemar,
@@ -25,7 +34,7 @@ from util.study.statistics import (
     unpaired_standard_error,
     wilson,
 )
-from util.study.tables import csv_table, latex_table, markdown_table, text_table
+from util.study.tables import csv_table, latex_table, markdown_table, text_table, verdicts
 
 FLAGS = {"llm_model": "toy", "lr_schedule": "cosine", "lr": 0.01, "blr": 0.08, "min_lr": 0.0, "epochs": 2,
          "warmup_epochs": 1, "dropout_prob": 0.1, "dropout_var": 1.0, "dropout_lim": 0.2, "batch_size": 8,
@@ -128,7 +137,7 @@ def test_bootstrap_resamples_seeds():
 def test_standard_errors():
     method, base = right_answers(40, 20, both=140)
     differences = (method - base)[0]
-    assert paired_standard_error(method, base) == pytest.approx(sem(differences, ddof=0))
+    assert paired_standard_error(method, base) == pytest.approx(sem(differences))
     assert unpaired_standard_error(56, 70, 48, 80) == pytest.approx(np.sqrt(0.8 * 0.2 / 70 + 0.6 * 0.4 / 80))
     assert paired_standard_error(method, method) == 0
 
@@ -501,3 +510,28 @@ def test_with_published(tmp_path):
     assert comparison.differences["Step Decay (published)"].p is None
     text = text_table(comparison)
     assert "exact McNemar" in text and "without predictions" in text
+
+
+# What is told of differences that were not found
+
+
+def test_no_difference_is_told_from_too_few_to_tell():
+    methods = [Method(name, [Run("", FLAGS, [], {"Avg": 1}, {"Avg": 1})]) for name in "abcd"]
+    differences = {"b": Difference(0.1, -0.3, 0.5, 0.6), "c": Difference(-0.5, -3.25, 2.25, 4),
+                   "d": Difference(3, 1, 5, 3)}
+    plain = Comparison(methods, differences, [])
+    none, too_few = verdicts(plain)
+    assert none.startswith("No difference above 1 point: b (0.50). In brackets, the largest difference that the int")
+    assert too_few.startswith("Too few questions or seeds to tell: c (3.25).")
+    clustered = Comparison(methods, differences, [], clustered={**differences, "b": Difference(0.1, -1.3, 1.5, 2)})
+    (too_few,) = verdicts(clustered)
+    assert too_few.startswith("Too few questions or seeds to tell: b (1.50), c (3.25).")
+    assert "clustered interval" in too_few
+
+
+def test_the_published_table_says_what_it_is_worth():
+    text = markdown_table(published())
+    assert "Too few questions or seeds to tell: Dec. Drop. Prob (2.58), Inc. Drop. Prob V2 (2.74), Dec. Drop." in text
+    assert "Methods with one seed: what another seed would give is in no interval" in text
+    assert "with probability 0.0102" in text and round(114 / (150 * 149 / 2), 4) == 0.0102
+    assert "design effect 1.4, 3.2 or 5.3" in text  # 1 + 4240 * 0.0102 * 0.01, 0.05, 0.1

@@ -1,9 +1,9 @@
-"""The nine accuracies of a few problems, computed by hand."""
+"""The nine accuracies of a few problems, computed by hand; which problems form a cluster."""
 
 import pytest
 
 from tiny import problem
-from util.scoring import COLUMNS, score
+from util.scoring import COLUMNS, cluster, score
 
 NATURAL, SOCIAL, LANGUAGE = "natural science", "social science", "language science"
 PROBLEMS = {
@@ -33,3 +33,13 @@ def test_empty_categories_have_no_accuracy():
     assert {column: result[column] for column in COLUMNS} == {
         "NAT": None, "SOC": 0, "LAN": None, "TXT": None, "IMG": None, "NO": 0, "G1-6": None, "G7-12": 0, "Avg": 0}
     assert all(score(PROBLEMS, {})[column] is None for column in COLUMNS)
+
+
+def test_cluster_of_a_problem():
+    same = cluster("1", problem(lecture="Depth is measured down.\n", topic="a"))
+    assert same == cluster("2", problem(lecture="Depth is measured down.", topic="b")) and same.startswith("lecture ")
+    assert cluster("1", problem(lecture="Depth is measured up.")) != same
+    assert cluster("1", problem(lecture=" ", topic="a", skill="b")) == "a/b"
+    bare = problem(lecture="")
+    del bare["topic"], bare["skill"]
+    assert cluster("1", bare) == "question 1"

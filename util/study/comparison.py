@@ -5,6 +5,7 @@ predictions are available, the p-value of a paired test.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from lavin.runtime.files import read_json
 from util.runs import run_folders
 from util.study.finished_runs import Run, read_run
 from util.study.statistics import (
+    effective_size,
+    expected_design_effect,
     holm,
     mcnemar,
     minimum_detectable_difference,
     newcombe,
     paired_bootstrap,
     paired_standard_error,
+    probability_of_superiority,
     unpaired_standard_error,
     wilson,
 )
@@ -37,6 +41,7 @@ DEFAULT_MIN_LR = {"cosine": 0, "cyclical": 5e-5}  # the other schedules do not u
 # the precision in another form, a name does not.
 UNNAMED_FLAGS = {"lr_schedule", "min_lr", "dropout_prob", "dropout_var", "dropout_lim", "seed",
                  *EXECUTION_FLAGS, *RESTATED_FLAGS} - {"llm_model", "vision_model", "precision"}
+ASSUMED_ICC = (0.01, 0.05, 0.1)  # intraclass correlations of outcomes
 # what the runs were scored with, as reasons say it, and the flag of train.py that may make it differ
 SCORED_WITH = {"decode": ("--decode", None), "precision": ("--precision", "precision"),
                "data": ("data of checksum", "use_caption")}
@@ -44,11 +49,13 @@ SCORED_WITH = {"decode": ("--decode", None), "precision": ("--precision", "preci
 
 @dataclass(frozen=True)
 class Method:
-    """Runs of one method, one per seed. Accuracies are percentages, averaged over the seeds."""
+    """Runs of one method, one per seed. Accuracies are percentages, averaged over the seeds. clustered: the interval of
+    Avg where questions of one cluster are correlated; None where clusters are not known."""
 
     name: str
     runs: list[Run]
     published: bool = False
+    clustered: tuple[float, float] | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -100,6 +107,11 @@ class Difference:
     p: float | None = None
     holm: float | None = None
 
+    @property
+    def possible(self) -> float | None:
+        """The largest difference that the interval leaves possible where it includes none; None: a difference found."""
+        return max(-self.low, self.high) if self.low <= 0 <= self.high else None
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -109,10 +121,20 @@ class Comparison:
     differences: dict[str, Difference]  # by method name
     left_out: list[str]  # "RUN: reason"
     notes: list[str] = field(default_factory=list)  # "RUN, ...: what to know of it"
+    answers: dict[str, int] | None = None  # the correct ones, by question
+    clusters: np.ndarray | None = None  # of the questions, in the order of answers
+    clustered: dict[str, Difference] = field(default_factory=dict)  # the differences, with clusters
 
     @property
     def counts(self) -> dict[str, int]:
         return self.methods[0].counts
+
+    def superiority(self, method: Method) -> tuple[float, float, float] | None:
+        """The probability that a new run scores above one of the base, and its interval; None without several seeds."""
+        base = self.methods[0]
+        if method.name not in self.differences or len(method.runs) == 1 or len(base.runs) == 1:
+            return None
+        return probability_of_superiority(method.accuracies("Avg"), base.accuracies("Avg"))
 
 
 def compare(paths: list[str], base_path: str | None = None) -> Comparison:
@@ -130,8 +152,13 @@ def compare(paths: list[str], base_path: str | None = None) -> Comparison:
     base = find_base(runs, base_path)
     runs, answers, incomparable = same_questions(runs, base)
     methods, duplicates = group_by_method(runs, base)
-    differences = differences_to_first(methods, answers) if base else {}
-    return Comparison(methods, differences, left_out + incomparable + duplicates, collect_notes(methods))
+    clusters = known_clusters(runs, answers)
+    comparison = Comparison(methods, differences_to_first(methods, answers) if base else {},
+                            left_out + incomparable + duplicates, collect_notes(methods), answers, clusters)
+    if answers is None or clusters is None:
+        return comparison
+    return replace(comparison, methods=[with_clusters(method, answers, clusters) for method in methods],
+                   clustered=differences_to_first(methods, answers, clusters) if base else {})
 
 
 def published() -> Comparison:
@@ -142,7 +169,22 @@ def published() -> Comparison:
         Run("published", {**facts["flags"], **method["changes"]}, method["train_closs"], counts,
             {column: round(percent * counts[column] / 100) for column, percent in method["scores"].items()})])
         for method in facts["methods"]]
-    return Comparison(methods, differences_to_first(methods, None), [])
+    return Comparison(methods, differences_to_first(methods, None), [], [published_clusters(facts)])
+
+
+def published_clusters(facts: dict) -> str:
+    """What clusters would change; how correlated the published outcomes are within them is not known."""
+    effects = [expected_design_effect(facts["counts"]["Avg"], facts["same_cluster"], icc) for icc in ASSUMED_ICC]
+    return ("ScienceQA's questions share lectures, but intervals of published runs take them as independent. Measured: "
+            f"two questions share one with probability {facts['same_cluster']} ({facts['same_cluster_source']}). "
+            f"Assumed: an intraclass correlation of {in_words(ASSUMED_ICC, 'g')}. By this, intervals of accuracies are "
+            f"{in_words([effect**0.5 for effect in effects], '.1f')} times as wide (design effect "
+            f"{in_words(effects, '.1f')})")
+
+
+def in_words(numbers: Sequence[float], form: str) -> str:
+    *first, last = [f"{number:{form}}" for number in numbers]
+    return f"{', '.join(first)} or {last}"
 
 
 def with_published(comparison: Comparison) -> Comparison:
@@ -156,7 +198,8 @@ def with_published(comparison: Comparison) -> Comparison:
     order = [comparison.methods[0].name, *NAMES, *(method.name for method in comparison.methods)]
     methods.sort(key=lambda method: order.index(method.name.removesuffix(" (published)")))
     renamed = {new_names[name]: difference for name, difference in reference.differences.items()}
-    return replace(comparison, methods=methods, differences=comparison.differences | renamed)
+    return replace(comparison, methods=methods, differences=comparison.differences | renamed,
+                   notes=comparison.notes + reference.notes)
 
 
 def method_name(flags: dict, reference: dict) -> str:
@@ -211,6 +254,21 @@ def same_questions(runs: list[Run], base: Run | None) -> tuple[list[Run], dict[s
             [f"{run.folder}: {reason}" for run, reason in zip(runs, reasons, strict=True) if reason])
 
 
+def known_clusters(runs: list[Run], answers: dict[str, int] | None) -> np.ndarray | None:
+    """The clusters of the questions, in the order of answers; None where no run saved them, or where all questions have
+    the same one or one of their own."""
+    names = next((run.clusters for run in runs if run.clusters), None)
+    if answers is None or names is None or len(set(names.values())) in (1, len(names)):
+        return None
+    return np.unique([names[qid] for qid in answers], return_inverse=True)[1]
+
+
+def with_clusters(method: Method, answers: dict[str, int], clusters: np.ndarray) -> Method:
+    n = effective_size(method.outcomes(answers).mean(0), clusters)
+    low, high = wilson(method.overall / 100 * n, n)
+    return replace(method, clustered=(100 * low, 100 * high))
+
+
 def why_incomparable(run: Run, reference: Run, answers: dict[str, int] | None) -> str | None:
     if run.split != reference.split:
         return f"of split {run.split}, not {reference.split}: run eval.py with --split {reference.split}"
@@ -252,7 +310,8 @@ def group_by_method(runs: list[Run], base: Run | None) -> tuple[list[Method], li
     return methods, left_out
 
 
-def differences_to_first(methods: list[Method], answers: dict[str, int] | None) -> dict[str, Difference]:
+def differences_to_first(methods: list[Method], answers: dict[str, int] | None,
+                         clusters: np.ndarray | None = None) -> dict[str, Difference]:
     """Of each method to the first one: paired if the correct answers are given, else from the counts alone."""
     base, *others = methods
     if answers is None:
@@ -263,9 +322,9 @@ def differences_to_first(methods: list[Method], answers: dict[str, int] | None) 
         p_pairs: list[tuple] = [(None, None)] * len(others)
     else:
         base_outcomes, *outcomes = [method.outcomes(answers) for method in methods]
-        intervals = [paired_bootstrap(o, base_outcomes) for o in outcomes]
-        errors = [paired_standard_error(o, base_outcomes) for o in outcomes]
-        p_values = [mcnemar(o, base_outcomes) for o in outcomes]
+        intervals = [paired_bootstrap(o, base_outcomes, clusters) for o in outcomes]
+        errors = [paired_standard_error(o, base_outcomes, clusters) for o in outcomes]
+        p_values = [mcnemar(o, base_outcomes, clusters) for o in outcomes]
         p_pairs = list(zip(p_values, holm(p_values), strict=True))
     return {method.name: Difference(method.overall - base.overall, 100 * low, 100 * high,
                                     100 * minimum_detectable_difference(error), *p_pair)

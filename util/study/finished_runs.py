@@ -95,13 +95,15 @@ class Generation(TypedDict):
     qid: str
     prediction: int
     answer: int
+    cluster: NotRequired[str]  # earlier versions did not save it
 
 
 # --- Runs ---
 
 @dataclass(frozen=True)
 class Run:
-    """One seed of one method. predictions: none for published runs. answers: the correct ones, None if not saved."""
+    """One seed of one method. predictions: none for published runs. answers: the correct ones, and clusters: the names
+    of the questions' clusters; None if not saved."""
 
     folder: str
     flags: dict  # train.py's flags, plus "effective batch"
@@ -111,6 +113,7 @@ class Run:
     split: str = "test"
     predictions: dict[str, int] = field(default_factory=dict)
     answers: dict[str, int] | None = None
+    clusters: dict[str, str] | None = None
     n_layers: int = N_LAYERS
     scored_with: dict = field(default_factory=dict)  # decode, precision and data, where scores.json says so
     step_losses: list[tuple[float, float]] = field(default_factory=list)  # (epoch as a fraction, loss)
@@ -127,13 +130,13 @@ def read_run(folder: Path) -> Run:
     predictions = read_validated(folder / "preds.json", dict[str, int], hint, FIX)
     check_counts(scores, len(predictions), folder / "scores.json")
     check_origin(scores, flags, folder, hint)
-    answers = read_answers(folder / "generations.jsonl", predictions)
+    answers, clusters = read_answers(folder / "generations.jsonl", predictions)
     if answers and scores["correct"]["Avg"] != sum(predictions[qid] == answer for qid, answer in answers.items()):
         raise UserError(f"{folder / 'scores.json'} does not count the answers of preds.json: {hint}")
     steps = read_metrics(folder / "metrics.jsonl")
     return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
                                     for line in log], scores["counts"], scores["correct"], scores["split"], predictions,
-               answers, n_layers, scored_with(scores), by_fraction(steps), notes(scores, log, steps))
+               answers, clusters, n_layers, scored_with(scores), by_fraction(steps), notes(scores, log, steps))
 
 
 def read_flags(config: dict, path: Path) -> tuple[dict, int]:
@@ -228,12 +231,14 @@ def notes(scores: dict, log: list[dict], steps: list[dict]) -> list[str]:
     return lines
 
 
-def read_answers(path: Path, predictions: dict[str, int]) -> dict[str, int] | None:
-    """The correct answers, which eval.py saves together with the generated texts; None where there is no such file."""
+def read_answers(path: Path, predictions: dict[str, int]) -> tuple[dict[str, int] | None, dict[str, str] | None]:
+    """The correct answers and the clusters, which eval.py saves together with the generated texts; None where they are
+    not there."""
     if not path.is_file():
-        return None
+        return None, None
     lines: Any = [validate(line, Generation, f"{path}, line {i}", FIX) for i, line in
                   enumerate(read_json_lines(path), 1)]
     if {line["qid"]: line["prediction"] for line in lines} != predictions:
         raise UserError(f"{path} is broken (its predictions are not those of preds.json): {FIX}")
-    return {line["qid"]: line["answer"] for line in lines}
+    clusters = {line["qid"]: line["cluster"] for line in lines if "cluster" in line}
+    return {line["qid"]: line["answer"] for line in lines}, clusters if clusters.keys() == predictions.keys() else None

@@ -1,7 +1,9 @@
 """Confidence intervals of accuracies and of their differences, and significance tests, in NumPy alone.
 
 An accuracy is `correct` out of `n` questions. Intervals are (low, high) fractions at the 95 % confidence level.
-Outcomes are arrays [seeds, n] of 0 (wrong) and 1 (correct), with the questions in the same order.
+Outcomes are arrays [seeds, n] of 0 (wrong) and 1 (correct), with the questions in the same order. Clusters are an array
+[n] of each question's cluster, 0 to G - 1, for questions whose outcomes are correlated within G clusters; None: each
+question is a cluster of its own, so that all questions are independent.
 """
 
 import math
@@ -13,8 +15,58 @@ Z_POWER = 0.8416212335729143  # 80 % quantile
 DRAWS = 10_000  # bootstrap samples: the Monte Carlo error of an interval's ends is about 0.02 of its width
 
 
-def wilson(correct: float, n: int) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927). `correct` may be a mean over seeds."""
+def t_quantile(probability: float, df: float) -> float:
+    """Of Student's t distribution. With t = sqrt(df) tan(x), the density of x is proportional to cos(x)^(df - 1)."""
+    if df <= 0:
+        return math.inf
+    x = np.linspace(-math.pi / 2, math.pi / 2, 100_001)
+    density = np.cos(x).clip(0) ** (df - 1)
+    cumulative = np.cumsum(density) - density / 2
+    return math.sqrt(df) * math.tan(np.interp(probability * density.sum(), cumulative, x))
+
+
+def sums_by_cluster(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
+    """[..., n] -> [..., G]"""
+    if clusters is None:
+        return values
+    sums = np.zeros((*values.shape[:-1], clusters.max() + 1), values.dtype)
+    np.add.at(sums.T, clusters, values.T)
+    return sums
+
+
+def standard_error(values: np.ndarray, clusters: np.ndarray | None = None) -> float:
+    """Of the mean of values [n], whatever their correlation within clusters (Liang & Zeger 1986; for evaluations,
+    Miller 2024, arXiv 2411.00640). The variance has the usual factor G / (G - 1) (Cameron & Miller 2015)."""
+    residuals = sums_by_cluster(values - values.mean(), clusters)
+    return math.sqrt((residuals**2).sum() * len(residuals) / max(1, len(residuals) - 1)) / len(values)
+
+
+def paired_standard_error(method: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None) -> float:
+    """Standard error of the mean over the questions of their differences, for these seeds."""
+    return standard_error(method.mean(0) - base.mean(0), clusters)
+
+
+def design_effect(values: np.ndarray, clusters: np.ndarray) -> float:
+    """Variance of the mean of values [n], by that of a mean of independent ones (Kish 1965). 1 where all are equal."""
+    independent = standard_error(values)
+    return (standard_error(values, clusters) / independent) ** 2 if independent else 1.0
+
+
+def expected_design_effect(n: int, same_cluster: float, intraclass_correlation: float) -> float:
+    """Of n equally correlated questions, of which two share a cluster with the given probability (Kish 1965)."""
+    return 1 + (n - 1) * same_cluster * intraclass_correlation
+
+
+def effective_size(values: np.ndarray, clusters: np.ndarray) -> float:
+    """The number of independent questions that determine the mean of values [n] as well (Korn & Graubard 1998). The
+    quantile of t accounts for few clusters. Clusters that seem to add information are taken not to (at most n)."""
+    t = t_quantile(0.975, clusters.max())
+    return len(values) / max(1.0, design_effect(values, clusters)) * (Z / t) ** 2
+
+
+def wilson(correct: float, n: float) -> tuple[float, float]:
+    """Score interval of a proportion (Wilson 1927). `correct` may be a mean over seeds; n an effective size (Franco et
+    al. 2019), with `correct` in proportion."""
     p, z2 = correct / n, Z * Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half_width = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
@@ -34,25 +86,20 @@ def unpaired_standard_error(correct: float, n: int, base_correct: float, base_n:
     return math.sqrt(p * (1 - p) / n + q * (1 - q) / base_n)
 
 
-def paired_standard_error(method: np.ndarray, base: np.ndarray) -> float:
-    """Standard error of the mean over the questions of their differences, for these seeds."""
-    differences = method.mean(0) - base.mean(0)
-    return float(differences.std() / math.sqrt(len(differences)))
-
-
 def minimum_detectable_difference(standard_error: float) -> float:
     """The smallest true difference that a two-sided test at 5 % finds 4 times of 5 (power 0.8; Cohen 1988)."""
     return (Z + Z_POWER) * standard_error
 
 
-def mcnemar(method: np.ndarray, base: np.ndarray) -> float:
+def mcnemar(method: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None) -> float:
     """Exact two-sided p-value; null hypothesis: both answer the same questions equally well (McNemar 1947).
 
     One seed each: the binomial test on the questions that only one of them answers correctly. Several seeds: its
     extension to the difference of mean outcomes of each question, whose sign is random under the null hypothesis
-    (Fisher's randomization test, 1935).
+    (Fisher's randomization test, 1935). Clusters: one sign for the sum of each (Canay, Romano & Shaikh 2017).
     """
     differences = len(base) * method.sum(0, dtype=int) - len(method) * base.sum(0, dtype=int)  # scaled to integers
+    differences = sums_by_cluster(differences, clusters)
     sizes, counts = np.unique(abs(differences[differences != 0]), return_counts=True)
     pmf = np.ones(1)  # of the sum of the positive differences, under random signs
     for size, count in zip(sizes, counts.tolist(), strict=True):
@@ -63,16 +110,18 @@ def mcnemar(method: np.ndarray, base: np.ndarray) -> float:
     return min(1.0, float(pmf[abs(signed_sums) >= abs(differences.sum())].sum()))
 
 
-def paired_bootstrap(method: np.ndarray, base: np.ndarray) -> tuple[float, float]:
-    """Percentile interval of the paired difference (Efron & Tibshirani 1993): both get the same resampled questions.
+def paired_bootstrap(method: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:
+    """Percentile interval of the paired difference (Efron & Tibshirani 1993): both get the same resampled questions, or
+    whole clusters of them (Field & Welsh 2007).
 
     Seeds are resampled too, independently for each method; this makes the interval conservative (Owen 2007).
-    Questions with identical outcomes in all runs form one cell of a multinomial distribution, for speed.
+    Clusters with identical outcomes in all runs form one cell of a multinomial distribution, for speed.
     """
     rng = np.random.default_rng(0)  # fixed, so that the same runs give the same table
-    n = method.shape[1]
-    patterns, counts = np.unique(np.concatenate([method, base]), axis=1, return_counts=True)
-    accuracies = rng.multinomial(n, counts / n, DRAWS) @ patterns.T / n  # [DRAWS, seeds of both]
+    sums = sums_by_cluster(np.concatenate([method, base, np.ones_like(base[:1])]), clusters)  # last row: sizes
+    patterns, counts = np.unique(sums, axis=1, return_counts=True)
+    drawn = rng.multinomial(counts.sum(), counts / counts.sum(), DRAWS) @ patterns.T
+    accuracies = drawn[:, :-1] / drawn[:, -1:]  # [DRAWS, seeds of both]
     means = []
     for by_seed in np.split(accuracies, [len(method)], axis=1):
         seeds = rng.integers(by_seed.shape[1], size=by_seed.shape)
@@ -88,3 +137,19 @@ def holm(p_values: list[float]) -> list[float]:
         running_max = max(running_max, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = running_max
     return adjusted
+
+
+def probability_of_superiority(method: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
+    """The probability that a new run of the method scores above a new run of the base (equal scores: half), and its
+    interval. Both arguments are accuracies [seeds].
+
+    The Mann-Whitney statistic, by which Bouthillier et al. (2021, arXiv 2103.03098) compare algorithms over seeds, with
+    Newcombe's score interval (2006, Statistics in Medicine 25: 559, method 5), which is also made for few seeds and a
+    statistic of 0 or 1. It is read off a grid.
+    """
+    above, equal = np.greater.outer(method, base), np.equal.outer(method, base)
+    estimate = float((above + equal / 2).mean())
+    theta = np.linspace(0, 1, 20_001)
+    per_pair = 1 + ((len(method) + len(base)) / 2 - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+    inside = theta[(theta - estimate) ** 2 <= Z * Z * theta * (1 - theta) * per_pair / above.size]
+    return estimate, min(estimate, float(inside[0])), max(estimate, float(inside[-1]))

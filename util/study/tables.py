@@ -2,13 +2,18 @@
 
 import csv
 import io
+from collections.abc import Iterable
+
+import numpy as np
 
 from lavin.runtime.console import format_table
 from util.scoring import COLUMNS
-from util.study.comparison import Comparison, Method
-from util.study.statistics import DRAWS
+from util.study.comparison import Comparison, Difference, Method
+from util.study.statistics import DRAWS, design_effect
 
 NONE = "–"
+DIFFERENCE = ["vs. base, 95 %", "detectable", "p", "p (Holm)"]
+NEGLIGIBLE = 1.0  # points: intervals that exclude more than this are said to show no difference
 LATEX = str.maketrans({"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
                        "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$", "±": r"$\pm$",
                        "−": "$-$", "–": "--"})
@@ -41,37 +46,63 @@ def csv_table(comparison: Comparison) -> str:
     write = csv.writer(out, lineterminator="\n").writerow
     write(["method", "published", "seeds", "n", *COLUMNS, "Avg_low", "Avg_high",
            *(f"{column}_sd" for column in COLUMNS), "difference", "difference_low", "difference_high",
-           "difference_detectable", "p_mcnemar", "p_holm"])
+           "difference_detectable", "p_mcnemar", "p_holm", "superiority", "superiority_low", "superiority_high",
+           "Avg_clustered_low", "Avg_clustered_high", "difference_clustered_low", "difference_clustered_high",
+           "difference_clustered_detectable", "p_clustered", "p_clustered_holm"])
     for method in comparison.methods:
-        d = comparison.differences.get(method.name)
+        d, c = comparison.differences.get(method.name), comparison.clustered.get(method.name)
         numbers = [*map(method.accuracy, COLUMNS), *method.interval("Avg"), *map(method.deviation, COLUMNS),
                    *((d.points, d.low, d.high, d.detectable) if d else (None,) * 4)]
+        clustered = [*(method.clustered or (None, None)), *((c.low, c.high, c.detectable) if c else (None,) * 3)]
         write([method.name, int(method.published), len(method.runs), method.counts["Avg"],
-               *("" if number is None else f"{number:.4f}" for number in numbers),
-               *("" if p is None else f"{p:.6g}" for p in ((d.p, d.holm) if d else (None, None)))])
+               *fixed(numbers), *p_values(d), *fixed(comparison.superiority(method) or (None,) * 3),
+               *fixed(clustered), *p_values(c)])
     return out.getvalue()
+
+
+def fixed(numbers: Iterable[float | None]) -> list[str]:
+    return ["" if number is None else f"{number:.4f}" for number in numbers]
+
+
+def p_values(d: Difference | None) -> list[str]:
+    return ["" if p is None else f"{p:.6g}" for p in ((d.p, d.holm) if d else (None, None))]
 
 
 def rounded_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows; the last row has the numbers of questions. Columns without information are left out."""
-    header = ["Method", "seeds", *COLUMNS, "n", "Avg, 95 %", "vs. base", "vs. base, 95 %", "detectable", "p",
-              "p (Holm)"]
+    header = ["Method", "seeds", *COLUMNS, "n", "Avg, 95 %", "Avg, clustered", "vs. base", *DIFFERENCE,
+              "vs. base, clustered", "detectable, clustered", "p (Holm), clustered", "beats base"]
     rows = [method_cells(method, comparison) for method in comparison.methods]
-    rows.append(["questions", NONE, *(f"{comparison.counts[column]:,}" for column in COLUMNS), *[NONE] * 7])
+    counts = [f"{comparison.counts[column]:,}" for column in COLUMNS]
+    rows.append(["questions", NONE, *counts, *[NONE] * (len(header) - len(COLUMNS) - 2)])
     kept = [i for i, name in enumerate(header)
             if any(row[i] != NONE for row in rows) and not (name == "seeds" and all(row[i] in "1–" for row in rows))]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def method_cells(method: Method, comparison: Comparison) -> list[str]:
-    low, high = method.interval("Avg")
     d = comparison.differences.get(method.name)
-    difference = [NONE] * 5
-    if d:
-        difference = [points(d.points), f"{points(d.low)} to {points(d.high)}",
-                      f"±{d.detectable:.2f}" if d.detectable else NONE, p_value(d.p), p_value(d.holm)]
+    ends, detectable, _, holm = difference_cells(comparison.clustered.get(method.name))
     return [method.name, str(len(method.runs)), *(accuracy(method, column) for column in COLUMNS),
-            f"{method.counts['Avg']:,}", f"{low:.2f} to {high:.2f}", *difference]
+            f"{method.counts['Avg']:,}", interval(method.interval("Avg")), interval(method.clustered),
+            points(d.points) if d else NONE, *difference_cells(d), ends, detectable, holm,
+            superiority(comparison.superiority(method))]
+
+
+def difference_cells(d: Difference | None) -> list[str]:
+    """The columns of DIFFERENCE."""
+    if d is None:
+        return [NONE] * len(DIFFERENCE)
+    return [f"{points(d.low)} to {points(d.high)}", f"±{d.detectable:.2f}" if d.detectable else NONE, p_value(d.p),
+            p_value(d.holm)]
+
+
+def interval(ends: tuple[float, float] | None) -> str:
+    return f"{ends[0]:.2f} to {ends[1]:.2f}" if ends else NONE
+
+
+def superiority(estimate_and_ends: tuple[float, float, float] | None) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*estimate_and_ends) if estimate_and_ends else NONE
 
 
 def accuracy(method: Method, column: str) -> str:
@@ -106,9 +137,15 @@ def notes(comparison: Comparison) -> list[str]:
     if comparison.differences:
         lines.append("detectable: the smallest difference to the base that a test on these questions finds 4 times of "
                      "5, before Holm's adjustment. A smaller one that was not found may well be there.")
+        lines += verdicts(comparison)
+    if comparison.clusters is not None and comparison.answers is not None:
+        lines.append(cluster_note(comparison, comparison.answers, comparison.clusters))
     if max_seeds > 1:
         lines.append("±: standard deviation over the seeds; all else is of their mean. The bootstrap draws seeds as "
                      "well as questions, the test is about the questions alone.")
+    if any(map(comparison.superiority, comparison.methods)):
+        lines.append("beats base: the probability that a new run scores above a new run of the base on these questions "
+                     "(Mann-Whitney), and its 95 % interval (Newcombe 2006), from the seeds alone.")
     if published:
         lines.append("The published figures come without predictions: their differences are unpaired (Newcombe's "
                      "interval) and untested. Their counts by category are the only ones that make every percentage.")
@@ -116,3 +153,28 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append("Methods with one seed: what another seed would give is in no interval and no test.")
     return [*lines, *(f"Note: {note}." for note in comparison.notes),
             *(f"Left out: {reason}" for reason in comparison.left_out)]
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """Tells "no difference" from "too few to tell", by the intervals of the differences."""
+    possible = {name: (comparison.clustered.get(name) or difference).possible
+                for name, difference in comparison.differences.items()}
+    left = {name: points for name, points in possible.items() if points is not None}
+    none = [f"{name} ({points:.2f})" for name, points in left.items() if points <= NEGLIGIBLE]
+    open_ = [f"{name} ({points:.2f})" for name, points in left.items() if points > NEGLIGIBLE]
+    kind = "clustered interval" if comparison.clustered else "interval"
+    said = {f"No difference above {NEGLIGIBLE:g} point": none, "Too few questions or seeds to tell": open_}
+    return [f"{words}: {', '.join(names)}. In brackets, the largest difference that the {kind} does not exclude."
+            for words, names in said.items() if names]
+
+
+def cluster_note(comparison: Comparison, answers: dict[str, int], clusters: np.ndarray) -> str:
+    """The clusters, and the design effects measured on them."""
+    sizes = np.bincount(clusters)
+    means = [method.outcomes(answers).mean(0) for method in comparison.methods if not method.published]
+    effects = [design_effect(mean, clusters) for mean in means]
+    of_differences = [design_effect(mean - means[0], clusters) for mean in means[1:]]
+    differences = f", {np.mean(of_differences):.2f} for differences" if comparison.clustered else ""
+    return ("clustered: questions with the same lecture (without one: topic and skill) are taken as correlated, here "
+            f"{len(sizes):,} clusters of {sizes.min()} to {sizes.max()} questions. This multiplies variances by the "
+            f"design effect, measured as {np.mean(effects):.2f} for accuracies{differences} (means over the methods).")
