@@ -44,6 +44,8 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
 def main(args: argparse.Namespace) -> None:
     if args.base and not args.runs:
         raise UserError("--base is one of the runs to compare: name these too")
+    if args.plan and args.published:
+        raise UserError("--plan goes by the runs, without runs by the published ones: leave --published out")
     comparison = compare(args.runs, args.base) if args.runs else published()
     if args.runs and args.published:
         comparison = with_published(comparison)

@@ -177,8 +177,10 @@ def test_plan_of_own_runs_names_the_seeds(tmp_path, capsys):
     assert f"needs {enough} seed" in out and "6 runs of 2 methods" in out and out == plan(comparison, 60) + "\n"
 
 
-def test_a_plan_needs_two_methods(tmp_path):
+def test_a_plan_needs_two_methods_of_one_kind(tmp_path):
     write_run(tmp_path / "base")
+    with pytest.raises(UserError, match="--plan goes by .*: leave --published out"):
+        run_command("--plan", "0.5", "--published", tmp_path)
     with pytest.raises(UserError, match="--plan needs runs of two methods"):
         run_command("--plan", "0.5", tmp_path)
 

@@ -139,5 +139,6 @@ def plan(comparison: Comparison, points: float) -> str:
 def verdict(variances: Variances, n: int, points: float) -> str:
     enough = 1 + bisect_left(range(1, MANY), True, key=lambda seeds: detectable(variances, seeds, n) <= points)
     if enough < MANY:
-        return f"A difference of {points:g} points needs {enough} seed{'s' * (enough > 1)} with {n:,} questions."
+        seeds = f"{enough} seed{'s' * (enough > 1)} a method"
+        return f"A difference of {points:g} points needs {seeds} with {n:,} questions."
     return f"No number of seeds finds a difference of {points:g} points with {n:,} questions: it needs more of these."
