@@ -509,7 +509,7 @@ def test_with_published(tmp_path):
     assert comparison.differences["Step Decay"].points == 0 and comparison.differences["Step Decay"].p == 1
     assert comparison.differences["Step Decay (published)"].p is None
     text = text_table(comparison)
-    assert "exact McNemar" in text and "without predictions" in text
+    assert "exact McNemar" in text and "without predictions" in text and "questions share lectures" in text
 
 
 # What is told of differences that were not found

@@ -17,7 +17,7 @@ from util.study.comparison import Comparison, Method
 from util.study.statistics import minimum_detectable_difference, standard_error, t_quantile
 
 SEEDS = (1, 2, 3, 5, 10, 20, 50)  # the plan's rows
-MANY = 1000  # seeds, that nobody trains
+MANY = 1000  # seeds: more than anybody trains
 ASSUMED_DEVIATION = 0.5  # points, between seeds of one method
 NONE = "–"
 DETECTABLE = ("detectable: found 4 times of 5 by a two-sided test at 5 % between two methods with as many seeds each, "
