@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+os.environ["LAVIN_CACHE"] = ""  # no case gets what another has read
 os.environ["HF_HUB_OFFLINE"] = "1"  # names of models that do not exist are not asked for on the network
 
 import torch

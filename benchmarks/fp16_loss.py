@@ -27,9 +27,9 @@ from lavin.model import LaVIN, pack
 from lavin.runtime.console import summary
 from lavin.runtime.device import choose_device
 from lavin.weights.load import load_base
-from util.data.batches import build_example
 from util.data.datasets import load_scienceqa
 from util.data.images import load_images
+from util.data.prompts import build_prompt
 from util.training.accumulation import accumulate_gradients, count_answer_tokens, with_loss_weights
 from util.training.optimizer import make_optimizer, make_scaler, optimizer_step
 
@@ -67,8 +67,8 @@ def load(args, data, images: dict, dtype: torch.dtype, seed: int) -> tuple[LaVIN
     torch.manual_seed(seed)
     adapter, device = AdapterConfig(dropout_prob=0.0), choose_device(args.device, 0)
     model, tokenizer = load_base("", args.base, f"{args.base}/vit", adapter, device, torch.float32)
-    examples = [build_example(data, qid, images.get(qid), tokenizer, "QCM-ALE", adapter.n_prompt, 512)
-                for qid in data.problems]
+    examples = [tokenizer.example(*build_prompt(problem, "QCM-ALE"), images.get(qid), adapter.n_prompt, 512)
+                for qid, problem in data.problems.items()]
     add_outliers(model, args.outlier, examples[:64])
     for name, parameter in model.named_parameters():
         if "adapter" not in name:

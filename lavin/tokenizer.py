@@ -6,17 +6,18 @@ Text never becomes BOS, EOS or another special token, whatever it looks like: `<
 import base64
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import sentencepiece
 import torch
 from pydantic import BeforeValidator
-from sentencepiece import SentencePieceProcessor
 from typing_extensions import TypedDict
 
 from lavin.runtime.errors import UserError, first_line
+from lavin.runtime.files import sha256
 from lavin.runtime.schema import declared, read_validated
 
 IMAGE_SLOT = -1  # placeholder among token ids for an image embedding
@@ -46,11 +47,11 @@ class TokenizerConfig(TypedDict, total=False):
 class Example:
     """One sample, without its modality token.
 
-    ids: token ids, IMAGE_SLOT for each image embedding. answer_start: index of the first answer token (len(ids) where
-    there is no answer). image: uint8 [3, S, S] or None.
+    ids: token ids, IMAGE_SLOT for each image embedding; a list, or a view of an array. answer_start: index of the first
+    answer token (len(ids) where there is no answer). image: uint8 [3, S, S] or None.
     """
 
-    ids: list[int]
+    ids: Sequence[int]
     answer_start: int
     image: torch.Tensor | None = None
 
@@ -58,9 +59,11 @@ class Example:
 class SentencePiece:
     """LLaMA's `tokenizer.model`."""
 
+    library = f"sentencepiece {sentencepiece.__version__}"
+
     def __init__(self, path: Path):
         try:
-            self.model = SentencePieceProcessor(model_proto=path.read_bytes())  # a name may be no UTF-8
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())  # a name may be no UTF-8
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path} is no SentencePiece model: copy tokenizer.model again") from error
         self.n_words, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
@@ -81,6 +84,7 @@ class FastTokenizer:
             import tokenizers
         except ImportError as error:
             raise UserError(f"{path} is read by Hugging Face's tokenizers: pip install tokenizers") from error
+        self.library = f"tokenizers {tokenizers.__version__}"
         try:
             self.model = self.read(path, tokenizers)
         except UserError:
@@ -208,8 +212,14 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"no tokenizer at {path}: put LLaMA's tokenizer.model there")
         kind = HuggingFaceTokenizer if path.suffix == ".json" else Tiktoken if is_tiktoken(path) else SentencePiece
+        self.path = path
         self.model: SentencePiece | FastTokenizer = kind(path)
         self.n_words, self.bos_id, self.eos_id = self.model.n_words, self.model.bos_id, self.model.eos_id
+
+    @property
+    def fingerprint(self) -> list:
+        """Of all that ids depend on: the file, BOS and EOS, the library and this code."""
+        return [sha256(self.path), self.bos_id, self.eos_id, self.model.library, sha256(Path(__file__))]
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         before = [self.bos_id] if bos and self.bos_id is not None else []

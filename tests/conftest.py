@@ -26,6 +26,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_learning.py")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory):
+    """Tests, and the commands that they start, do not write into the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAVIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def stop_signals():
     """A test that runs a command in this process leaves no handlers to the next one, nor to child processes."""

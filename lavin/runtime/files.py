@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -187,3 +187,12 @@ def value_sha256(value) -> str:
 def json_sha256(value) -> str:
     """Of a value that JSON can hold; dicts in any order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def json_list_sha256(items: Iterable) -> str:
+    """As json_sha256(list(items)), with one item in memory at a time."""
+    digest = hashlib.sha256(b"[")
+    for i, item in enumerate(items):
+        digest.update(f"{', ' if i else ''}{json.dumps(item, sort_keys=True)}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()

@@ -133,8 +133,8 @@ def test_examples_have_prompt_answer_and_an_undecoded_image(root, tokenizer):
     assert list(by_record) == [f"record {i}" for i in range(6)]
     examples = list(by_record.values())
     for example, (prompt, answer, image) in zip(examples, EXPECTED, strict=True):
-        assert tokenizer.decode(example.ids[example.answer_start:]) == answer
-        assert example.ids == tokenizer.example(prompt, answer, image, 6).ids
+        assert tokenizer.decode(list(example.ids[example.answer_start:])) == answer
+        assert list(example.ids) == tokenizer.example(prompt, answer, image, 6).ids
         assert example.image == (image and LazyImage(root / "images" / "train2014" / f"COCO_train2014_{image}", 16))
     decoded = decode_images(examples)
     assert [example.ids for example in decoded] == [example.ids for example in examples]

@@ -1,5 +1,6 @@
 """Reading ScienceQA's files, and the one-line errors for faulty ones."""
 
+import argparse
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from lavin.runtime.errors import UserError
 from tiny import IMAGE_SIZE
 from user_errors import error_message
-from util.data.batches import build_example
+from util.data.batches import load_examples
 from util.data.datasets import load_scienceqa
 from util.data.images import image_to_tensor, load_images, to_rgb
 
@@ -143,7 +144,8 @@ def test_empty_split_is_an_error(scienceqa_copy):
 def test_example_has_prompt_answer_image_and_caption(scienceqa, tokenizer):
     data = load_scienceqa(scienceqa, "train", scienceqa / "captions.json")
     image = load_images(data, IMAGE_SIZE, 1, False)["101"]
-    example = build_example(data, "101", image, tokenizer, "QCM-A", 6, 512)
+    args = argparse.Namespace(prompt_format="QCM-A", n_prompt=6, max_seq_len=512, num_workers=1, skip_bad=False)
+    example = load_examples(data, args, tokenizer, IMAGE_SIZE)["101"]
     text = tokenizer.decode([i for i in example.ids if i >= 0])
     assert "Context: The walk began in the north. A pond seen from above.\n" in text
-    assert text.endswith("Response:The answer is B.") and example.image is image
+    assert text.endswith("Response:The answer is B.") and torch.equal(example.image, image)

@@ -8,8 +8,6 @@ import torch
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import IMAGE_SLOT, Example
 from tiny import IMAGE_SIZE, problem
-from util.data.batches import build_example
-from util.data.datasets import ScienceQA
 from util.data.prompts import PROMPT_FORMATS, build_prompt, parse_answer
 
 PROBLEM = problem(question="Which pond freezes first?", choices=["the old pond", "the new pond", "neither"], answer=1,
@@ -151,9 +149,8 @@ def test_all_formats_on_the_real_problems(tokenizer, real_scienceqa):
 
 def test_labels_of_the_real_problems(tokenizer, real_scienceqa):
     problems = json.loads((real_scienceqa / "problems.json").read_text())
-    data = ScienceQA(real_scienceqa, problems, {})
-    for qid, p in problems.items():
+    for p in problems.values():
         image = IMAGE if p["image"] else None
         prompt, answer = build_prompt(p, "QCM-ALE")
-        example = build_example(data, qid, image, tokenizer, "QCM-ALE", 6, 10_000)
+        example = tokenizer.example(prompt, answer, image, 6, 10_000)
         check_labels(tokenizer, example, tokenizer.example(prompt, None, image), answer)

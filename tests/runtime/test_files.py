@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import (
     atomic_write,
+    json_list_sha256,
     json_sha256,
     read_json,
     read_json_lines,
@@ -73,13 +74,21 @@ def test_lines_are_read_up_to_a_torn_one(tmp_path):
         read_whole_lines(tmp_path / "file")
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
                     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=2), children),
-                    max_leaves=6))
+                    max_leaves=6)
+
+
+@given(JSON)
 def test_a_checksum_of_a_value_is_that_of_its_copy_and_of_no_other(value):
     """Also as part of others, where lengths tell lists apart."""
     assert value_sha256(value) == value_sha256(json.loads(json.dumps(value)))
     assert len({value_sha256(other) for other in ([value], [[value]], {"a": value}, [value, value])}) == 4
+
+
+@given(st.lists(JSON, max_size=3))
+def test_a_checksum_of_items_one_by_one_is_that_of_their_list(items):
+    assert json_list_sha256(iter(items)) == json_sha256(items)
 
 
 def test_a_checksum_sees_every_bit_shape_and_dtype_of_a_tensor():

@@ -8,20 +8,14 @@ from collections.abc import Iterator
 
 import torch
 
-from lavin.runtime.console import print_rank0, progress_bar
+from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import Example, Tokenizer
 from util.data.datasets import ScienceQA, load_scienceqa
+from util.data.examples import tokenized
 from util.data.images import load_images
 from util.data.instructions import Instructions, instruction_examples, read_instructions
 from util.data.prompts import build_prompt
-
-
-def build_example(data: ScienceQA, qid: str, image: torch.Tensor | None, tokenizer: Tokenizer, prompt_format: str,
-                  n_prompt: int, max_seq_len: int) -> Example:
-    """One problem with its answer, tokenized for training."""
-    prompt, answer = build_prompt(data.problems[qid], prompt_format, data.captions.get(qid, ""))
-    return tokenizer.example(prompt, answer, image, n_prompt, max_seq_len)
 
 
 def load_training_data(args, caption_file: str | None) -> ScienceQA | Instructions:
@@ -41,10 +35,11 @@ def load_examples(data: ScienceQA | Instructions, args, tokenizer: Tokenizer, im
 
 
 def problem_examples(data: ScienceQA, args, tokenizer: Tokenizer, image_size: int) -> dict[str, Example]:
+    def text(qid: str) -> tuple[str, str]:
+        return build_prompt(data.problems[qid], args.prompt_format, data.captions.get(qid, ""))
+
     images = load_images(data, image_size, args.num_workers, args.skip_bad)
-    with progress_bar(data.problems, "problems") as bar:  # `with` closes the bar before an error message is printed
-        return {qid: build_example(data, qid, images.get(qid), tokenizer, args.prompt_format, args.n_prompt,
-                                   args.max_seq_len) for qid in bar}
+    return tokenized(list(data.problems), text, images, tokenizer, args.n_prompt, args.max_seq_len, "problems")
 
 
 def report(what: str, examples: dict[str, Example], n_skipped: int, max_seq_len: int) -> None:

@@ -10,7 +10,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import json_sha256
+from lavin.runtime.files import json_list_sha256
 from lavin.runtime.schema import NonBlankText, PlainName, Text, declared, distinct, read_validated, validate
 from util.data.prompts import OPTIONS
 
@@ -70,8 +70,8 @@ class ScienceQA:
     @property
     def fingerprint(self) -> str:
         """Equal for data of equal results, wherever and in whichever order of keys they are stored."""
-        return json_sha256([[qid, *(problem[name] for name in USED_FIELDS), self.captions.get(qid, "")]
-                            for qid, problem in self.problems.items()])
+        return json_list_sha256([qid, *(problem[name] for name in USED_FIELDS), self.captions.get(qid, "")]
+                                for qid, problem in self.problems.items())
 
 
 def find_problems_file(root: Path) -> Path:

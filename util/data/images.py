@@ -1,20 +1,23 @@
 """Pictures as the model takes them: RGB, upright, opaque, resized. Training, eval, MME and the chat open theirs here.
 
-The images of a ScienceQA split are all decoded before the first step: a bad file is reported at the start, not an hour
-later, and no step waits for decoding. (Instruction tuning has too many: util/data/instructions.py.)
+The images of a ScienceQA split are all decoded before the first step, once a node (util/data/cache.py): a bad file is
+reported at the start, not an hour later, and no step waits for decoding. (Instruction tuning has too many:
+util/data/instructions.py.)
 """
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import ExifTags, Image
 
 from lavin.runtime.console import progress_bar
 from lavin.runtime.distributed import all_gather_object
 from lavin.runtime.errors import UserError, first_line
-from lavin.runtime.files import json_sha256, refuse_pipes
+from lavin.runtime.files import json_sha256, refuse_pipes, sha256
+from util.data.cache import Arrays, cached
 from util.data.datasets import ScienceQA
 
 # what Pillow raises on bad files
@@ -123,35 +126,63 @@ def image_to_tensor(image: Image.Image, size: int) -> torch.Tensor:
 
 
 def load_images(data: ScienceQA, size: int, threads: int, skip_bad: bool) -> dict[str, torch.Tensor]:
-    """All images of the split, by problem id.
+    """All images of the split, by problem id, from the node's cache.
 
     An image that is missing or does not decode raises UserError. With skip_bad, its problem is removed from `data`
     instead.
     """
     paths = {qid: path for qid in data.problems if (path := data.picture_path(qid))}
+    key = [sha256(Path(__file__)), PIL.__version__, size,
+           [[str(path.relative_to(data.root)), file_state(path)] for path in paths.values()]]
+    arrays = cached("pictures", key, lambda: decode_all(list(paths.values()), size, threads, skip_bad))
     images = {}
-
-    def load(item):
+    for qid, image, is_good in zip(paths, arrays["pixels"], arrays["good"].tolist(), strict=True):
         try:
-            return item[0], load_image(item[1], size), None
+            images[qid] = image if is_good else load_image(paths[qid], size)  # the fault may have been temporary
         except IMAGE_ERRORS as error:
-            return item[0], None, error
-
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        for qid, image, error in progress_bar(pool.map(load, paths.items()), "pictures", total=len(paths)):
-            if error is None:
-                images[qid] = image
-            elif skip_bad:
-                data.skipped.append(qid)
-                del data.problems[qid]
-            else:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(f"picture {paths[qid]} {image_fault(error)}: put it there, or leave such problems out "
-                                "with --skip_bad")
+            if not skip_bad:
+                raise bad_picture(paths[qid], error) from error
+            data.skipped.append(qid)
+            del data.problems[qid]
     if not data.problems:
         raise UserError(f"no problem is left in {data.root}: all pictures are missing or broken")
     require_equal_ranks(list(data.problems), "question")
     return images
+
+
+def file_state(path: Path) -> list[int] | None:
+    """Differs where a file was changed; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def decode_all(paths: list[Path], size: int, threads: int, skip_bad: bool) -> Arrays:
+    """pixels uint8 [number of paths, 3, size, size], and whether each picture is good, which with skip_bad may be
+    False."""
+    pixels = torch.zeros(len(paths), 3, size, size, dtype=torch.uint8)
+    good = torch.zeros(len(paths), dtype=torch.bool)
+
+    def load(i: int) -> Exception | None:
+        try:
+            pixels[i] = load_image(paths[i], size)
+        except IMAGE_ERRORS as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for i, error in enumerate(progress_bar(pool.map(load, range(len(paths))), "pictures", total=len(paths))):
+            good[i] = error is None
+            if error and not skip_bad:
+                pool.shutdown(cancel_futures=True)
+                raise bad_picture(paths[i], error) from error
+    return {"pixels": pixels, "good": good}
+
+
+def bad_picture(path: Path, error: Exception) -> UserError:
+    return UserError(f"picture {path} {image_fault(error)}: put it there, or leave such problems out with --skip_bad")
 
 
 def require_equal_ranks(ids: list[str], what: str) -> None:

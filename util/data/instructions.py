@@ -16,9 +16,10 @@ from typing_extensions import TypedDict
 
 from lavin.runtime.console import progress_bar
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import json_sha256
+from lavin.runtime.files import json_list_sha256
 from lavin.runtime.schema import NonBlankText, PlainName, declared, read_validated, validate
 from lavin.tokenizer import Example, Tokenizer
+from util.data.examples import tokenized
 from util.data.images import IMAGE_ERRORS, image_fault, load_image, require_equal_ranks
 
 HINT = "make it with tools/data_processing.py, or name it with --data_path"
@@ -46,7 +47,7 @@ class Instructions:
     @property
     def fingerprint(self) -> str:
         """Equal for records of equal results."""
-        return json_sha256([[record["instruction"], record["answer"], record["image"]] for record in self.records])
+        return json_list_sha256([record["instruction"], record["answer"], record["image"]] for record in self.records)
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,12 @@ def instruction_examples(data: Instructions, args, tokenizer: Tokenizer, image_s
             if record["image"] is None or record["image"] in pictures}
     if not kept:
         raise UserError(f"no record is left: all pictures in {data.root}/images/train2014 are missing or broken")
-    with progress_bar(kept.items(), "records") as bar:  # `with` closes the bar before an error message is printed
-        return {name: tokenizer.example(record["instruction"], record["answer"], pictures.get(record["image"] or ""),
-                                        args.n_prompt, args.max_seq_len) for name, record in bar}
+
+    def text(name: str) -> tuple[str, str]:
+        return kept[name]["instruction"], kept[name]["answer"]
+
+    images = {name: pictures[record["image"]] for name, record in kept.items() if record["image"]}
+    return tokenized(list(kept), text, images, tokenizer, args.n_prompt, args.max_seq_len, "records")
 
 
 def decode_images(examples: list[Example], threads: int = 4) -> list[Example]:

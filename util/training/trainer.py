@@ -11,9 +11,9 @@ import torch
 from lavin.runtime import distributed, signals
 from lavin.runtime.console import is_main_process, print_rank0, progress_bar
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import json_sha256
 from lavin.weights.adapters import pack_adapters
 from util.data.batches import epoch_batches, steps_per_epoch
+from util.data.examples import examples_sha256
 from util.data.instructions import decode_images
 from util.lr_sched import adjust_learning_rate
 from util.trained_model import image_statistics
@@ -42,9 +42,7 @@ class Trainer:
     def __init__(self, args, model, examples: dict, run: RunFolder, rank: int, world: int):
         self.args, self.model, self.run, self.rank, self.world = args, model, run, rank, world
         self.qids, self.examples = list(examples), list(examples.values())
-        # pictures may be left out, and tokenizers differ, without a trace in the recipe
-        self.examples_sha256 = json_sha256([(qid, example.ids, example.answer_start, example.image is None)
-                                            for qid, example in examples.items()])
+        self.examples_sha256 = examples_sha256(examples)
         self.effective_batch = args.batch_size * args.accum_iter * world
         self.n_steps = steps_per_epoch(len(examples), self.effective_batch)
         self.parameters = [p for p in model.parameters() if p.requires_grad]

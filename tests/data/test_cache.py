@@ -1,0 +1,398 @@
+"""The node's cache: a second load decodes and tokenizes nothing; whatever is wrong with it, the data are right."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from lavin.tokenizer import Tokenizer
+from make_toy_base import train_tokenizer
+from tiny import ROOT
+from user_errors import change_json, error_message
+from util.data import cache, images
+from util.data.batches import load_examples
+from util.data.datasets import load_scienceqa
+from util.data.images import load_images
+from util.data.prompts import build_prompt
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAVIN_CACHE", str(tmp_path / "cache"))
+    cache.report_no_cache.cache_clear()
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list:
+    """Paths of the pictures that have been decoded since."""
+    paths, load_image = [], images.load_image
+    monkeypatch.setattr(images, "load_image", lambda path, size: paths.append(path) or load_image(path, size))
+    return paths
+
+
+def load(root, skip_bad=False, size=8, split="test") -> tuple[dict, list]:
+    """Images and skipped problems."""
+    data = load_scienceqa(root, split)
+    return load_images(data, size, 2, skip_bad), data.skipped
+
+
+def without_cache(monkeypatch, root, **flags) -> tuple[dict, list]:
+    with monkeypatch.context() as patch:
+        patch.setenv("LAVIN_CACHE", "")
+        return load(root, **flags)
+
+
+def assert_equal(loaded: tuple[dict, list], expected: tuple[dict, list]) -> None:
+    assert loaded[0].keys() == expected[0].keys() and loaded[1] == expected[1]
+    assert all(torch.equal(image, expected[0][qid]) for qid, image in loaded[0].items())
+
+
+def entry(folder, what="pictures"):
+    path, = folder.glob(f"lavin-{what}-*.safetensors")
+    return path
+
+
+# --- Hits ---
+
+def test_the_second_load_decodes_nothing(folder, decoded, scienceqa, monkeypatch):
+    first = load(scienceqa)
+    assert len(decoded) == 3
+    assert_equal(load(scienceqa), first)
+    assert len(decoded) == 3
+    assert_equal(first, without_cache(monkeypatch, scienceqa))
+    assert len(decoded) == 6
+
+
+def test_pictures_are_mapped_from_the_file_and_what_is_written_to_them_stays_in_the_process(folder, scienceqa):
+    load(scienceqa)
+    (loaded, _), content = load(scienceqa), entry(folder).read_bytes()
+    assert str(entry(folder)) in Path("/proc/self/maps").read_text()
+    loaded["113"].fill_(7)
+    assert entry(folder).read_bytes() == content and (load(scienceqa)[0]["113"] != 7).any()
+
+
+def examples(data, tokenizer_file, **changes) -> dict:
+    args = argparse.Namespace(**{"prompt_format": "QCM-ALE", "n_prompt": 6, "max_seq_len": 200, "num_workers": 2,
+                                 "skip_bad": False, **changes})
+    return {qid: (list(example.ids), example.answer_start, example.image is not None)
+            for qid, example in load_examples(data, args, Tokenizer(tokenizer_file), 8).items()}
+
+
+def test_the_second_load_tokenizes_nothing(folder, scienceqa, tokenizer, tokenizer_file, monkeypatch):
+    data = load_scienceqa(scienceqa, "train", scienceqa / "captions.json")
+    first = examples(data, tokenizer_file)
+    for qid, (ids, answer_start, has_image) in first.items():
+        prompt, answer = build_prompt(data.problems[qid], "QCM-ALE", data.captions[qid])
+        expected = tokenizer.example(prompt, answer, torch.zeros(()) if has_image else None, 6, 200)
+        assert has_image == bool(data.problems[qid]["image"])
+        assert (ids, answer_start) == (expected.ids, expected.answer_start)
+    monkeypatch.setattr(Tokenizer, "example", None)
+    assert examples(data, tokenizer_file) == first
+
+
+@pytest.mark.parametrize("change", [{"prompt_format": "QCM-A"}, {"n_prompt": 3}, {"max_seq_len": 90}])
+def test_other_settings_have_other_ids(folder, scienceqa, tokenizer_file, monkeypatch, change):
+    data = load_scienceqa(scienceqa, "train")
+    first, changed = examples(data, tokenizer_file), examples(data, tokenizer_file, **change)
+    monkeypatch.setenv("LAVIN_CACHE", "")
+    assert first != changed == examples(data, tokenizer_file, **change)
+
+
+def test_other_texts_pictures_and_tokenizers_have_other_ids(folder, scienceqa_copy, tokenizer_file, tmp_path):
+    def ids(captions=None, tokenizer=tokenizer_file):
+        return examples(load_scienceqa(scienceqa_copy, "train", captions), tokenizer)
+
+    plain = ids()
+    assert ids(scienceqa_copy / "captions.json") != plain
+    problems = json.loads((scienceqa_copy / "problems.json").read_text())
+    change_json(scienceqa_copy / "problems.json", {"101": {**problems["101"], "image": None}})
+    assert {qid for qid, example in ids().items() if example != plain[qid]} == {"101"}
+    other = tmp_path / "tokenizer.model"
+    train_tokenizer(load_scienceqa(scienceqa_copy, "train"), other)
+    assert all(example[0] != plain[qid][0] for qid, example in ids(tokenizer=other).items())
+
+
+# --- Changed pictures ---
+
+def changed_pixels(path, status) -> None:
+    Image.new("RGB", (9, 9)).save(path)
+
+
+def same_size_later(path, status) -> None:
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def other_size_same_time(path, status) -> None:
+    path.write_bytes(path.read_bytes() + b"x")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [changed_pixels, same_size_later, other_size_same_time])
+def test_a_changed_picture_is_decoded_again(folder, decoded, scienceqa_copy, monkeypatch, change):
+    load(scienceqa_copy)
+    path = scienceqa_copy / "images" / "test" / "113" / "image.png"
+    change(path, path.stat())
+    again = load(scienceqa_copy)
+    assert len(decoded) == 6
+    assert_equal(again, without_cache(monkeypatch, scienceqa_copy))
+
+
+def test_another_size_split_pillow_or_code_decodes_again(folder, decoded, scienceqa, monkeypatch, tmp_path):
+    assert load(scienceqa)[0]["113"].shape == (3, 8, 8)
+    assert load(scienceqa, size=16)[0]["113"].shape == (3, 16, 16)
+    assert len(load(scienceqa, split="train")[0]) == 6
+    assert len(decoded) == 12
+    monkeypatch.setattr(images.PIL, "__version__", "0")
+    load(scienceqa)
+    assert len(decoded) == 15
+    (tmp_path / "images.py").write_text("# changed")
+    monkeypatch.setattr(images, "__file__", str(tmp_path / "images.py"))
+    load(scienceqa)
+    assert len(decoded) == 18
+
+
+def test_a_copy_of_the_data_elsewhere_is_not_decoded(folder, decoded, scienceqa_copy, tmp_path):
+    """As jobs copy it to a node's own disk."""
+    first = load(scienceqa_copy)
+    shutil.copytree(scienceqa_copy, tmp_path / "node")
+    assert_equal(load(tmp_path / "node"), first)
+    assert len(decoded) == 3
+
+
+# --- Bad pictures ---
+
+@pytest.fixture
+def faulty(scienceqa_copy):
+    """Of three pictures, one is missing and one is broken."""
+    folder = scienceqa_copy / "images" / "test"
+    (folder / "113" / "image.png").unlink()
+    (folder / "117" / "image.png").write_bytes(b"no image")
+    return scienceqa_copy
+
+
+def test_bad_pictures_are_reported_after_a_cache_exists(folder, faulty, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("LAVIN_CACHE", "")
+        message = error_message(load, faulty)
+    assert "113/image.png is missing" in message and error_message(load, faulty) == message
+    assert not list(folder.glob("*.safetensors"))
+    load(faulty, skip_bad=True)
+    assert entry(folder) and error_message(load, faulty) == message
+
+
+def test_a_picture_that_became_bad_is_reported(folder, scienceqa_copy):
+    load(scienceqa_copy)
+    (scienceqa_copy / "images" / "test" / "115" / "image.png").write_bytes(b"no image")
+    assert "115/image.png does not decode" in error_message(load, scienceqa_copy)
+
+
+def test_skip_bad_skips_the_same(folder, decoded, faulty, monkeypatch):
+    expected = without_cache(monkeypatch, faulty, skip_bad=True)
+    assert expected[1] == ["113", "117"]
+    for _ in range(2):
+        assert_equal(load(faulty, skip_bad=True), expected)
+    assert sum("115" in str(path) for path in decoded) == 2  # once without a cache, once for it
+
+
+def test_a_fault_that_has_passed_is_forgotten(folder, scienceqa, monkeypatch):
+    def fail(path, size):
+        raise OSError("the network is down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "load_image", fail)
+        assert "the network is down" in error_message(load, scienceqa)
+        assert load(scienceqa, skip_bad=True)[1] == ["113", "115", "117"]
+    assert_equal(load(scienceqa, skip_bad=True), without_cache(monkeypatch, scienceqa))
+
+
+# --- Broken entries ---
+
+def replace(path, content: bytes) -> None:
+    """As another file: the first may still be mapped."""
+    path.unlink()
+    path.write_bytes(content)
+
+
+def flip(path, at: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 4
+    replace(path, content)
+
+
+def cut(path, at: float) -> None:
+    content = path.read_bytes()
+    replace(path, content[:int(at * len(content))])
+
+
+def lacks_checksum(path, at: float) -> None:
+    arrays = load_file(path)
+    del arrays[cache.CHECKSUM]
+    replace(path, save(arrays))
+
+
+def is_a_link_to_nothing(path, at: float) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("damage, at", [
+    *[(flip, at) for at in (0, 0.01, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1)], *[(cut, at) for at in (0, 0.001, 0.3, 0.99)],
+    (lacks_checksum, 0), (is_a_link_to_nothing, 0)])
+def test_a_broken_entry_is_made_again(folder, decoded, scienceqa, damage, at):
+    first = load(scienceqa)
+    damage(entry(folder), at)
+    assert_equal(load(scienceqa), first)
+    assert len(decoded) == 6 and load_file(entry(folder)).keys() == {"pixels", "good", "checksum"}
+    load(scienceqa)
+    assert len(decoded) == 6
+
+
+def test_every_bit_of_an_entry_counts(tmp_path):
+    """Flips of the header give other names, types and shapes."""
+    path = tmp_path / "lavin-x.safetensors"
+    cache.write(path, {"a": torch.arange(6, dtype=torch.uint8).view(2, 3), "b": torch.tensor([True, False])})
+    content = path.read_bytes()
+    assert cache.read(path).keys() == {"a", "b"}
+    for i in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[i // 8] ^= 1 << i % 8
+        replace(path, changed)
+        arrays = cache.read(path)
+        assert arrays is None or content[i // 8:i // 8 + 1].isspace()
+
+
+def test_what_a_killed_process_left_is_removed(folder, decoded, scienceqa):
+    load(scienceqa)
+    path, first = entry(folder), load(scienceqa)
+    part = path.with_name(f".{path.name}.elsewhere.7{cache.PART}")
+    path.rename(part)
+    cut(part, 0.5)
+    assert_equal(load(scienceqa), first)
+    assert not part.exists() and len(decoded) == 6
+
+
+def test_entries_unused_for_a_month_are_removed(folder, scienceqa):
+    load(scienceqa)
+    load(scienceqa, size=16)
+    used, unused = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    other = folder / "results.safetensors"
+    other.touch()
+    for path in (used, unused, other):
+        os.utime(path, (0, time.time() - 31 * 24 * 3600))
+    load(scienceqa)  # uses the first
+    load(scienceqa, split="train")  # writes another
+    assert used.exists() and other.exists() and not unused.exists()
+
+
+# --- Without a cache ---
+
+def test_where_nothing_can_be_written_it_is_said_once(folder, decoded, scienceqa, tokenizer_file, capsys, monkeypatch):
+    folder.write_text("")
+    data = load_scienceqa(scienceqa, "train")
+    loaded = [examples(data, tokenizer_file) for _ in range(2)]
+    assert loaded[0] == loaded[1] and len(decoded) == 12
+    line, = [line for line in capsys.readouterr().out.splitlines() if "cache" in line]
+    assert str(folder) in line and "LAVIN_CACHE" in line
+
+
+def test_a_folder_that_can_only_be_read_is_read(folder, decoded, scienceqa, monkeypatch):
+    load(scienceqa)
+    monkeypatch.setattr(cache.filelock, "FileLock", None)
+    monkeypatch.setattr(cache.os, "utime", lambda path: os.stat(path / "none"))
+    load(scienceqa)
+    assert len(decoded) == 3
+
+
+def test_a_full_disk(folder, decoded, scienceqa, capsys, monkeypatch):
+    def fail(arrays, path):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", fail)
+    assert len(load(scienceqa)[0]) == 3 and "No space left" in capsys.readouterr().out
+    assert [path.suffix for path in folder.iterdir()] == [".lock"]
+    load(scienceqa)
+    assert len(decoded) == 6
+
+
+def test_a_file_system_without_locks(folder, decoded, scienceqa, monkeypatch):
+    def fail(lock, timeout):
+        raise NotImplementedError
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    for _ in range(2):
+        assert len(load(scienceqa)[0]) == 3
+    assert len(decoded) == 3
+
+
+def test_a_lock_that_is_never_granted(folder, decoded, scienceqa, monkeypatch, capsys):
+    """As of a process that hangs: after a time, the others go on."""
+    load(scienceqa)
+    monkeypatch.setattr(cache, "WAIT_SECONDS", 0.1)
+    path = entry(folder)
+    path.unlink()
+    with filelock.FileLock(f"{path}.lock"):
+        load(scienceqa)
+    assert len(decoded) == 6 and path.exists()
+    assert "waiting for the pictures, which another process prepares" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variables, expected", [
+    ({"LAVIN_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"), ({"LAVIN_CACHE": "", "XDG_CACHE_HOME": "/b"}, None),
+    ({"XDG_CACHE_HOME": "/b"}, "/b/lavin"), ({"XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/lavin"),
+    ({"HOME": "/c"}, "/c/.cache/lavin")])
+def test_where_the_cache_is(monkeypatch, variables, expected):
+    for name in ("LAVIN_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache.cache_folder() == (Path(expected) if expected else None)
+
+
+# --- Several processes ---
+
+LOADER = """
+import json, sys, time, zlib
+from util.data import images
+from util.data.datasets import load_scienceqa
+load_image = images.load_image
+def slow(path, size):
+    with open(sys.argv[2], "a") as file:
+        file.write(f"{path}\\n")
+    time.sleep(0.3)
+    return load_image(path, size)
+images.load_image = slow
+print("ready", flush=True)
+sys.stdin.readline()
+loaded = images.load_images(load_scienceqa(sys.argv[1], "train"), 8, 1, False)
+print(json.dumps({qid: zlib.crc32(image.numpy()) for qid, image in loaded.items()}))
+"""
+
+
+def test_of_two_processes_one_decodes(folder, scienceqa, tmp_path, monkeypatch):
+    log = tmp_path / "decoded"
+    processes = [subprocess.Popen([sys.executable, "-c", LOADER, str(scienceqa), str(log)], text=True, cwd=ROOT,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    checksums = [json.loads(process.communicate(timeout=60)[0].splitlines()[-1]) for process in processes]
+    expected = without_cache(monkeypatch, scienceqa, split="train")[0]
+    assert checksums == [{qid: zlib.crc32(image.numpy()) for qid, image in expected.items()}] * 2
+    assert len(log.read_text().splitlines()) == len(set(log.read_text().splitlines())) == 6
