@@ -1,6 +1,7 @@
 """The benchmarks at a tiny size; and their baseline, the published recipe, gives the same results as this code."""
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import chat_latency
+import data_loading
 import eval_throughput
 import fault_cases
 import faults
@@ -19,6 +21,7 @@ from lavin.generation.generate import decode
 from lavin.model import pack
 from published_recipe import published_answers, published_loss
 from tiny import VARIANTS, greedy, mixed_examples, tiny_model
+from util.data import images
 from util.training.throughput import frozen_weights, step_flops
 
 
@@ -93,6 +96,25 @@ def test_scaling(capsys, monkeypatch, tmp_path):
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [row[0] for row in rows] == ["1, a model each", "2, a model each", "one model on 2"]
     assert all([float(cell) for cell in row if cell.strip()][-3:] == [0, 0, 0] for row in (row[1:] for row in rows))
+
+
+def test_data_loading(capsys, monkeypatch):
+    """Every row is measured in this process. Pictures are decoded without a cache, and in the first run with it."""
+    decoded, load_image = [], images.load_image
+    monkeypatch.setattr(images, "load_image", lambda *args: decoded.append(args) or load_image(*args))
+
+    def measure(what, root, cache, n, load):
+        decoded.clear()
+        monkeypatch.setenv("LAVIN_CACHE", cache)
+        monkeypatch.setattr("sys.stdin", io.StringIO())
+        data_loading.work(load, root)
+        seconds, gib = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert seconds > 0 and gib > 0.01
+        return {"what": what, "decoded": str(len(decoded))}
+    monkeypatch.setattr(data_loading, "measure", measure)
+    data_loading.main(argparse.Namespace(size="small", processes=2, folder=None))
+    numbers = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[-9:]]
+    assert numbers == ["10", "10", "0", "10", "10", "0", "4", "4", "0"]
 
 
 def test_samples_depend_only_on_their_seed():
