@@ -4,9 +4,10 @@
     python benchmarks/data_loading.py --size small    # a smoke test
 
 Each row starts processes at once, which read, check and tokenize the train split and get its pictures as train.py does,
-without a model. "ready" is the slowest one's time, without imports; "PSS" the sum of their memory, in which a page that
-n processes share counts as 1/n in each: of the process after imports, and when the data are ready. The last rows are
-eval.py's: the test split, and its prompts. Problems and pictures are random, with real lengths and numbers.
+without a model. "ready" is the slowest one's time without imports, "CPU" the sum of their CPU time in it. "PSS" is the
+sum of their memory when the data are ready, in which a page that n processes share counts as 1/n in each; "imports" is
+that of one before. The last rows are eval.py's: the test split, and its prompts. Problems and pictures are random, with
+real lengths and numbers.
 """
 
 import argparse
@@ -120,9 +121,10 @@ def pss_gib(process_id: int) -> float:
 def work(load, root: Path) -> None:
     """Says how long it took, and waits with the data in memory."""
     args = argparse.Namespace(**SETTINGS, data_root=str(root))
-    tokenizer, before, start = Tokenizer(root / "tokenizer.model"), pss_gib(os.getpid()), time.perf_counter()
+    tokenizer, before = Tokenizer(root / "tokenizer.model"), pss_gib(os.getpid())
+    start, start_cpu = time.perf_counter(), time.process_time()
     data = load(args, tokenizer)
-    print(json.dumps([time.perf_counter() - start, before]), flush=True)
+    print(json.dumps([time.perf_counter() - start, time.process_time() - start_cpu, before]), flush=True)
     sys.stdin.read()
     del data
 
@@ -134,9 +136,9 @@ def measure(what: str, root: Path, cache: str, n_processes: int, load) -> dict:
     processes = [subprocess.Popen(command, env={**os.environ, "LAVIN_CACHE": cache}, text=True, stdin=subprocess.PIPE,
                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(n_processes)]
     results = [json.loads(next(line for line in process.stdout or () if line.startswith("["))) for process in processes]
-    row = {"what": what, "processes": str(n_processes), "ready, s": max(seconds for seconds, _ in results),
-           "PSS, GiB": sum(pss_gib(process.pid) for process in processes),
-           "imports, GiB": max(before for _, before in results)}
+    seconds, cpu_seconds, before = zip(*results, strict=True)
+    row = {"what": what, "processes": str(n_processes), "ready, s": max(seconds), "CPU, s": sum(cpu_seconds),
+           "PSS, GiB": sum(pss_gib(process.pid) for process in processes), "imports, GiB": max(before)}
     for process in processes:
         process.communicate()
     print(report([row]), flush=True)

@@ -108,8 +108,8 @@ def test_data_loading(capsys, monkeypatch):
         monkeypatch.setenv("LAVIN_CACHE", cache)
         monkeypatch.setattr("sys.stdin", io.StringIO())
         data_loading.work(load, root)
-        seconds, gib = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert seconds > 0 and gib > 0.01
+        seconds, cpu_seconds, gib = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert seconds > 0 and cpu_seconds > 0 and gib > 0.01
         return {"what": what, "decoded": str(len(decoded))}
     monkeypatch.setattr(data_loading, "measure", measure)
     data_loading.main(argparse.Namespace(size="small", processes=2, folder=None))
