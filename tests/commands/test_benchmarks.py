@@ -16,6 +16,7 @@ import eval_throughput
 import fault_cases
 import faults
 import scaling
+import startup
 import train_throughput
 from lavin.generation.generate import decode
 from lavin.model import pack
@@ -96,6 +97,13 @@ def test_scaling(capsys, monkeypatch, tmp_path):
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [row[0] for row in rows] == ["1, a model each", "2, a model each", "one model on 2"]
     assert all([float(cell) for cell in row if cell.strip()][-3:] == [0, 0, 0] for row in (row[1:] for row in rows))
+
+
+def test_startup():
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    *parts, whole = startup.measure(argparse.Namespace(size="tiny", device="cpu", bits="16bit", steps=1)).values()
+    torch.use_deterministic_algorithms(deterministic)
+    assert len(parts) == 4 and min(parts) > 0 and sum(parts) == pytest.approx(whole)
 
 
 def test_data_loading(capsys, monkeypatch):
