@@ -57,6 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder for the results (that of the run; for an early checkpoint, one inside it)")
     add("--tokenizer_path", help="tokenizer.model (the base model's)")
     add("--split", default="test", help="split of pid_splits.json (test)")
+    add("--questions", type=count, help="answer this many of the split's questions, always the same ones (all)")
     add("--decode", default="generate", choices=["generate", "score"],
         help="generate the answer's text, or compare the option letters' probabilities in one pass (generate)")
     add("--max_batch_size", default=64, type=count, help="questions per batch (64)")
@@ -241,6 +242,7 @@ def main(args) -> None:
         raise UserError(f"--decode score compares answers, but in --prompt_format {args.prompt_format} the solution "
                         "comes first: leave --decode out")
     data = load_scienceqa(args.data_root, args.split, caption_path(args))
+    data = data.sample(args.questions) if args.questions else data
     folder = distributed.from_rank_0(lambda: results_folder(args.output_dir, trained.path))
     with locked(folder):
         evaluate(args, trained, data, folder)

@@ -76,6 +76,8 @@ def get_args_parser() -> Parser:
     add("--resume", default="", metavar="RUN",
         help="go on with this run, by its own flags, or back to one of its checkpoints")
     add("--save_every_minutes", default=10.0, type=positive, help="time between checkpoints in the middle of an epoch")
+    add("--stop_after_epoch", default=None, type=count,
+        help="stop after this many epochs of the whole schedule; the same command without it goes on")
     add("--keep_last", default=None, type=count, help="checkpoints of whole epochs to keep; default: all")
     add("--log_dir", default=None, help="folder for TensorBoard events (pip install tensorboard)")
     add("--seed", default=0, type=seed)
@@ -140,7 +142,9 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
     print_rank0(f"{sum(p.numel() for p in trainer.parameters):,} trained parameters, {dtype} on {device}, effective "
                 f"batch {trainer.effective_batch}, lr {args.lr:.3g}, {args.lr_schedule}")
     trainer.train(record)
-    print_rank0(f"run: {run.folder}")
+    stopped = trainer.end < args.epochs
+    print_rank0(f"run: {run.folder}" + (f", stopped after epoch {trainer.end} of {args.epochs}: the same command without "
+                                        "--stop_after_epoch goes on" if stopped else ""))
 
 
 if __name__ == "__main__":

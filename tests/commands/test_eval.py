@@ -130,6 +130,18 @@ def test_other_settings_replace_the_scores_and_say_so(run, capsys):
     assert (scores["decode"], scores["split"], scores["questions"]) == ("score", "train", 12)
 
 
+def test_a_part_of_the_questions_is_always_the_same_and_known_as_such(run, tmp_path):
+    flags = ("--adapter_path", run / "checkpoint-0.pth", "--decode", "score", "--split", "train")
+    asked = {}
+    for n in (5, 7, 99):
+        run_eval(*flags, "--questions", n, "--output_dir", tmp_path / str(n))
+        asked[n] = set(json.loads((tmp_path / str(n) / "preds.json").read_text()))
+    assert [len(qids) for qids in asked.values()] == [5, 7, 12] and asked[5] < asked[7] < asked[99]
+    assert asked[5] != set(sorted(asked[99])[:5])  # drawn, and not the first ones
+    run_eval(*flags, "--output_dir", tmp_path / "all")
+    assert len({scores_of(tmp_path / name)["data"] for name in ("5", "7", "99", "all")}) == 3
+
+
 def test_scores_of_an_earlier_version_are_replaced(run, capsys):
     old = {name: value for name, value in scores_of(run).items() if name not in ("checkpoint_sha256", "data")}
     (run / "scores.json").write_text(json.dumps(old))

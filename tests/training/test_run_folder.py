@@ -136,6 +136,18 @@ def test_a_run_that_is_stopped_in_its_last_step_is_finished(flags, unbroken, tmp
     assert same_tensors(tmp_path / "run", unbroken)
 
 
+def test_stopping_after_an_epoch_changes_nothing_about_the_run(flags, unbroken, tmp_path, capsys):
+    """The schedule is that of all epochs. --resume does not take the stop from the run."""
+    folder = tmp_path / "run"
+    run(*in_folder(flags, folder, "--stop_after_epoch", "1"))
+    assert list(checkpoints(folder)) == [0] and same_tensors(folder, unbroken, "checkpoint-0.pth")
+    assert "stopped after epoch 1 of 3" in capsys.readouterr().out
+    run(*in_folder(flags, folder, "--stop_after_epoch", "2"))
+    assert list(checkpoints(folder)) == [0, 1]
+    run("--resume", folder, "--device", "cpu")
+    assert same_tensors(folder, unbroken)
+
+
 @pytest.mark.parametrize("steps", [2, 5, 9])
 def test_a_killed_run_goes_on_from_its_last_save(flags, unbroken, tmp_path, monkeypatch, steps):
     """With a checkpoint after each step."""

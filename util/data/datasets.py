@@ -1,6 +1,7 @@
 """ScienceQA (Lu et al. 2022, arXiv 2209.09513): reads and checks the problems and captions of one split."""
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -66,6 +67,11 @@ class ScienceQA:
     def picture_path(self, qid: str) -> Path | None:
         problem = self.problems[qid]
         return problem["image"] and self.root / "images" / problem.get("split", "") / qid / problem["image"]
+
+    def sample(self, n: int) -> "ScienceQA":
+        """n of the problems (all, where there are fewer): the same ones each time, whatever their order."""
+        drawn = set(sorted(self.problems, key=lambda qid: hashlib.sha256(qid.encode()).digest())[:n])
+        return replace(self, problems={qid: problem for qid, problem in self.problems.items() if qid in drawn})
 
     @property
     def fingerprint(self) -> str:

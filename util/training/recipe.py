@@ -12,7 +12,7 @@ from util.fingerprint import fingerprints
 # flags of where and how a run is executed
 EXECUTION_FLAGS = {"device", "compile", "cuda_graphs", "num_workers", "cpu_load", "model_parallel_size",
                    "gradient_checkpointing", "output_dir", "log_dir", "resume", "overwrite", "save_every_minutes",
-                   "keep_last"}
+                   "keep_last", "stop_after_epoch"}
 # flags that the recipe states in another form: by checksums, the learning rate, the dtype, the effective batch
 RESTATED_FLAGS = {"llm_model", "llama_model_path", "vision_model", "data_root", "data_path", "caption_file", "blr",
                   "precision", "batch_size", "accum_iter"}

@@ -40,7 +40,8 @@ def take_flags_of_run(args, parser: Parser) -> int:
     if not path.is_file():
         raise UserError(f"--resume {named}: {folder} has no recipe.json, so it is no run that train.py can go on with")
     content: Any = read_validated(path, RecipeFile, fix="name another run")
-    flags = {**parser.check(content["flags"], str(path)), "resume": args.resume, "overwrite": args.overwrite}
+    flags = {**parser.check(content["flags"], str(path)), "resume": args.resume, "overwrite": args.overwrite,
+             "stop_after_epoch": args.stop_after_epoch}
     if "output_dir" in args.given and Path(args.output_dir).resolve() != folder.resolve():
         raise UserError(f"--output_dir {args.output_dir} contradicts --resume {named}: leave it out")
     flags["output_dir"] = str(folder)

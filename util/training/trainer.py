@@ -48,6 +48,7 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, args)
         self.scaler = make_scaler(model)
+        self.end = min(args.epochs, args.stop_after_epoch or args.epochs)  # epochs after which this command stops
         self.frozen = frozen_weights(model)
         self.costs = [step_flops(self.frozen, [example]) for example in self.examples]
         self.max_tokens = math.inf
@@ -63,7 +64,7 @@ class Trainer:
         return record
 
     def train(self, record: EpochRecord) -> None:
-        """All epochs from the record's on."""
+        """The epochs from the record's on."""
         self.metrics = Metrics(self.args.log_dir if is_main_process() else None, self.frozen,
                                peak_flops(self.model.device, self.model.dtype,
                                           self.world * distributed.model_parallel_size),
@@ -74,7 +75,7 @@ class Trainer:
         self.model.zero_grad()
         self.last_save = time.monotonic()
         with signals.deferred():
-            while record.epoch < self.args.epochs:
+            while record.epoch < self.end:
                 self.train_epoch(record)
                 entry = log_entry(record, self.n_steps * min(self.effective_batch, len(self.examples)),
                                   peak_memory_gib(self.model.device))
@@ -83,7 +84,7 @@ class Trainer:
                             f"{entry['samples_per_s']:.1f} samples/s"
                             + (f", {entry['steps_left_out']} steps left out (not finite)" if entry["steps_left_out"]
                                else ""))
-                if record.stop and record.epoch + 1 < self.args.epochs:
+                if record.stop and record.epoch + 1 < self.end:
                     self.stop(record)
                 record = EpochRecord(record.epoch + 1, record.skipped)
 
