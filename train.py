@@ -94,13 +94,18 @@ def check_args(args) -> None:
         raise UserError(str(error)) from error
 
 
+def set_learning_rate(args, world: int) -> None:
+    """--lr by --blr, unless it was given."""
+    if args.lr is None:
+        args.lr = args.blr * args.batch_size * args.accum_iter * world / 256
+
+
 def main(args) -> None:
     effective_batch = take_flags_of_run(args, get_args_parser()) if args.resume else None
     rank, world, local_rank = distributed.init(args.model_parallel_size)
     if effective_batch:
         fit_effective_batch(args, effective_batch, world)
-    if args.lr is None:
-        args.lr = args.blr * args.batch_size * args.accum_iter * world / 256
+    set_learning_rate(args, world)
     check_args(args)
     require_base(args.llama_model_path, args.llm_model, use_vicuna=args.use_vicuna)
     device = choose_device(args.device, local_rank)
@@ -142,9 +147,8 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
     print_rank0(f"{sum(p.numel() for p in trainer.parameters):,} trained parameters, {dtype} on {device}, effective "
                 f"batch {trainer.effective_batch}, lr {args.lr:.3g}, {args.lr_schedule}")
     trainer.train(record)
-    stopped = trainer.end < args.epochs
-    print_rank0(f"run: {run.folder}" + (f", stopped after epoch {trainer.end} of {args.epochs}: the same command without "
-                                        "--stop_after_epoch goes on" if stopped else ""))
+    part = f", {trainer.end} of {args.epochs} epochs: the same command without --stop_after_epoch goes on"
+    print_rank0(f"run: {run.folder}{part if trainer.end < args.epochs else ''}")
 
 
 if __name__ == "__main__":

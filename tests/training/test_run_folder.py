@@ -141,7 +141,7 @@ def test_stopping_after_an_epoch_changes_nothing_about_the_run(flags, unbroken, 
     folder = tmp_path / "run"
     run(*in_folder(flags, folder, "--stop_after_epoch", "1"))
     assert list(checkpoints(folder)) == [0] and same_tensors(folder, unbroken, "checkpoint-0.pth")
-    assert "stopped after epoch 1 of 3" in capsys.readouterr().out
+    assert "run, 1 of 3 epochs: the same command" in capsys.readouterr().out
     run(*in_folder(flags, folder, "--stop_after_epoch", "2"))
     assert list(checkpoints(folder)) == [0, 1]
     run("--resume", folder, "--device", "cpu")

@@ -1,0 +1,175 @@
+"""Searches hyperparameters on validation: `python search.py --study S --trials 64 -- [train.py's flags]`.
+
+A study is a folder, S. The same command again is one more worker, on this node or another, and goes on with what killed
+workers left. Flags given after -- have the value given; the others of --space are searched. `python plot_results.py S`
+draws the report. Needs `pip install -r requirements-search.txt`.
+"""
+
+import argparse
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+from lavin.runtime.console import print_rank0, summary
+from lavin.runtime.errors import UserError, one_line_errors
+from lavin.runtime.files import read_json
+from lavin.weights.base import require_base
+from train import check_args, set_learning_rate
+from train import get_args_parser as train_parser
+from util.data.batches import load_training_data, steps_per_epoch
+from util.data.datasets import load_scienceqa
+from util.flags import MACHINE_FLAGS, Parser, caption_path, count, interval, non_empty, positive
+from util.search import confirm
+from util.search.folder import add_rung, all_records, gpu_seconds
+from util.search.progress import cost_lines, progress_line
+from util.search.runner import HoursSpent, Runner
+from util.search.space import Values, command_line, read_space
+from util.training.recipe import EXECUTION_FLAGS
+
+SPACE = Path(__file__).parent / "scripts" / "search_space.json"
+OWN_FLAGS = ("output_dir", "resume", "overwrite", "stop_after_epoch")  # of train.py, which the search sets
+MAX_FAILURES = 3  # of a worker's first trials: then something is wrong with all of them
+WAIT_SECONDS = 2.0
+
+
+def get_args_parser() -> Parser:
+    parser = Parser("search.py", description=summary(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--study", required=True, type=Path, help="the study's folder, shared by all workers")
+    add("--trials", default=64, type=count)
+    add("--space", default=str(SPACE), type=non_empty, help="JSON file of the flags to search and their ranges")
+    add("--storage", default=None, help="address of a database for many nodes; default: a journal file in the folder")
+    add("--pruner", default="asha", choices=["asha", "median", "none"],
+        help="ends trials early, at scores within the full schedule: all but the best third, or those below the median")
+    add("--questions", default=1000, type=count, help="of the validation split that trials are scored on")
+    add("--confirm", default=3, type=interval(int, "[0, 1000]"),
+        help="best configurations to run again with fresh seeds, beside the base; 0: none, and no winner")
+    add("--seeds", default=3, type=count, help="fresh seeds of each")
+    add("--gpus", default=1, type=count, help="GPUs of one trial, by torchrun")
+    add("--gpu_hours", default=None, type=positive, help="stop when all workers together have used them")
+    add("train", nargs="*", metavar="-- FLAG", help="flags of train.py for all trials")
+    return parser
+
+
+# --- What is searched ---
+
+def parse_train(words: list[str], gpus: int) -> argparse.Namespace:
+    """train.py's flags, checked by itself."""
+    args = train_parser().parse_args(words)
+    set_learning_rate(args, gpus)
+    check_args(args)
+    return args
+
+
+def check_train(words: list[str], gpus: int, values: Values) -> None:
+    parse_train([*words, *command_line(values)], gpus)
+
+
+def fixed_values(trained) -> Values:
+    """Of the flags that were given, which are not searched; with --lr, --blr has no effect."""
+    names = trained.given | ({"blr"} if "lr" in trained.given else set())
+    return {name: getattr(trained, name) for name in names}
+
+
+def describe_study(args, space, trained) -> dict:
+    """study.json: what must be the same for all workers."""
+    effective_batch = trained.batch_size * trained.accum_iter * args.gpus
+    data = load_training_data(trained, caption_path(trained))
+    for split in ("val", "test"):
+        load_scienceqa(trained.data_root, split, caption_path(trained))
+    flags = {name: value for name, value in vars(train_parser().parse_args(args.train)).items()
+             if name not in EXECUTION_FLAGS | {"batch_size", "accum_iter"}}
+    return {**{name: getattr(args, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
+            "steps_per_epoch": steps_per_epoch(len(data.problems), effective_batch),
+            "space": {"parameters": space.parameters, "enqueue": space.enqueue},
+            "flags": {**flags, "effective batch": effective_batch}}
+
+
+def machine_flags(trained) -> list[str]:
+    """Those that eval.py does not take from the run."""
+    given = {name: getattr(trained, name) for name in MACHINE_FLAGS if name in trained.given}
+    return [word for name, value in given.items()
+            for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+# --- A worker ---
+
+def work(study, runner: Runner, questions: int, check_values) -> None:
+    """Until all trials have ended, by this worker or another. Raises UserError where all fail."""
+    from util.search.study import FAIL, run_trial
+
+    def reach(trial, epochs: int) -> float:
+        check_values(trial.values)
+        more = ("--stop_after_epoch", str(epochs)) if epochs < study.rungs[-1] else ()
+        runner.train(trial.folder, trial.values, epochs, trial.lock, *more)
+        scores = runner.score(trial.folder, epochs, trial.folder / "rungs" / str(epochs), trial.lock,
+                              "--split", "val", "--decode", "score", "--questions", str(questions))
+        return add_rung(trial.folder, epochs, scores)
+
+    states = []
+    while not study.all_ended():
+        if runner.seconds_left() <= 0:
+            raise HoursSpent
+        trial = study.take()
+        if trial is None:
+            time.sleep(WAIT_SECONDS)
+            continue
+        print_rank0(f"trial {trial.number:03d}{' goes on' * trial.resumed}: {' '.join(command_line(trial.values))}")
+        state, message = run_trial(study, trial, reach)
+        print_rank0(f"trial {trial.number:03d} {state.name.lower()}{message and f': {message}'} | "
+                    + progress_line(study.folder, study.n_trials))
+        states.append(state)
+        if states == [FAIL] * MAX_FAILURES:
+            raise UserError(f"the first {MAX_FAILURES} trials failed, the last one of: {message}")
+
+
+def confirm_best(args, runner: Runner, epochs: int, seed: int) -> None:
+    runs = confirm.plan(args.study, args.confirm, args.seeds, seed + 1)
+    if not runs:
+        print_rank0("all trials beside the base have failed: there is nothing to confirm")
+        return
+    print_rank0(f"{len(runs)} runs with fresh seeds: trials {', '.join(sorted({run.configuration for run in runs}))}")
+    confirm.run_all(args.study, runs, partial(confirm.train_and_score, runner, epochs))
+    confirm.finish(args.study, runner, runs, epochs)
+    print_rank0(confirm.sentence(read_json(args.study / confirm.VERDICT)))
+
+
+def seconds_left(args) -> float:
+    """For the next command of this worker, as if all trials that run now shared evenly what is left of --gpu_hours."""
+    if args.gpu_hours is None:
+        return math.inf
+    records = all_records(args.study)
+    n_running = sum(record["state"] == "RUNNING" for record in records)
+    return (3600 * args.gpu_hours - gpu_seconds(records)) / args.gpus / max(1, n_running)
+
+
+def main(args) -> None:
+    try:
+        from util.search.study import Study
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}: pip install -r requirements-search.txt") from error
+    trained = parse_train(args.train, args.gpus)
+    own = [name for name in OWN_FLAGS if name in trained.given]
+    if own:
+        raise UserError(f"--{own[0]} is set by the search: leave it out")
+    require_base(trained.llama_model_path, trained.llm_model, use_vicuna=trained.use_vicuna)
+    space = read_space(args.space).fix(fixed_values(trained))
+    check_values = partial(check_train, args.train, args.gpus)
+    space.check(set(vars(trained)), check_values)
+    settings = describe_study(args, space, trained)
+    study = Study(args.study, space, settings, args.storage, args.gpus)
+    print_rank0("\n".join(cost_lines(args.study, settings, study.rungs)))
+    runner = Runner(args.train, machine_flags(trained), args.gpus, partial(seconds_left, args))
+    try:
+        work(study, runner, args.questions, check_values)
+        if args.confirm:
+            confirm_best(args, runner, trained.epochs, trained.seed)
+    except HoursSpent:
+        print_rank0(f"stopped: the {args.gpu_hours:g} GPU-hours are spent; the same command with more goes on")
+    print_rank0(f"report: python plot_results.py {args.study}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(get_args_parser().parse_args())

@@ -1,0 +1,47 @@
+"""Locks of the operating system on work that several workers share: a worker that is killed leaves none behind."""
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lavin.runtime.errors import UserError
+
+POLL_SECONDS = 0.05
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+def claim(path: Path) -> int | None:
+    """A descriptor that holds the lock until `os.close`; None where somebody else holds it.
+
+    A command that inherits the descriptor (subprocess's pass_fds) holds the lock too: what a killed worker had started
+    is not started a second time before it has ended.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in WITHOUT_LOCKS:
+            raise UserError(f"{path.parent} is on a file system without locks, which the workers of a study need: name "
+                            "another folder with --study") from error
+        raise
+
+
+@contextmanager
+def waiting_for(path: Path) -> Iterator[None]:
+    """Holds the lock, once others have released it."""
+    while (descriptor := claim(path)) is None:
+        time.sleep(POLL_SECONDS)
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,59 @@
+"""What a search will cost, and how far it is, from the files in its folder."""
+
+from pathlib import Path
+from typing import Any
+
+from util.search.folder import accuracy, gpu_seconds, read_records
+
+
+def cost_lines(study: Path, settings: Any, rungs: list[int]) -> list[str]:
+    """Before the search begins, or goes on."""
+    trials, epochs, per_epoch = settings["trials"], settings["flags"]["epochs"], settings["steps_per_epoch"]
+    n_fresh = settings["seeds"] * (settings["confirm"] + 1) if settings["confirm"] else 0
+    pruned = f", scored after {listed(rungs)} epochs, where {settings['pruner']} ends the worse ones" \
+        if len(rungs) > 1 else ""
+    lines = [f"{study}: {trials} trials of at most {epochs} epochs x {per_epoch:,} steps{pruned}: "
+             f"{trials * epochs * per_epoch:,} steps at most"]
+    if n_fresh:
+        lines.append(f"then {n_fresh} runs with fresh seeds (the best {settings['confirm']} and the base, "
+                     f"{settings['seeds']} each): {n_fresh * epochs * per_epoch:,} steps")
+    seconds = seconds_per_epoch(study)
+    hours = "unknown until the first trial is scored" if seconds is None else \
+        f"at most {(trials + n_fresh) * epochs * seconds / 3600:.2f}, by the trials so far ({seconds:.1f} s an epoch)"
+    return [*lines, f"GPU-hours: {hours}"]
+
+
+def seconds_per_epoch(study: Path) -> float | None:
+    """GPU-seconds, of loading and scoring too, over all trials that have a score."""
+    scored = [record for record in read_records(study).values() if record["rungs"]]
+    n_epochs = sum(record["rungs"][-1]["epoch"] for record in scored)
+    return gpu_seconds(scored) / n_epochs if scored else None
+
+
+def progress_line(study: Path, n_trials: int) -> str:
+    """E.g. `13 of 64 trials: 5 complete, 7 pruned, 1 failed; best 84.20 (trial 007); 2 h 05 min left`."""
+    records = read_records(study)
+    by_state = {state: [name for name, record in records.items() if record["state"] == state]
+                for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING")}
+    ended = [record for record in records.values() if record["state"] != "RUNNING"]
+    finished = {name: accuracy(records[name]["rungs"][-1]) for name in by_state["COMPLETE"]}
+    best = max(finished, key=lambda name: finished[name], default=None)
+    parts = [f"{len(ended)} of {n_trials} trials: {len(by_state['COMPLETE'])} complete, {len(by_state['PRUNED'])} "
+             f"pruned, {len(by_state['FAIL'])} failed"]
+    parts += [f"best {finished[best]:.2f} (trial {best})"] if best else []
+    if 0 < len(ended) < n_trials:
+        workers = max(1, len(by_state["RUNNING"]))
+        seconds = sum(record["seconds"] for record in ended) / len(ended) * (n_trials - len(ended)) / workers
+        parts.append(f"about {duration(seconds)} left")
+    return "; ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(1, minutes)} min"
+
+
+def listed(numbers: list[int]) -> str:
+    """`2, 6 and 20`."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last

@@ -1,0 +1,243 @@
+"""The space of a search: a JSON file of train.py's flags, each with its range, and the flag sets that are tried first.
+
+- A parameter may depend on others: `when` names the values of earlier flags with which it is searched at all, and a
+  bound may be the value of an earlier flag. Such a parameter is sampled by its place between its bounds, 0 to 1, so
+  that its distribution is always the same and no suggestion breaks the bound.
+- `flag` is the parameter's name unless it is given: two parameters may set one flag under different conditions.
+- A set of `enqueue` names the flags that differ from the parameters' defaults. The first one is the base, which the
+  winner is compared to.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
+
+from lavin.runtime.errors import UserError
+from lavin.runtime.schema import NonBlankText, read_validated, strictly_declared, validate
+from util.training.recipe import EXECUTION_FLAGS
+
+DIGITS = 4  # significant ones of a sampled number
+FIX = "correct it, or leave --space out"
+
+Value = str | int | float
+Values = dict[str, Any]  # by flag
+
+
+@strictly_declared
+class Parameter(TypedDict):
+    """low, high: numbers, or the name of an earlier flag."""
+
+    kind: Literal["float", "int", "categorical"]
+    default: Value
+    flag: NotRequired[NonBlankText]
+    low: NotRequired[float | int | str]
+    high: NotRequired[float | int | str]
+    log: NotRequired[bool]
+    choices: NotRequired[Annotated[list[Value], Field(min_length=1)]]
+    when: NotRequired[dict[str, Annotated[list[Value], Field(min_length=1)]]]
+
+
+@strictly_declared
+class SpaceFile(TypedDict):
+    parameters: Annotated[dict[NonBlankText, Parameter], Field(min_length=1)]
+    enqueue: Annotated[list[dict[str, Value]], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Space:
+    """fixed: values of flags that are not searched, for conditions and bounds. source: as messages call the file."""
+
+    parameters: dict[str, Any]  # of type Parameter, by name
+    enqueue: list[Values]
+    source: str
+    fixed: Values = field(default_factory=dict)
+
+    def fix(self, values: Values) -> "Space":
+        """Without the parameters of these flags."""
+        kept = {name: p for name, p in self.parameters.items() if flag_of(name, p) not in values}
+        if not kept:
+            raise UserError(f"{self.source}: all of its flags are given after --, so nothing is left to search")
+        return replace(self, parameters=kept, fixed=values)
+
+    def walk(self, choose: Callable[[str, Any, Values], Any]) -> Values:
+        """The values by flag. choose(name, parameter, values of earlier flags): for each parameter that is active."""
+        values = dict(self.fixed)
+        for name, parameter in self.parameters.items():
+            if all(values.get(flag) in allowed for flag, allowed in parameter.get("when", {}).items()):
+                values[flag_of(name, parameter)] = choose(name, parameter, values)
+        return {flag: value for flag, value in values.items() if flag not in self.fixed}
+
+    def suggest(self, trial) -> Values:
+        """The flags of an Optuna trial. Once more for the same trial, it gives the same."""
+        return self.walk(lambda name, parameter, values: suggest(trial, name, parameter, values))
+
+    def complete(self, changes: Values) -> Values:
+        """The defaults, with the changes of some flags. Raises UserError for a change that is not in the space."""
+        def choose(name, parameter, values):
+            flag = flag_of(name, parameter)
+            if flag in changes and not contains(parameter, changes[flag], values):
+                raise UserError(f"{self.source}: {flag} {changes[flag]} is not in the space: {FIX}")
+            return changes[flag] if flag in changes else clip(parameter["default"], parameter, values)
+
+        values = self.walk(choose)
+        unused = [flag for flag in changes if flag not in values and flag not in self.fixed]
+        if unused:
+            raise UserError(f"{self.source}: {unused[0]} is set where it is not searched: {FIX}")
+        return values
+
+    def first_sets(self) -> list[Values]:
+        """The enqueued sets, complete and without repeats."""
+        sets = []
+        for values in map(self.complete, self.enqueue):
+            if values not in sets:
+                sets.append(values)
+        return sets
+
+    def encode(self, values: Values) -> Values:
+        """The parameters by name, as Optuna stores them, of values by flag."""
+        params = {}
+
+        def choose(name, parameter, earlier):
+            value = values[flag_of(name, parameter)]
+            params[name] = place(value, parameter, earlier) if is_relative(parameter) else value
+            return value
+
+        self.walk(choose)
+        return params
+
+    def extremes(self) -> Iterator[tuple[str, Values]]:
+        """For each choice and each end of each range: the parameter's name, and flags with it and defaults else."""
+        for name, parameter in self.parameters.items():
+            conditions = {flag: allowed[0] for flag, allowed in parameter.get("when", {}).items()}
+            for end in parameter.get("choices", (0, 1)):
+                def choose(other, p, values, name=name, conditions=conditions, end=end):
+                    if other == name:
+                        return end if p["kind"] == "categorical" else bounds(p, values)[end]
+                    return conditions.get(flag_of(other, p), clip(p["default"], p, values))
+                yield name, self.walk(choose)
+
+    def check(self, known: set[str], check_flags: Callable[[Values], None]) -> None:
+        """known: names of train.py's flags. check_flags raises UserError for values that it refuses."""
+        check_references(self, known)
+        self.first_sets()
+        for name, values in self.extremes():
+            try:
+                check_flags(values)
+            except UserError as error:
+                value = values.get(flag_of(name, self.parameters[name]))
+                raise UserError(f"{self.source}: {name} {value}: {error}") from error
+
+
+def read_space(path: str | Path) -> Space:
+    content: Any = read_validated(path, SpaceFile, "name it with --space", FIX)
+    return make_space(content, str(path))
+
+
+def make_space(content: Any, source: str) -> Space:
+    content = validate(content, SpaceFile, source, FIX)
+    for name, parameter in content["parameters"].items():
+        check_parameter(parameter, f"{source}: {name}")
+    return Space(content["parameters"], content["enqueue"], source)
+
+
+# --- One parameter ---
+
+def flag_of(name: str, parameter: Any) -> str:
+    return parameter.get("flag", name)
+
+
+def is_relative(parameter: Any) -> bool:
+    """Whether a bound is another flag's value."""
+    return any(isinstance(parameter.get(bound), str) for bound in ("low", "high"))
+
+
+def bounds(parameter: Any, values: Values) -> tuple[Any, Any]:
+    low, high = (values[bound] if isinstance(bound, str) else bound for bound in (parameter["low"], parameter["high"]))
+    return low, high
+
+
+def clip(value: Any, parameter: Any, values: Values) -> Any:
+    if parameter["kind"] == "categorical":
+        return value
+    low, high = bounds(parameter, values)
+    return min(max(value, low), high)
+
+
+def contains(parameter: Any, value: Any, values: Values) -> bool:
+    if parameter["kind"] == "categorical":
+        return value in parameter["choices"]
+    low, high = bounds(parameter, values)
+    return not isinstance(value, str) and low <= value <= high
+
+
+def place(value: float, parameter: Any, values: Values) -> float:
+    """Between the bounds, from 0 to 1."""
+    low, high = bounds(parameter, values)
+    return (value - low) / (high - low) if high > low else 0.0
+
+
+def suggest(trial, name: str, parameter: Any, values: Values) -> Any:
+    if parameter["kind"] == "categorical":
+        return trial.suggest_categorical(name, parameter["choices"])
+    low, high = bounds(parameter, values)
+    if parameter["kind"] == "int":
+        return trial.suggest_int(name, low, high, log=parameter.get("log", False))
+    if is_relative(parameter):
+        number = low + trial.suggest_float(name, 0.0, 1.0) * (high - low)
+    else:
+        number = trial.suggest_float(name, low, high, log=parameter.get("log", False))
+    return clip(float(f"{number:.{DIGITS}g}"), parameter, values)
+
+
+def check_parameter(parameter: Any, source: str) -> None:
+    """Raises UserError where the entries do not belong together."""
+    numbers, choices = {"low", "high"} & parameter.keys(), "choices" in parameter
+    if parameter["kind"] == "categorical":
+        problem = "needs choices, and no low, high or log" if not choices or numbers or "log" in parameter else \
+            "has a default that is no choice" if parameter["default"] not in parameter["choices"] else None
+    elif choices or len(numbers) < 2:
+        problem = f"needs low and high, and no choices, since it is {parameter['kind']}"
+    elif is_relative(parameter):
+        problem = "has another flag's value as a bound: make it a float without log" if \
+            parameter["kind"] == "int" or "log" in parameter else None
+    else:
+        problem = check_range(parameter)
+    if problem:
+        raise UserError(f"{source} {problem}: {FIX}")
+
+
+def check_range(parameter: Any) -> str | None:
+    low, high, default = parameter["low"], parameter["high"], parameter["default"]
+    if isinstance(default, str) or not low <= default <= high:
+        return f"has the default {default}, which does not lie in [{low}, {high}]"
+    if not low < high or (parameter.get("log") and low <= 0):
+        return "needs low below high, and above 0 where it is log"
+    if parameter["kind"] == "int" and not all(isinstance(number, int) for number in (low, high, default)):
+        return "is int, so low, high and default must be whole"
+    return None
+
+
+def check_references(space: Space, known: set[str]) -> None:
+    """Raises UserError for flags that train.py does not know, and for conditions and bounds that are not known yet."""
+    seen = set(space.fixed)
+    for name, parameter in space.parameters.items():
+        flag, source = flag_of(name, parameter), f"{space.source}: {name}"
+        if flag not in known or flag in EXECUTION_FLAGS:
+            reason = "changes no result" if flag in EXECUTION_FLAGS else "is no flag of train.py"
+            raise UserError(f"{source}: --{flag} {reason}: {FIX}")
+        bound_flags = [parameter[bound] for bound in ("low", "high") if isinstance(parameter.get(bound), str)]
+        for other in (*parameter.get("when", {}), *bound_flags):
+            if other not in seen:
+                raise UserError(f"{source} depends on {other}, which comes later or is not there: {FIX}")
+        seen.add(flag)
+    unknown = {flag for values in space.enqueue for flag in values} - known
+    if unknown:
+        raise UserError(f"{space.source}: enqueue: --{min(unknown)} is no flag of train.py: {FIX}")
+
+
+def command_line(values: Values) -> list[str]:
+    return [word for flag, value in values.items() for word in (f"--{flag}", str(value))]

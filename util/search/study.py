@@ -1,0 +1,208 @@
+"""A study's folder, and its trials in Optuna's storage: any number of workers take, resume and end them.
+
+study.json     what the study is: space, flags, pruner, number of trials; it never changes
+journal.log    Optuna's journal, unless the study is in a database
+trials/NNN/    a run of train.py; trial.json: flags, state, accuracy at each rung, seconds
+trials/NNN/rungs/K/  the scores after K epochs
+confirm/NAME/  the runs with fresh seeds (confirm.py)
+"""
+
+import os
+import uuid
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, OptunaError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from lavin.runtime.errors import UserError, first_line
+from lavin.runtime.files import read_json, write_json
+from util.search.folder import STUDY, begin_record, change_record, trial_folder
+from util.search.locks import claim, waiting_for
+from util.search.space import Space, Values
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=ExperimentalWarning)
+warnings.filterwarnings("ignore", "The reported value is ignored")  # a trial that is resumed reports its rungs again
+
+REDUCTION = 3  # of asha: about one trial of three goes on past a rung
+COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
+
+
+def rungs(epochs: int, pruner: str) -> list[int]:
+    """Numbers of epochs after which a trial is scored; the last is the whole schedule."""
+    first = max(1, epochs // REDUCTION**2)
+    return [rung for rung in (first, REDUCTION * first) if rung < epochs and pruner != "none"] + [epochs]
+
+
+def make_pruner(name: str, first_rung: int) -> optuna.pruners.BasePruner:
+    if name == "asha":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=REDUCTION)
+    return optuna.pruners.MedianPruner() if name == "median" else optuna.pruners.NopPruner()
+
+
+@dataclass
+class Trial:
+    """A trial that this worker holds. values: of the flags that are searched."""
+
+    number: int
+    folder: Path
+    values: Values
+    lock: int
+    optuna: optuna.trial.Trial
+    resumed: bool
+
+    def report(self, accuracy: float, epoch: int) -> bool:
+        """Whether to stop here."""
+        self.optuna.report(accuracy, epoch)
+        return self.optuna.should_prune()
+
+
+class Study:
+    """Opens the study in `folder`, or begins it. settings: what study.json holds. gpus: of a trial of this worker.
+
+    Raises UserError where the folder holds a study of other settings.
+    """
+
+    def __init__(self, folder: Path, space: Space, settings: dict[str, Any], storage_url: str | None, gpus: int = 1):
+        self.folder, self.space, self.n_trials, self.gpus = folder, space, settings["trials"], gpus
+        self.rungs = rungs(settings["flags"]["epochs"], settings["pruner"])
+        with waiting_for(folder / ".lock"):
+            is_new = not (folder / STUDY).is_file()
+            name = f"{folder.resolve().name}-{uuid.uuid4().hex[:8]}" if is_new else \
+                check_settings(folder, settings, storage_url)
+            self.optuna = open_optuna(folder, name, storage_url, is_new,
+                                      make_pruner(settings["pruner"], self.rungs[0]))
+            if is_new:
+                for values in space.first_sets()[:self.n_trials]:
+                    self.optuna.enqueue_trial(space.encode(values))
+                write_json(folder / STUDY, {"name": name, "in_database": storage_url is not None, **settings})
+
+    def take(self) -> Trial | None:
+        """A trial that a killed worker left, else the next one; None: other workers hold all that are left."""
+        with waiting_for(self.folder / ".lock"):
+            for left in self.trials(TrialState.RUNNING):
+                lock = claim(self.lock_path(left.number))
+                if lock is not None:
+                    return self.hold(optuna.trial.Trial(self.optuna, left._trial_id), lock, resumed=True)
+            n_begun = len(self.trials())
+            if n_begun >= self.n_trials and not self.trials(TrialState.WAITING):
+                return None
+            # seeded by the trial's number: no two workers draw the same, and a study of one worker can be repeated
+            self.optuna.sampler = optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True,
+                                                             seed=n_begun - len(self.trials(TrialState.WAITING)))
+            trial = self.optuna.ask()
+            lock = claim(self.lock_path(trial.number))
+            assert lock is not None  # nobody else takes a trial meanwhile
+            return self.hold(trial, lock, resumed=False)
+
+    def hold(self, trial: optuna.trial.Trial, lock: int, resumed: bool) -> Trial:
+        folder, values = trial_folder(self.folder, trial.number), self.space.suggest(trial)
+        begin_record(folder, self.gpus, values=values, params=trial.params)
+        return Trial(trial.number, folder, values, lock, trial, resumed)
+
+    def end(self, trial: Trial, state: TrialState, accuracy: float | None = None, **message: str) -> None:
+        """First in the trial's folder, and then in the storage: killed in between, it is done again."""
+        change_record(trial.folder, state=state.name, **message)
+        self.optuna.tell(trial.number, accuracy, state)
+
+    def all_ended(self) -> bool:
+        return len(self.trials(COMPLETE, PRUNED, FAIL)) >= self.n_trials
+
+    def trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+        return self.optuna.get_trials(deepcopy=False, states=states or None)
+
+    def lock_path(self, number: int) -> Path:
+        return self.folder / ".locks" / f"{number:03d}"
+
+
+def run_trial(study: Study, trial: Trial, reach: Callable[[Trial, int], float]) -> tuple[TrialState, str]:
+    """From rung to rung, up to the last epoch or until the pruner ends it. Returns its state, and why it failed.
+
+    reach(trial, epochs): trains up to there, unless it is there already, and returns the accuracy in percent. Where it
+    raises UserError, the trial has failed; anything else leaves the trial to be resumed.
+    """
+    try:
+        for epochs in study.rungs:
+            accuracy = reach(trial, epochs)
+            if trial.report(accuracy, epochs) and epochs < study.rungs[-1]:
+                study.end(trial, PRUNED)
+                return PRUNED, ""
+        study.end(trial, COMPLETE, accuracy)
+        return COMPLETE, ""
+    except UserError as error:
+        study.end(trial, FAIL, message=str(error))
+        return FAIL, str(error)
+    finally:
+        os.close(trial.lock)
+
+
+# --- What the study is ---
+
+def check_settings(folder: Path, settings: dict[str, Any], storage_url: str | None) -> str:
+    """The name of the study in the storage. Raises UserError, which names what differs."""
+    found = read_json(folder / STUDY)
+    other = differences(settings, {name: found.get(name) for name in settings})
+    if other:
+        raise UserError(f"{folder} is a study of other settings ({'; '.join(other)}): give its own, or name another "
+                        "folder with --study")
+    if found["in_database"] != (storage_url is not None):
+        raise UserError(f"{folder} is a study in " + ("a database: name it with --storage" if found["in_database"] else
+                                                      "journal.log: leave --storage out"))
+    return found["name"]
+
+
+def differences(settings: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:
+    """Each as words that begin with the flag."""
+    lines = []
+    for name in settings.keys() | found.keys():
+        value, other = settings.get(name), found.get(name)
+        if name == "flags":
+            lines += differences(value, other or {}, "train.py's ")
+        elif value != other:
+            lines.append(f"other --{name}" if isinstance(value, dict) else f"{prefix}--{name} {value}, not {other}")
+    return sorted(set(lines))
+
+
+# --- Storage ---
+
+class JournalLock:
+    """As Optuna's, but of the operating system: those stay for half a minute where their owner is killed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def acquire(self) -> bool:
+        self.context = waiting_for(self.path)
+        self.context.__enter__()
+        return True
+
+    def release(self) -> None:
+        self.context.__exit__(None, None, None)
+
+
+def open_storage(folder: Path, url: str | None) -> BaseStorage:
+    if url is None:
+        lock: Any = JournalLock(folder / ".journal.lock")
+        return JournalStorage(JournalFileBackend(str(folder / "journal.log"), lock))
+    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+
+
+def open_optuna(folder: Path, name: str, url: str | None, is_new: bool, pruner) -> optuna.Study:
+    try:
+        storage = open_storage(folder, url)
+        if is_new:
+            return optuna.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner)
+        return optuna.load_study(storage=storage, study_name=name, pruner=pruner)
+    except KeyError as error:
+        raise UserError(f"--storage does not know the study of {folder}: name the one it was begun with") from error
+    except (OptunaError, SQLAlchemyError, ImportError, ValueError) as error:
+        raise UserError(f"--storage cannot be used ({first_line(error)}): give a database's address such as "
+                        "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, and install its driver") from error
