@@ -17,7 +17,7 @@ from lavin.runtime.files import read_json
 from lavin.weights.base import require_base
 from train import check_args, set_learning_rate
 from train import get_args_parser as train_parser
-from util.data.batches import load_training_data, steps_per_epoch
+from util.data.batches import steps_per_epoch
 from util.data.datasets import load_scienceqa
 from util.flags import MACHINE_FLAGS, Parser, caption_path, count, interval, non_empty, positive
 from util.search import confirm
@@ -28,6 +28,7 @@ from util.search.space import Values, command_line, read_space
 from util.training.recipe import EXECUTION_FLAGS
 
 SPACE = Path(__file__).parent / "scripts" / "search_space.json"
+SPLITS = ("train", "val", "test")
 OWN_FLAGS = ("output_dir", "resume", "overwrite", "stop_after_epoch")  # of train.py, which the search sets
 MAX_FAILURES = 3  # of a worker's first trials: then something is wrong with all of them
 WAIT_SECONDS = 2.0
@@ -75,13 +76,11 @@ def fixed_values(trained) -> Values:
 def describe_study(args, space, trained) -> dict:
     """study.json: what must be the same for all workers."""
     effective_batch = trained.batch_size * trained.accum_iter * args.gpus
-    data = load_training_data(trained, caption_path(trained))
-    for split in ("val", "test"):
-        load_scienceqa(trained.data_root, split, caption_path(trained))
+    data = {split: load_scienceqa(trained.data_root, split, caption_path(trained)) for split in SPLITS}
     flags = {name: value for name, value in vars(train_parser().parse_args(args.train)).items()
              if name not in EXECUTION_FLAGS | {"batch_size", "accum_iter"}}
     return {**{name: getattr(args, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
-            "steps_per_epoch": steps_per_epoch(len(data.problems), effective_batch),
+            "steps_per_epoch": steps_per_epoch(len(data["train"].problems), effective_batch),
             "space": {"parameters": space.parameters, "enqueue": space.enqueue},
             "flags": {**flags, "effective batch": effective_batch}}
 
@@ -150,13 +149,14 @@ def main(args) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"{error}: pip install -r requirements-search.txt") from error
     trained = parse_train(args.train, args.gpus)
-    own = [name for name in OWN_FLAGS if name in trained.given]
-    if own:
-        raise UserError(f"--{own[0]} is set by the search: leave it out")
+    refused = [name for name in (*OWN_FLAGS, "do_pretrain") if name in trained.given]
+    if refused:
+        raise UserError(f"--{refused[0]} does not go with a search, which names the folders of its runs of ScienceQA: "
+                        "leave it out")
     require_base(trained.llama_model_path, trained.llm_model, use_vicuna=trained.use_vicuna)
-    space = read_space(args.space).fix(fixed_values(trained))
+    space = read_space(args.space, set(vars(trained))).fix(fixed_values(trained))
     check_values = partial(check_train, args.train, args.gpus)
-    space.check(set(vars(trained)), check_values)
+    space.check(check_values)
     settings = describe_study(args, space, trained)
     study = Study(args.study, space, settings, args.storage, args.gpus)
     print_rank0("\n".join(cost_lines(args.study, settings, study.rungs)))

@@ -36,20 +36,25 @@ esac
 source scripts/signals.sh
 forward_signals
 
-# The published recipe: effective batch 32, on 1, 2, 4, 8 or 16 GPUs.
-RECIPE=(
+# What the published recipe and a search have in common: effective batch 32, on 1, 2, 4, 8 or 16 GPUs.
+SETUP=(
     --max_seq_len 512
     --batch_size 2
     --accum_iter $((16 / WORLD))
     --epochs 20
+    --n_prompt 6
+    --prompt_format QCM-ALE
+)
+
+# The published recipe, whose hyperparameters scripts/search_space.json has as its defaults.
+RECIPE=(
+    "${SETUP[@]}"
     --warmup_epochs 2
     --blr 9e-3
     --weight_decay 0.02
     --adapter_type attn
     --adapter_dim 8
     --adapter_scale 1
-    --n_prompt 6
-    --prompt_format QCM-ALE
     --temperature 10
     --visual_adapter_type router
 )

@@ -17,7 +17,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.errors import UserError
-from lavin.runtime.schema import NonBlankText, read_validated, strictly_declared, validate
+from lavin.runtime.schema import NonBlankText, read_validated, strictly_declared
 from util.training.recipe import EXECUTION_FLAGS
 
 DIGITS = 4  # significant ones of a sampled number
@@ -57,11 +57,21 @@ class Space:
     fixed: Values = field(default_factory=dict)
 
     def fix(self, values: Values) -> "Space":
-        """Without the parameters of these flags."""
+        """Without the parameters of these flags, and without the sets that need other values of them."""
         kept = {name: p for name, p in self.parameters.items() if flag_of(name, p) not in values}
         if not kept:
             raise UserError(f"{self.source}: all of its flags are given after --, so nothing is left to search")
-        return replace(self, parameters=kept, fixed=values)
+        fixed = replace(self, parameters=kept, fixed=values)
+        sets = [changes for changes in self.enqueue if all(values.get(flag, v) == v for flag, v in changes.items())
+                and fixed.is_possible(changes)]
+        return replace(fixed, enqueue=sets or [{}])
+
+    def is_possible(self, changes: Values) -> bool:
+        try:
+            self.complete(changes)
+            return True
+        except UserError:
+            return False
 
     def walk(self, choose: Callable[[str, Any, Values], Any]) -> Values:
         """The values by flag. choose(name, parameter, values of earlier flags): for each parameter that is active."""
@@ -120,10 +130,8 @@ class Space:
                     return conditions.get(flag_of(other, p), clip(p["default"], p, values))
                 yield name, self.walk(choose)
 
-    def check(self, known: set[str], check_flags: Callable[[Values], None]) -> None:
-        """known: names of train.py's flags. check_flags raises UserError for values that it refuses."""
-        check_references(self, known)
-        self.first_sets()
+    def check(self, check_flags: Callable[[Values], None]) -> None:
+        """check_flags raises UserError for values that train.py refuses."""
         for name, values in self.extremes():
             try:
                 check_flags(values)
@@ -132,16 +140,15 @@ class Space:
                 raise UserError(f"{self.source}: {name} {value}: {error}") from error
 
 
-def read_space(path: str | Path) -> Space:
+def read_space(path: str | Path, known: set[str]) -> Space:
+    """known: names of train.py's flags."""
     content: Any = read_validated(path, SpaceFile, "name it with --space", FIX)
-    return make_space(content, str(path))
-
-
-def make_space(content: Any, source: str) -> Space:
-    content = validate(content, SpaceFile, source, FIX)
     for name, parameter in content["parameters"].items():
-        check_parameter(parameter, f"{source}: {name}")
-    return Space(content["parameters"], content["enqueue"], source)
+        check_parameter(parameter, f"{path}: {name}")
+    space = Space(content["parameters"], content["enqueue"], str(path))
+    check_references(space, known)
+    space.first_sets()
+    return space
 
 
 # --- One parameter ---
@@ -223,7 +230,7 @@ def check_range(parameter: Any) -> str | None:
 
 def check_references(space: Space, known: set[str]) -> None:
     """Raises UserError for flags that train.py does not know, and for conditions and bounds that are not known yet."""
-    seen = set(space.fixed)
+    seen: set[str] = set()
     for name, parameter in space.parameters.items():
         flag, source = flag_of(name, parameter), f"{space.source}: {name}"
         if flag not in known or flag in EXECUTION_FLAGS:

@@ -90,8 +90,11 @@ class Study:
         with waiting_for(self.folder / ".lock"):
             for left in self.trials(TrialState.RUNNING):
                 lock = claim(self.lock_path(left.number))
-                if lock is not None:
+                if lock is None:
+                    continue
+                if left.number in [trial.number for trial in self.trials(TrialState.RUNNING)]:
                     return self.hold(optuna.trial.Trial(self.optuna, left._trial_id), lock, resumed=True)
+                os.close(lock)  # its worker has ended it meanwhile
             n_begun = len(self.trials())
             if n_begun >= self.n_trials and not self.trials(TrialState.WAITING):
                 return None
@@ -165,7 +168,7 @@ def differences(settings: dict[str, Any], found: dict[str, Any], prefix: str = "
     for name in settings.keys() | found.keys():
         value, other = settings.get(name), found.get(name)
         if name == "flags":
-            lines += differences(value, other or {}, "train.py's ")
+            lines += differences(value or {}, other or {}, "train.py's ")
         elif value != other:
             lines.append(f"other --{name}" if isinstance(value, dict) else f"{prefix}--{name} {value}, not {other}")
     return sorted(set(lines))

@@ -1,0 +1,151 @@
+"""The space of a search: its file, what is sampled from it, and the eight published methods that are tried first."""
+
+import json
+import random
+import re
+import shlex
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import search
+import train
+from tiny import ROOT
+from user_errors import error_message
+from util.search.space import command_line, read_space
+
+KNOWN = set(vars(train.get_args_parser().parse_args([])))
+EFFECTIVE_32 = ["--batch_size", "2", "--accum_iter", "16"]
+FLOAT = {"kind": "float", "low": 0, "high": 0.3, "default": 0.1}
+
+
+class Draws:
+    """Stands for an Optuna trial."""
+
+    def __init__(self, seed: int):
+        self.rng, self.params = random.Random(seed), {}
+
+    def suggest_categorical(self, name, choices):
+        return self.params.setdefault(name, self.rng.choice(choices))
+
+    def suggest_float(self, name, low, high, log=False):
+        return self.params.setdefault(name, self.rng.choice([low, high, self.rng.uniform(low, high)]))
+
+    def suggest_int(self, name, low, high, log=False):
+        return self.params.setdefault(name, self.rng.randint(low, high))
+
+
+@pytest.fixture(scope="module")
+def space():
+    return read_space(search.SPACE, KNOWN)
+
+
+def published_flags(script) -> list[str]:
+    """Those that a script of the study gives to train.py, from its own text and that of common.sh."""
+    recipe = re.search(r"RECIPE=\(\n(.*?)\n\)", (ROOT / "scripts" / "common.sh").read_text(), re.S)[1]
+    setup = re.search(r"SETUP=\(\n(.*?)\n\)", (ROOT / "scripts" / "common.sh").read_text(), re.S)[1]
+    own = re.search(r"finetune_and_evaluate \w+ (.*)\"\$@\"", script.read_text().replace("\\\n", " "))[1]
+    text = " ".join([setup, recipe.replace('"${SETUP[@]}"', ""), own]).replace("$((16 / WORLD))", "16")
+    return shlex.split(text)
+
+
+METHODS = ["", "_cyclical", "_step", "_exponential", "_drop_inc", "_drop_dec", "_drop_inc_v2", "_drop_dec_v2"]
+
+
+def test_the_first_eight_trials_are_the_published_methods(space):
+    sets = space.first_sets()
+    assert len(sets) == len(METHODS)
+    for method, values in zip(METHODS, sets, strict=True):
+        script = published_flags(ROOT / "scripts" / f"finetuning_sqa_7b{method}.sh")
+        not_searched = ["--max_seq_len", "512", "--epochs", "20", "--n_prompt", "6", "--prompt_format", "QCM-ALE"]
+        expected = vars(train.get_args_parser().parse_args(script))
+        found = vars(train.get_args_parser().parse_args([*EFFECTIVE_32, *not_searched, *command_line(values)]))
+        assert found == expected
+
+
+def test_every_end_of_the_default_space_is_taken_by_train(space):
+    space.check(lambda values: search.check_train(EFFECTIVE_32, 1, values))
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_no_suggestion_is_refused_and_the_same_trial_gives_the_same(space, seed):
+    draws = Draws(seed)
+    values = space.suggest(draws)
+    search.check_train(EFFECTIVE_32, 1, values)
+    params = dict(draws.params)
+    assert space.suggest(draws) == values and draws.params == params
+    assert ("min_lr" in values) == (values["lr_schedule"] in ("cosine", "cyclical"))
+    assert ("dropout_lim" in values) == (values["dropout_var"] != 1)
+
+
+def test_enqueued_parameters_are_sampled_back_to_their_flags(space):
+    for values in space.first_sets():
+        draws = Draws(0)
+        draws.params = space.encode(values)
+        assert space.suggest(draws) == values
+
+
+def test_flags_that_are_given_are_not_searched(space):
+    fixed = space.fix({"lr_schedule": "step", "blr": 0.16, "dropout_prob": 0.25})
+    values = fixed.suggest(Draws(1))
+    assert not {"lr_schedule", "blr", "dropout_prob", "min_lr"} & values.keys() and "warmup_epochs" in values
+    rising = [values["dropout_lim"] for values in map(fixed.suggest, map(Draws, range(200)))
+              if values["dropout_var"] > 1]
+    assert min(rising) == 0.25 and max(rising) == 0.4
+    # the published sets with another schedule or dropout are left out, and so are those whose limit is now too low
+    assert [values["dropout_var"] for values in fixed.first_sets()] == [1]
+    assert len(space.fix({"lr_schedule": "step"}).first_sets()) == 5
+    assert "nothing is left to search" in error_message(make({"dropout_prob": FLOAT}).fix, {"dropout_prob": 0.1})
+
+
+def make(parameters: dict, enqueue=({},)):
+    """As read from a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "space.json")
+        path.write_text(json.dumps({"parameters": parameters, "enqueue": list(enqueue)}))
+        return read_space(path, KNOWN)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"kind": "int"}, "space.json: dropout_prob is int, so low, high and default must be whole"),
+    ({"kind": "categorical"}, "space.json: dropout_prob needs choices"),
+    ({"choices": [1]}, "space.json: dropout_prob needs low and high, and no choices, since it is float"),
+    ({"log": True}, "space.json: dropout_prob needs low below high, and above 0 where it is log"),
+    ({"default": 0.5}, "space.json: dropout_prob has the default 0.5, which does not lie in [0, 0.3]"),
+    ({"high": "blr", "log": True}, "space.json: dropout_prob has another flag's value as a bound"),
+    ({"low": None}, "space.json: parameters.dropout_prob.low"),
+    ({"step": 1}, "space.json: parameters.dropout_prob.step: is unknown to this version of LaVIN"),
+    ({"kind": "bool"}, "space.json: parameters.dropout_prob.kind: should be 'float', 'int' or 'categorical'")])
+def test_a_parameter_that_does_not_fit_together_is_refused(changes, words):
+    assert error_message(make, {"dropout_prob": {**FLOAT, **changes}}).split("/")[-1].startswith(words)
+
+
+def check(parameters: dict, enqueue=({},), words=("--epochs", "3")):
+    make(parameters, enqueue).check(lambda values: search.check_train(list(words), 1, values))
+
+
+@pytest.mark.parametrize("parameters, enqueue, words", [
+    ({"droput_prob": FLOAT}, [{}], "space.json: droput_prob: --droput_prob is no flag of train.py"),
+    ({"save_every_minutes": {**FLOAT}}, [{}], "space.json: save_every_minutes: --save_every_minutes changes no result"),
+    ({"dropout_prob": {**FLOAT, "when": {"lr_schedule": ["step"]}}}, [{}],
+     "space.json: dropout_prob depends on lr_schedule, which comes later or is not there"),
+    ({"dropout_prob": {**FLOAT, "high": "dropout_lim"}}, [{}],
+     "space.json: dropout_prob depends on dropout_lim, which comes later or is not there"),
+    ({"dropout_prob": FLOAT}, [{"dropuot": 1}], "space.json: enqueue: --dropuot is no flag of train.py"),
+    ({"dropout_prob": FLOAT}, [{"dropout_prob": 0.4}], "space.json: dropout_prob 0.4 is not in the space"),
+    ({"dropout_prob": FLOAT}, [{"epochs": 4}], "space.json: epochs is set where it is not searched"),
+    ({"warmup_epochs": {**FLOAT, "high": 5}}, [{}],
+     "space.json: warmup_epochs 5: --warmup_epochs 5.0 must lie between 0 and --epochs 3"),
+    ({"dropout_prob": {**FLOAT, "high": 1}}, [{}], "space.json: dropout_prob 1: --dropout_prob 1 does not lie in")])
+def test_a_space_that_train_refuses_is_refused_before_anything_is_trained(parameters, enqueue, words):
+    assert error_message(check, parameters, enqueue).split("/")[-1].startswith(words)
+
+
+def test_whole_numbers_are_sampled():
+    space = make({"hidden_proj": {"kind": "int", "low": 8, "high": 10, "default": 8}})
+    assert {space.suggest(Draws(i))["hidden_proj"] for i in range(50)} == {8, 9, 10}
+    assert command_line({"hidden_proj": 9}) == ["--hidden_proj", "9"]

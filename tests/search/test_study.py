@@ -1,0 +1,282 @@
+"""The trials of a study: none is lost, none is run twice, none stays RUNNING, whichever worker is killed where."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("optuna")
+from lavin.runtime.errors import UserError
+from lavin.runtime.files import read_json
+from tiny import ROOT
+from user_errors import error_message
+from util.search import study as study_module
+from util.search.folder import RECORD, Settings, add_rung, add_seconds, read_records, read_settings
+from util.search.locks import claim, waiting_for
+from util.search.space import Space
+from util.search.study import COMPLETE, FAIL, PRUNED, Study, Trial, rungs, run_trial
+
+SPACE = Space({"blr": {"kind": "float", "low": 0.0, "high": 1.0, "default": 0.5},
+               "dropout_prob": {"kind": "float", "low": 0.0, "high": 0.9, "default": 0.1}},
+              [{}, {"blr": 0.25}], "space.json")
+SETTINGS = {"trials": 6, "pruner": "asha", "questions": 100, "confirm": 1, "seeds": 2, "steps_per_epoch": 10,
+            "space": {"parameters": SPACE.parameters, "enqueue": SPACE.enqueue}, "flags": {"epochs": 9, "seed": 0}}
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore:The reported value")
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+
+
+class Killed(BaseException):
+    """Stands for a worker that ends at once: the operating system releases its lock."""
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    """The address of a server of its own, which refuses to run as root."""
+    pytest.importorskip("psycopg")
+    if not POSTGRES or (os.getuid() == 0 and not shutil.which("setpriv")):
+        pytest.skip("no PostgreSQL server is installed")
+    folder = Path(tempfile.mkdtemp(prefix="postgres"))
+    as_user = ["setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups"] if os.getuid() == 0 else []
+    if as_user:
+        shutil.chown(folder, "nobody", "nogroup")
+
+    def run(program, *arguments):
+        subprocess.run([*as_user, POSTGRES[-1] / program, *arguments], check=True, cwd=folder, timeout=60,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    run("initdb", "--pgdata", folder / "data", "--username", "lavin", "--auth", "trust", "--no-sync")
+    run("pg_ctl", "start", "--wait", "--pgdata", folder / "data", "--log", folder / "log", "--options",
+        f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off")
+    yield f"postgresql+psycopg://lavin@/postgres?host={folder}"
+    run("pg_ctl", "stop", "--mode", "immediate", "--pgdata", folder / "data")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["journal", "postgresql"])
+def storage(request):
+    return request.getfixturevalue("postgres") if request.param == "postgresql" else None
+
+
+def open_study(folder: Path, url: str | None = None, **changes) -> Study:
+    return Study(folder, SPACE, {**SETTINGS, **changes}, url)
+
+
+def quality(trial: Trial) -> int:
+    """Of 100 questions: the more, the nearer blr is to 0.25."""
+    return round(90 - 80 * abs(trial.values["blr"] - 0.25))
+
+
+def fake_reach(counts: Counter, rng=None, kill: float = 0.0):
+    """Counts the epochs of each trial, and is killed with a probability before or after it writes its score."""
+    def reach(trial: Trial, epochs: int) -> float:
+        path = trial.folder / "epochs"
+        done = int(path.read_text()) if path.is_file() else 0
+        if rng and rng.random() < kill:
+            raise Killed
+        counts[trial.number] += max(0, epochs - done)
+        path.write_text(str(max(done, epochs)))
+        add_seconds(trial.folder, max(0, epochs - done))
+        accuracy = add_rung(trial.folder, epochs, {"correct": {"Avg": quality(trial)}, "counts": {"Avg": 100}})
+        if rng and rng.random() < kill:
+            raise Killed
+        return accuracy
+    return reach
+
+
+def all_numbers(study: Study) -> list[int]:
+    return sorted(trial.number for trial in study.trials())
+
+
+# --- Taking, resuming, ending ---
+
+def test_a_killed_workers_trial_is_resumed_and_the_budget_is_kept(storage, tmp_path):
+    """The first worker is killed at each place where that matters, many times; a new one takes over each time."""
+    rng, counts, kills = random.Random(0), Counter(), 0
+    study = open_study(tmp_path, storage)
+    while not study.all_ended():
+        study = open_study(tmp_path, storage)  # another process would open it anew
+        try:
+            run_trial(study, study.take(), fake_reach(counts, rng, kill=0.3))
+        except Killed:
+            kills += 1
+    records = read_records(tmp_path)
+    assert kills >= 4 and list(records) == [f"{i:03d}" for i in range(6)] and all_numbers(study) == list(range(6))
+    for trial in study.trials():
+        record = records[f"{trial.number:03d}"]
+        assert record["state"] == trial.state.name in ("COMPLETE", "PRUNED")
+        # no epoch is lost or made twice
+        last = record["rungs"][-1]["epoch"]
+        assert counts[trial.number] == record["seconds"] == last == max(trial.intermediate_values)
+        assert [rung["epoch"] for rung in record["rungs"]] == [epoch for epoch in (1, 3, 9) if epoch <= last]
+    assert study.take() is None
+
+
+def test_an_abandoned_trial_comes_before_a_new_one_and_is_the_same(tmp_path):
+    study = open_study(tmp_path)
+    with pytest.raises(Killed):
+        run_trial(study, study.take(), lambda trial, epochs: (_ for _ in ()).throw(Killed()))
+    busy = study.take()  # resumes 0
+    assert (busy.number, busy.resumed) == (0, True) and busy.values == {"blr": 0.5, "dropout_prob": 0.1}
+    other = open_study(tmp_path)
+    second, third = other.take(), other.take()
+    assert [(trial.number, trial.resumed) for trial in (second, third)] == [(1, False), (2, False)]
+    assert second.values == {"blr": 0.25, "dropout_prob": 0.1}  # the second set that is tried first
+    os.close(third.lock)  # killed
+    again = study.take()
+    assert (again.number, again.resumed, again.values) == (2, True, third.values)
+    assert again.optuna.params == third.optuna.params
+
+
+def test_a_worker_killed_while_it_asks_leaves_a_trial_that_is_completed(tmp_path, monkeypatch):
+    """After the trial has its number, and after one of its two parameters."""
+    for number, n_params in enumerate((0, 1)):
+        study, locks = open_study(tmp_path), []
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(study_module, "claim", lambda path, locks=locks: locks.append(claim(path)) or locks[-1])
+            patched.setattr(Space, "suggest", lambda self, trial, n=n_params: (
+                [trial.suggest_float(name, 0.0, high) for name, high in (("blr", 1.0), ("dropout_prob", 0.9))[:n]],
+                (_ for _ in ()).throw(Killed())))
+            study.take()
+        os.close(locks[-1])  # as the operating system does
+        trial = open_study(tmp_path).take()
+        assert (trial.number, trial.resumed, len(trial.values)) == (number, True, 2)
+        run_trial(study, trial, fake_reach(Counter()))
+
+
+def test_a_trial_killed_between_its_folder_and_the_storage_is_ended_again(tmp_path, monkeypatch):
+    study = open_study(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(study.optuna, "tell", lambda *_: (_ for _ in ()).throw(Killed()))
+        run_trial(study, study.take(), fake_reach(Counter()))
+    counts = Counter()
+    assert run_trial(study, study.take(), fake_reach(counts)) == (COMPLETE, "")
+    assert counts[0] == 0 and study.trials()[0].state == COMPLETE and read_records(tmp_path)["000"]["seconds"] == 9
+
+
+def test_workers_at_once_share_the_budget(storage, tmp_path):
+    """Eight threads, each with a study of its own, ask for six trials; none is given twice."""
+    open_study(tmp_path, storage)
+    taken, barrier = [], threading.Barrier(8)
+
+    def work():
+        study = open_study(tmp_path, storage)
+        barrier.wait()
+        while (trial := study.take()) is not None:
+            taken.append(trial.number)
+            run_trial(study, trial, fake_reach(Counter()))
+
+    workers = [threading.Thread(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(taken) == list(range(6)) == all_numbers(open_study(tmp_path, storage))
+
+
+def test_a_failed_trial_is_told_with_its_line_and_the_study_goes_on(tmp_path):
+    study = open_study(tmp_path)
+
+    def fails(trial, epochs):
+        raise UserError("training diverged")
+
+    assert run_trial(study, study.take(), fails) == (FAIL, "training diverged")
+    assert read_records(tmp_path)["000"]["message"] == "training diverged"
+    assert study.take().number == 1 and study.trials(FAIL)[0].number == 0
+
+
+# --- Pruning ---
+
+def test_rungs_lie_within_the_full_schedule():
+    assert rungs(20, "asha") == [2, 6, 20] and rungs(9, "median") == [1, 3, 9] and rungs(27, "asha") == [3, 9, 27]
+    assert rungs(3, "asha") == [1, 3] and rungs(2, "asha") == [1, 2] and rungs(1, "asha") == [1]
+    assert rungs(20, "none") == [20]
+
+
+def test_asha_promotes_a_third_and_only_the_best(tmp_path):
+    study, counts = open_study(tmp_path, trials=24), Counter()
+    while (trial := study.take()) is not None:
+        run_trial(study, trial, fake_reach(counts))
+    states = Counter(trial.state for trial in study.trials())
+    assert states[COMPLETE] + states[PRUNED] == 24
+    assert sum(counts.values()) < 0.5 * 24 * 9
+    finished, pruned = ([abs(trial.params["blr"] - 0.25) for trial in study.trials(state)]
+                        for state in (COMPLETE, PRUNED))
+    assert 2 * len(finished) < len(pruned) and min(finished) < min(pruned)
+
+
+def test_without_a_pruner_every_trial_finishes(tmp_path):
+    study, counts = open_study(tmp_path, pruner="none"), Counter()
+    while (trial := study.take()) is not None:
+        run_trial(study, trial, fake_reach(counts))
+    assert set(counts.values()) == {9} and len(study.trials(COMPLETE)) == 6
+
+
+def test_a_study_of_one_worker_can_be_repeated(tmp_path):
+    values = []
+    for name in ("a", "b"):
+        study = open_study(tmp_path / name, trials=12, pruner="none")
+        while (trial := study.take()) is not None:
+            run_trial(study, trial, fake_reach(Counter()))
+        values.append([trial.params for trial in study.trials()])
+    assert values[0] == values[1] and len({json.dumps(params) for params in values[0]}) == 12
+
+
+# --- What the study is ---
+
+@pytest.mark.parametrize("changes, words", [
+    ({"trials": 7}, "--trials 7, not 6"), ({"pruner": "none"}, "--pruner none, not asha"),
+    ({"flags": {"epochs": 9, "seed": 3}}, "train.py's --seed 3, not 0"),
+    ({"space": {"parameters": {}, "enqueue": []}}, "other --space")])
+def test_a_worker_with_other_settings_is_refused_by_what_differs(tmp_path, changes, words):
+    open_study(tmp_path)
+    assert f"{tmp_path} is a study of other settings ({words})" in error_message(open_study, tmp_path, None, **changes)
+    assert open_study(tmp_path).n_trials == 6  # the same settings are no others
+    settings = read_settings(tmp_path)
+    assert set(Settings.__annotations__) <= settings.keys()
+
+
+def test_a_study_stays_in_its_storage(tmp_path, postgres):
+    open_study(tmp_path / "file")
+    open_study(tmp_path / "database", postgres)
+    assert "journal.log: leave --storage out" in error_message(open_study, tmp_path / "file", postgres)
+    assert "a database: name it with --storage" in error_message(open_study, tmp_path / "database")
+    assert "does not know the study" in error_message(open_study, tmp_path / "database",
+                                                      f"sqlite:///{tmp_path}/other.db")
+    open_study(tmp_path / "again" / "database", postgres)  # studies of one name do not meet
+    assert len(open_study(tmp_path / "again" / "database", postgres).trials()) == 2
+    for url in ("nonsense", "postgresql+psycopg://lavin@/none?host=/nowhere", "unknown://x"):
+        assert "--storage cannot be used" in error_message(open_study, tmp_path / "new", url)
+
+
+def test_a_study_killed_while_it_begins_is_begun_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(study_module, "write_json", lambda *_: (_ for _ in ()).throw(Killed()))
+        open_study(tmp_path)
+    assert len(open_study(tmp_path).trials()) == 2
+
+
+# --- Locks ---
+
+def test_a_command_that_outlives_its_worker_keeps_the_lock(tmp_path):
+    """What a killed worker had started is not started again before it has ended."""
+    script = ("import os, subprocess, sys; from pathlib import Path; from util.search.locks import claim; "
+              f"lock = claim(Path({str(tmp_path / 'lock')!r})); "
+              "subprocess.Popen([sys.executable, '-c', 'input()'], pass_fds=[lock]); print('held', flush=True); "
+              "os.kill(os.getpid(), 9)")
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as worker:
+        assert worker.stdout.readline() == "held\n"
+        assert worker.wait(30) == -9
+        assert claim(tmp_path / "lock") is None
+        worker.stdin.write("\n")
+    with waiting_for(tmp_path / "lock"):  # it has ended
+        assert claim(tmp_path / "lock") is None
+    os.close(claim(tmp_path / "lock"))
