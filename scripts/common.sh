@@ -73,6 +73,35 @@ launch() {
     run "${command[@]}" "$@"
 }
 
+check_jobs() {
+    [[ $JOBS =~ ^[1-9][0-9]{0,2}$ ]] || fail "JOBS=$JOBS: give the number of runs at once, from 1 to 999"
+}
+
+# take_share SLOT: job number SLOT of JOBS gets GPUs of its own, or one of them where there are more jobs than GPUs
+take_share() {
+    local all n
+    [ "$GPUS" -gt 1 ] && [ "$JOBS" -gt 1 ] && [ "$NODES" -eq 1 ] || return 0
+    IFS=, read -r -a all <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}"
+    n=$((JOBS < GPUS ? GPUS / JOBS : 1))
+    all=("${all[@]:$1 * n % GPUS:n}")
+    export GPUS=$n CUDA_VISIBLE_DEVICES
+    CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${all[*]}")
+}
+
+# in_parallel FLAG...: `work SLOT FLAG...` for each of JOBS slots. Fails with the status of one that failed.
+in_parallel() {
+    local slot workers=() worker status=0
+    for ((slot = 0; slot < JOBS; slot++)); do
+        work "$slot" "$@" &
+        workers+=($!)
+    done
+    for worker in "${workers[@]}"; do
+        while kill -0 "$worker" 2> /dev/null; do wait "$worker" || true; done # a signal ends `wait` early
+        wait "$worker" || status=$?
+    done
+    return "$status"
+}
+
 # train METHOD FLAG...: trains into $OUTPUT_ROOT/LaVIN-$MODEL-METHOD, with the flags that $flags then holds.
 train() {
     flags=(--llm_model "$MODEL" --llama_model_path "$WEIGHTS" --data_root "$DATA_ROOT"

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # All eight methods: goes on past a failure and names it at the end; finished runs take a moment.
-# SEEDS="0 1 2" repeats each; JOBS=2 runs two at once, for CPUs; arguments go to every method; the environment is that
-# of scripts/common.sh.
+# SEEDS="0 1 2" repeats each; JOBS=4 runs four at once, which share the node's GPUS and so need no communication between
+# them (JOBS=1, the default: each on all GPUs); arguments go to every method; the environment is that of
+# scripts/common.sh.
 source "$(dirname "$0")/common.sh"
 JOBS=${JOBS:-1}
 SEEDS=${SEEDS:-0}
 METHODS="base cyclical step exponential drop_inc drop_dec drop_inc_v2 drop_dec_v2"
 
-[[ $JOBS =~ ^[1-9][0-9]{0,2}$ ]] || fail "JOBS=$JOBS: give the number of methods to run at once, from 1 to 999"
+check_jobs
 [[ " $SEEDS" =~ ^([[:space:]]+(0|[1-9][0-9]*))+[[:space:]]*$ ]] ||
     fail "SEEDS=\"$SEEDS\": give whole numbers from 0, as in SEEDS=\"0 1 2\""
 
@@ -36,6 +37,7 @@ touch "$state/failed"
 work() {
     local i method seed script folder status
     forward_signals
+    take_share "$1"
     export TQDM_POSITION=$1 # each slot's progress bar has a line of its own
     for ((i = $1; i < ${#runs[@]}; i += JOBS)); do
         [ ! -e "$state/stopped" ] || return
@@ -51,8 +53,7 @@ work() {
     done
 }
 
-for ((slot = 0; slot < JOBS; slot++)); do work "$slot" "$@" & done
-while [ -n "$(jobs -rp)" ]; do wait || true; done # a signal ends `wait` early
+in_parallel "$@" || true # $state says what failed
 if [ -n "$stopped" ] || [ -e "$state/stopped" ]; then
     echo "stopped: the same command goes on" >&2
     exit "$UNFINISHED"

@@ -213,6 +213,53 @@ def test_jobs_share_the_runs(sandbox, jobs):
     assert len(runs) == len(set(runs)) == 16 and sum("eval.py" in call for call in calls) == 16
 
 
+def devices(calls: list[str]) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each training."""
+    return [call.split()[0].removeprefix("gpus=") for call in calls if "train.py" in call or "search.py" in call]
+
+
+SHOWING_GPUS = STUB.replace('echo "$name $*"', 'echo "gpus=${CUDA_VISIBLE_DEVICES-all} $name $*"')
+
+
+@pytest.mark.parametrize("gpus, jobs, visible, shares", [
+    ("4", "4", "", ["0", "1", "2", "3"]), ("4", "2", "", ["0,1", "2,3"]), ("2", "4", "5,7", ["5", "7"]),
+    ("4", "1", "", ["all"]), ("1", "2", "", ["all"]), ("4", "4", "GPU-a,GPU-b,GPU-c,GPU-d", ["GPU-a", "GPU-b",
+                                                                                        "GPU-c", "GPU-d"])])
+def test_jobs_share_the_gpus_of_a_node(sandbox, gpus, jobs, visible, shares):
+    """Without communication where each has one; the effective batch stays 32."""
+    (sandbox.folder / "bin" / "python").write_text(SHOWING_GPUS)
+    environment = {"GPUS": gpus, "JOBS": jobs, **({"CUDA_VISIBLE_DEVICES": visible} if visible else {})}
+    calls = sandbox.run("scripts/run_all_variants.sh", **environment)
+    assert len(devices(calls)) == 8 and set(devices(calls)) == set(shares)
+    n = int(gpus) if jobs == "1" else len(shares[0].split(",")) if shares != ["all"] else 1
+    assert all(f"--accum_iter {16 // n} " in call and ("--nproc_per_node" in call) == (n > 1)
+               for call in calls if "train.py" in call)
+
+
+@pytest.mark.parametrize("environment, shares, gpus", [
+    ({"GPUS": "4"}, ["0", "1", "2", "3"], 1), ({"GPUS": "4", "JOBS": "1"}, ["all"], 4), ({"GPUS": "1"}, ["all"], 1),
+    ({"GPUS": "2", "JOBS": "4"}, ["0", "0", "1", "1"], 1)])
+def test_a_search_has_a_worker_for_each_share(sandbox, environment, shares, gpus):
+    (sandbox.folder / "bin" / "python").write_text(SHOWING_GPUS)
+    *workers, last = sandbox.run("scripts/search_sqa_7b.sh", "--trials", "5", "--", "--seed", "1", **environment)
+    workers, plots = ([*workers, last], []) if len(shares) == 1 else (workers, [last])
+    assert sorted(devices(workers)) == shares
+    for worker in workers:
+        assert f"python search.py --study ./search-7B --gpus {gpus} --trials 5 -- --llm_model 7B" in worker
+        assert f"--accum_iter {16 // gpus} " in worker and worker.endswith(" --seed 1")
+        assert "--blr" not in worker  # nothing that is searched is fixed
+    assert all(plot.endswith("plot_results.py ./search-7B --out ./search-7B/report") for plot in plots)
+
+
+def test_a_search_that_fails_or_is_stopped_says_so(sandbox):
+    calls = sandbox.run("scripts/search_sqa_7b.sh", GPUS="2", FAIL="search.py", STATUS="3", code=3)
+    assert "plot_results" not in str(calls)
+    calls = sandbox.stop("scripts/search_sqa_7b.sh", GPUS="2", HANG="search.py", n=2)
+    assert calls[-2:] == ["TERM", "TERM"]
+    assert sandbox.run("scripts/search_sqa_7b.sh", SLURM_NNODES="2", code=1) == calls
+    assert "sbatch slurm/search.sbatch" in sandbox.errors
+
+
 # --- stopping ---
 
 @pytest.mark.parametrize("gpus", ["1", "4"])
@@ -269,6 +316,12 @@ def test_slurm_one_node(sandbox):
     assert calls[1].endswith("--epochs 5")
     sandbox.run("slurm/one_node.sbatch", code=1, **slurm(sandbox))
     assert sandbox.errors.startswith("name a script: sbatch ")
+
+
+def test_slurm_search_is_an_array_of_workers(sandbox):
+    calls = sandbox.run("bin/sbatch", "slurm/search.sbatch", "--trials", "5", GPUS="1", **slurm(sandbox))
+    assert calls[1].startswith("python search.py --study ./search-7B --gpus 1 --trials 5 -- --llm_model 7B")
+    assert "#SBATCH --array=" in (sandbox.folder / "slurm" / "search.sbatch").read_text()
 
 
 @pytest.mark.parametrize("job, port", [("42", 10042), ("1234567", 44567)])  # jobs that share a node

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Searches the study's hyperparameters on validation, and draws the report. The same command, on this node or another,
+# is more workers for the same study, and goes on with what was interrupted.
+#   bash scripts/search_sqa_7b.sh [FLAG of search.py ...] [-- FLAG of train.py ...]
+#   STUDY=./search-7B    the study's folder
+#   JOBS=4               trials at once on this node, which share its GPUS (default: one a GPU; JOBS=1: all for one)
+# The other variables are those of scripts/common.sh.
+source "$(dirname "$0")/common.sh"
+export STUDY=${STUDY:-$OUTPUT_ROOT/search-$MODEL}
+JOBS=${JOBS:-$GPUS}
+check_jobs
+[ "$NODES" -eq 1 ] || fail "a trial runs on one node: sbatch slurm/search.sbatch starts an array of workers"
+
+# work SLOT FLAG...: a worker on its share of the GPUs
+work() {
+    forward_signals
+    take_share "$1"
+    export TQDM_POSITION=$1
+    JOBS=1 run bash scripts/search_sqa_7b.sh "${@:2}"
+}
+
+if [ "$JOBS" -gt 1 ]; then
+    in_parallel "$@"
+    run python plot_results.py "$STUDY" --out "$STUDY/report"
+    exit
+fi
+
+search=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    search+=("$1")
+    shift
+done
+run python search.py --study "$STUDY" --gpus "$GPUS" "${search[@]}" -- --llm_model "$MODEL" \
+    --llama_model_path "$WEIGHTS" --data_root "$DATA_ROOT" "${SETUP[@]}" "${@:2}"
