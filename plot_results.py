@@ -1,7 +1,8 @@
 """Compares runs: `python plot_results.py RUN [RUN ...]`; without an argument, the published eight methods.
 
 Writes figures (util/study/figures.py) and a table in Markdown, CSV and LaTeX (util/study/tables.py); with --plan,
-prints how many seeds and questions a difference needs (util/study/planning.py).
+prints how many seeds and questions a difference needs (util/study/planning.py). Of a study of search.py, it writes the
+report (util/search/report.py).
 """
 
 import argparse
@@ -11,6 +12,8 @@ from lavin.runtime.console import summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import write_text
 from util.flags import Parser, interval
+from util.search.folder import is_study
+from util.search.report import write_report
 from util.study.comparison import Comparison, compare, published, with_published
 from util.study.figures import write_figures
 from util.study.planning import plan
@@ -22,7 +25,8 @@ TABLES = {"md": markdown_table, "csv": csv_table, "tex": latex_table}
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("plot_results.py", description=summary(__doc__),
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, or a folder of runs")
+    parser.add_argument("runs", nargs="*", metavar="RUN",
+                        help="a run's folder, or a folder of runs; or a study of search.py")
     parser.add_argument("--base", default=None, metavar="RUN",
                         help="the run that others are compared to; default: cosine schedule, --dropout_var 1")
     parser.add_argument("--published", action="store_true", help="add the published runs to the comparison")
@@ -41,23 +45,39 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     return written
 
 
-def main(args: argparse.Namespace) -> None:
+def make_comparison(args: argparse.Namespace) -> Comparison:
     if args.base and not args.runs:
         raise UserError("--base is one of the runs to compare: name these too")
     if args.plan and args.published:
         raise UserError("--plan goes by the runs, without runs by the published ones: leave --published out")
     comparison = compare(args.runs, args.base) if args.runs else published()
-    if args.runs and args.published:
-        comparison = with_published(comparison)
+    return with_published(comparison) if args.runs and args.published else comparison
+
+
+def study_of(args: argparse.Namespace) -> Path | None:
+    """The folder of search.py that is named, if it is one."""
+    studies = [run for run in args.runs if is_study(run)]
+    if studies and (len(args.runs) > 1 or args.base or args.published or args.plan):
+        raise UserError(f"{studies[0]} is a study of search.py: name it alone")
+    return Path(studies[0]) if studies else None
+
+
+def main(args: argparse.Namespace) -> None:
+    study = study_of(args)
     if args.plan:
-        print(plan(comparison, args.plan))
+        print(plan(make_comparison(args), args.plan))
         return
     try:
-        written = write_comparison(comparison, Path(args.out))
+        if study:
+            written = write_report(study, Path(args.out))
+            text = written[0].read_text()
+        else:
+            comparison = make_comparison(args)
+            written, text = write_comparison(comparison, Path(args.out)), text_table(comparison)
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot write {error.filename} ({error.strerror}): "
                         "name another folder") from error
-    print(text_table(comparison), *written, sep="\n")
+    print(text, *written, sep="\n")
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ import pytest
 
 pytest.importorskip("optuna")
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json
 from tiny import ROOT
 from user_errors import error_message
 from util.search import study as study_module
-from util.search.folder import RECORD, Settings, add_rung, add_seconds, read_records, read_settings
+from util.search.folder import Settings, add_rung, add_seconds, read_records, read_settings
 from util.search.locks import claim, waiting_for
 from util.search.space import Space
-from util.search.study import COMPLETE, FAIL, PRUNED, Study, Trial, rungs, run_trial
+from util.search.study import COMPLETE, FAIL, PRUNED, Study, Trial, run_trial, rungs
 
 SPACE = Space({"blr": {"kind": "float", "low": 0.0, "high": 1.0, "default": 0.5},
                "dropout_prob": {"kind": "float", "low": 0.0, "high": 0.9, "default": 0.1}},

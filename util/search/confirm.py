@@ -19,6 +19,7 @@ from util.search.locks import claim
 from util.search.runner import Runner
 from util.search.space import Values
 from util.study.statistics import mcnemar, paired_bootstrap
+from util.study.tables import points
 
 VERDICT = "verdict.json"
 BASE = "000"  # the first trial
@@ -129,13 +130,13 @@ def dunnett(values: np.ndarray) -> float:
     return float((1 + n_larger) / (1 + DRAWS))
 
 
-def read_outcomes(runs: list[FreshRun]) -> dict[str, np.ndarray]:
-    """Of the validation split: [seeds, questions] by configuration."""
+def read_outcomes(runs: list[tuple[str, Path]]) -> dict[str, np.ndarray]:
+    """Of the validation split: [seeds, questions] by configuration. runs: configuration and folder of each."""
     rows: dict[str, list] = {}
-    for run in runs:
+    for configuration, folder in runs:
         answers = {answer["qid"]: answer["prediction"] == answer["answer"]
-                   for answer in read_json_lines(run.folder / "val" / "generations.jsonl")}
-        rows.setdefault(run.configuration, []).append([answers[qid] for qid in sorted(answers)])
+                   for answer in read_json_lines(folder / "val" / "generations.jsonl")}
+        rows.setdefault(configuration, []).append([answers[qid] for qid in sorted(answers)])
     return {name: np.array(row, int) for name, row in rows.items()}
 
 
@@ -146,7 +147,8 @@ def finish(study: Path, runner: Runner, runs: list[FreshRun], epochs: int) -> No
         return
     try:
         if not (study / VERDICT).is_file():
-            write_json(study / VERDICT, asdict(verdict(read_outcomes(runs))))
+            outcomes = read_outcomes([(run.configuration, run.folder) for run in runs])
+            write_json(study / VERDICT, asdict(verdict(outcomes)))
         winner: Any = read_json(study / VERDICT)["winner"]
         for run in runs:
             if run.configuration in (BASE, winner):
@@ -161,8 +163,8 @@ def sentence(verdict: Any) -> str:
     tests = " and ".join(f"p = {p:.3f} over {what}" for p, what in ((verdict["p_seeds"], "seeds"),
                                                                   (verdict["p_questions"], "questions"))
                          if p is not None)
-    interval = f"95 % interval {verdict['low']:+.2f} to {verdict['high']:+.2f}"
-    numbers = (f"{verdict['difference']:+.2f} points on validation with {seeds} ({interval}; {tests}, adjusted for "
+    interval = f"95 % interval {points(verdict['low'])} to {points(verdict['high'])}"
+    numbers = (f"{points(verdict['difference'])} points on validation with {seeds} ({interval}; {tests}, adjusted for "
                f"{verdict['n_configurations']} configurations)")
     if verdict["found"]:
         return f"Trial {verdict['winner']} is better than the base: {numbers}."

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
-from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, write_json
 from lavin.runtime.schema import declared, read_validated
 
@@ -30,8 +29,8 @@ class Rung(TypedDict):
 
 @declared
 class Record(TypedDict):
-    """trial.json. values: of the flags that are searched. params: the same as Optuna stores them. seconds: of all
-    commands, on `gpus` GPUs. seed: of a run of confirm/; message: of a failed trial."""
+    """trial.json. values: of the flags that are searched. params, distributions: the same as Optuna
+    stores them. seconds: of all commands, on `gpus` GPUs. message: of a failed trial."""
 
     state: Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
     values: dict[str, Any]
@@ -39,6 +38,7 @@ class Record(TypedDict):
     seconds: Annotated[float, Field(ge=0)]
     gpus: Annotated[int, Field(ge=1)]
     params: NotRequired[dict[str, Any]]
+    distributions: NotRequired[dict[str, str]]
     message: NotRequired[str]
 
 
@@ -106,10 +106,3 @@ def all_records(study: Path) -> list[Any]:
 
 def gpu_seconds(records: list[Any]) -> float:
     return sum(record["seconds"] * record["gpus"] for record in records)
-
-
-def require_records(study: Path) -> dict[str, Any]:
-    records = read_records(study)
-    if not records:
-        raise UserError(f"{study} has no trial yet: start search.py, and draw it later")
-    return records

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import distribution_to_json
 from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -92,23 +93,29 @@ class Study:
                 lock = claim(self.lock_path(left.number))
                 if lock is None:
                     continue
-                if left.number in [trial.number for trial in self.trials(TrialState.RUNNING)]:
+                if self.is_running(left.number):
                     return self.hold(optuna.trial.Trial(self.optuna, left._trial_id), lock, resumed=True)
                 os.close(lock)  # its worker has ended it meanwhile
             n_begun = len(self.trials())
             if n_begun >= self.n_trials and not self.trials(TrialState.WAITING):
                 return None
             # seeded by the trial's number: no two workers draw the same, and a study of one worker can be repeated
-            self.optuna.sampler = optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True,
-                                                             seed=n_begun - len(self.trials(TrialState.WAITING)))
+            self.optuna.sampler = self.sampler(n_begun - len(self.trials(TrialState.WAITING)))
             trial = self.optuna.ask()
             lock = claim(self.lock_path(trial.number))
             assert lock is not None  # nobody else takes a trial meanwhile
             return self.hold(trial, lock, resumed=False)
 
+    def sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """Of this trial. After the sets that are tried first, which have much in common, some are drawn at random."""
+        n_first = len(self.space.first_sets()) + min(10, self.n_trials // 4)
+        return optuna.samplers.TPESampler(n_startup_trials=n_first, multivariate=True, group=True, constant_liar=True,
+                                          seed=number)
+
     def hold(self, trial: optuna.trial.Trial, lock: int, resumed: bool) -> Trial:
         folder, values = trial_folder(self.folder, trial.number), self.space.suggest(trial)
-        begin_record(folder, self.gpus, values=values, params=trial.params)
+        distributions = {name: distribution_to_json(value) for name, value in trial.distributions.items()}
+        begin_record(folder, self.gpus, values=values, params=trial.params, distributions=distributions)
         return Trial(trial.number, folder, values, lock, trial, resumed)
 
     def end(self, trial: Trial, state: TrialState, accuracy: float | None = None, **message: str) -> None:
@@ -121,6 +128,9 @@ class Study:
 
     def trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
         return self.optuna.get_trials(deepcopy=False, states=states or None)
+
+    def is_running(self, number: int) -> bool:
+        return any(trial.number == number for trial in self.trials(TrialState.RUNNING))
 
     def lock_path(self, number: int) -> Path:
         return self.folder / ".locks" / f"{number:03d}"

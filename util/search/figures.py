@@ -1,0 +1,182 @@
+"""Pictures of a study (PNG and SVG), in the style of the comparison's. Filled: finished trials; hollow: others."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from util.search.report import StudyReport, Trial
+from util.study.figures import COLOURS, MARKERS, RC_PARAMS, integer_ticks, plt, save_figure
+
+FINISHED, PRUNED, BASE, BEST = "#0072B2", "#999999", "#000000", "#D55E00"
+UNFINISHED_MARKERS = ["v", "s", "D", "^"]  # by the epochs that trials reached
+COLUMNS = 4  # of panels
+
+
+def style(trial: Trial, colour: str | None = None) -> dict[str, Any]:
+    is_finished = trial.state == "COMPLETE"
+    colour = colour or (FINISHED if is_finished else PRUNED)
+    return {"color": colour, "markerfacecolor": colour if is_finished else "white"}
+
+
+def score_label(report: StudyReport, epoch: int | None = None) -> str:
+    after = f", after {epoch} of {report.epochs} epochs" if epoch else ""
+    return f"accuracy on {report.trials[0].questions:,} validation\nquestions (%){after}"
+
+
+def legend_below(figure, ax, ncols: int = 5) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, fontsize=8)
+
+
+def history(report: StudyReport):
+    figure, ax = plt.subplots(figsize=(7.5, 4.4))
+    epochs = sorted({trial.last[0] for trial in report.trials if trial.state != "COMPLETE"})
+    for epoch, marker in zip(epochs, UNFINISHED_MARKERS, strict=False):
+        ended = [trial for trial in report.trials if trial.state != "COMPLETE" and trial.last[0] == epoch]
+        ax.plot([int(trial.name) for trial in ended], [trial.last[1] for trial in ended], marker, color=PRUNED,
+                markerfacecolor="white", label=f"pruned after {epoch} epoch{'s' * (epoch > 1)}")
+    finished = [(int(trial.name), trial.last[1]) for trial in report.trials if trial.state == "COMPLETE"]
+    if finished:
+        numbers, values = map(list, zip(*finished, strict=True))
+        ax.plot(numbers, values, "o", color=FINISHED, label="finished")
+        best = list(np.maximum.accumulate(values))
+        ax.step([*numbers, int(report.trials[-1].name)], [*best, best[-1]], where="post", color=BEST, zorder=1,
+                label="best finished so far")
+    base = report.base_trial
+    if base and base.state == "COMPLETE":
+        ax.axhline(base.last[1], color=BASE, linestyle="--", linewidth=0.8, label="the base", zorder=0)
+    ax.set(title="Trials in their order", xlabel="trial", ylabel=score_label(report))
+    ax.xaxis.set_major_locator(integer_ticks())
+    legend_below(figure, ax)
+    return figure
+
+
+def learning_curves(report: StudyReport):
+    figure, ax = plt.subplots(figsize=(7.5, 4.8))
+    finished = [trial for trial in report.ranked if trial.state == "COMPLETE"]
+    best = (finished or report.ranked)[0]
+    seen = set()
+    for trial in reversed(report.ranked):
+        label = "the best" if trial is best else "the base" if trial is report.base_trial else \
+            "finished" if trial.state == "COMPLETE" else "pruned"
+        colour = {"the best": BEST, "the base": BASE, "finished": FINISHED, "pruned": PRUNED}[label]
+        special = label.startswith("the")
+        ax.plot(*zip(*trial.curve, strict=True), marker="o" if trial.state == "COMPLETE" else "v",
+                linewidth=2 if special else 0.8, zorder=3 if special else 2, alpha=1 if special else 0.75,
+                label=None if label in seen else label, **style(trial, colour))
+        seen.add(label)
+    ax.set(title="Accuracy within the full schedule", xlabel="epoch", ylabel=score_label(report))
+    ax.xaxis.set_major_locator(integer_ticks())
+    legend_below(figure, ax)
+    return figure
+
+
+def rates(report: StudyReport):
+    """None where no learning rate is searched."""
+    flag = next((flag for flag in ("blr", "lr") if flag in report.base), None)
+    if flag is None:
+        return None
+    figure, ax = plt.subplots(figsize=(7.5, 4.8))
+    schedules = sorted({str(trial.values.get("lr_schedule", "")) for trial, _ in report.comparable})
+    for schedule, colour, marker in zip(schedules, COLOURS[1:], MARKERS, strict=False):
+        label = schedule or "trials"
+        for trial, percent in report.comparable:
+            if str(trial.values.get("lr_schedule", "")) == schedule:
+                ax.plot(trial.values[flag], percent, marker, linestyle="none", label=label, **style(trial, colour))
+                label = "_"
+    mark_base(ax, report.base[flag])
+    ax.set(title="Learning rate (filled: finished trials)", xlabel=f"--{flag} (log scale)", xscale="log",
+           ylabel=score_label(report, report.shared_epoch))
+    plain_log_ticks(ax)
+    legend_below(figure, ax)
+    return figure
+
+
+def mark_base(ax, x: float) -> None:
+    ax.axvline(x, color=BASE, linestyle="--", linewidth=0.8, label="the base's value", zorder=0)
+
+
+def plain_log_ticks(ax) -> None:
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def parameters(report: StudyReport):
+    """A panel for each flag that is searched; a flag that a trial does not use is not drawn."""
+    flags = list(dict.fromkeys(flag for trial, _ in report.comparable for flag in trial.values))
+    columns = min(COLUMNS, len(flags))
+    rows = -(-len(flags) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, 2.3 * rows + 0.6), sharey=True, squeeze=False)
+    for ax, flag in zip(axes.flat, flags, strict=False):
+        draw_parameter(ax, report, flag)
+    for ax in axes.flat[len(flags):]:
+        ax.set_visible(False)
+    figure.supylabel(score_label(report, report.shared_epoch), fontsize=9)
+    legend_below(figure, axes.flat[0])
+    return figure
+
+
+def draw_parameter(ax, report: StudyReport, flag: str) -> None:
+    used = [(trial, percent) for trial, percent in report.comparable if flag in trial.values]
+    parameter = next(p for name, p in report.settings["space"]["parameters"].items() if p.get("flag", name) == flag)
+    is_categorical = parameter["kind"] == "categorical"
+    choices = parameter.get("choices", [])
+    place = choices.index if is_categorical else float
+    labels = {True: "finished", False: "pruned"}
+    for trial, percent in used:
+        is_finished = trial.state == "COMPLETE"
+        ax.plot(place(trial.values[flag]), percent, "o" if is_finished else "v", label=labels.pop(is_finished, None),
+                **style(trial))
+    if flag in report.base:
+        mark_base(ax, place(report.base[flag]))
+    ax.set(xlabel=f"--{flag}")
+    if is_categorical:
+        long = sum(len(str(choice)) for choice in choices) > 18
+        ax.set_xticks(range(len(choices)), choices, rotation=25 if long else 0, ha="right" if long else "center")
+        ax.set_xlim(-0.5, len(choices) - 0.5)
+    elif parameter.get("log"):
+        ax.set(xscale="log")
+        plain_log_ticks(ax)
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_formatter("{x:g}")
+
+
+def importance(report: StudyReport):
+    """None where it is not known."""
+    shares = report.importance
+    if not shares:
+        return None
+    figure, ax = plt.subplots(figsize=(6.4, 1.3 + 0.28 * len(shares)))
+    ys = np.arange(len(shares))
+    ax.barh(ys, list(shares.values()), color=FINISHED, height=0.65)
+    for y, share in zip(ys, shares.values(), strict=True):
+        ax.annotate(f"{100 * share:.0f} %", (share, y), xytext=(4, 0), textcoords="offset points", va="center",
+                    fontsize=8)
+    ax.set(title=f"Importance for accuracy after {report.shared_epoch} of {report.epochs} epochs",
+           xlabel="share (PED-ANOVA)", yticks=ys, yticklabels=list(shares), ylim=(len(shares) - 0.4, -0.6))
+    ax.set_xlim(0, 1.12 * max(*shares.values(), 0.01))
+    ax.grid(axis="y", visible=False)
+    return figure
+
+
+FIGURES = {"history": history, "learning_curves": learning_curves, "rates": rates, "parameters": parameters,
+           "importance": importance}
+
+
+def write_figures(report: StudyReport, folder: Path) -> list[Path]:
+    written = []
+    with plt.rc_context(RC_PARAMS):
+        for name, draw in FIGURES.items():
+            figure = draw(report)
+            if figure is None:
+                continue
+            for suffix in ("png", "svg"):
+                written.append(folder / f"{name}.{suffix}")
+                save_figure(figure, written[-1])
+            plt.close(figure)
+    return written
