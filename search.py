@@ -55,16 +55,11 @@ def get_args_parser() -> Parser:
 
 # --- What is searched ---
 
-def parse_train(words: list[str], gpus: int) -> argparse.Namespace:
-    """train.py's flags, checked by itself."""
-    args = train_parser().parse_args(words)
+def check_train(words: list[str], gpus: int, values: Values) -> None:
+    """Raises UserError where train.py would refuse its flags."""
+    args = train_parser().parse_args([*words, *command_line(values)])
     set_learning_rate(args, gpus)
     check_args(args)
-    return args
-
-
-def check_train(words: list[str], gpus: int, values: Values) -> None:
-    parse_train([*words, *command_line(values)], gpus)
 
 
 def fixed_values(trained) -> Values:
@@ -77,7 +72,7 @@ def describe_study(args, space, trained) -> dict:
     """study.json: what must be the same for all workers."""
     effective_batch = trained.batch_size * trained.accum_iter * args.gpus
     data = {split: load_scienceqa(trained.data_root, split, caption_path(trained)) for split in SPLITS}
-    flags = {name: value for name, value in vars(train_parser().parse_args(args.train)).items()
+    flags = {name: value for name, value in vars(trained).items()
              if name not in EXECUTION_FLAGS | {"batch_size", "accum_iter"}}
     return {**{name: getattr(args, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
             "steps_per_epoch": steps_per_epoch(len(data["train"].problems), effective_batch),
@@ -148,7 +143,7 @@ def main(args) -> None:
         from util.search.study import Study
     except ModuleNotFoundError as error:
         raise UserError(f"{error}: pip install -r requirements-search.txt") from error
-    trained = parse_train(args.train, args.gpus)
+    trained = train_parser().parse_args(args.train)
     refused = [name for name in (*OWN_FLAGS, "do_pretrain") if name in trained.given]
     if refused:
         raise UserError(f"--{refused[0]} does not go with a search, which names the folders of its runs of ScienceQA: "

@@ -4,6 +4,7 @@ The importance of parameters is computed by Optuna, and left out where it is not
 """
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,9 +71,9 @@ class StudyReport:
 
     @cached_property
     def shared_epoch(self) -> int:
-        """The last one after which at least half of the trials were scored: there they can be compared."""
-        return max(epoch for trial in self.trials for epoch, _ in trial.curve
-                   if 2 * sum(epoch in dict(other.curve) for other in self.trials) >= len(self.trials))
+        """The last one after which three quarters of the trials were scored: there they can be compared."""
+        n_scored = Counter(epoch for trial in self.trials for epoch, _ in trial.curve)
+        return max(epoch for epoch, n in n_scored.items() if 4 * n >= 3 * len(self.trials))
 
     @cached_property
     def comparable(self) -> list[tuple[Trial, float]]:

@@ -1,0 +1,190 @@
+"""Proves what a search promises: no kill loses, repeats or strands a trial, and equal configurations have no winner.
+
+    python benchmarks/search_proof.py kills [--trials 64] [--workers 4] [--kills 20]
+    python benchmarks/search_proof.py simulate [--studies 200]
+
+Exit status 1 where a promise is broken.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+
+import timing
+from fault_machine import write_base, write_mini_scienceqa  # writes the small world
+from lavin.runtime.console import format_table, summary
+from lavin.runtime.errors import one_line_errors
+from lavin.weights.adapters import read_adapters
+from util.runs import last_checkpoint
+from util.search.confirm import verdict
+from util.search.folder import read_records, read_settings
+from util.search.space import command_line
+from util.study.statistics import mcnemar
+
+ROOT = Path(timing.__file__).parents[1]
+SIZES = {"train": 64, "val": 40, "test": 6}
+TRAIN = ("--llama_model_path", "weights", "--llm_model", "tiny", "--vision_model", "vit", "--data_root", "data",
+         "--device", "cpu", "--batch_size", "4", "--accum_iter", "8", "--epochs", "9", "--max_seq_len", "500",
+         "--save_every_minutes", "0.002")
+EPOCHS, MOST_STEPS = 9, 0.4  # of an unpruned study
+
+Checks = list[tuple[str, bool, str]]  # what, whether it holds, the figure
+
+
+# --- Kills ---
+
+def start(root: Path, program: str, *flags: str, log: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(log, "ab") as output:
+        return subprocess.Popen([sys.executable, f"{ROOT}/{program}", *flags], cwd=root, env=environment,
+                                stdout=output, stderr=output, start_new_session=True)
+
+
+def kill(worker: subprocess.Popen, rng: Random) -> str:
+    """The worker alone, whose command then ends by itself; or both, as the machine's death would."""
+    if rng.random() < 0.5:
+        worker.kill()
+        how = "worker"
+    else:
+        os.killpg(worker.pid, signal.SIGKILL)
+        how = "worker and command"
+    worker.wait()
+    return how
+
+
+def run_study(root: Path, args) -> tuple[list[str], float]:
+    """Returns how each kill was made, and the seconds. Killed workers are started again."""
+    rng, begin, kills = Random(args.seed), time.monotonic(), []
+    search = ("--study", "S", "--trials", str(args.trials), "--questions", str(SIZES["val"]), "--confirm", "0", "--",
+              *TRAIN)
+    workers = [start(root, "search.py", *search, log=root / "workers.log") for _ in range(args.workers)]
+    # over the whole study: the next one after so many trials have ended
+    due = sorted(rng.uniform(0, args.trials - args.workers) for _ in range(args.kills))
+    while any(worker.poll() is None for worker in workers):
+        ended = sum(record["state"] != "RUNNING" for record in read_records(root / "S").values())
+        if len(kills) < len(due) and ended >= due[len(kills)]:
+            time.sleep(rng.uniform(0, 4))
+            i = rng.randrange(args.workers)
+            if workers[i].poll() is None:
+                kills.append(kill(workers[i], rng))
+                print(f"kill {len(kills)} of {args.kills} ({kills[-1]}), after {ended} trials", flush=True)
+                workers[i] = start(root, "search.py", *search, log=root / "workers.log")
+        time.sleep(0.3)
+    assert all(worker.returncode == 0 for worker in workers), (root / "workers.log").read_text()[-2000:]
+    return kills, time.monotonic() - begin
+
+
+def stored_states(study: Path) -> Counter:
+    from util.search.study import open_optuna
+    trials = open_optuna(study, read_settings(study)["name"], None, False, None).get_trials(deepcopy=False)
+    return Counter((trial.number, trial.state.name) for trial in trials)
+
+
+def repeated_runs(root: Path, records: dict) -> tuple[int, int]:
+    """How many of the finished trials have the adapters of an unbroken run of the same flags, and their number."""
+    finished = [name for name, record in records.items() if record["state"] == "COMPLETE"]
+    same = 0
+    for name in finished:
+        flags = command_line(records[name]["values"])
+        unbroken = start(root, "train.py", *TRAIN, *flags, "--output_dir", "unbroken", log=root / "unbroken.log")
+        assert unbroken.wait() == 0, (root / "unbroken.log").read_text()[-2000:]
+        models = [read_adapters(last_checkpoint(str(root / folder)))["model"] for folder in (f"S/trials/{name}",
+                                                                                           "unbroken")]
+        same += all(torch.equal(models[0][key], models[1][key]) for key in models[1])
+        shutil.rmtree(root / "unbroken")
+    return same, len(finished)
+
+
+def prove_kills(args) -> Checks:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_mini_scienceqa(root / "data", SIZES, 0)
+        write_base(root, root / "data")
+        kills, seconds = run_study(root, args)
+        records, stored = read_records(root / "S"), stored_states(root / "S")
+        per_epoch = read_settings(root / "S")["steps_per_epoch"]
+        same, n_finished = repeated_runs(root, records)
+        resumed = (root / "workers.log").read_text().count(" goes on: ")
+    states = Counter(record["state"] for record in records.values())
+    steps = per_epoch * sum(record["rungs"][-1]["epoch"] for record in records.values())
+    share = steps / (args.trials * EPOCHS * per_epoch)
+    in_storage = Counter((int(name), record["state"]) for name, record in records.items())
+    return [("killed", len(kills) == args.kills, f"{len(kills)} ({kills.count('worker')} the worker alone), {resumed} "
+             f"trials resumed, {seconds:.0f} s"),
+            ("finished or pruned", states["COMPLETE"] + states["PRUNED"] == args.trials, json.dumps(states)),
+            ("none lost or twice", sorted(map(int, records)) == list(range(args.trials)), f"{len(records)} folders"),
+            ("storage agrees", stored == in_storage, f"{len(stored)} trials"),
+            ("same adapters as an unbroken run", same == n_finished, f"{same} of {n_finished} finished trials"),
+            (f"at most {MOST_STEPS:.0%} of the steps without pruning", share <= MOST_STEPS, f"{share:.1%}")]
+
+
+# --- Equal configurations ---
+
+N_VALIDATION, N_SEARCH = 4241, 1000  # questions
+SPREAD = 0.4  # between seeds, in points of accuracy: a standard deviation
+TRIALS, BEST, SEEDS = 64, 3, 3
+
+
+def draw_run(rng, difficulty: np.ndarray, gain: float) -> np.ndarray:
+    """Outcomes of a run on each question, of which `difficulty` is the chance of a wrong answer. gain: in points."""
+    shift = (gain + SPREAD * rng.normal()) / 100
+    return (rng.random(len(difficulty)) >= difficulty * (1 - shift / difficulty.mean())).astype(int)
+
+
+def simulate_study(rng, gain: float) -> tuple[bool, bool]:
+    """A study in which one configuration is better by `gain` and all others equal the base: whether it says that it
+    found something, and whether the best trial looks significantly better in its own score, without confirmation."""
+    difficulty = rng.beta(0.4, 2.2, N_VALIDATION)  # mostly easy: 85 % are right
+    gains = [0.0] * (TRIALS - 1) + [gain]
+    trials = np.array([draw_run(rng, difficulty[:N_SEARCH], g) for g in gains])
+    best = np.argsort(-trials[1:].mean(1))[:BEST] + 1
+    naive = mcnemar(trials[best[:1]], trials[:1]) < 0.05 and trials[best[0]].mean() > trials[0].mean()
+    rows = {f"{i:03d}": np.array([draw_run(rng, difficulty, gains[i]) for _ in range(SEEDS)]) for i in (0, *best)}
+    return verdict(rows).found, naive
+
+
+def prove_simulation(args) -> Checks:
+    rng = np.random.default_rng(args.seed)
+    shares = {gain: np.mean([simulate_study(rng, gain) for _ in range(args.studies)], 0)
+              for gain in (0.0, 1.0, 2.0, 3.0)}
+    nothing = 1 - shares[0.0][0]
+    return [("nothing found among equal configurations", nothing >= 0.95, f"{nothing:.1%} of {args.studies}"),
+            ("the best trial's own score, significant by chance", True, f"{shares[0.0][1]:.1%}"),
+            *((f"found where one of {TRIALS} is better by {gain:g} points", True, f"{found:.1%}")
+              for gain, (found, _) in shares.items() if gain)]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=summary(__doc__))
+    parser.add_argument("what", choices=["kills", "simulate"])
+    parser.add_argument("--trials", default=64, type=int)
+    parser.add_argument("--workers", default=4, type=int)
+    parser.add_argument("--kills", default=20, type=int)
+    parser.add_argument("--studies", default=200, type=int)
+    parser.add_argument("--seed", default=0, type=int)
+    return parser
+
+
+def main(args) -> bool:
+    """Returns whether all promises hold."""
+    checks = prove_kills(args) if args.what == "kills" else prove_simulation(args)
+    print("\n" + format_table([args.what, "holds", ""], [[what, "yes" if holds else "NO", figure]
+                                                         for what, holds, figure in checks]))
+    return all(holds for _, holds, _ in checks)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        sys.exit(not main(get_args_parser().parse_args()))

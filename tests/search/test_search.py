@@ -1,0 +1,242 @@
+"""search.py with train.py and eval.py: trials in rungs, failures, stops, the budget, and the study's report."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("optuna")
+import eval as evaluation
+import plot_results
+import search
+import train
+from lavin.runtime import signals
+from tiny import ROOT
+from user_errors import error_message
+from util.runs import checkpoints
+from util.search import confirm, runner
+from util.search.folder import begin_record, read_records
+from util.search.locks import claim
+from util.search.runner import CommandFailed, HoursSpent, Runner, run_command
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+SPACE = {"parameters": {"lr": {"kind": "float", "low": 1e-3, "high": 3e-2, "log": True, "default": 1e-2},
+                        "lr_schedule": {"kind": "categorical", "choices": ["cosine", "step"], "default": "cosine"}},
+         "enqueue": [{}, {"lr_schedule": "step"}]}
+
+
+@pytest.fixture
+def data(scienceqa_copy) -> Path:
+    """With three questions to validate on."""
+    path = scienceqa_copy / "pid_splits.json"
+    splits = json.loads(path.read_text())
+    path.write_text(json.dumps({**splits, "val": splits["train"][9:], "train": splits["train"][:9]}))
+    return scienceqa_copy
+
+
+@pytest.fixture
+def flags(base, data, tmp_path) -> list[str]:
+    (tmp_path / "space.json").write_text(json.dumps(SPACE))
+    return ["--study", str(tmp_path / "S"), "--space", str(tmp_path / "space.json"), "--trials", "3", "--seeds", "2",
+            "--confirm", "1", "--", *base.flags, "--data_root", str(data), "--device", "cpu", "--batch_size", "4",
+            "--epochs", "2", "--warmup_epochs", "1", "--max_seq_len", "160"]
+
+
+WITHOUT_CONFIRMATION = ("--confirm", "0")
+
+
+def run_search(flags, *own: str) -> None:
+    i = flags.index("--")
+    search.main(search.get_args_parser().parse_args([*flags[:i], *own, *flags[i:]]))
+
+
+@pytest.fixture
+def commands(monkeypatch) -> list[list[str]]:
+    """train.py and eval.py run in this process; their commands."""
+    known = []
+
+    def run_here(command: list[str], log: Path, lock: int, seconds: float) -> None:
+        known.append(command[1:])
+        module = {"train.py": train, "eval.py": evaluation}[Path(command[1]).name]
+        module.main(module.get_args_parser().parse_args(command[2:]))
+    monkeypatch.setattr(runner, "run_command", run_here)
+    return known
+
+
+def programs(commands) -> list[str]:
+    return [Path(command[0]).stem for command in commands]
+
+
+# --- A study from beginning to end ---
+
+def test_a_study_from_its_first_trial_to_its_report(flags, commands, tmp_path, capsys):
+    run_search(flags)
+    said = capsys.readouterr().out
+    study, records = tmp_path / "S", read_records(tmp_path / "S")
+    assert "3 trials of at most 2 epochs x 2 steps, scored after 1 and 2 epochs" in said
+    assert "then 4 runs with fresh seeds (the best 1 and the base, 2 each): 16 steps" in said
+    assert "3 of 3 trials:" in said and list(records) == ["000", "001", "002"]
+    assert records["001"]["values"]["lr_schedule"] == "step"
+    for name, record in records.items():
+        trial = study / "trials" / name
+        n_epochs = 2 if record["state"] == "COMPLETE" else 1
+        assert list(checkpoints(trial)) == [n_epochs - 1] and [rung["epoch"] for rung in record["rungs"]] == [1, 2][
+            :n_epochs]
+        scores = json.loads((trial / "rungs" / "1" / "scores.json").read_text())
+        assert (scores["split"], scores["decode"], scores["questions"]) == ("val", "score", 3)
+        assert not (trial / "scores.json").exists()  # the run's own scores are of its last checkpoint, on test
+        written = json.loads((trial / "recipe.json").read_text())["recipe"]
+        assert written["epochs"] == 2 and written["lr"] == float(record["values"]["lr"])
+    # test is scored by the winner's and the base's runs with fresh seeds alone, and only when all have run
+    tested = [command for command in commands if "test" in command]
+    assert len(tested) == 4 and commands[-4:] == tested
+    seeds = {json.loads((run / "config.json").read_text())["flags"]["seed"] for run in (study / "confirm").iterdir()}
+    assert seeds == {1, 2}
+    verdict = json.loads((study / confirm.VERDICT).read_text())
+    assert confirm.sentence(verdict) in said
+
+    before = len(commands)
+    run_search(flags)  # a late worker finds all done
+    assert len(commands) == before
+    plot_results.main(plot_results.get_args_parser().parse_args([str(study), "--out", str(tmp_path / "report")]))
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert confirm.sentence(verdict) in report and "McNemar" in report
+    assert f"- {sum(r['rungs'][-1]['epoch'] for r in records.values()) * 2} steps" in report
+
+
+def test_a_trial_goes_on_where_its_worker_was_killed(flags, commands, tmp_path, monkeypatch):
+    """After the first rung's training; no step of it is made again."""
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Runner, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        run_search(flags, *WITHOUT_CONFIRMATION)
+    commands.clear()
+    study = tmp_path / "S"
+    assert read_records(study)["000"]["state"] == "RUNNING" and list(checkpoints(study / "trials" / "000")) == [0]
+    run_search(flags, *WITHOUT_CONFIRMATION)
+    assert programs(commands)[:3] == ["eval", "train", "eval"]
+    assert {record["state"] for record in read_records(study).values()} <= {"COMPLETE", "PRUNED"}
+
+
+def test_a_suggestion_that_train_refuses_is_not_run(flags, commands, tmp_path, monkeypatch):
+    check = search.check_train
+    monkeypatch.setattr(search, "check_train", lambda words, gpus, values: check(
+        [*words, *(["--dropout_lim", "0.05", "--dropout_var", "2"] if values["lr"] != 1e-2 and not commands == [] else
+                   [])], gpus, values))
+    run_search(flags, *WITHOUT_CONFIRMATION)
+    record = read_records(tmp_path / "S")["002"]
+    assert record["state"] == "FAIL" and record["message"].startswith("--dropout_lim 0.05 must lie at or above")
+    assert not any("trials/002" in word for command in commands for word in command)
+
+
+def test_three_failures_at_the_start_end_the_worker(flags, monkeypatch, tmp_path):
+    def fails(command, log, lock, seconds):
+        raise CommandFailed("no space left")
+    monkeypatch.setattr(runner, "run_command", fails)
+    message = error_message(run_search, flags, "--trials", "5")
+    assert message == "the first 3 trials failed, the last one of: no space left"
+    assert [record["state"] for record in read_records(tmp_path / "S").values()] == ["FAIL"] * 3
+
+
+def test_the_hours_are_kept(flags, commands, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner.time, "monotonic", iter(range(0, 10**6, 100)).__next__)  # each look takes 100 s
+    run_search(flags, "--gpu_hours", "0.1", *WITHOUT_CONFIRMATION)
+    assert "stopped: the 0.1 GPU-hours are spent; the same command with more goes on" in capsys.readouterr().out
+    assert 3 <= len(commands) <= 4
+    run_search(flags, "--gpu_hours", "9", *WITHOUT_CONFIRMATION)
+    assert {record["state"] for record in read_records(tmp_path / "S").values()} <= {"COMPLETE", "PRUNED"}
+
+
+# --- What is refused ---
+
+@pytest.mark.parametrize("own, more, words", [
+    ((), ("--output_dir", "x"), "--output_dir does not go with a search"),
+    ((), ("--resume", "x"), "--resume does not go with a search"),
+    ((), ("--epohcs", "3"), "unrecognized arguments: --epohcs 3 (python train.py"),
+    ((), ("--min_lr", "0.02"), "space.json: lr 0.001: --min_lr 0.02 must lie between 0 and the learning rate 0.001"),
+    ((), ("--data_root", "none"), "cannot read none/problems.json"),
+    ((), ("--llm_model", "none"), "none"),
+    (("--space", "none.json"), (), "cannot read none.json"),
+    (("--pruner", "hyperband"), (), "--pruner invalid choice"),
+    (("--trials", "0"), (), "--trials")])
+def test_mistakes_are_told_before_anything_is_begun(flags, tmp_path, own, more, words):
+    assert words in error_message(run_search, [*flags, *more], *own)
+    assert not (tmp_path / "S" / "study.json").exists()
+
+
+def test_without_optuna_the_search_says_what_to_install(flags, monkeypatch):
+    monkeypatch.setitem(sys.modules, "util.search.study", None)
+    assert error_message(run_search, flags).endswith("pip install -r requirements-search.txt")
+
+
+def test_machine_flags_reach_eval():
+    trained = train.get_args_parser().parse_args(["--device", "cpu", "--num_workers", "2", "--cpu_load", "--lr", "1"])
+    assert search.machine_flags(trained) == ["--device", "cpu", "--num_workers", "2", "--cpu_load"]
+    assert search.fixed_values(trained)["lr"] == 1 and "blr" in search.fixed_values(trained)
+
+
+# --- Commands ---
+
+def command(tmp_path, script: str, seconds: float = 60.0) -> None:
+    lock = claim(tmp_path / "lock")
+    try:
+        run_command([sys.executable, "-c", script], tmp_path / "log", lock, seconds)
+    finally:
+        os.close(lock)
+
+
+@pytest.mark.parametrize("script, words", [
+    ("import sys; print('a bar\\r50%\\rtrain.py: error: no data: fetch it\\nlater', file=sys.stderr); sys.exit(1)",
+     "no data: fetch it"),
+    ("raise RuntimeError('a bug')", "RuntimeError: a bug"), ("import sys; sys.exit(3)", "exit status 3"),
+    ("import os; os.kill(os.getpid(), 9)", "exit status -9")])
+def test_a_command_that_fails_is_told_by_its_line(tmp_path, script, words):
+    (tmp_path / "log").write_text("train.py: error: of another time\n")
+    with pytest.raises(CommandFailed, match=f"^{words}$"):
+        command(tmp_path, script)
+
+
+def test_a_command_ends_with_the_hours_or_a_signal_of_its_own(tmp_path):
+    wait = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('up'); time.sleep(60)"
+    with pytest.raises(HoursSpent):
+        command(tmp_path, wait, seconds=1)
+    with pytest.raises(HoursSpent):
+        command(tmp_path, "raise SystemExit('not started')", seconds=-1)
+    for status in ("sys.exit(75)", "os.kill(os.getpid(), 15)"):
+        with pytest.raises(signals.Stopped, match="was stopped by a signal: the same command goes on"):
+            command(tmp_path, f"import os, sys; {status}")
+    command(tmp_path, "")
+
+
+def test_a_stop_signal_reaches_the_command_which_saves(tmp_path):
+    child = ("import signal, sys, time; from pathlib import Path; "
+             f"signal.signal(15, lambda *_: (Path({str(tmp_path / 'saved')!r}).touch(), sys.exit(75))); "
+             f"Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)")
+    worker = ("import sys; from pathlib import Path; from lavin.runtime.errors import one_line_errors; "
+              "from util.search.runner import run_command; from util.search.locks import claim\n"
+              "with one_line_errors():\n"
+              f"    run_command([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), "
+              f"claim(Path({str(tmp_path / 'lock')!r})), 60)")
+    with subprocess.Popen([sys.executable, "-c", worker], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "up").exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 75 and (tmp_path / "saved").exists()
+    assert errors.strip().endswith("stopped by SIGTERM: the same command goes on")
+
+
+def test_several_gpus_are_torchruns(tmp_path, monkeypatch):
+    known = []
+    monkeypatch.setattr(runner, "run_command", lambda words, *_: known.append(words))
+    begin_record(tmp_path, 2)
+    Runner(["--epochs", "3"], [], 2, lambda: 1.0).train(tmp_path, {"blr": 0.01}, 1, 0, "--stop_after_epoch", "1")
+    (words,) = known
+    assert words[1:6] == ["-m", "util.launch", "--standalone", "--nproc_per_node", "2"]
+    assert words[7:] == ["--keep_last", "1", "--epochs", "3", "--blr", "0.01", "--stop_after_epoch", "1",
+                         "--output_dir", str(tmp_path)]
