@@ -19,7 +19,7 @@ def trial(study, number: int, state: str, *accuracies: int) -> None:
     rungs = [{"epoch": epoch, "correct": correct, "questions": 100}
              for epoch, correct in zip((2, 6, 20), accuracies, strict=False)]
     folder = study / "trials" / f"{number:03d}"
-    begin_record(folder, 1, values={"blr": number / 1000}, params={}, distributions={})
+    begin_record(folder, 1, values={"blr": number / 1000}, params={})
     change_record(folder, state=state, rungs=rungs)
 
 

@@ -164,8 +164,9 @@ def sentence(verdict: Any) -> str:
                                                                   (verdict["p_questions"], "questions"))
                          if p is not None)
     interval = f"95 % interval {points(verdict['low'])} to {points(verdict['high'])}"
-    numbers = (f"{points(verdict['difference'])} points on validation with {seeds} ({interval}; {tests}, adjusted for "
-               f"{verdict['n_configurations']} configurations)")
+    n = verdict["n_configurations"]
+    adjusted = f", adjusted for {n} configurations" if n > 1 else ""
+    numbers = f"{points(verdict['difference'])} points on validation with {seeds} ({interval}; {tests}{adjusted})"
     if verdict["found"]:
         return f"Trial {verdict['winner']} is better than the base: {numbers}."
     return (f"Nothing better than the base was found. The best of the others, trial {verdict['winner']}, differs by "

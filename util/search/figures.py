@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from util.search.report import StudyReport, Trial
+from util.search.report import StudyReport, Trial, importance
 from util.study.figures import COLOURS, MARKERS, RC_PARAMS, integer_ticks, plt, save_figure
 
 FINISHED, PRUNED, BASE, BEST = "#0072B2", "#999999", "#000000", "#D55E00"
@@ -146,26 +146,26 @@ def draw_parameter(ax, report: StudyReport, flag: str) -> None:
         ax.xaxis.set_major_formatter("{x:g}")
 
 
-def importance(report: StudyReport):
+def draw_importance(report: StudyReport):
     """None where it is not known."""
-    shares = report.importance
+    shares = importance(report)
     if not shares:
         return None
-    figure, ax = plt.subplots(figsize=(6.4, 1.3 + 0.28 * len(shares)))
-    ys = np.arange(len(shares))
-    ax.barh(ys, list(shares.values()), color=FINISHED, height=0.65)
-    for y, share in zip(ys, shares.values(), strict=True):
-        ax.annotate(f"{100 * share:.0f} %", (share, y), xytext=(4, 0), textcoords="offset points", va="center",
-                    fontsize=8)
+    figure, ax = plt.subplots(figsize=(6.4, 1.6 + 0.28 * len(shares)))
+    ys, (found, chance) = np.arange(len(shares)), np.array(list(shares.values())).T * 100
+    ax.barh(ys, found, color=[FINISHED if a > b else PRUNED for a, b in shares.values()], height=0.65)
+    ax.plot(chance, ys, "|", color=BASE, markersize=11, markeredgewidth=1.5, label="less than this by chance, 95 %")
     ax.set(title=f"Importance for accuracy after {report.shared_epoch} of {report.epochs} epochs",
-           xlabel="share (PED-ANOVA)", yticks=ys, yticklabels=list(shares), ylim=(len(shares) - 0.4, -0.6))
-    ax.set_xlim(0, 1.12 * max(*shares.values(), 0.01))
+           xlabel="share of the parameter (%), PED-ANOVA", yticks=ys, yticklabels=list(shares),
+           ylim=(len(shares) - 0.4, -0.6))
+    ax.set_xlim(0, 1.08 * max(*found, *chance))
     ax.grid(axis="y", visible=False)
+    legend_below(figure, ax)
     return figure
 
 
 FIGURES = {"history": history, "learning_curves": learning_curves, "rates": rates, "parameters": parameters,
-           "importance": importance}
+           "importance": draw_importance}
 
 
 def write_figures(report: StudyReport, folder: Path) -> list[Path]:

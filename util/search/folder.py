@@ -28,17 +28,24 @@ class Rung(TypedDict):
 
 
 @declared
+class Param(TypedDict):
+    """As Optuna stores it. distribution: in its own JSON."""
+
+    value: Any
+    distribution: str
+
+
+@declared
 class Record(TypedDict):
-    """trial.json. values: of the flags that are searched. params, distributions: the same as Optuna
-    stores them. seconds: of all commands, on `gpus` GPUs. message: of a failed trial."""
+    """trial.json. values: of the flags that are searched. params: the same by Optuna's names; none in confirm/.
+    seconds: of all commands, on `gpus` GPUs. message: of a failed trial."""
 
     state: Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
     values: dict[str, Any]
     rungs: list[Rung]
     seconds: Annotated[float, Field(ge=0)]
     gpus: Annotated[int, Field(ge=1)]
-    params: NotRequired[dict[str, Any]]
-    distributions: NotRequired[dict[str, str]]
+    params: NotRequired[dict[str, Param]]
     message: NotRequired[str]
 
 

@@ -22,7 +22,7 @@ from util.study.tables import NONE, markdown_table, points
 
 N_BEST = 10  # rows of the table of trials
 MIN_TRIALS = 10  # for the importance of parameters
-MIN_TOP = 5  # trials that PED-ANOVA compares to all others, at least
+SHUFFLES = 100  # of the accuracies, for what chance alone gives
 MARKS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "unfinished"}
 
 
@@ -81,28 +81,6 @@ class StudyReport:
         return [(trial, dict(trial.curve)[self.shared_epoch]) for trial in self.trials
                 if self.shared_epoch in dict(trial.curve)]
 
-    @cached_property
-    def importance(self) -> dict[str, float]:
-        """Share of each parameter in reaching the best trials' accuracy (PED-ANOVA; Watanabe et al. 2023, arXiv
-        2304.10255), largest first. Empty without Optuna, and with too few trials."""
-        if len(self.comparable) < MIN_TRIALS:
-            return {}
-        try:
-            import optuna
-        except ModuleNotFoundError:
-            return {}
-        study = optuna.create_study(direction="maximize")
-        for trial, value in self.comparable:
-            distributions = {name: optuna.distributions.json_to_distribution(text)
-                             for name, text in trial.record["distributions"].items()}
-            params = trial.record["params"]
-            study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=value))
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator(
-            target_quantile=max(0.1, MIN_TOP / len(self.comparable)))
-        with warnings.catch_warnings():  # of parameters that few trials have
-            warnings.simplefilter("ignore")
-            return optuna.importance.get_param_importances(study, evaluator=evaluator)
-
     def changes(self, values: dict[str, Any]) -> str:
         """What differs from the base, as flags."""
         changed = [f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}"
@@ -112,6 +90,42 @@ class StudyReport:
     def steps(self, records: dict[str, Any]) -> int:
         return self.settings["steps_per_epoch"] * sum(record["rungs"][-1]["epoch"] for record in records.values()
                                                       if record["rungs"])
+
+
+# --- Importance ---
+
+def importance(report: StudyReport) -> dict[str, tuple[float, float]]:
+    """Each parameter's share in reaching the better half of the trials (PED-ANOVA; Watanabe et al. 2023, arXiv
+    2304.10255), largest first, and the share that it stays below in 95 % of shuffles of the accuracies: by chance.
+
+    Empty without Optuna, and with too few trials.
+    """
+    if len(report.comparable) < MIN_TRIALS:
+        return {}
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        return {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="minimize")
+    for trial, _ in report.comparable:
+        params, distributions = {}, {}
+        for name, stored in trial.record["params"].items():
+            params[name] = stored["value"]
+            distributions[name] = optuna.distributions.json_to_distribution(stored["distribution"])
+        study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=0.0))
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
+
+    def shares(values) -> dict[str, float]:
+        with warnings.catch_warnings():  # of parameters that few trials have
+            warnings.simplefilter("ignore")
+            return optuna.importance.get_param_importances(study, evaluator=evaluator,
+                                                           target=lambda trial: -values[trial.number])
+
+    values, rng = [value for _, value in report.comparable], np.random.default_rng(0)
+    shuffled = [shares(rng.permutation(values)) for _ in range(SHUFFLES)]
+    return {name: (share, float(np.quantile([other[name] for other in shuffled], 0.95)))
+            for name, share in shares(values).items()}
 
 
 # --- Text ---
@@ -191,7 +205,8 @@ PICTURES = {"history": "Every trial's accuracy at its last score, and the best f
             "learning_curves": "Accuracy within the schedule; pruned trials end early",
             "rates": "Base learning rate against accuracy",
             "parameters": "Each parameter against accuracy",
-            "importance": "Importance of the parameters (PED-ANOVA)"}
+            "importance": "Importance of the parameters, their shares in reaching the better half of the trials; one "
+                          "that does not pass its mark may be chance"}
 
 
 def markdown(report: StudyReport, drawn: list[str]) -> str:

@@ -114,8 +114,9 @@ class Study:
 
     def hold(self, trial: optuna.trial.Trial, lock: int, resumed: bool) -> Trial:
         folder, values = trial_folder(self.folder, trial.number), self.space.suggest(trial)
-        distributions = {name: distribution_to_json(value) for name, value in trial.distributions.items()}
-        begin_record(folder, self.gpus, values=values, params=trial.params, distributions=distributions)
+        begin_record(folder, self.gpus, values=values, params={
+            name: {"value": value, "distribution": distribution_to_json(trial.distributions[name])}
+            for name, value in trial.params.items()})
         return Trial(trial.number, folder, values, lock, trial, resumed)
 
     def end(self, trial: Trial, state: TrialState, accuracy: float | None = None, **message: str) -> None:

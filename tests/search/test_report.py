@@ -1,0 +1,178 @@
+"""The report of a study, from the files in its folder alone."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optuna")
+import plot_results
+from lavin.runtime.files import read_json, write_json
+from tiny_study import confirm_study, quality, search_study
+from user_errors import error_message
+from util.search import figures
+from util.search import report as report_module
+from util.search.confirm import VERDICT, sentence
+from util.search.folder import RECORD, gpu_seconds, read_records
+from util.search.progress import cost_lines, duration, listed, progress_line
+from util.search.report import StudyReport, importance, markdown, write_report
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+TRIALS = 24
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """Read-only."""
+    folder = tmp_path_factory.mktemp("search") / "S"
+    search_study(folder, TRIALS)
+    confirm_study(folder, n=300, k=2, seeds=2)
+    return folder
+
+
+@pytest.fixture
+def study(searched, tmp_path):
+    return shutil.copytree(searched, tmp_path / "S")
+
+
+def report_of(study) -> str:
+    """Without drawing the pictures."""
+    return markdown(StudyReport(study), [])
+
+
+def write_and_read(study, out) -> str:
+    write_report(study, out)
+    return (out / "report.md").read_text()
+
+
+def test_the_report_needs_neither_storage_nor_optuna(study, tmp_path, monkeypatch):
+    (study / "journal.log").unlink()
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "optuna", None)
+        patched.setattr(figures, "save_figure", lambda *_: None)
+        text = write_and_read(study, tmp_path / "without")
+    assert "The importance of the parameters is left out: pip install -r requirements-search.txt." in text
+    assert "importance.png" not in text
+    text = write_and_read(study, tmp_path / "with")
+    for name in ("history", "learning_curves", "rates", "parameters", "importance"):
+        assert f"({name}.png)" in text
+        for suffix in ("png", "svg"):
+            assert (tmp_path / "with" / f"{name}.{suffix}").stat().st_size > 5000
+
+
+def test_it_says_what_was_found_first(study):
+    verdict = read_json(study / VERDICT)
+    text = report_of(study)
+    assert text.splitlines()[2] == sentence(verdict)
+    assert "Accuracy in % of all 300 validation questions, mean over 2 fresh seeds" in text
+    write_json(study / VERDICT, {**verdict, "found": not verdict["found"]})
+    assert report_of(study).splitlines()[2] == sentence({**verdict, "found": not verdict["found"]})
+    (study / VERDICT).unlink()
+    assert "so there is no winner: the best of many trials is lucky" in report_of(study)
+
+
+def test_the_table_has_the_farthest_and_best_trials_with_their_flags(study):
+    report, text = StudyReport(study), report_of(study)
+    rows = [row.split(" | ") for row in text.split("## Trials")[1].splitlines() if row.startswith("| 0")]
+    assert len(rows) == 10
+    reached = [(int(row[2]), float(row[3])) for row in rows]
+    assert reached == sorted(reached, reverse=True)
+    best = max((record["rungs"][-1]["correct"], name) for name, record in report.records.items()
+               if record["state"] == "COMPLETE")
+    assert rows[0][0] == f"| {best[1]}" and rows[0][3] == f"{best[0] / 10:.2f}"
+    assert report.changes(report.base) == "the base"
+    assert report.changes({**report.base, "blr": 0.02, "adapter_dim": 4}) == "--blr 0.02 --adapter_dim 4"
+
+
+def test_the_budget_counts_epochs_hours_and_failures(study):
+    path = study / "trials" / "003" / RECORD
+    write_json(path, {**read_json(path), "state": "FAIL", "message": "training diverged"})
+    text, records = report_of(study), read_records(study)
+    epochs = sum(record["rungs"][-1]["epoch"] for record in records.values())
+    assert f"- {epochs * 397:,} steps, {100 * epochs / (TRIALS * 20):.0f} % of those without pruning; " in text
+    assert f"{epochs * 60 / 3600:.2f} GPU-hours" in text and gpu_seconds(list(records.values())) == 60 * epochs
+    assert "- Trial 003 failed: training diverged" in text and "1 failed" in text
+    assert "- 6 runs with fresh seeds: 47,640 steps, 2.00 GPU-hours." in text
+
+
+def test_trials_are_compared_where_three_quarters_of_them_were_scored(study):
+    report = StudyReport(study)
+    assert report.shared_epoch == 2 and len(report.comparable) == TRIALS
+    for trial, percent in report.comparable:
+        assert percent == trial.curve[0][1]
+
+
+def test_importance_tells_what_matters_from_chance(study, monkeypatch):
+    """The same trials in two worlds: one in which only the rate matters, and one in which nothing does."""
+    monkeypatch.setattr(report_module, "SHUFFLES", 40)
+    report, rng = StudyReport(study), np.random.default_rng(0)
+    drawn = [replace(trial, record={**trial.record, "params": {
+        **trial.record["params"], "blr": {**trial.record["params"]["blr"], "value": 0.002 * 20 ** rng.random()}}})
+        for _ in range(3) for trial, _ in report.comparable]
+    for matters in (True, False):
+        report.comparable = [(trial, trial.record["params"]["blr"]["value"] if matters else rng.random())
+                             for trial in drawn]
+        shares = importance(report)
+        assert sum(share for share, _ in shares.values()) == pytest.approx(1)
+        passed = [name for name, (share, chance) in shares.items() if share > chance]
+        assert (next(iter(shares)) == "blr" and "blr" in passed) if matters else len(passed) <= 3
+
+
+def test_a_study_is_drawn_alone(study, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "save_figure", lambda *_: None)
+
+    def plot(*flags):
+        plot_results.main(plot_results.get_args_parser().parse_args([*map(str, flags), "--out", str(tmp_path / "x")]))
+
+    plot(study)
+    out = capsys.readouterr().out
+    assert out.startswith(f"# Search {study.name}") and str(tmp_path / "x" / "rates.svg") in out
+    for others in ((study, study), (study, "--base", study), (study, "--published")):
+        assert "is a study of search.py: name it alone" in error_message(plot, *others)
+
+
+def test_a_broken_or_empty_study_is_named(study, tmp_path):
+    path = study / "trials" / "002" / RECORD
+    path.write_text(json.dumps({**read_json(path), "rungs": [{"epoch": 2, "correct": 3}]}))
+    assert f"{path}: rungs[0].questions: is missing" in error_message(write_report, study, tmp_path / "out")
+    shutil.rmtree(study / "trials")
+    assert "has no scored trial yet" in error_message(write_report, study, tmp_path / "out")
+
+
+# --- While it runs ---
+
+def test_the_progress_line(study):
+    for number in (4, 5):
+        path = study / "trials" / f"{number:03d}" / RECORD
+        write_json(path, {**read_json(path), "state": "RUNNING"})
+    records = read_records(study)
+    states = [record["state"] for record in records.values()]
+    best = max((record["rungs"][-1]["correct"], name) for name, record in records.items()
+               if record["state"] == "COMPLETE")
+    seconds = np.mean([record["seconds"] for record in records.values() if record["state"] != "RUNNING"])
+    left = duration(seconds * (40 - TRIALS + 2) / 2)  # by two workers
+    assert progress_line(study, 40) == (
+        f"{TRIALS - 2} of 40 trials: {states.count('COMPLETE')} complete, {states.count('PRUNED')} pruned, 0 failed; "
+        f"best {best[0] / 10:.2f} (trial {best[1]}); about {left} left")
+    assert [duration(20), duration(3540), duration(7500)] == ["1 min", "59 min", "2 h 05 min"]
+    assert [listed([9]), listed([2, 6, 20])] == ["9", "2, 6 and 20"]
+
+
+def test_the_cost_is_told_before(study, tmp_path):
+    settings = {"trials": 64, "confirm": 3, "seeds": 3, "steps_per_epoch": 397, "pruner": "asha",
+                "flags": {"epochs": 20}}
+    first, second, hours = cost_lines(tmp_path / "none", settings, [2, 6, 20])
+    assert "64 trials of at most 20 epochs x 397 steps, scored after 2, 6 and 20 epochs" in first
+    assert first.endswith(": 508,160 steps at most")
+    assert second == "then 12 runs with fresh seeds (the best 3 and the base, 3 each): 95,280 steps"
+    assert hours == "GPU-hours: unknown until the first trial is scored"
+    assert cost_lines(study, settings, [2, 6, 20])[-1] == (
+        f"GPU-hours: at most {(64 + 12) * 20 * 60 / 3600:.2f}, by the trials so far (60.0 s an epoch)")
+    assert len(cost_lines(study, {**settings, "confirm": 0}, [20])) == 2
+
+
+def test_the_made_up_world_has_a_better_point():
+    assert quality({"blr": 10 ** -1.8, "lr_schedule": "cosine"}) > quality({"blr": 0.002, "lr_schedule": "cosine"})
