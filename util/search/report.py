@@ -177,7 +177,7 @@ def confirmation(report: StudyReport) -> list[str]:
               if record["configuration"] in (BASE, verdict["winner"]) and (folders[name] / "scores.json").is_file()]
     if tested:
         base = next(str(folders[name]) for name, record in report.confirmed.items() if record["configuration"] == BASE)
-        text += ["The winner and the base on the test split, which nothing before has seen:",
+        text += [f"Trial {verdict['winner']} and the base on the test split, which was scored once, after that:",
                  markdown_table(compare(tested, base)).strip()]
     return text
 
