@@ -34,7 +34,7 @@ from util.search.space import command_line
 from util.study.statistics import mcnemar
 
 ROOT = Path(timing.__file__).parents[1]
-SIZES = {"train": 64, "val": 40, "test": 6}
+SIZES = {"train": 64, "val": 60, "test": 6}
 TRAIN = ("--llama_model_path", "weights", "--llm_model", "tiny", "--vision_model", "vit", "--data_root", "data",
          "--device", "cpu", "--batch_size", "4", "--accum_iter", "8", "--epochs", "9", "--max_seq_len", "500",
          "--save_every_minutes", "0.002")

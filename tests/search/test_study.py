@@ -211,6 +211,14 @@ def test_asha_promotes_a_third_and_only_the_best(tmp_path):
     assert 2 * len(finished) < len(pruned) and min(finished) < min(pruned)
 
 
+@pytest.mark.parametrize("pruner", ["asha", "median"])
+def test_equal_trials_do_not_all_pass(tmp_path, pruner):
+    study = open_study(tmp_path, trials=24, pruner=pruner)
+    while (trial := study.take()) is not None:
+        run_trial(study, trial, lambda trial, epochs: 40.0)
+    assert len(study.trials(COMPLETE)) <= 10 and study.trials()[0].value == 40.0
+
+
 def test_without_a_pruner_every_trial_finishes(tmp_path):
     study, counts = open_study(tmp_path, pruner="none"), Counter()
     while (trial := study.take()) is not None:
