@@ -101,12 +101,15 @@ def work(study, runner: Runner, questions: int, check_values) -> None:
                               "--split", "val", "--decode", "score", "--questions", str(questions))
         return add_rung(trial.folder, epochs, scores)
 
-    states = []
+    states, waits = [], False
     while not study.all_ended():
         if runner.seconds_left() <= 0:
             raise HoursSpent
         trial = study.take()
         if trial is None:
+            if not waits:
+                print_rank0("no trial is left to begin: waiting for those of other workers")
+            waits = True
             time.sleep(WAIT_SECONDS)
             continue
         print_rank0(f"trial {trial.number:03d}{' goes on' * trial.resumed}: {' '.join(command_line(trial.values))}")

@@ -125,6 +125,17 @@ def test_data_loading(capsys, monkeypatch):
     assert numbers == ["10", "10", "0", "10", "10", "0", "4", "4", "0"]
 
 
+def test_search_proof_counts_what_was_found(monkeypatch):
+    """With a verdict that always finds something, the promise is broken."""
+    pytest.importorskip("optuna")
+    import search_proof
+    flags = argparse.Namespace(studies=2, seed=0)
+    (_, holds, share), *_, (_, _, found) = search_proof.prove_simulation(flags)
+    assert holds and share == "100.0% of 2"
+    monkeypatch.setattr(search_proof, "verdict", lambda rows: argparse.Namespace(found=True))
+    assert search_proof.prove_simulation(flags)[0][1:] == (False, "0.0% of 2")
+
+
 def test_samples_depend_only_on_their_seed():
     """Other random numbers, such as dropout masks, must not matter: all processes must see the same samples."""
     model = train_throughput.random_lavin("tiny", "cpu", torch.float32)

@@ -130,8 +130,9 @@ def test_a_difference_on_too_few_questions_is_not_found():
     assert result.p_seeds < 0.001 and result.p_questions == 0.25 and not result.found
 
 
-def test_a_worse_winner_is_never_found():
-    result = verdict(outcomes(np.random.default_rng(0), (0.9, 0.5, 0.6)))
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_worse_winner_is_never_found(seeds):
+    result = verdict(outcomes(np.random.default_rng(0), (0.9, 0.5, 0.6), seeds))
     assert result.winner == "002" and result.difference < -20 and not result.found
 
 

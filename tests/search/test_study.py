@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -274,16 +275,18 @@ def test_a_study_killed_while_it_begins_is_begun_again(tmp_path, monkeypatch):
 
 def test_a_command_that_outlives_its_worker_keeps_the_lock(tmp_path):
     """What a killed worker had started is not started again before it has ended."""
-    script = ("import os, subprocess, sys; from pathlib import Path; from util.search.locks import claim; "
-              f"lock = claim(Path({str(tmp_path / 'lock')!r})); "
-              "subprocess.Popen([sys.executable, '-c', 'input()'], pass_fds=[lock]); print('held', flush=True); "
-              "os.kill(os.getpid(), 9)")
-    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True) as worker:
-        assert worker.stdout.readline() == "held\n"
-        assert worker.wait(30) == -9
-        assert claim(tmp_path / "lock") is None
-        worker.stdin.write("\n")
+    child = (f"import time; from pathlib import Path; Path({str(tmp_path / 'up')!r}).touch()\n"
+             f"while not Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.05)")
+    worker = ("import sys; from pathlib import Path; from util.search.locks import claim; "
+              f"from util.search.runner import run_command; run_command([sys.executable, '-c', {child!r}], "
+              f"Path({str(tmp_path / 'log')!r}), claim(Path({str(tmp_path / 'lock')!r})), 60)")
+    with subprocess.Popen([sys.executable, "-c", worker], cwd=ROOT) as process:
+        while not (tmp_path / "up").exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.kill()
+    assert claim(tmp_path / "lock") is None
+    (tmp_path / "go").touch()
     with waiting_for(tmp_path / "lock"):  # it has ended
         assert claim(tmp_path / "lock") is None
     os.close(claim(tmp_path / "lock"))

@@ -59,9 +59,10 @@ def learning_curves(report: StudyReport):
     best = (finished or report.ranked)[0]
     seen = set()
     for trial in reversed(report.ranked):
-        label = "the best" if trial is best else "the base" if trial is report.base_trial else \
+        label = "the base, and the best" if trial is best is report.base_trial else \
+            "the best" if trial is best else "the base" if trial is report.base_trial else \
             "finished" if trial.state == "COMPLETE" else "pruned"
-        colour = {"the best": BEST, "the base": BASE, "finished": FINISHED, "pruned": PRUNED}[label]
+        colour = {"the best": BEST, "finished": FINISHED, "pruned": PRUNED}.get(label, BASE)
         special = label.startswith("the")
         ax.plot(*zip(*trial.curve, strict=True), marker="o" if trial.state == "COMPLETE" else "v",
                 linewidth=2 if special else 0.8, zorder=3 if special else 2, alpha=1 if special else 0.75,

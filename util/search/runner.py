@@ -21,6 +21,7 @@ from util.search.folder import add_seconds
 from util.search.space import Values, command_line
 
 ROOT = Path(__file__).parents[2]
+POLL_SECONDS = 0.2
 LOG = "search.log"  # what the commands say
 ENDED_BY_SIGNAL = (signals.UNFINISHED, *(-number for number in signals.STOP_SIGNALS))  # before or after saving
 
@@ -78,10 +79,11 @@ def run_command(command: list[str], log: Path, lock: int, seconds: float) -> Non
         status = None
         while status is None:
             try:
-                status = process.wait(0.2)
+                status = process.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
                 if signals.requested or time.monotonic() > end:
-                    process.terminate()
+                    process.terminate()  # once: torchrun would take a second signal for impatience
+                    status = process.wait()
     if signals.requested:
         raise signals.Stopped(f"stopped by {signals.requested}: the same command goes on")
     if status and time.monotonic() > end:

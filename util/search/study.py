@@ -98,23 +98,22 @@ class Study:
                 if self.is_running(left.number):
                     return self.hold(optuna.trial.Trial(self.optuna, left._trial_id), lock, resumed=True)
                 os.close(lock)  # its worker has ended it meanwhile
-            n_begun = len(self.trials())
-            if n_begun >= self.n_trials and not self.trials(TrialState.WAITING):
+            if len(self.trials()) >= self.n_trials and not self.trials(TrialState.WAITING):
                 return None
-            # seeded by the trial's number: no two workers draw the same, and a study of one worker can be repeated
-            self.optuna.sampler = self.sampler(n_begun - len(self.trials(TrialState.WAITING)))
             trial = self.optuna.ask()
             lock = claim(self.lock_path(trial.number))
             assert lock is not None  # nobody else takes a trial meanwhile
             return self.hold(trial, lock, resumed=False)
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """Of this trial. After the sets that are tried first, which have much in common, some are drawn at random."""
+        """Seeded by the trial's number: no two workers draw the same, and a study of one worker can be repeated. After
+        the sets that are tried first, which have much in common, some are drawn at random."""
         n_first = len(self.space.first_sets()) + min(10, self.n_trials // 4)
         return optuna.samplers.TPESampler(n_startup_trials=n_first, multivariate=True, group=True, constant_liar=True,
                                           seed=number)
 
     def hold(self, trial: optuna.trial.Trial, lock: int, resumed: bool) -> Trial:
+        self.optuna.sampler = self.sampler(trial.number)
         folder, values = trial_folder(self.folder, trial.number), self.space.suggest(trial)
         begin_record(folder, self.gpus, values=values, params={
             name: {"value": value, "distribution": distribution_to_json(trial.distributions[name])}
