@@ -142,6 +142,18 @@ def test_three_failures_at_the_start_end_the_worker(flags, monkeypatch, tmp_path
     assert [record["state"] for record in read_records(tmp_path / "S").values()] == ["FAIL"] * 3
 
 
+def test_a_confirming_run_that_fails_is_named(flags, commands, monkeypatch, tmp_path):
+    run_here = runner.run_command
+
+    def fails(command, *rest):
+        if "--seed" in command:
+            raise CommandFailed("training diverged")
+        run_here(command, *rest)
+    monkeypatch.setattr(runner, "run_command", fails)
+    assert error_message(run_search, flags, "--trials", "2", "--pruner", "none").endswith(
+        "S/confirm/000-seed1: training diverged")
+
+
 def test_the_hours_are_kept(flags, commands, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runner.time, "monotonic", iter(range(0, 10**6, 100)).__next__)  # each look takes 100 s
     run_search(flags, "--gpu_hours", "0.1", *WITHOUT_CONFIRMATION)

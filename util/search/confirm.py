@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, read_json_lines, write_json
 from util.search.folder import RECORD, accuracy, add_rung, begin_record, change_record, read_records
 from util.search.locks import claim
@@ -71,10 +72,13 @@ def run_all(study: Path, runs: list[FreshRun], execute: Callable[[FreshRun, int]
 
 
 def train_and_score(runner: Runner, epochs: int, run: FreshRun, lock: int) -> None:
-    """Over the full schedule, and on all of the validation split."""
+    """Over the full schedule, and on all of the validation split. Raises UserError, which names the run."""
     begin_record(run.folder, runner.gpus, values=run.values, configuration=run.configuration, seed=run.seed)
-    runner.train(run.folder, run.values, epochs, lock, "--seed", str(run.seed))
-    scores = runner.score(run.folder, epochs, run.folder / "val", lock, "--split", "val", "--decode", "score")
+    try:
+        runner.train(run.folder, run.values, epochs, lock, "--seed", str(run.seed))
+        scores = runner.score(run.folder, epochs, run.folder / "val", lock, "--split", "val", "--decode", "score")
+    except UserError as error:
+        raise UserError(f"{run.folder}: {error}") from error
     add_rung(run.folder, epochs, scores)
     change_record(run.folder, state="COMPLETE")
 
