@@ -143,7 +143,7 @@ def seconds_left(args) -> float:
 
 def main(args) -> None:
     try:
-        from util.search.study import Study
+        from util.search.study import Study, storage_errors
     except ModuleNotFoundError as error:
         raise UserError(f"{error}: pip install -r requirements-search.txt") from error
     trained = train_parser().parse_args(args.train)
@@ -160,7 +160,8 @@ def main(args) -> None:
     print_rank0("\n".join(cost_lines(args.study, settings, study.rungs)))
     runner = Runner(args.train, machine_flags(trained), args.gpus, partial(seconds_left, args))
     try:
-        work(study, runner, args.questions, check_values)
+        with storage_errors():
+            work(study, runner, args.questions, check_values)
         if args.confirm:
             confirm_best(args, runner, trained.epochs, trained.seed)
     except HoursSpent:

@@ -22,7 +22,7 @@ from util.search import study as study_module
 from util.search.folder import Settings, add_rung, add_seconds, read_records, read_settings
 from util.search.locks import claim, waiting_for
 from util.search.space import Space
-from util.search.study import COMPLETE, FAIL, PRUNED, Study, Trial, run_trial, rungs
+from util.search.study import COMPLETE, FAIL, PRUNED, Study, Trial, run_trial, rungs, storage_errors
 
 SPACE = Space({"blr": {"kind": "float", "low": 0.0, "high": 1.0, "default": 0.5},
                "dropout_prob": {"kind": "float", "low": 0.0, "high": 0.9, "default": 0.1}},
@@ -249,6 +249,15 @@ def test_a_worker_with_other_settings_is_refused_by_what_differs(tmp_path, chang
     assert open_study(tmp_path).n_trials == 6  # the same settings are no others
     settings = read_settings(tmp_path)
     assert set(Settings.__annotations__) <= settings.keys()
+
+
+def test_a_database_that_is_lost_in_the_middle_is_one_line(tmp_path):
+    database = tmp_path / "lost.db"
+    study = open_study(tmp_path, f"sqlite:///{database}")
+    database.write_bytes(b"")
+    with pytest.raises(UserError, match="--storage no longer answers .*: once it does, the same command goes on"), \
+            storage_errors():
+        study.take()
 
 
 def test_a_study_stays_in_its_storage(tmp_path, postgres):

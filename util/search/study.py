@@ -10,14 +10,15 @@ confirm/NAME/  the runs with fresh seeds (confirm.py)
 import os
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import distribution_to_json
-from optuna.exceptions import ExperimentalWarning, OptunaError
+from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -208,6 +209,16 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
         lock: Any = JournalLock(folder / ".journal.lock")
         return JournalStorage(JournalFileBackend(str(folder / "journal.log"), lock))
     return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turns what a database raises that is lost in the middle of a study into a UserError."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise UserError(f"--storage no longer answers ({first_line(error)}): once it does, the same command goes on"
+                        ) from error
 
 
 def open_optuna(folder: Path, name: str, url: str | None, is_new: bool, pruner) -> optuna.Study:
