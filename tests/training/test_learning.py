@@ -23,7 +23,8 @@ from tiny import ROOT
 
 def quickstart_flags(weights: Path) -> list[str]:
     """The flags in scripts/quickstart.sh, read from the script, so that the test runs the same command."""
-    print_flags = 'eval "$(sed -n "/^FLAGS=/,/)$/p" scripts/quickstart.sh)"; printf "%s\\n" "${FLAGS[@]}"'
+    print_flags = ('eval "$(sed -n "/^FLAGS=/,/)$/p" scripts/toy.sh)"; '
+                   'eval printf "\'%s\\n\'" "$(sed -n "s/^exec .*run_all_variants.sh //p" scripts/quickstart.sh)"')
     env = {**os.environ, "WEIGHTS": str(weights), "MODEL": "toy"}
     return subprocess.run(["bash", "-c", print_flags], cwd=ROOT, env=env, capture_output=True, text=True, check=True
                           ).stdout.split()
