@@ -184,8 +184,7 @@ def main(args) -> None:
 
     config = {"architecture": VIT_NAME, "model_args": VIT, "num_classes": 0,
               "pretrained_cfg": {"input_size": [3, VIT["img_size"], VIT["img_size"]], "num_classes": 0}}
-    with atomic_write(out / "vit" / "model.safetensors") as path:
-        save_tensors(vit.state_dict(), path)
+    save_tensors(vit.state_dict(), out / "vit" / "model.safetensors")
     write_json(out / "vit" / "config.json", config)
     write_json(out / "params.json", LLAMA)
     with atomic_write(out / "consolidated.00.pth") as path:

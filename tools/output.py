@@ -1,6 +1,5 @@
-"""What the tools write: folders that can be written, and safetensors files with the permissions of any other file."""
+"""What the tools write: folders that can be written, and safetensors files."""
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lavin.runtime.errors import UserError, first_line
+from lavin.runtime.files import atomic_write
 
 
 def make_folder(path: Path) -> None:
@@ -23,9 +23,7 @@ def make_folder(path: Path) -> None:
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Writes a safetensors file. Raises UserError where the disk is full."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        with atomic_write(path) as tmp_path:
+            save_file(tensors, tmp_path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise UserError(f"cannot write {path} ({first_line(error)}): make room, or name another --out") from error
-    umask = os.umask(0)  # can only be read by setting it
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)  # safetensors lets only the owner read it

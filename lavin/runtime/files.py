@@ -25,13 +25,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder, renamed to `path` on success: readers never see half a file.
 
     The name is this process's own, and the content is on the disk before the file is renamed, so that neither another
-    process nor a machine that loses power can leave half a file under `path`.
+    process nor a machine that loses power can leave half a file under `path`. Whatever writes it, the file gets the
+    permissions of a new one: safetensors lets only the owner read its files, and a copy has those of what it is of.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PART}")
     try:
+        tmp_path.unlink(missing_ok=True)
+        tmp_path.touch()
+        mode = tmp_path.stat().st_mode
         yield tmp_path
+        if tmp_path.stat().st_mode != mode:
+            tmp_path.chmod(mode)
         sync(tmp_path)
         os.replace(tmp_path, path)
         sync(path.parent)

@@ -92,6 +92,13 @@ def examples(data, tokenizer_file, **changes) -> dict:
             for qid, example in load_examples(data, args, Tokenizer(tokenizer_file), 8).items()}
 
 
+def test_entries_have_the_permissions_of_other_files(folder, scienceqa):
+    """In a cache that several people share, each can read them."""
+    load(scienceqa)
+    (folder / "other").touch()
+    assert entry(folder).stat().st_mode == (folder / "other").stat().st_mode
+
+
 def test_the_second_load_tokenizes_nothing(folder, scienceqa, tokenizer, tokenizer_file, monkeypatch):
     data = load_scienceqa(scienceqa, "train", scienceqa / "captions.json")
     first = examples(data, tokenizer_file)

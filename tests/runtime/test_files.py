@@ -98,14 +98,24 @@ def test_a_checksum_sees_every_bit_shape_and_dtype_of_a_tensor():
     assert value_sha256(tensor) == value_sha256(torch.stack((tensor, tensor), 1)[:, 0])  # not how it lies in memory
 
 
-def test_files_follow_the_umask(tmp_path):
-    old = os.umask(0o027)
+def write_private(path):
+    """As safetensors does, and a copy of a file that only its owner may read."""
+    path.write_text("x")
+    path.chmod(0o600)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize("write", [lambda path: path.write_text("x"), write_private])
+def test_files_follow_the_umask(tmp_path, write, umask, mode):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "file").chmod(0o600)
+    old = os.umask(umask)
     try:
         with atomic_write(tmp_path / "file") as tmp:
-            tmp.write_text("x")
+            write(tmp)
     finally:
-        os.umask(old)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+        assert os.umask(old) == umask
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
 
 
 def test_a_sampled_checksum_sees_the_size_and_the_first_middle_and_last_bytes(tmp_path):
