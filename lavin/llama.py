@@ -86,6 +86,10 @@ class YarnScaling(RopeScaling):
         return torch.lerp(frequencies, frequencies / self.factor, scaled.clamp(0, 1))
 
 
+# rope_theta -> context, which params.json does not tell: Llama 3, Code Llama. Llama 2 (4096) looks like LLaMA (2048)
+META_CONTEXTS = {500_000: 8192, 1_000_000: 16_384}
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shape of a LLaMA, under the names of Meta's params.json; those from rope_scaling on come from other formats."""
@@ -106,6 +110,7 @@ class LlamaConfig:
     qk_norm: bool = False  # a norm of each head of query and key
     nope_layers: tuple[int, ...] = ()  # layers without rotary embeddings
     max_context: int | None = None  # tokens from which on the model would need what this decoder does not have
+    max_position_embeddings: int = 2048  # tokens that it was trained to read
 
     @classmethod
     def from_params(cls, params: dict, vocab_size: int) -> "LlamaConfig":
@@ -125,7 +130,8 @@ class LlamaConfig:
             # Meta's files leave the factor to the code: 8 for Llama 3.1 and 3.3, 32 for the small models of 3.2
             factor = params.get("rope_scaling_factor", 8 if shape.get("dim", 0) >= 4096 else 32)
             shape["rope_scaling"] = Llama3Scaling(factor)
-        return cls(**shape)
+        context = 131_072 if "rope_scaling" in shape else META_CONTEXTS.get(shape.get("rope_theta"), 2048)
+        return cls(**shape, max_position_embeddings=context)
 
     @property
     def head_dim(self) -> int:

@@ -132,15 +132,16 @@ def family(config: LlamaConfig, mlp_bias: bool) -> dict:
 
 
 def hf_config(config: LlamaConfig, tokenizer: Tokenizer, mlp_bias: bool, dtype: torch.dtype) -> dict:
-    rope = rope_entry(config.rope_scaling) if config.rope_scaling else {}
-    context = int(rope.get("factor", 1) * rope.get("original_max_position_embeddings", config.max_context or 2048))
+    rope = rope_entry(config.rope_scaling) if config.rope_scaling else None
+    # the exported model has no window either: it ends where the base's begins to matter
+    context = min(config.max_position_embeddings, config.max_context or config.max_position_embeddings)
     return {
         **family(config, mlp_bias), "torch_dtype": DTYPE_NAMES[dtype],
         "vocab_size": config.vocab_size, "hidden_size": config.dim, "intermediate_size": config.hidden_dim,
         "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim, "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "rope_scaling": rope or None, "max_position_embeddings": context,
+        "rope_scaling": rope, "max_position_embeddings": context,
         "attention_bias": True, "mlp_bias": mlp_bias, "tie_word_embeddings": False,
         "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 

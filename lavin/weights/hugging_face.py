@@ -28,10 +28,12 @@ HF_NAMES = {"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layern
             "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
 # what transformers takes where config.json of a model_type has no such entry
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {}, "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
-    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
-    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4}}
+    "llama": {}, "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True,
+                             "max_position_embeddings": 131_072},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32_768},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128, "max_position_embeddings": 32_768},
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4,
+                "max_position_embeddings": 32_768}}
 ROPE_SCALINGS: dict[str, type[RopeScaling]] = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 WholeHead = Annotated[float, Field(ge=1, le=1)]
@@ -201,7 +203,8 @@ def llama_config(content: Config) -> LlamaConfig:
                             norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
                             d_head=config.get("head_dim"), d_ff=config["intermediate_size"],
                             biases=read_biases(config), qk_norm=config["model_type"] == "qwen3",
-                            nope_layers=read_nope_layers(config), max_context=min(limits, default=None))
+                            nope_layers=read_nope_layers(config), max_context=min(limits, default=None),
+                            max_position_embeddings=config.get("max_position_embeddings", 2048))
     check_heads(converted)
     return converted
 

@@ -94,6 +94,15 @@ def test_feed_forward_hidden_dim(dim, multiple_of, multiplier, hidden):
     assert config.hidden_dim == hidden
 
 
+@pytest.mark.parametrize("params, context", [
+    ({}, 2048), ({"rope_theta": 5e5}, 8192), ({"rope_theta": 500000, "use_scaled_rope": False}, 8192),
+    ({"rope_theta": 5e5, "use_scaled_rope": True}, 131_072), ({"rope_theta": 1e6}, 16_384)])
+def test_contexts_of_metas_models(params, context):
+    """LLaMA, Llama 3 and 3.1, and Code Llama, as published; their params.json does not say it."""
+    config = LlamaConfig.from_params({"dim": 4096, "n_layers": 32, "n_heads": 32, **params}, 321)
+    assert config.max_position_embeddings == context
+
+
 def test_config_from_params_json():
     params = {"dim": 64, "n_layers": 2, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-6, "vocab_size": -1}
     config = LlamaConfig.from_params(params, 321)

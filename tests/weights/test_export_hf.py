@@ -1,6 +1,7 @@
 """The folder that export_hf.py writes, loaded by transformers, against LaVIN."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import export_hf
 import reference
 from lavin.generation.generate import generate
 from lavin.mm_adapter import AdapterConfig
+from lavin.model import pack
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import Example
 from lavin.weights.adapters import save_adapters
@@ -92,6 +94,35 @@ def test_logits_with_an_image(base, trained, scienceqa, tmp_path):
     assert difference.abs().max() > 0.1  # this export is for prompts with an image only
 
 
+@torch.no_grad()
+def test_pictures_of_one_name_keep_apart(base, trained, scienceqa, tmp_path):
+    """As ScienceQA's, which are all image.png: their folder, the question's id, tells them apart."""
+    from safetensors.torch import load_file
+    model, tokenizer, path = trained
+    folder = scienceqa / "images" / "train"
+    pictures = {qid: folder / qid / "image.png" for qid in ("101", "103", "105")}
+    export(base, path, tmp_path / "hf", "--modality", "image", "--pictures", *pictures.values())
+    assert {file.name for file in (tmp_path / "hf").glob("*.inputs_embeds.safetensors")} == {
+        f"{qid}_image.inputs_embeds.safetensors" for qid in pictures}
+    for qid, picture in pictures.items():
+        image_embeds = load_file(tmp_path / "hf" / f"{qid}_image.inputs_embeds.safetensors")["inputs_embeds"]
+        example = tokenizer.example("", None, load_image(picture, model.vision.image_size))
+        torch.testing.assert_close(image_embeds, model.embed(pack([example])))
+
+
+@pytest.mark.parametrize("paths, names", [
+    (["a/x.png", "b/y.jpg"], ["x", "y"]), (["a/x.png", "b/x.jpg"], ["a_x", "b_x"]), (["x/y.png"], ["y"]),
+    (["a/x.png", "b/x.png", "b/y.png"], ["a_x", "b_x", "b_y"]),
+    (["train/7/x.png", "test/7/x.png"], ["train_7_x", "test_7_x"]), (["b/../a/x.png", "./b/x.png"], ["a_x", "b_x"]),
+    (["a_b/c/x.png", "a/b_c/x.png", "a/c/x.png"], ["a_b_c_x", "a_b_c_x", "a_c_x"])])
+def test_names_of_pictures(paths, names):
+    """The stem, behind as many folders as tell all apart."""
+    if len(set(names)) == len(names):
+        assert export_hf.picture_names([Path(path) for path in paths]) == names
+    else:  # more folders, down to the working directory
+        assert len(set(export_hf.picture_names([Path(path) for path in paths]))) == len(names)
+
+
 def test_export_of_a_base_from_hugging_face(base, tokenizer_file, tmp_path):
     """With Llama 3's RoPE scaling, wide heads and tied embeddings."""
     from tiny_weights import HF_VARIANTS, write_hugging_face
@@ -102,7 +133,6 @@ def test_export_of_a_base_from_hugging_face(base, tokenizer_file, tmp_path):
     randomise_adapters(model)
     save_adapters(model, tmp_path / "checkpoint-0.pth", epoch=0, flags={})
     theirs = export(base, tmp_path / "checkpoint-0.pth", tmp_path / "hf", *flags)
-    from lavin.model import pack
     ids = torch.randint(480, (70,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = model.eval().llama.output(model.hidden_states(pack([Example(ids.tolist(), 70)])))
@@ -112,7 +142,8 @@ def test_export_of_a_base_from_hugging_face(base, tokenizer_file, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--pictures", "a.png"], "--modality image"), (["--bits", "fp8"], "--bits"),
     (["--model_parallel_size", "2"], "--model_parallel_size"),
-    (["--modality", "image", "--pictures", "a/x.png", "b/x.png"], "same name"),
+    (["--modality", "image", "--pictures", "a/x.png", "a/../a/x.png"], "a/x.png .*: rename one"),
+    (["--modality", "image", "--pictures", "a/x.png", "a/x.jpg"], "a/x.jpg .*: rename one"),
     (["--modality", "image", "--pictures", "no.png"], "no.png")])
 def test_invalid_flags(base, trained, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
