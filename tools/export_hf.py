@@ -187,6 +187,19 @@ def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer) -> None:
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False})
 
 
+def picture_names(paths: list[Path]) -> list[str]:
+    """For the output files: each picture's stem, behind as many of its folders as tell all apart, since ScienceQA's
+    pictures are all image.png. Raises UserError where folders do not tell them apart."""
+    absolute = [Path(os.path.abspath(path)) for path in paths]
+    parts = [[*path.parts[1:-1], path.stem] for path in absolute]
+    for depth in range(1, 1 + max(map(len, parts), default=1)):
+        names = ["_".join(folders[-depth:]) for folders in parts]
+        if len(set(names)) == len(names):
+            return names
+    path = next(path for i, path in enumerate(paths) if names[i] in names[:i])
+    raise UserError(f"--pictures: the output file of {path} would be that of another: rename one, or name it once")
+
+
 @torch.no_grad()
 def image_embeddings(model: LaVIN, tokenizer: Tokenizer, path: Path) -> torch.Tensor:
     """`[BOS] Image: ` and the image's projected features [tokens, D]."""
@@ -201,8 +214,7 @@ def image_embeddings(model: LaVIN, tokenizer: Tokenizer, path: Path) -> torch.Te
 def main(args) -> None:
     if args.pictures and args.modality != "image":
         raise UserError("--pictures needs --modality image")
-    if len({picture.stem for picture in args.pictures}) < len(args.pictures):
-        raise UserError("--pictures: two have the same name, and so would their output files: rename one")
+    names = picture_names(args.pictures)
     if args.bits != "16bit" or (args.model_parallel_size or 1) > 1:
         raise UserError("weights are exported whole, in 16 or 32 bits: leave --bits and --model_parallel_size out")
     if (args.out / "config.json").exists():
@@ -214,9 +226,9 @@ def main(args) -> None:
     if is_tiktoken(source):
         raise UserError(f"{source} is in Meta's format, which Hugging Face's tokenizers do not read: name the model's "
                         "tokenizer.json with --tokenizer_path")
-    for picture in args.pictures:
+    for picture, name in zip(args.pictures, names, strict=True):
         save_tensors({"inputs_embeds": image_embeddings(model, tokenizer, picture)},
-                     args.out / f"{picture.stem}.inputs_embeds.safetensors")
+                     args.out / f"{name}.inputs_embeds.safetensors")
     tensors = progress_bar(merged_tensors(model, MODALITIES.index(args.modality)), "tensors", unit="tensor")
     write_weights(args.out, tensors, model.dtype, SHARD_BYTES)
     write_tokenizer(args.out, source, tokenizer)
