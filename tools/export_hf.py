@@ -12,11 +12,13 @@ attention depends only on differences of positions.
 The model is a LlamaForCausalLM, which has all biases that this takes; with norms of query and key a Qwen3ForCausalLM,
 and where layers have no rotary embeddings a SmolLM3ForCausalLM.
 
-Prompts are as in training: `[BOS] Image: N/A` and the prompt; or, as embeddings, NAME.inputs_embeds.safetensors of an
-image (`inputs_embeds` [tokens, D]: `[BOS] Image: ` and the image's features) and the prompt.
+Prompts are as in training: `Image: N/A`, a space and the prompt, to which the exported tokenizer adds BOS; or, as
+embeddings, NAME.inputs_embeds.safetensors of an image (`inputs_embeds` [tokens, D]: `[BOS] Image: ` and the image's
+features) and the prompt, to which it then adds none.
 """
 
 import argparse
+import copy
 import os
 import shutil
 import sys
@@ -31,7 +33,7 @@ from lavin.mm_adapter import RepAdapterRouter
 from lavin.model import LaVIN, pack
 from lavin.runtime.console import print_rank0, progress_bar, summary
 from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.files import write_json
+from lavin.runtime.files import atomic_write, write_json
 from lavin.tokenizer import Example, Tokenizer, is_tiktoken
 from lavin.weights.base import find_tokenizer
 from lavin.weights.hugging_face import HF_NAMES, rope_entry
@@ -174,17 +176,45 @@ def write_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dty
             "metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in part_of.items()}})
 
 
-def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer) -> None:
-    """Copies the tokenizer's file, and adds the config that Hugging Face's tokenizer classes need."""
-    shutil.copy(path, folder / path.name)
-    if path.suffix == ".json":
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if path.with_name(name).is_file():
-                shutil.copy(path.with_name(name), folder)
-        return
+def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer, modality: str) -> None:
+    """A tokenizer of Hugging Face's classes that gives prompts the ids of training: it adds BOS, unless an image's
+    inputs_embeds hold it, and reads no special token from text."""
+    model, is_json = tokenizer.model.model, path.suffix == ".json"
+    token = model.id_to_token if is_json else model.id_to_piece
+    bos, without_image = None if tokenizer.bos_id is None else token(tokenizer.bos_id), modality == "text"
+    with atomic_write(folder / ("tokenizer.json" if is_json else "tokenizer.model")) as part:
+        if is_json:
+            exported = copy.deepcopy(model)
+            begin_with(exported, bos if without_image else None)
+            if without_image:
+                part_from_prefix(exported)
+            exported.save(str(part))
+        else:
+            shutil.copyfile(path, part)
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
-        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False})
+        **({"tokenizer_class": "PreTrainedTokenizerFast"} if is_json else
+           {"tokenizer_class": "LlamaTokenizer", "legacy": True, "unk_token": token(model.unk_id())}),
+        "bos_token": bos, "eos_token": token(tokenizer.eos_id), "add_bos_token": without_image and bos is not None,
+        "add_eos_token": False, "split_special_tokens": True, "clean_up_tokenization_spaces": False})
+
+
+def begin_with(model, bos: str | None) -> None:
+    """Lets a tokenizer of Hugging Face's library add this token, and no other."""
+    from tokenizers.processors import TemplateProcessing
+    special = [] if bos is None else [bos]
+    model.post_processor = TemplateProcessing(single=[*special, "$A"],
+                                              special_tokens=[(token, model.token_to_id(token)) for token in special])
+
+
+def part_from_prefix(model) -> None:
+    """In training, `Image: N/A` and the prompt are tokenized apart. Lets a space between them do the same where it
+    would become a part of the prompt's first token, as with byte-level BPE."""
+    from tokenizers import Regex, pre_tokenizers
+    prefix, prompt, both = (model.encode(text, add_special_tokens=False).ids
+                            for text in ("Image: N/A", "Question:", "Image: N/A Question:"))
+    if both != prefix + prompt:
+        space = pre_tokenizers.Split(Regex(r"(?<=\AImage: N/A) "), "removed")
+        model.pre_tokenizer = pre_tokenizers.Sequence([space, *filter(None, [model.pre_tokenizer])])
 
 
 def picture_names(paths: list[Path]) -> list[str]:
@@ -231,7 +261,7 @@ def main(args) -> None:
                      args.out / f"{name}.inputs_embeds.safetensors")
     tensors = progress_bar(merged_tensors(model, MODALITIES.index(args.modality)), "tensors", unit="tensor")
     write_weights(args.out, tensors, model.dtype, SHARD_BYTES)
-    write_tokenizer(args.out, source, tokenizer)
+    write_tokenizer(args.out, source, tokenizer, args.modality)
     write_json(args.out / "config.json", hf_config(model.llama.config, tokenizer, has_mlp_bias(model), model.dtype))
     checkpoint = path or Path(args.adapter_path)
     print_rank0(f"{args.out}: {checkpoint.name} for questions {'with' if args.modality == 'image' else 'without'} "

@@ -1,6 +1,7 @@
 """The folder that export_hf.py writes, loaded by transformers, against LaVIN."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from lavin.generation.generate import generate
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import pack
 from lavin.runtime.errors import UserError
-from lavin.tokenizer import Example
+from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.adapters import save_adapters
 from lavin.weights.load import load_base
 from tiny import randomise_adapters
+from tiny_weights import HF_VARIANTS, write_hugging_face
 from util.data.images import load_image
 
 ADAPTER = {"adapter_dim": 4, "adapter_scale": 0.7, "temperature": 2.0, "hidden_proj": 8}
@@ -70,6 +72,87 @@ def test_exported_tokenizer(base, trained, tmp_path):
     assert theirs.decode(tokenizer.encode(PROMPT)) == PROMPT
 
 
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """A tokenizer.json as SmolLM2's: nothing in it adds BOS, and a space belongs to the word behind it."""
+    from tokenizers import ByteLevelBPETokenizer
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([PROMPT, "Image: N/A", "The answer is A. BECAUSE: it is."] * 9, vocab_size=380,
+                                special_tokens=["<s>", "</s>"])
+    folder = tmp_path_factory.mktemp("byte_level")
+    trained.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>"}))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(params=["tokenizer.model", "tokenizer.json of a tokenizer.model", "byte-level", "byte-level, no BOS",
+                        "byte-level, BOS added", "byte-level, named otherwise"])
+def tokenizer_path(request, base, byte_level, tmp_path):
+    source, name = base.weights / "tokenizer.model", request.param
+    pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece models through protobuf")
+    if name == "tokenizer.model":
+        return source
+    folder = tmp_path / "base"
+    if name == "tokenizer.json of a tokenizer.model":
+        from transformers import LlamaTokenizer
+        LlamaTokenizer.from_pretrained(source.parent).save_pretrained(folder)
+        return folder / "tokenizer.json"
+    shutil.copytree(byte_level.parent, folder)
+    path = folder / "tokenizer.json"
+    if name == "byte-level, no BOS":
+        (folder / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": "</s>"}')
+    if name == "byte-level, BOS added":  # as Llama 3's, and EOS besides
+        path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": {
+            "type": "BertProcessing", "sep": ["</s>", 1], "cls": ["<s>", 0]}}))
+    return path.rename(folder / "other.json") if name == "byte-level, named otherwise" else path
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "smollm3"])
+def test_an_exported_tokenizer_gives_the_ids_of_training(tokenizer_path, tmp_path, model_type):
+    from transformers import AutoTokenizer
+    tokenizer = Tokenizer(tokenizer_path)
+    theirs = {}
+    for modality in export_hf.MODALITIES:
+        (tmp_path / modality).mkdir()
+        export_hf.write_tokenizer(tmp_path / modality, tokenizer_path, tokenizer, modality)
+        (tmp_path / modality / "config.json").write_text(json.dumps({"model_type": model_type}))
+        theirs[modality] = AutoTokenizer.from_pretrained(tmp_path / modality)
+        assert theirs[modality].bos_token_id == tokenizer.bos_id and theirs[modality].eos_token_id == tokenizer.eos_id
+    for text in (PROMPT, "Image: N/A", "a </s> b <s>", "</s>", "x  y\n\n z", "水🙂"):
+        assert theirs["text"](text)["input_ids"] == tokenizer.encode(text, bos=True)
+        assert theirs["text"](f"Image: N/A {text}")["input_ids"] == tokenizer.example(text).ids
+        assert theirs["image"](text)["input_ids"] == tokenizer.encode(text)  # behind inputs_embeds, which hold BOS
+    assert theirs["text"].decode(tokenizer.encode(PROMPT)) == PROMPT
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
+def test_a_pipeline_of_transformers_gives_our_answer(base, byte_level, tmp_path, kind):
+    """Greedy, from a text on."""
+    from transformers import pipeline
+    path, folder = base.weights / "tokenizer.model" if kind == "sentencepiece" else byte_level, tmp_path / "base"
+    write_hugging_face(folder, path, vocab_size=Tokenizer(path).n_words)
+    if kind == "byte-level":
+        (folder / "tokenizer.model").unlink()
+        shutil.copytree(path.parent, folder, dirs_exist_ok=True)
+    model, tokenizer = load_base("nowhere", str(folder), str(base.vision), AdapterConfig(**ADAPTER),
+                                 torch.device("cpu"), torch.float32)
+    randomise_adapters(model.eval())
+    save_adapters(model, tmp_path / "checkpoint-0.pth", epoch=0, flags={})
+    export(base, tmp_path / "checkpoint-0.pth", tmp_path / "hf", "--llm_model", folder)
+    chat = pipeline("text-generation", model=str(tmp_path / "hf"), device="cpu")
+    answers = []
+    for prompt in (PROMPT, "Instruction: Name the ponds.\nResponse:", "Question: a </s> b?\nResponse:"):
+        example = tokenizer.example(prompt)
+        # as ids: the two libraries write the broken UTF-8 of a random model in different ways
+        ids = chat(f"Image: N/A {prompt}", max_new_tokens=16, do_sample=False, return_tensors=True)[0][
+            "generated_token_ids"]
+        assert list(ids[:len(example.ids)]) == example.ids
+        answers.append(tokenizer.decode([i for i in ids[len(example.ids):] if i != tokenizer.eos_id]))
+        assert answers[-1] == generate(model, tokenizer, [example], 16)[0]
+    assert len(set(answers)) == 3 and all(answers)
+
+
 @torch.no_grad()
 def test_logits_with_an_image(base, trained, scienceqa, tmp_path):
     """--modality image: the saved embeddings of the image, followed by those of the prompt; in several shards."""
@@ -121,7 +204,6 @@ def test_names_of_pictures(paths, names):
 
 def test_export_of_a_base_from_hugging_face(base, tokenizer_file, tmp_path):
     """With Llama 3's RoPE scaling, wide heads and tied embeddings."""
-    from tiny_weights import HF_VARIANTS, write_hugging_face
     write_hugging_face(tmp_path / "llama3", tokenizer_file, **HF_VARIANTS["llama3"], tie_word_embeddings=True)
     flags = ["--llm_model", tmp_path / "llama3", "--vision_model", base.vision]
     model, tokenizer = load_base("nowhere", str(tmp_path / "llama3"), str(base.vision), AdapterConfig(**ADAPTER),
