@@ -15,7 +15,7 @@ from lavin.runtime.console import print_rank0, summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import read_json
 from lavin.weights.base import require_base
-from train import check_args, set_learning_rate
+from train import check_args, derive_flags
 from train import get_args_parser as train_parser
 from util.data.batches import steps_per_epoch
 from util.data.datasets import load_scienceqa
@@ -58,7 +58,7 @@ def get_args_parser() -> Parser:
 def check_train(words: list[str], gpus: int, values: Values) -> None:
     """Raises UserError where train.py would refuse its flags."""
     args = train_parser().parse_args([*words, *command_line(values)])
-    set_learning_rate(args, gpus)
+    derive_flags(args, gpus)
     check_args(args)
 
 

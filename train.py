@@ -34,7 +34,7 @@ from util.flags import (
     seed,
     shared_flags,
 )
-from util.lr_sched import SCHEDULES, check_schedule
+from util.lr_sched import SCHEDULES, check_schedule, fit_warmup
 from util.runs import locked, write_config
 from util.training.metrics import drop_metrics, summary_writer
 from util.training.recipe import fit_effective_batch, make_recipe
@@ -60,7 +60,8 @@ def get_args_parser() -> Parser:
     add("--accum_iter", default=1, type=interval(int, "[1, 65536]"), help="micro-batches per optimizer step")
     add("--epochs", default=20, type=count)
     add("--lr_schedule", default="cosine", choices=SCHEDULES)
-    add("--warmup_epochs", default=2.0, type=non_negative, help="linear warm-up; none with --lr_schedule cyclical")
+    add("--warmup_epochs", default=2.0, type=non_negative,
+        help="linear warm-up; a tenth of --epochs where these are fewer; none with --lr_schedule cyclical")
     add("--blr", default=9e-3, type=positive, help="base learning rate: lr = blr * effective batch / 256")
     add("--lr", default=None, type=positive, help="learning rate, instead of --blr")
     add("--min_lr", default=0.0, type=non_negative,
@@ -94,10 +95,11 @@ def check_args(args) -> None:
         raise UserError(str(error)) from error
 
 
-def set_learning_rate(args, world: int) -> None:
-    """--lr by --blr, unless it was given."""
+def derive_flags(args, world: int) -> None:
+    """Sets those that depend on others, unless they were given: --lr, and the warm-up of few epochs."""
     if args.lr is None:
         args.lr = args.blr * args.batch_size * args.accum_iter * world / 256
+    fit_warmup(args)
 
 
 def main(args) -> None:
@@ -105,7 +107,7 @@ def main(args) -> None:
     rank, world, local_rank = distributed.init(args.model_parallel_size)
     if effective_batch:
         fit_effective_batch(args, effective_batch, world)
-    set_learning_rate(args, world)
+    derive_flags(args, world)
     check_args(args)
     require_base(args.llama_model_path, args.llm_model, use_vicuna=args.use_vicuna)
     device = choose_device(args.device, local_rank)

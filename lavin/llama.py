@@ -130,7 +130,7 @@ class LlamaConfig:
             # Meta's files leave the factor to the code: 8 for Llama 3.1 and 3.3, 32 for the small models of 3.2
             factor = params.get("rope_scaling_factor", 8 if shape.get("dim", 0) >= 4096 else 32)
             shape["rope_scaling"] = Llama3Scaling(factor)
-        context = 131_072 if "rope_scaling" in shape else META_CONTEXTS.get(shape.get("rope_theta"), 2048)
+        context = 131_072 if "rope_scaling" in shape else META_CONTEXTS.get(shape.get("rope_theta", 0), 2048)
         return cls(**shape, max_position_embeddings=context)
 
     @property

@@ -9,6 +9,13 @@ SCHEDULES = ("cosine", "cyclical", "step", "exponential")
 STEP_FACTOR, STEP_EPOCHS = 0.65, 2
 EXPONENTIAL_END = 1e-5  # learning rate at the last epoch
 CYCLE_FRACTION = 1 / 5  # length of half a cycle, as a fraction of all epochs
+WARMUP_FRACTION = 1 / 10  # published: 2 of 20 epochs
+
+
+def fit_warmup(args) -> None:
+    """Shortens the default warm-up where it would take all epochs. args: also given, the flags of the command line."""
+    if args.lr_schedule != "cyclical" and "warmup_epochs" not in args.given and args.warmup_epochs >= args.epochs:
+        args.warmup_epochs = args.epochs * WARMUP_FRACTION
 
 
 def check_schedule(args) -> None:
@@ -25,7 +32,8 @@ def check_schedule(args) -> None:
         raise ValueError(f"--lr {args.lr:g} (or --blr) lies below {EXPONENTIAL_END:g}, to which the exponential "
                          "schedule would rise")
     if args.lr_schedule != "cyclical" and not 0 <= args.warmup_epochs < args.epochs:
-        raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs}")
+        raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie at or above 0, and below --epochs "
+                         f"{args.epochs}: leave it out, or give {args.epochs * WARMUP_FRACTION:g}")
 
 
 def learning_rate(epoch: float, args) -> float:

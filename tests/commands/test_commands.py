@@ -222,6 +222,16 @@ def test_lower_precision_gives_similar_losses(base, scienceqa, tmp_path, precisi
     assert losses[precision] == pytest.approx(losses["fp32"], rel=1e-2) and losses[precision] != losses["fp32"]
 
 
+def test_one_epoch_needs_no_other_warmup(base, scienceqa, tmp_path, capsys):
+    """The warm-up that is taken is recorded, and the same command, or --resume, finds its run again."""
+    command = [*base.flags, "--data_root", str(scienceqa), "--output_dir", str(tmp_path / "run"), "--device", "cpu",
+               "--max_seq_len", "200", "--epochs", "1"]
+    for flags in (command, command, ["--resume", str(tmp_path / "run")]):
+        train.main(train.get_args_parser().parse_args(flags))
+    assert read_json(tmp_path / "run" / "config.json")["flags"]["warmup_epochs"] == 0.1
+    assert capsys.readouterr().out.count("which is finished") == 2
+
+
 def test_lr_scales_with_the_effective_batch_size(base, scienceqa, tmp_path):
     run_train(base, scienceqa, tmp_path, "--blr", "0.1", "--accum_iter", "2", "--epochs", "1", "--warmup_epochs", "0")
     assert read_json(tmp_path / "config.json")["flags"]["lr"] == pytest.approx(0.1 * 8 / 256)

@@ -12,6 +12,7 @@ import pytest
 
 from tiny import ROOT
 from train import get_args_parser
+from util.lr_sched import check_schedule, fit_warmup
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("slurm/*")])
 METHODS = {  # the published flags of each method
@@ -108,6 +109,15 @@ def test_scripts_have_valid_syntax(script):
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "-x", "-e", "SC1091", "-s", "bash", script], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("epochs, warmup", [("20", 2), ("1", 0.1)])
+def test_epochs_need_no_other_warmup(sandbox, epochs, warmup):
+    command, _ = sandbox.run("scripts/finetuning_sqa_7b.sh", "--epochs", epochs)
+    args = get_args_parser().parse_args([*command.split("train.py ")[1].split(), "--lr", "0.1"])
+    fit_warmup(args)
+    check_schedule(args)
+    assert args.warmup_epochs == warmup
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from util.lr_sched import SCHEDULES, adjust_learning_rate, check_schedule, learning_rate
+from util.lr_sched import SCHEDULES, adjust_learning_rate, check_schedule, fit_warmup, learning_rate
 
 
 def flags(schedule, **changes):
@@ -61,6 +61,26 @@ def test_adjust_learning_rate_sets_every_group_and_returns_the_rate():
 def test_invalid_schedules(schedule, flag, value):
     with pytest.raises(ValueError, match=f"--{flag}"):
         check_schedule(flags(schedule, **{flag: value}))
+
+
+@pytest.mark.parametrize("command, warmup", [
+    ("--epochs 1", 0.1), ("--epochs 2", 0.2), ("--epochs 3", 2), ("--epochs 20", 2), ("", 2),
+    ("--epochs 5 --warmup_epochs 1", 1), ("--epochs 2 --warmup_epochs 0", 0), ("--epochs 1 --lr_schedule cyclical", 2)])
+def test_a_warmup_that_was_left_out_fits_the_epochs(command, warmup):
+    """A tenth, as of the published 20, where the default would leave no epoch behind it."""
+    args = train.get_args_parser().parse_args(["--lr", "0.1", *command.split()])
+    fit_warmup(args)
+    check_schedule(args)
+    assert args.warmup_epochs == warmup
+    if args.lr_schedule == "cosine" and warmup:
+        assert learning_rate(warmup, args) == pytest.approx(0.1) and learning_rate(args.epochs, args) < 1e-9
+
+
+def test_a_warmup_that_was_given_and_does_not_fit_is_refused_with_one_that_does():
+    args = train.get_args_parser().parse_args(["--lr", "0.1", "--epochs", "1", "--warmup_epochs", "2"])
+    fit_warmup(args)
+    with pytest.raises(ValueError, match=r"--warmup_epochs 2.0 .* --epochs 1: leave it out, or give 0.1"):
+        check_schedule(args)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
