@@ -1,6 +1,7 @@
 """The folder that export_hf.py writes, loaded by transformers, against LaVIN."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -227,6 +228,20 @@ def test_invalid_flags(base, trained, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         export(base, trained[2], tmp_path / "hf", *flags)
     assert not (tmp_path / "hf").exists() or not list((tmp_path / "hf").iterdir())
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660)])
+def test_others_can_read_an_export_as_the_umask_lets_them(base, trained, tmp_path, umask, mode):
+    """Also the copy of a tokenizer that only its owner may read."""
+    private = shutil.copy(base.weights / "tokenizer.model", tmp_path)
+    Path(private).chmod(0o600)
+    before = os.umask(umask)
+    try:
+        export(base, trained[2], tmp_path / "hf", "--tokenizer_path", private)
+    finally:
+        os.umask(before)
+    files = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "hf").iterdir()}
+    assert {"model.safetensors", "tokenizer.model", "config.json"} <= files.keys() and {*files.values()} == {mode}
 
 
 def test_existing_model_is_not_overwritten(base, trained, tmp_path):
