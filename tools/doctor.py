@@ -184,6 +184,7 @@ def of_train_py(argv: list[str]) -> Iterator[str]:
     if args.resume:
         train.take_flags_of_run(args, train.get_args_parser())
     args.lr = args.lr or 1.0  # train.py computes it from the number of processes
+    train.derive_flags(args, 1)
     yield from checked(flags(args))
     for section in (run, data, weights, vision, output):
         yield f"== {section.__name__}"

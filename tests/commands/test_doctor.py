@@ -233,6 +233,11 @@ def test_wrong_flags(check):
     assert_one(check("--bits", "fp8", "--model_parallel_size", "2")[1], "--model_parallel_size 2 works with 16-bit")
 
 
+def test_one_epoch_is_no_mistake(check):
+    """train.py shortens the default warm-up, which is longer."""
+    assert not [problem for problem in check("--epochs", "1")[1] if "warmup" in problem]
+
+
 def test_a_bug_is_a_line_too(check, monkeypatch):
     monkeypatch.setattr(doctor, "choose_dtype", lambda *args: 1 / 0)
     assert_one(check()[1], "ZeroDivisionError('division by zero') (a bug: please report it)")

@@ -139,7 +139,7 @@ def check(parameters: dict, enqueue=({},), words=("--epochs", "3")):
     ({"dropout_prob": FLOAT}, [{"dropout_prob": 0.4}], "space.json: dropout_prob 0.4 is not in the space"),
     ({"dropout_prob": FLOAT}, [{"epochs": 4}], "space.json: epochs is set where it is not searched"),
     ({"warmup_epochs": {**FLOAT, "high": 5}}, [{}],
-     "space.json: warmup_epochs 5: --warmup_epochs 5.0 must lie between 0 and --epochs 3"),
+     "space.json: warmup_epochs 5: --warmup_epochs 5.0 must lie at or above 0, and below --epochs 3"),
     ({"dropout_prob": {**FLOAT, "high": 1}}, [{}], "space.json: dropout_prob 1: --dropout_prob 1 does not lie in")])
 def test_a_space_that_train_refuses_is_refused_before_anything_is_trained(parameters, enqueue, words):
     assert error_message(check, parameters, enqueue).split("/")[-1].startswith(words)
