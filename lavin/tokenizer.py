@@ -1,4 +1,4 @@
-"""Tokenizers of three formats, and the token layout of one example: BOS, image prefix, prompt, answer, EOS.
+"""Tokenizers of four formats, and the token layout of one example: BOS, image prefix, prompt, answer, EOS.
 
 Text never becomes BOS, EOS or another special token, whatever it looks like: `</s>` in a question is four characters.
 """
@@ -16,16 +16,17 @@ import torch
 from pydantic import BeforeValidator
 from typing_extensions import TypedDict
 
+from lavin.gguf import vocabulary as gguf
+from lavin.gguf.file import is_gguf, open_file
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import sha256
 from lavin.runtime.schema import declared, read_validated
 
+CODE = (Path(__file__), Path(gguf.__file__))
 IMAGE_SLOT = -1  # placeholder among token ids for an image embedding
 
 # Llama 3's, 3.1's, 3.2's and 3.3's; behind their tokens come BOS, EOS, and others that are of no use here
 LLAMA3_TOKENS, LLAMA3_SPECIAL_TOKENS = 128_000, 256
-LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-                r"\s*[\r\n]+|\s+(?!\S)|\s+")
 RANKED = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)")  # a line of tiktoken's format: a token in base64, and its rank
 
 # a special token is text, or an object with its text; its id is a number, or a list whose first is the usual one
@@ -57,17 +58,18 @@ class Example:
 
 
 class SentencePiece:
-    """LLaMA's `tokenizer.model`."""
+    """LLaMA's `tokenizer.model`. content: of the file, where it is not all of it."""
 
     library = f"sentencepiece {sentencepiece.__version__}"
+    bos_id: int | None
 
-    def __init__(self, path: Path):
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())  # a name may be no UTF-8
+    def __init__(self, path: Path, content: bytes | None = None):
+        try:  # the content, since a name may be no UTF-8
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=content or path.read_bytes())
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{path} is no SentencePiece model: copy tokenizer.model again") from error
+            raise UserError(f"{path} is no SentencePiece model: fetch or copy it again") from error
         self.n_words, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
+        if min(self.model.bos_id(), self.eos_id) < 0:
             raise UserError(f"{path} has no BOS or no EOS token: take the tokenizer.model of the base model")
         self.encode, self.decode = self.model.encode, self.model.decode
 
@@ -159,7 +161,7 @@ class Tiktoken(FastTokenizer):
         model = tokenizers.Tokenizer(tokenizers.models.BPE(
             {vocabulary[token]: rank for token, rank in ranks.items()}, merges, ignore_merges=True))
         model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), "isolated"),
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(gguf.LLAMA3_WORDS), "isolated"),
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         model.decoder = tokenizers.decoders.ByteLevel()
         return model
@@ -202,24 +204,49 @@ def merge_order(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
                           key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
 
 
+class GGUFBytePairs(FastTokenizer):
+    """Byte-level BPE in the metadata of a GGUF file."""
+
+    def __init__(self, path: Path, vocabulary: gguf.Vocabulary):
+        self.vocabulary = vocabulary
+        self.n_words, self.eos_id = len(vocabulary["tokens"]), vocabulary["eos_token_id"]
+        super().__init__(path)
+
+    def read(self, path: Path, tokenizers):
+        return gguf.byte_level_bpe(self.vocabulary, tokenizers)
+
+
+def open_gguf(path: Path) -> SentencePiece | FastTokenizer:
+    vocabulary = gguf.read_vocabulary(open_file(path))
+    model = (GGUFBytePairs(path, vocabulary) if vocabulary["model"] == "gpt2" else
+             SentencePiece(path, gguf.sentencepiece_model(vocabulary)))
+    model.bos_id = gguf.bos_id(vocabulary)
+    return model
+
+
+def open_model(path: Path) -> SentencePiece | FastTokenizer:
+    if is_gguf(path):
+        return open_gguf(path)
+    return (HuggingFaceTokenizer if path.suffix == ".json" else Tiktoken if is_tiktoken(path) else SentencePiece)(path)
+
+
 class Tokenizer:
-    """LLaMA's or Llama 3's `tokenizer.model`, or a `tokenizer.json`. Raises UserError where the file is missing or
-    broken. bos_id: None where the model has no BOS, which is then left out of every example.
+    """LLaMA's or Llama 3's `tokenizer.model`, a `tokenizer.json`, or that of a GGUF file. Raises UserError where it is
+    missing or broken. bos_id: None where the model has no BOS, which is then left out of every example.
     """
 
     def __init__(self, path: str | Path):
         path = Path(path)
         if not path.is_file():
             raise UserError(f"no tokenizer at {path}: put LLaMA's tokenizer.model there")
-        kind = HuggingFaceTokenizer if path.suffix == ".json" else Tiktoken if is_tiktoken(path) else SentencePiece
-        self.path = path
-        self.model: SentencePiece | FastTokenizer = kind(path)
+        self.path, self.model = path, open_model(path)
         self.n_words, self.bos_id, self.eos_id = self.model.n_words, self.model.bos_id, self.model.eos_id
 
     @property
     def fingerprint(self) -> list:
         """Of all that ids depend on: the file, BOS and EOS, the library and this code."""
-        return [sha256(self.path), self.bos_id, self.eos_id, self.model.library, sha256(Path(__file__))]
+        content = gguf.sha256(gguf.read_vocabulary(open_file(self.path))) if is_gguf(self.path) else sha256(self.path)
+        return [content, self.bos_id, self.eos_id, self.model.library, *map(sha256, CODE)]
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         before = [self.bos_id] if bos and self.bos_id is not None else []

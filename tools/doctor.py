@@ -26,7 +26,7 @@ try:  # packages may be missing or broken, and this program says so
     from lavin.runtime.errors import describe
     from lavin.timm_compat import timm
     from lavin.tokenizer import Tokenizer
-    from lavin.weights.base import base_files, base_folder, open_base, require_base
+    from lavin.weights.base import base_files, base_path, open_base, require_base
     from lavin.weights.vision import DOWNLOAD_HINT, hub_answers, open_vit, require_cached
     from util.data.datasets import find_problems_file, load_scienceqa
     from util.data.instructions import read_instructions
@@ -145,7 +145,7 @@ def weights(args) -> Iterator[str]:
     require_base(*base, use_vicuna=args.use_vicuna)
     files = base_files(*base, use_vicuna=args.use_vicuna)
     yield from map(file_row, files)
-    open_base(base_folder(*base), Tokenizer(files[0]).n_words, args.use_vicuna)
+    open_base(base_path(*base), Tokenizer(files[0]).n_words, args.use_vicuna)
 
 
 def vision(args) -> Iterator[str]:

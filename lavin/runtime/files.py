@@ -6,16 +6,17 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lavin.runtime.errors import UserError
+from lavin.runtime.errors import UserError, first_line
 
 PART = ".part"  # suffix of files that are being written
 SAMPLE_BYTES = 2**20
+LFS_POINTER = b"version https://git-lfs"
 # how messages on files end
 PUT_IT_THERE, WRITE_IT_AGAIN = "put it there, or correct the path", "fetch or write it again"
 
@@ -148,6 +149,14 @@ def write_json_lines(path: str | Path, values) -> None:
 
 
 # --- Checksums ---
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """The error for a file of weights that another library cannot read."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return UserError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` in its folder")
+    return UserError(f"{path} cannot be read as weights ({first_line(error)}): fetch or copy it again")
+
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

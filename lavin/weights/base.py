@@ -1,7 +1,7 @@
-"""The base LLaMA: finds its files, opens them in Meta's or Hugging Face's format, and adds Vicuna v0's delta.
+"""The base LLaMA: finds its files, opens them in the format of Meta, Hugging Face or GGUF, and adds Vicuna v0's delta.
 
-A base model is a folder: `--llama_model_path`/`--llm_model`, or `--llm_model` itself if that is the path of a folder.
-All tensors are read, concatenated and permuted on access, one at a time.
+A base model is a folder or a GGUF file: `--llama_model_path`/`--llm_model`, or `--llm_model` itself if that is a path.
+All tensors are read, dequantized, concatenated and permuted on access, one at a time.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from lavin.gguf.file import is_gguf
 from lavin.llama import LlamaConfig
 from lavin.runtime.errors import UserError
-from lavin.weights.hugging_face import open_hugging_face
+from lavin.weights.hugging_face import open_gguf, open_hugging_face
 from lavin.weights.meta import open_meta
 from lavin.weights.tensor_files import hf_weight_files
 
@@ -28,9 +29,14 @@ class BaseWeights:
     source: str
 
 
-def base_folder(llama_model_path: str, llm_model: str) -> Path:
-    folder = Path(llama_model_path, llm_model)
-    return Path(llm_model) if not folder.is_dir() and Path(llm_model).is_dir() else folder
+def base_path(llama_model_path: str, llm_model: str) -> Path:
+    """A folder, or a GGUF file."""
+    path = Path(llama_model_path, llm_model)
+    return Path(llm_model) if not is_base(path) and is_base(Path(llm_model)) else path
+
+
+def is_base(path: Path) -> bool:
+    return path.is_dir() or (is_gguf(path) and path.is_file())
 
 
 def is_hugging_face(folder: Path) -> bool:
@@ -43,8 +49,10 @@ def meta_files(folder: Path) -> list[Path]:
 
 
 def find_tokenizer(llama_model_path: str, llm_model: str) -> Path:
-    """The tokenizer in the model's folder if there is one, else LLaMA's tokenizer.model in `llama_model_path`."""
-    folder = base_folder(llama_model_path, llm_model)
+    """The GGUF file, or the tokenizer in the model's folder if there is one, or LLaMA's in `llama_model_path`."""
+    folder = base_path(llama_model_path, llm_model)
+    if is_gguf(folder):
+        return folder
     candidates = [path for path in (folder / "tokenizer.model", folder / "tokenizer.json") if path.is_file()]
     return candidates[0] if candidates else Path(llama_model_path, "tokenizer.model")
 
@@ -67,9 +75,11 @@ def find_delta(folder: Path, use_vicuna: bool) -> Path | None:
 def require_base(llama_model_path: str, llm_model: str, tokenizer_path: str | None = None,
                  use_vicuna: bool = False) -> None:
     """Raises UserError that names the first missing file of a base model. Fast, to be called before slow work."""
-    folder = base_folder(llama_model_path, llm_model)
+    folder = base_path(llama_model_path, llm_model)
     required = [Path(tokenizer_path or find_tokenizer(llama_model_path, llm_model))]
-    if is_hugging_face(folder):
+    if is_gguf(folder):
+        required = [folder, *required]
+    elif is_hugging_face(folder):
         hf_weight_files(folder)
     else:
         required = [*meta_files(folder), *required]
@@ -85,17 +95,20 @@ def require_base(llama_model_path: str, llm_model: str, tokenizer_path: str | No
 def base_files(llama_model_path: str, llm_model: str, tokenizer_path: str | None = None, use_vicuna: bool = False
                ) -> list[Path]:
     """Every file that the base LLaMA and its tokenizer are read from."""
-    folder = base_folder(llama_model_path, llm_model)
+    folder = base_path(llama_model_path, llm_model)
     delta = find_delta(folder, use_vicuna)
-    weights = ([folder / "config.json", *hf_weight_files(folder)] if is_hugging_face(folder)
+    weights = ([folder] if is_gguf(folder) else
+               [folder / "config.json", *hf_weight_files(folder)] if is_hugging_face(folder)
                else [folder / "params.json", *sorted(folder.glob("consolidated.*.pth"))])
-    return [Path(tokenizer_path or find_tokenizer(llama_model_path, llm_model)), *weights,
-            *(hf_weight_files(delta) if delta else [])]
+    files = [Path(tokenizer_path or find_tokenizer(llama_model_path, llm_model)), *weights,
+             *(hf_weight_files(delta) if delta else [])]
+    return list(dict.fromkeys(files))  # a GGUF file is both
 
 
 def open_base(folder: Path, vocab_size: int, use_vicuna: bool = False) -> BaseWeights:
     """vocab_size: the tokenizer's, used where Meta's params.json says -1. Raises UserError for broken files."""
-    base = BaseWeights(*(open_hugging_face(folder) if is_hugging_face(folder) else open_meta(folder, vocab_size)))
+    base = BaseWeights(*(open_gguf(folder) if is_gguf(folder) else
+                         open_hugging_face(folder) if is_hugging_face(folder) else open_meta(folder, vocab_size)))
     delta = find_delta(folder, use_vicuna)
     if is_delta(base):
         raise UserError(f"{base.source} holds a delta, not full weights: name the LLaMA that it belongs to with "

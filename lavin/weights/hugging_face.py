@@ -6,7 +6,7 @@ head, SmolLM3 layers without rotary embeddings, and Mistral's first versions a s
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,8 @@ import torch
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
+from lavin.gguf.file import open_file
+from lavin.gguf.weights import META_ORDER, ROPE_FACTORS, GGUFTensors, dequantize, read_config
 from lavin.llama import LinearScaling, Llama3Scaling, LlamaConfig, RopeScaling, YarnScaling
 from lavin.runtime.errors import UserError
 from lavin.runtime.schema import Positive, Size, declared, read_validated
@@ -98,16 +100,18 @@ def to_interleaved_rope(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 class HuggingFaceLlama(Mapping):
-    """Our name -> tensor of a LlamaForCausalLM. tied: the output projection shares the embedding's weights."""
+    """Our name -> tensor of a LlamaForCausalLM. tied: the output projection shares the embedding's weights.
 
-    def __init__(self, tensors: dict[str, torch.Tensor], config: LlamaConfig, tied: bool):
-        self.heads = {"wq": config.n_heads, "wk": config.kv_heads, "q_norm": 1, "k_norm": 1}
-        self.head_dim = config.head_dim
-        self.tensors = {self.from_hf_name(hf_name): tensor for hf_name, tensor in tensors.items()
-                        if not hf_name.endswith(COMPUTED_BUFFERS)}
-        if tied and "tok_embeddings.weight" in self.tensors:
+    tensors: read on access. meta_order: query and key are already in Meta's rotary layout.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], config: LlamaConfig, tied: bool, meta_order: bool = False):
+        self.heads = {} if meta_order else {"wq": config.n_heads, "wk": config.kv_heads, "q_norm": 1, "k_norm": 1}
+        self.head_dim, self.tensors = config.head_dim, tensors
+        self.names = {self.from_hf_name(name): name for name in tensors if not name.endswith(COMPUTED_BUFFERS)}
+        if tied and "tok_embeddings.weight" in self.names:
             # loaded as two frozen parameters, which may be sharded or quantized differently
-            self.tensors["output.weight"] = self.tensors["tok_embeddings.weight"]
+            self.names["output.weight"] = self.names["tok_embeddings.weight"]
 
     @staticmethod
     def from_hf_name(name: str) -> str:
@@ -116,13 +120,13 @@ class HuggingFaceLlama(Mapping):
         return name.removeprefix("model.")
 
     def __iter__(self):
-        return iter(self.tensors)
+        return iter(self.names)
 
     def __len__(self):
-        return len(self.tensors)
+        return len(self.names)
 
     def __getitem__(self, name):
-        tensor, heads = self.tensors[name], self.heads.get(name.split(".")[-2])
+        tensor, heads = self.tensors[self.names[name]], self.heads.get(name.split(".")[-2])
         # a tensor with the wrong number of rows is returned unchanged, so that the caller's check_shape reports it
         return to_interleaved_rope(tensor, heads) if heads and tensor.shape[:1] == (heads * self.head_dim,) else tensor
 
@@ -226,3 +230,31 @@ def open_hugging_face(folder: Path) -> tuple[LlamaConfig, HuggingFaceLlama, str]
         raise UserError(f"{path} says tie_word_embeddings, and lm_head.weight is not model.embed_tokens.weight: fetch "
                         "both again, or set it to false where the model was trained so")
     return config, HuggingFaceLlama(tensors, config, tied), str(folder)
+
+
+# --- GGUF: metadata as the entries of config.json ---
+
+def open_gguf(path: Path) -> tuple[LlamaConfig, HuggingFaceLlama, str]:
+    """As `open_hugging_face`; tensors are dequantized on access."""
+    file = open_file(path)
+    content: Any = read_config(file)
+    try:
+        config = llama_config(content)
+        if ROPE_FACTORS in file.tensors:
+            config = replace(config, rope_scaling=llama3_scaling(dequantize(file.tensors[ROPE_FACTORS], path), config))
+    except ValueError as error:
+        raise UserError(f"{path} describes no LLaMA that can be loaded ({error}): name another --llm_model") from error
+    meta_order = content["model_type"] in META_ORDER
+    return config, HuggingFaceLlama(GGUFTensors(file), config, content["tie_word_embeddings"], meta_order), str(path)
+
+
+def llama3_scaling(factors: torch.Tensor, config: LlamaConfig) -> Llama3Scaling:
+    """That of Llama 3.1, 3.2 and 3.3. factors [head_dim / 2]: what divides the frequencies; raises ValueError where it
+    is none of these models'."""
+    n = config.head_dim // 2
+    scaling = Llama3Scaling(round(float(factors.max())))
+    frequencies = config.rope_theta ** -(torch.arange(n) / n)
+    expected = frequencies / scaling.scale(frequencies, config.rope_theta)
+    if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
+        raise ValueError(f"its {ROPE_FACTORS} is not Llama 3's, and no other rope scaling is supported")
+    return scaling

@@ -17,7 +17,7 @@ from lavin.model import LaVIN
 from lavin.runtime import distributed
 from lavin.runtime.errors import UserError, first_line
 from lavin.tokenizer import Tokenizer
-from lavin.weights.base import base_folder, find_tokenizer, open_base
+from lavin.weights.base import base_path, find_tokenizer, open_base
 from lavin.weights.tensor_files import check_names, check_shape
 from lavin.weights.vision import open_vit
 
@@ -31,7 +31,7 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
     get. Raises UserError for files that are missing, broken, or of another model, and for what the base cannot do.
     """
     tokenizer = Tokenizer(tokenizer_path or find_tokenizer(llama_model_path, llm_model))
-    base = open_base(base_folder(llama_model_path, llm_model), tokenizer.n_words, use_vicuna)
+    base = open_base(base_path(llama_model_path, llm_model), tokenizer.n_words, use_vicuna)
     if not base.config.vocab_size / 2 <= tokenizer.n_words <= base.config.vocab_size:  # models pad their vocabulary
         raise UserError(f"the tokenizer has {tokenizer.n_words} pieces, and {base.source} {base.config.vocab_size}: it "
                         "belongs to another model: put the model's own into its folder")

@@ -11,7 +11,6 @@ import argparse
 import re
 import zipfile
 from collections.abc import Set
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typing_extensions import TypedDict
 
-from lavin.runtime.errors import UserError, first_line
+from lavin.runtime.errors import UserError
+from lavin.runtime.files import unreadable
 from lavin.runtime.schema import PlainName, declared, read_validated, shown, validate
 
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or `NAME.index.json`, the index of a sharded checkpoint
@@ -29,7 +29,6 @@ HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or `NAME.index.json`,
 COMPUTED_BUFFERS = ("rope.freqs", "rotary_emb.inv_freq")
 INTEGER_BUFFERS = ("position_ids",)  # the same, of CLIP
 CHECKED_BYTES = 2**30
-LFS_POINTER = b"version https://git-lfs"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # those of 8 bits need scales
 WRAPPERS = ("state_dict", "model")  # entries in which training programs store the weights
 
@@ -80,13 +79,6 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    with suppress(OSError), open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            return UserError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` in its folder")
-    return UserError(f"{path} cannot be read as weights ({first_line(error)}): fetch or copy it again")
 
 
 def check_crc(path: Path) -> None:

@@ -72,14 +72,14 @@ def test_params_json_gives_the_published_number_of_parameters(name):
 # --- Hugging Face ---
 
 @torch.no_grad()
-def assert_same_logits(ours, theirs, lengths=(70, 3, 20)):
+def assert_same_logits(ours, theirs, lengths=(70, 3, 20), atol=1e-4):
     ids = [torch.randint(480, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
     batch = pack([Example(row.tolist(), len(row)) for row in ids])
     packed_logits = ours.llama.output(ours.hidden_states(batch)).split(list(lengths))
     for row, logits in zip(ids, packed_logits, strict=True):
         expected = theirs(row[None]).logits[0]
         assert expected.std() > 0.1
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("variant", HF_VARIANTS)
