@@ -34,7 +34,7 @@ try:  # packages may be missing or broken, and this program says so
 except Exception as error:  # of many types: a library of CUDA that is gone, a torchvision of another torch
     import_error = error
 
-OPTIONAL = ("torchvision", "triton", "tokenizers", "transformers", "bitsandbytes", "tensorboard", "gradio")
+OPTIONAL = ("torchvision", "triton", "tokenizers", "transformers", "bitsandbytes", "gguf", "tensorboard", "gradio")
 FIX = "bash scripts/quickstart.sh makes .venv with all packages, or pip install -r requirements.txt"
 INSTALLED = {found.name.lower(): found.version for found in metadata.distributions() if found.name}
 BITSANDBYTES = ", and bitsandbytes (pip install -r requirements-lite.txt)"

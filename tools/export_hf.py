@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from lavin.gguf.file import is_gguf
 from lavin.llama import LlamaConfig
 from lavin.mm_adapter import RepAdapterRouter
 from lavin.model import LaVIN, pack
@@ -253,9 +254,9 @@ def main(args) -> None:
     model, tokenizer, path = load_model(args, fast=False)
     family(model.llama.config, has_mlp_bias(model))  # refuses what cannot be exported, before anything is written
     source = Path(args.tokenizer_path or find_tokenizer(args.llama_model_path, args.llm_model))
-    if is_tiktoken(source):
-        raise UserError(f"{source} is in Meta's format, which Hugging Face's tokenizers do not read: name the model's "
-                        "tokenizer.json with --tokenizer_path")
+    if is_gguf(source) or is_tiktoken(source):
+        raise UserError(f"{source} holds a tokenizer in a format that Hugging Face's tokenizers do not read: name the "
+                        "model's tokenizer.json with --tokenizer_path")
     for picture, name in zip(args.pictures, names, strict=True):
         save_tensors({"inputs_embeds": image_embeddings(model, tokenizer, picture)},
                      args.out / f"{name}.inputs_embeds.safetensors")

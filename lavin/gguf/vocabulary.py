@@ -1,8 +1,9 @@
 """The tokenizer of a GGUF file: byte-level BPE for Hugging Face's tokenizers, or a SentencePiece model.
 
 A file names the rule that divides text into words before BPE (`tokenizer.ggml.pre`) and does not hold it. Here are the
-rules of the models' own tokenizer.json, which llama.cpp follows too; other names are refused, since a wrong rule gives
-other tokens without any error.
+rules of the models' own tokenizer.json; other names are refused, since a wrong rule gives other tokens without any
+error. transformers, where it reads a GGUF file, leaves out a part of two: that SmolLM's digits are words of their own,
+and that Qwen2's text is composed (NFC).
 """
 
 import hashlib

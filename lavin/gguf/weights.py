@@ -32,7 +32,7 @@ Shape = TypedDict("Shape", {
     "attention.head_count": Size, "attention.head_count_kv": NotRequired[Size],
     "attention.key_length": NotRequired[Size], "attention.value_length": NotRequired[Size],
     "attention.layer_norm_rms_epsilon": Annotated[float, Field(gt=0, lt=1)],
-    "attention.sliding_window": NotRequired[Size], "context_length": NotRequired[Size],
+    "attention.sliding_window": NotRequired[Size], "context_length": Size,
     "expert_count": NotRequired[Literal[0]],
     "rope.dimension_count": NotRequired[Size], "rope.freq_base": NotRequired[Positive],
     "rope.scale_linear": NotRequired[One], "rope.scaling.type": NotRequired[Literal["none", "linear"]],
@@ -67,7 +67,8 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
         "head_dim": head_dim, "intermediate_size": shape["feed_forward_length"],
         "vocab_size": int(file.tensors["token_embd.weight"].shape[-1]),  # llama.cpp names the width of rows first
         "rms_norm_eps": shape["attention.layer_norm_rms_epsilon"], "rope_theta": shape.get("rope.freq_base", 10000.0),
-        "rope_scaling": read_linear_scaling(shape), "sliding_window": window, "use_sliding_window": bool(window),
+        "rope_scaling": read_linear_scaling(shape), "max_position_embeddings": shape["context_length"],
+        "sliding_window": window, "use_sliding_window": bool(window),
         "attention_bias": any(f"blk.0.attn_{part}.bias" in file.tensors for part in ("q", "output")),
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors, "tie_word_embeddings": "output.weight" not in file.tensors}
 

@@ -16,9 +16,11 @@ from sentencepiece import SentencePieceProcessor
 from test_base_weights import assert_same_logits, load
 from tokenizers import ByteLevelBPETokenizer
 
+import export_hf
 from lavin.gguf import weights as module
 from lavin.llama import LinearScaling, Llama3Scaling
 from lavin.tokenizer import Tokenizer
+from lavin.weights.adapters import save_adapters
 from lavin.weights.base import base_files, open_base, require_base
 from tiny_gguf import Q, sentencepiece_vocabulary, write_gguf
 from user_errors import error_message
@@ -275,7 +277,7 @@ def test_a_damaged_file(vocabulary, model, tmp_path, change, words):
 
 @pytest.mark.parametrize("changes, words", [
     ({key: None}, f"llama: {key}: is missing") for key in (
-        "block_count", "embedding_length", "feed_forward_length", "attention.head_count",
+        "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
         "attention.layer_norm_rms_epsilon")] + [
     ({"block_count": 3}, "lacks 9 tensors"), ({"block_count": 1}, "unknown 9 tensors"),
     ({"feed_forward_length": 95}, "w1.weight is [96, 64]"), ({"attention.head_count_kv": 4}, "wk.weight is [32, 64]"),
@@ -342,6 +344,18 @@ def test_missing_file_and_missing_package(vocabulary, model, tmp_path, monkeypat
     path = write_gguf(tmp_path / "m.gguf", model, vocabulary)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert f"{path} is read by the package gguf: pip install -r requirements-gguf.txt" in error_message(Tokenizer, path)
+
+
+def test_an_export_needs_another_file_of_the_tokenizer(base, vocabulary, model, tmp_path):
+    """Refused before anything is written."""
+    path = write_gguf(tmp_path / "m.gguf", model, vocabulary)
+    loaded = load("nowhere", path, base.vision)
+    save_adapters(loaded, tmp_path / "checkpoint-0.pth", epoch=0, flags={})
+    args = export_hf.get_args_parser().parse_args([
+        "--llama_model_path", "nowhere", "--llm_model", str(path), "--vision_model", str(base.vision),
+        "--adapter_path", str(tmp_path / "checkpoint-0.pth"), "--out", str(tmp_path / "out"), "--precision", "fp32"])
+    message = error_message(export_hf.main, args)
+    assert str(path) in message and "--tokenizer_path" in message and not any((tmp_path / "out").iterdir())
 
 
 def test_a_changed_file_is_noticed(vocabulary, model, base, tmp_path):
