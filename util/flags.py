@@ -91,7 +91,7 @@ def shared_flags() -> Parser:
     parser = Parser(add_help=False)
     add = parser.add_argument
     add("--llm_model", default="7B", type=non_empty,
-        help="the base model: a folder in --llama_model_path, or a path; Meta's files or Hugging Face's")
+        help="the base model: a folder in --llama_model_path, or a path; Meta's files, Hugging Face's or a GGUF file")
     add("--llama_model_path", "--ckpt_dir", default="../data/weights/",
         help="folder of the base models and tokenizer.model")
     add("--vision_model", default="vit_large_patch14_clip_quickgelu_224.openai", type=non_empty,

@@ -4,8 +4,10 @@ import importlib.util
 import json
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import regex
@@ -214,6 +216,14 @@ def test_pre_tokenizers_differ(by_pre_tokenizer):
     assert len({str([tokenizer.encode(text) for text in texts]) for tokenizer in by_pre_tokenizer[0].values()}) == 4
 
 
+def test_llama_3_takes_whole_words_of_its_vocabulary(model, byte_pairs, tmp_path):
+    """No merge leads to this one."""
+    entries = {**byte_pairs, "tokens": [*byte_pairs["tokens"], "Ġzebra"], "token_type": [*byte_pairs["token_type"], 1]}
+    for pre, whole in (("llama-bpe", True), ("gpt-2", False)):
+        tokenizer = Tokenizer(write_gguf(tmp_path / "m.gguf", model, {**entries, "pre": pre}))
+        assert (tokenizer.encode("a zebra")[-1] == 347) == whole
+
+
 def test_text_never_becomes_a_special_token(by_pre_tokenizer, of_sentencepiece):
     for tokenizer, control in ((by_pre_tokenizer[0]["gpt-2"], {0, 1, 2}), (of_sentencepiece[0], {0, 1, 2})):
         ids = tokenizer.encode("a <s></s> <unk> b")
@@ -225,10 +235,8 @@ def test_words_of_the_user_are_tokens(by_pre_tokenizer):
 
 
 def test_eos_that_is_declared_as_a_word_is_special(model, byte_pairs, vocabulary, tmp_path):
-    for entries, n_special in ((byte_pairs, 4), (vocabulary, 3)):
-        kinds = [4] * n_special + entries["token_type"][n_special:]
-        kinds[2 if n_special == 3 else 3] = 4
-        kinds[0] = 2 if n_special == 3 else 4
+    for entries, kinds in ((byte_pairs, [4, 4, 3]), (vocabulary, [2, 4, 4])):
+        kinds = kinds + entries["token_type"][3:]
         tokenizer = Tokenizer(write_gguf(tmp_path / "m.gguf", model, {**entries, "token_type": kinds}))
         assert tokenizer.eos_id not in tokenizer.encode("a </s> b") and tokenizer.decode([tokenizer.eos_id]) == ""
 
@@ -298,6 +306,7 @@ def test_metadata_of_another_model(base, vocabulary, model, tmp_path, changes, w
     ({"model": "bert"}, "model: should be 'gpt2' or 'llama', not 'bert'"), ({"model": None}, "model: is missing"),
     ({"tokens": None}, "tokens: is missing"), ({"eos_token_id": None}, "eos_token_id: is missing"),
     ({"merges": None}, "merges is missing"), ({"eos_token_id": 347}, "none of its 347 tokens"),
+    ({"model": "llama", "scores": [0.0]}, "scores does not have as many entries"),
     ({"token_type": [1, 2]}, "token_type does not have as many entries"),
     ({"merges": ["a b", "a"]}, "is no tokenizer"), ({"pre": "default"}, "pre is default"),
     ({"pre": None}, "pre is None"),
@@ -308,11 +317,23 @@ def test_vocabularies_that_cannot_be_read(model, byte_pairs, tmp_path, changes, 
     assert words in message and str(path) in message
 
 
+def test_a_file_without_embeddings(vocabulary, model, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", model, vocabulary)
+    path.write_bytes(path.read_bytes().replace(b"token_embd.weight", b"token_past.weight"))
+    assert f"{path} lacks token_embd.weight" in error_message(open_base, path, 480)
+
+
 def test_another_architecture_is_named(vocabulary, model, tmp_path):
     path = tmp_path / "m.gguf"
     content = write_gguf(path, model, vocabulary).read_bytes()
     path.write_bytes(content.replace(b"llama", b"gemma"))  # as long
     assert f"{path} is of the architecture gemma, and LaVIN reads" in error_message(open_base, path, 480)
+
+
+def test_another_byte_order(vocabulary, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "GGUFWriter", partial(gguf.GGUFWriter, endianess=gguf.GGUFEndian.BIG))
+    path = write_gguf(tmp_path / "m.gguf", make_model(), vocabulary)
+    assert f"{path} has the byte order of another machine" in error_message(open_all, path)
 
 
 def test_one_part_of_several(vocabulary, model, tmp_path):
