@@ -6,7 +6,6 @@ Writes problems.json, pid_splits.json, captions.json and images/{split}/{id}/ima
 arXiv 2209.09513). The same seed gives the same problems and pixels. No problem is in two splits.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.runtime.console import summary
 from lavin.runtime.errors import one_line_errors
 from lavin.runtime.files import atomic_write
-from output import make_folder
+from output import make_folder, write_problems
 from util.flags import Parser, seed
 
 SIZES = {"train": 2000, "val": 120, "test": 400}
 IMAGE_FRACTION = 0.45  # of problems that have an image
-MINI_FRACTION = 0.1  # of a split's problems that are in its mini split
 MAX_ATTEMPTS = 1000  # to find a problem that no split has yet
 
 
@@ -79,13 +77,6 @@ def record(split: str, problem: Problem) -> dict:
             "skill": skill.name, "lecture": problem.lecture, "solution": problem.solution, "split": split}
 
 
-def split_ids(problems: dict[str, tuple[str, Problem]], sizes: dict[str, int]) -> dict[str, list[str]]:
-    """pid_splits.json: ids of every split, of trainval, and of the mini splits."""
-    splits = {name: [qid for qid, (split, _) in problems.items() if split == name] for name in sizes}
-    splits["trainval"] = splits["train"] + splits["val"]
-    return splits | {f"mini{name}": splits[name][:max(1, round(MINI_FRACTION * size))] for name, size in sizes.items()}
-
-
 def draw(problem: Problem, qid: str, seed: int):
     """The picture of a problem whose skill has one."""
     assert problem.skill.draw
@@ -101,12 +92,8 @@ def write_mini_scienceqa(out: Path, sizes: dict[str, int], seed: int) -> dict[st
     for qid, (split, problem) in tqdm(with_image.items(), "pictures", unit="picture"):
         with atomic_write(out / "images" / split / qid / "image.png") as path:
             draw(problem, qid, seed).save(path, format="png")
-    files = {"captions.json": {"captions": {qid: problem.caption for qid, (_, problem) in with_image.items()}},
-             "pid_splits.json": split_ids(problems, sizes),
-             "problems.json": {qid: record(*item) for qid, item in problems.items()}}
-    for name, content in files.items():
-        with atomic_write(out / name) as path:
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_problems(out, {qid: record(*item) for qid, item in problems.items()},
+                   {qid: problem.caption for qid, (_, problem) in with_image.items()})
     return problems
 
 

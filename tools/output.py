@@ -1,5 +1,6 @@
-"""What the tools write: folders that can be written, and safetensors files."""
+"""What the tools write: folders that can be written, ScienceQA's files, and safetensors files."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from safetensors.torch import save_file
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import atomic_write
 
+MINI_FRACTION = 0.1  # of a split's problems that are in its mini split
+
 
 def make_folder(path: Path) -> None:
     """Makes the folder --out before the work begins. Raises UserError where nothing can be written to it."""
@@ -18,6 +21,25 @@ def make_folder(path: Path) -> None:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"cannot write to --out {path} ({error.strerror}): name another folder") from error
+
+
+def split_ids(problems: dict[str, dict]) -> dict[str, list[str]]:
+    """pid_splits.json: ids of every split, of trainval, and of the mini splits."""
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for qid, problem in problems.items():
+        splits.setdefault(problem["split"], []).append(qid)
+    minis = {f"mini{name}": splits[name][:max(1, round(MINI_FRACTION * len(splits[name])))]
+             for name in ("train", "val", "test")}
+    return {**splits, "trainval": splits["train"] + splits["val"], **minis}
+
+
+def write_problems(out: Path, problems: dict[str, dict], captions: dict[str, str]) -> None:
+    """Writes ScienceQA's three JSON files, problems.json last. problems: with all 14 fields; captions: by id."""
+    files = {"captions.json": {"captions": captions}, "pid_splits.json": split_ids(problems),
+             "problems.json": problems}
+    for name, content in files.items():
+        with atomic_write(out / name) as path:
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

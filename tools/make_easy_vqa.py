@@ -1,0 +1,167 @@
+"""Lays easy-VQA (package easy-vqa, MIT) out as ScienceQA: a fixed subset, three types of question, shuffled options.
+
+    python tools/make_easy_vqa.py [--out data/easy_vqa] [--seed 0]
+
+Writes problems.json, pid_splits.json, captions.json and images/{split}/{id}/image.png. The topic is the type of
+question. Each picture, of one coloured shape, is asked about once; test has pictures of the package's own test split
+only. Of each type, all answers are right equally often, for each wording as far as the package has such questions: the
+text alone does not tell the answer. Split `shuffled` is test with each picture at another question.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from itertools import cycle
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from lavin.runtime.console import summary
+from lavin.runtime.errors import UserError, one_line_errors
+from lavin.runtime.files import atomic_write
+from make_mini_scienceqa import split_evenly
+from output import make_folder, write_problems
+from util.data.prompts import OPTIONS
+from util.flags import Parser, seed
+
+SIZES = {"train": 960, "val": 200, "test": 400}
+ANSWERS = {"colour": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
+           "shape": ("circle", "rectangle", "triangle"),
+           "yes or no": ("yes", "no")}
+NEGATIONS = {"no", "not"}
+
+
+class Question(NamedTuple):
+    """A question of the package. picture: its PNG."""
+
+    text: str
+    answer: str
+    picture: Path
+
+
+def package_data() -> Path:
+    spec = find_spec("easy_vqa")
+    if spec is None or not spec.origin:
+        raise UserError("the package easy-vqa is missing: pip install -r requirements-smollm2.txt")
+    return Path(spec.origin).parent / "data"
+
+
+@cache
+def read_questions(folder: Path) -> list[Question]:
+    """folder: data/train or data/test of the package."""
+    return [Question(text, answer, folder / "images" / f"{picture}.png")
+            for text, answer, picture in json.loads((folder / "questions.json").read_text(encoding="utf-8"))]
+
+
+def facts(question: Question) -> Iterator[tuple[str, str]]:
+    """The ("colour", its name) and ("shape", its name) that a question and its answer tell of the picture."""
+    words = set(question.text.rstrip("?").split())
+    if question.answer in ANSWERS["yes or no"] and (question.answer == "yes") == bool(words & NEGATIONS):
+        return  # what is named is not there
+    for topic in ("colour", "shape"):
+        yield from ((topic, name) for name in (words | {question.answer}) & set(ANSWERS[topic]))
+
+
+@cache
+def describe(folder: Path) -> dict[Path, str]:
+    """`blue circle` for each picture of data/train or data/test whose questions tell both."""
+    known = defaultdict(dict)
+    for question in read_questions(folder):
+        known[question.picture].update(facts(question))
+    return {picture: f"{of['colour']} {of['shape']}" for picture, of in known.items() if len(of) == 2}
+
+
+def choose(questions: list[Question], n: int, taken: set[Path], rng: Random) -> list[tuple[str, Question]]:
+    """n questions with their topics: of each topic, answer and wording about as many. Adds their pictures to `taken`,
+    and takes none that is in it already."""
+    by_wording = defaultdict(lambda: defaultdict(list))
+    for question in rng.sample(questions, len(questions)):
+        by_wording[question.answer][question.text].append(question)
+    texts = sorted({question.text for question in questions})
+    chosen = []
+    for (topic, answers), n_topic in zip(ANSWERS.items(), split_evenly(n, len(ANSWERS)), strict=True):
+        order = rng.sample(texts, len(texts))  # one for all answers, so that each wording has as many of each
+        for answer, n_answer in zip(answers, split_evenly(n_topic, len(answers)), strict=True):
+            wordings = cycle([text for text in order if text in by_wording[answer]])
+            for _ in range(n_answer):
+                chosen.append((topic, next_new(by_wording[answer], wordings, taken)))
+    return rng.sample(chosen, n)
+
+
+def next_new(questions: dict[str, list[Question]], wordings: Iterator[str], taken: set[Path]) -> Question:
+    """A question about a picture that is not taken, of the next wording that has one; takes the picture."""
+    while any(questions.values()):
+        of_wording = questions[next(wordings)]
+        while of_wording:
+            question = of_wording.pop()
+            if question.picture not in taken:
+                taken.add(question.picture)
+                return question
+    raise ValueError("the package has no more questions about new pictures: ask for fewer")
+
+
+def record(topic: str, question: Question, description: str, split: str, rng: Random) -> dict:
+    """The 14 fields of problems.json."""
+    others = [answer for answer in ANSWERS[topic] if answer != question.answer]
+    choices = [question.answer, *rng.sample(others, min(len(others), len(OPTIONS) - 1))]
+    rng.shuffle(choices)
+    return {"question": question.text.capitalize(), "choices": choices, "answer": choices.index(question.answer),
+            "hint": "", "image": "image.png", "task": "yes or no" if topic == "yes or no" else "closed choice",
+            "grade": "grade1", "subject": "natural science", "topic": topic, "category": "Pictures", "skill": topic,
+            "lecture": "", "solution": f"The picture shows a {description}, so {question.answer}.", "split": split}
+
+
+def make_problems(sizes: dict[str, int], seed: int) -> tuple[dict[str, dict], dict[str, Path], dict[str, str]]:
+    """Problems, pictures and captions, by id."""
+    rng, data, taken = Random(seed), package_data(), set()
+    problems, pictures, captions = {}, {}, {}
+    for split, n in sizes.items():
+        folder = data / ("test" if split == "test" else "train")
+        descriptions = describe(folder)
+        known = [question for question in read_questions(folder) if question.picture in descriptions]
+        for topic, question in choose(known, n, taken, rng):
+            qid, description = str(len(problems) + 1), descriptions[question.picture]
+            problems[qid] = record(topic, question, description, split, rng)
+            pictures[qid], captions[qid] = question.picture, f"A {description}."
+    return problems, pictures, captions
+
+
+def add_shuffled(problems: dict[str, dict], pictures: dict[str, Path], captions: dict[str, str]) -> None:
+    """The test problems once more, as split `shuffled`, each with the picture and the caption of the next one."""
+    test = [qid for qid, problem in problems.items() if problem["split"] == "test"]
+    for qid, other in zip(test, test[1:] + test[:1], strict=True):
+        problems[f"{qid}s"] = problems[qid] | {"split": "shuffled"}
+        pictures[f"{qid}s"], captions[f"{qid}s"] = pictures[other], captions[other]
+
+
+def write_easy_vqa(out: Path, sizes: dict[str, int], seed: int) -> dict[str, dict]:
+    """Writes images first, problems.json last: a folder with problems.json is complete. Returns the problems."""
+    problems, pictures, captions = make_problems(sizes, seed)
+    add_shuffled(problems, pictures, captions)
+    for qid, picture in tqdm(pictures.items(), "pictures", unit="picture"):
+        with atomic_write(out / "images" / problems[qid]["split"] / qid / "image.png") as path:
+            path.write_bytes(picture.read_bytes())
+    write_problems(out, problems, captions)
+    return problems
+
+
+def main() -> None:
+    parser = Parser("make_easy_vqa.py", description=summary(__doc__))
+    parser.add_argument("--out", default="data/easy_vqa", type=Path, help="folder to write (data/easy_vqa)")
+    parser.add_argument("--seed", default=0, type=seed)
+    args = parser.parse_args()
+    make_folder(args.out)
+    write_easy_vqa(args.out, SIZES, args.seed)
+    print(f"{args.out}: " + ", ".join(f"{size} {split}" for split, size in SIZES.items()) + " problems, all with a "
+          "picture; and split shuffled, test with exchanged pictures")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
