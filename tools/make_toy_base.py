@@ -1,6 +1,6 @@
 """Builds the toy base from the train split: a tokenizer, a small LLaMA in Meta's format, a small ViT in timm's.
 
-    python tools/make_toy_base.py [--data_root data/mini] [--out weights/toy] [--seed 0]
+    python tools/make_toy_base.py [--data_root data/mini] [--out weights/toy] [--seed 0] [--vit_only]
 
 The LLaMA learns which option is right, from problems in a prompt format that fine-tuning does not use and with captions
 instead of images. The ViT learns which caption belongs to an image. Fine-tuning then freezes both.
@@ -172,27 +172,36 @@ def check_amount(data, images: dict) -> None:
                         f"{BATCH_SIZE} of each are needed: make more")
 
 
+def write_vit(vit: nn.Module, folder: Path) -> None:
+    config = {"architecture": VIT_NAME, "model_args": VIT, "num_classes": 0,
+              "pretrained_cfg": {"input_size": [3, VIT["img_size"], VIT["img_size"]], "num_classes": 0}}
+    save_tensors(vit.state_dict(), folder / "model.safetensors")
+    write_json(folder / "config.json", config)
+
+
+def write_llama(llama: Llama, folder: Path) -> None:
+    write_json(folder / "params.json", LLAMA)
+    with atomic_write(folder / "consolidated.00.pth") as path:
+        buffer = io.BytesIO()  # torch itself reports a full disk as a bug
+        torch.save(llama.state_dict(), buffer)
+        path.write_bytes(buffer.getvalue())
+
+
 def main(args) -> None:
     out = args.out
     make_folder(out / "vit")
     data = load_scienceqa(args.data_root, "train", f"{args.data_root}/captions.json")
     images = load_images(data, VIT["img_size"], 2, skip_bad=False)
     check_amount(data, images)
-    tokenizer = train_tokenizer(data, out / "tokenizer.model")
     vit = pretrain_vit(data, images, args.seed)
+    write_vit(vit, out / "vit")
+    print(f"{out / 'vit'}: ViT, {sum(p.numel() for p in vit.parameters()):,} parameters")
+    if args.vit_only:
+        return
+    tokenizer = train_tokenizer(data, out / "tokenizer.model")
     llama = pretrain_llama(data, tokenizer, args.seed)
-
-    config = {"architecture": VIT_NAME, "model_args": VIT, "num_classes": 0,
-              "pretrained_cfg": {"input_size": [3, VIT["img_size"], VIT["img_size"]], "num_classes": 0}}
-    save_tensors(vit.state_dict(), out / "vit" / "model.safetensors")
-    write_json(out / "vit" / "config.json", config)
-    write_json(out / "params.json", LLAMA)
-    with atomic_write(out / "consolidated.00.pth") as path:
-        buffer = io.BytesIO()  # torch itself reports a full disk as a bug
-        torch.save(llama.state_dict(), buffer)
-        path.write_bytes(buffer.getvalue())
-    print(f"{out}: {tokenizer.n_words} pieces, LLaMA {sum(p.numel() for p in llama.parameters()):,} parameters, "
-          f"ViT {sum(p.numel() for p in vit.parameters()):,}")
+    write_llama(llama, out)
+    print(f"{out}: {tokenizer.n_words} pieces, LLaMA {sum(p.numel() for p in llama.parameters()):,} parameters")
 
 
 if __name__ == "__main__":
@@ -200,5 +209,6 @@ if __name__ == "__main__":
     parser.add_argument("--data_root", default="data/mini")
     parser.add_argument("--out", default="weights/toy", type=Path)
     parser.add_argument("--seed", default=0, type=seed)
+    parser.add_argument("--vit_only", action="store_true", help="the ViT alone, for a LLaMA from elsewhere")
     with one_line_errors():
         main(parser.parse_args())

@@ -25,12 +25,12 @@ def mini(tmp_path_factory):
     return root
 
 
-def build(data_root: Path, out: Path) -> Path:
+def build(data_root: Path, out: Path, vit_only: bool = False) -> Path:
     """Run make_toy_base.main with only a few training steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_toy_base, "LLAMA_STEPS", 3)
         patch.setattr(make_toy_base, "VIT_EPOCHS", 2)
-        make_toy_base.main(Namespace(data_root=str(data_root), out=out, seed=0))
+        make_toy_base.main(Namespace(data_root=str(data_root), out=out, seed=0, vit_only=vit_only))
     return out
 
 
@@ -74,6 +74,14 @@ def test_build_is_reproducible_and_does_not_read_val_and_test(mini, toy, tmp_pat
     assert vocabulary(again) == vocabulary(toy)
     first, second = weights(toy), weights(again)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_vit_only_writes_the_same_vit_and_nothing_else(mini, toy, tmp_path):
+    alone = build(mini, tmp_path / "toy", vit_only=True)
+    first, second = (load_file(base / "vit" / "model.safetensors") for base in (toy, alone))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    files = {path.relative_to(alone) for path in alone.rglob("*") if path.is_file()}
+    assert files == {Path("vit/config.json"), Path("vit/model.safetensors")}
 
 
 def test_tokenizer_has_llamas_special_tokens_and_bytes(toy, tokenizer):
