@@ -216,6 +216,12 @@ def test_seeds_run_every_method_once_each(sandbox):
     assert len(trained) == 24 and sum("--seed 2 --output_dir ./LaVIN-7B-" in call for call in trained) == 8
 
 
+def test_methods_can_be_chosen(sandbox):
+    calls = sandbox.run("scripts/run_all_variants.sh", METHODS="base drop_dec_v2", GPUS="1")
+    trained = [call.split("--output_dir ")[-1] for call in calls if "train.py" in call]
+    assert trained == ["./LaVIN-7B-base-seed0", "./LaVIN-7B-drop_dec_v2-seed0"]
+
+
 @pytest.mark.parametrize("jobs", ["3", "20"])
 def test_jobs_share_the_runs(sandbox, jobs):
     calls = sandbox.run("scripts/run_all_variants.sh", SEEDS=" 0 1", GPUS="1", JOBS=jobs)
@@ -397,3 +403,22 @@ def test_demo_uses_the_quickstart_runs_or_those_of_the_environment(sandbox):
         "python demo.py --runs runs/quickstart --llama_model_path weights --llm_model toy --data_root data/mini --cli")
     assert sandbox.run("scripts/demo.sh", MODEL="7B")[-1] == (
         "python demo.py --runs . --llama_model_path ../data/weights --llm_model 7B --data_root ../data")
+
+
+def test_quickstart_smollm2_scores_untuned_tuned_and_with_exchanged_pictures(sandbox):
+    (sandbox.folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(sandbox.folder / "bin" / "python", sandbox.folder / ".venv" / "bin")
+    shutil.copy(ROOT / "requirements-smollm2.txt", sandbox.folder)
+    calls = sandbox.run("scripts/quickstart_smollm2.sh")
+    names = [call.split()[1] for call in calls if call.split()[1].endswith(".py")]
+    assert names == ["tools/make_easy_vqa.py", "tools/make_toy_base.py", "eval.py", *["train.py", "eval.py"] * 3,
+                     "plot_results.py", *["eval.py"] * 3, "tools/topic_scores.py"]
+    trained = [call for call in calls if " train.py " in call]
+    runs = [f"runs/smollm2/LaVIN-smollm2.gguf-{name}-seed0" for name in ("base", "cyclical", "drop_dec_v2")]
+    assert [call.split("--output_dir ")[-1].split()[0] for call in trained] == runs
+    flags = [get_args_parser().parse_args(call.split("train.py ")[1].split()) for call in trained]
+    assert {(of.llm_model, of.data_root, of.prompt_format, of.epochs) for of in flags} == {
+        ("smollm2.gguf", "data/easy_vqa", "QCM-EA", 2)}
+    shuffled = [call for call in calls if "--split shuffled" in call]
+    assert [call.split("--adapter_path ")[1].split()[0] for call in shuffled] == runs
+    assert all(run in calls[-1] for run in runs)

@@ -1,0 +1,48 @@
+"""Accuracy by topic of the problems: a table with a row for each results folder of eval.py.
+
+    python tools/topic_scores.py --data_root data/easy_vqa runs/smollm2/untuned ...
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from lavin.runtime.console import format_table, summary
+from lavin.runtime.errors import UserError, one_line_errors
+from lavin.runtime.files import read_json, read_json_lines
+from util.data.datasets import find_problems_file
+from util.flags import Parser
+
+
+def correct_by_topic(folder: Path, problems: dict) -> dict[str, list[bool]]:
+    """Whether each answer is right, by topic. Raises UserError where there are none, or of other problems."""
+    if not (folder / "generations.jsonl").is_file():
+        raise UserError(f"{folder} has no generations.jsonl: score it with eval.py first")
+    by_topic = defaultdict(list)
+    for answer in read_json_lines(folder / "generations.jsonl"):
+        if answer["qid"] not in problems:
+            raise UserError(f"{folder} answers problem {answer['qid']}, which --data_root lacks: name its data set")
+        by_topic[problems[answer["qid"]].get("topic", "")].append(answer["prediction"] == answer["answer"])
+    return by_topic
+
+
+def topic_table(folders: list[Path], problems: dict) -> str:
+    results = [correct_by_topic(folder, problems) for folder in folders]
+    topics = sorted(set().union(*results))
+    rows = [[folder.name, *(f"{100 * sum(of[topic]) / len(of[topic]):.1f} ({len(of[topic])})" if of[topic] else "-"
+                            for topic in topics)] for folder, of in zip(folders, results, strict=True)]
+    return format_table(["accuracy % (questions)", *topics], rows)
+
+
+def main() -> None:
+    parser = Parser("topic_scores.py", description=summary(__doc__))
+    parser.add_argument("--data_root", required=True, type=Path, help="folder of problems.json")
+    parser.add_argument("folders", nargs="+", type=Path, help="results of eval.py")
+    args = parser.parse_args()
+    print(topic_table(args.folders, read_json(find_problems_file(args.data_root))))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
