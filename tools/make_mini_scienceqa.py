@@ -11,16 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from tqdm import tqdm
-
 from mini_pictures import Canvas
 from mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Problem, Skill, make_problem
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.runtime.console import summary
 from lavin.runtime.errors import one_line_errors
-from lavin.runtime.files import atomic_write
-from output import make_folder, write_problems
+from output import make_folder, write_scienceqa
 from util.flags import Parser, seed
 
 SIZES = {"train": 2000, "val": 120, "test": 400}
@@ -86,14 +83,11 @@ def draw(problem: Problem, qid: str, seed: int):
 
 
 def write_mini_scienceqa(out: Path, sizes: dict[str, int], seed: int) -> dict[str, tuple[str, Problem]]:
-    """Writes images first, problems.json last: a folder with problems.json is complete. Returns the problems."""
+    """Returns the problems."""
     problems = make_problems(sizes, seed)
-    with_image = {qid: item for qid, item in problems.items() if item[1].skill.draw}
-    for qid, (split, problem) in tqdm(with_image.items(), "pictures", unit="picture"):
-        with atomic_write(out / "images" / split / qid / "image.png") as path:
-            draw(problem, qid, seed).save(path, format="png")
-    write_problems(out, {qid: record(*item) for qid, item in problems.items()},
-                   {qid: problem.caption for qid, (_, problem) in with_image.items()})
+    captions = {qid: problem.caption for qid, (_, problem) in problems.items() if problem.skill.draw}
+    write_scienceqa(out, {qid: record(*item) for qid, item in problems.items()}, captions,
+                    lambda qid, path: draw(problems[qid][1], qid, seed).save(path, format="png"))
     return problems
 
 

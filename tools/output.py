@@ -2,11 +2,13 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import atomic_write
@@ -33,8 +35,15 @@ def split_ids(problems: dict[str, dict]) -> dict[str, list[str]]:
     return {**splits, "trainval": splits["train"] + splits["val"], **minis}
 
 
-def write_problems(out: Path, problems: dict[str, dict], captions: dict[str, str]) -> None:
-    """Writes ScienceQA's three JSON files, problems.json last. problems: with all 14 fields; captions: by id."""
+def write_scienceqa(out: Path, problems: dict[str, dict], captions: dict[str, str],
+                    write_picture: Callable[[str, Path], object]) -> None:
+    """Writes the pictures first and problems.json last: a folder with problems.json is complete.
+
+    problems: with all 14 fields; captions: of those that have a picture, by id. write_picture(id, path): a PNG.
+    """
+    for qid in tqdm(captions, "pictures", unit="picture"):
+        with atomic_write(out / "images" / problems[qid]["split"] / qid / "image.png") as path:
+            write_picture(qid, path)
     files = {"captions.json": {"captions": captions}, "pid_splits.json": split_ids(problems),
              "problems.json": problems}
     for name, content in files.items():

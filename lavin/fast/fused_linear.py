@@ -62,9 +62,14 @@ def matmul(scaled_x: tuple, weights: tuple, dtype):
     return scaled_matmul(x, scale, weights[0], weights[1], dtype) if len(weights) > 1 else x @ weights[0].t()
 
 
+def uses_gemv(x) -> bool:
+    """Products with one row; torch.compile makes a program of its own for them anyway."""
+    return x.shape[0] == 1 and x.is_cuda
+
+
 def linear(x, weights: tuple):
     """x W^T: [N, K] -> [N, O], in the dtype of x."""
-    if x.shape[0] == 1 and x.is_cuda:  # torch.compile makes a program of its own for one row anyway
+    if uses_gemv(x):
         return gemv(x, weights[0], weights[1] if len(weights) > 1 else None)
     return matmul(maybe_quantize(x, weights), weights, x.dtype)
 
@@ -97,7 +102,7 @@ class SwiGLUMLPFunction(torch.autograd.Function):
         w13, w2 = weights[:half], weights[half:]
         gate_up = add_bias(linear(x, w13), bias)  # [N, 2H]
         ctx.save_for_backward(gate_up, *weights)
-        if x.shape[0] == 1 and x.is_cuda:
+        if uses_gemv(x):
             return linear(swiglu(gate_up, False)[0], w2)
         return matmul(swiglu(gate_up, half > 1), w2, x.dtype)
 

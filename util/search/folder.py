@@ -64,7 +64,6 @@ class Settings(TypedDict):
     flags: dict[str, Any]
 
 
-
 def begin_record(folder: Path, gpus: int, **what: Any) -> None:
     """trial.json of a run that begins or goes on."""
     path = folder / RECORD
