@@ -27,6 +27,7 @@ IMAGE_SLOT = -1  # placeholder among token ids for an image embedding
 
 # Llama 3's, 3.1's, 3.2's and 3.3's; behind their tokens come BOS, EOS, and others that are of no use here
 LLAMA3_TOKENS, LLAMA3_SPECIAL_TOKENS = 128_000, 256
+LLAMA3_BOS_EOS = "<|begin_of_text|>", "<|end_of_text|>"
 RANKED = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)")  # a line of tiktoken's format: a token in base64, and its rank
 
 # a special token is text, or an object with its text; its id is a number, or a list whose first is the usual one
@@ -164,6 +165,8 @@ class Tiktoken(FastTokenizer):
             tokenizers.pre_tokenizers.Split(tokenizers.Regex(gguf.LLAMA3_WORDS), "isolated"),
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         model.decoder = tokenizers.decoders.ByteLevel()
+        model.add_special_tokens(list(LLAMA3_BOS_EOS))
+        model.encode_special_tokens = True  # as the text that they look like
         return model
 
 

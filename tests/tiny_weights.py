@@ -1,9 +1,12 @@
 """Small weight files in the formats of Meta and Hugging Face."""
 
+import base64
 import re
 import shutil
 
 import torch
+
+from lavin.tokenizer import byte_characters
 
 LLAMA_3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 64}
@@ -42,3 +45,12 @@ def write_shards(tensors: dict, folder, count: int, embedding_dim: int) -> None:
             dim = embedding_dim if "tok_embeddings" in name else dim
             shard[name] = tensor if dim is None else tensor.chunk(count, dim)[rank].clone()
         torch.save(shard, folder / f"consolidated.0{rank}.pth")
+
+
+def write_tiktoken(path, trained, more: tuple[bytes, ...] = ()):
+    """The tokens of a byte-level tokenizer, and more, in the format of Llama 3's tokenizer.model; returns the path."""
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+    tokens = [bytes(byte_of[character] for character in trained.id_to_token(i))
+              for i in range(trained.get_vocab_size())]
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate([*tokens, *more])))
+    return path

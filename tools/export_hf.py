@@ -20,7 +20,6 @@ features) and the prompt, to which it then adds none.
 import argparse
 import copy
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,15 +27,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from lavin.gguf.file import is_gguf
 from lavin.llama import LlamaConfig
 from lavin.mm_adapter import RepAdapterRouter
 from lavin.model import LaVIN, pack
 from lavin.runtime.console import print_rank0, progress_bar, summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import atomic_write, write_json
-from lavin.tokenizer import Example, Tokenizer, is_tiktoken
-from lavin.weights.base import find_tokenizer
+from lavin.tokenizer import Example, FastTokenizer, Tokenizer
 from lavin.weights.hugging_face import HF_NAMES, rope_entry
 from output import make_folder, save_tensors
 from util.data.images import IMAGE_ERRORS, load_image
@@ -177,10 +174,26 @@ def write_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dty
             "metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in part_of.items()}})
 
 
-def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer, modality: str) -> None:
+def check_tokenizer(tokenizer: Tokenizer, modality: str) -> None:
+    """Raises UserError where transformers' LlamaTokenizer would give other ids than a SentencePiece model."""
+    if isinstance(tokenizer.model, FastTokenizer):
+        return
+    model = tokenizer.model.model
+    reason = ("drops repeated spaces" if model.encode("a  b") == model.encode("a b") else
+              "puts no space before a text" if modality == "text" and not puts_space_before(model) else None)
+    if reason:
+        raise UserError(f"{tokenizer.path} has a SentencePiece model that {reason}, for which transformers would give "
+                        "other ids: name the model's tokenizer.json with --tokenizer_path")
+
+
+def puts_space_before(model) -> bool:
+    return model.encode_as_pieces("a")[0].startswith("\u2581")
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, modality: str) -> None:
     """A tokenizer of Hugging Face's classes that gives prompts the ids of training: it adds BOS, unless an image's
     inputs_embeds hold it, and reads no special token from text."""
-    model, is_json = tokenizer.model.model, path.suffix == ".json"
+    model, is_json = tokenizer.model.model, isinstance(tokenizer.model, FastTokenizer)
     token = model.id_to_token if is_json else model.id_to_piece
     bos, without_image = None if tokenizer.bos_id is None else token(tokenizer.bos_id), modality == "text"
     with atomic_write(folder / ("tokenizer.json" if is_json else "tokenizer.model")) as part:
@@ -191,10 +204,11 @@ def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer, modality: st
                 part_from_prefix(exported)
             exported.save(str(part))
         else:
-            shutil.copyfile(path, part)
+            part.write_bytes(model.serialized_model_proto())
     write_json(folder / "tokenizer_config.json", {
         **({"tokenizer_class": "PreTrainedTokenizerFast"} if is_json else
-           {"tokenizer_class": "LlamaTokenizer", "legacy": True, "unk_token": token(model.unk_id())}),
+           {"tokenizer_class": "LlamaTokenizer", "legacy": True, "unk_token": token(model.unk_id()),
+            "add_prefix_space": puts_space_before(model)}),
         "bos_token": bos, "eos_token": token(tokenizer.eos_id), "add_bos_token": without_image and bos is not None,
         "add_eos_token": False, "split_special_tokens": True, "clean_up_tokenization_spaces": False})
 
@@ -253,16 +267,15 @@ def main(args) -> None:
     make_folder(args.out)
     model, tokenizer, path = load_model(args, fast=False)
     family(model.llama.config, has_mlp_bias(model))  # refuses what cannot be exported, before anything is written
-    source = Path(args.tokenizer_path or find_tokenizer(args.llama_model_path, args.llm_model))
-    if is_gguf(source) or is_tiktoken(source):
-        raise UserError(f"{source} holds a tokenizer in a format that Hugging Face's tokenizers do not read: name the "
-                        "model's tokenizer.json with --tokenizer_path")
+    check_tokenizer(tokenizer, args.modality)
     for picture, name in zip(args.pictures, names, strict=True):
         save_tensors({"inputs_embeds": image_embeddings(model, tokenizer, picture)},
                      args.out / f"{name}.inputs_embeds.safetensors")
     tensors = progress_bar(merged_tensors(model, MODALITIES.index(args.modality)), "tensors", unit="tensor")
     write_weights(args.out, tensors, model.dtype, SHARD_BYTES)
-    write_tokenizer(args.out, source, tokenizer, args.modality)
+    write_tokenizer(args.out, tokenizer, args.modality)
+    write_json(args.out / "generation_config.json",
+               {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
     write_json(args.out / "config.json", hf_config(model.llama.config, tokenizer, has_mlp_bias(model), model.dtype))
     checkpoint = path or Path(args.adapter_path)
     print_rank0(f"{args.out}: {checkpoint.name} for questions {'with' if args.modality == 'image' else 'without'} "

