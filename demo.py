@@ -1,5 +1,7 @@
 """Talk to finished runs, in the browser or (--cli) in the terminal: `python demo.py --runs FOLDER`.
 
+Without --runs, to those of scripts/quickstart_smollm2.sh, or else to those in this folder.
+
 The frozen base model is loaded once; each question can go to another run. A model too large for one GPU is split over
 several: `torchrun --nproc_per_node 2 demo.py --model_parallel_size 2 --runs FOLDER`.
 """
@@ -17,6 +19,8 @@ from util.chat.distributed_chatbot import DistributedChatbot
 from util.flags import Parser, count, interval, non_empty, non_negative, shared_flags
 from util.trained_model import load_model
 
+SMOLLM2_RUNS = "runs/smollm2"  # of scripts/quickstart_smollm2.sh
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     shared = shared_flags()
@@ -24,8 +28,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "Flags of model and data that are left out are those of the runs."))
     parser.set_defaults(**dict.fromkeys(vars(shared.parse_args([]))))
     add = parser.add_argument
-    add("--runs", "--adapter_path", default=".", type=non_empty,
-        help="folder of finished runs, one of them, or a checkpoint (.)")
+    add("--runs", "--adapter_path", type=non_empty,
+        help=f"folder of finished runs, one of them, or a checkpoint ({SMOLLM2_RUNS} where it has any, else .)")
     add("--cli", action="store_true", help="in the terminal")
     add("--share", action="store_true", help="a public link through gradio.live; else this machine alone can connect")
     add("--server_name", default="127.0.0.1", type=non_empty,
@@ -41,6 +45,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def default_runs() -> str:
+    return SMOLLM2_RUNS if any(Path(SMOLLM2_RUNS).glob("*/checkpoint-*.pth")) else "."
+
+
 def chosen_runs(path: str) -> tuple[dict[str, Path], list[str]]:
     """As find_runs; a checkpoint is a run, too."""
     checkpoint = Path(path)
@@ -51,9 +59,10 @@ def chosen_runs(path: str) -> tuple[dict[str, Path], list[str]]:
 
 
 def load_chatbot(args) -> Chatbot:
-    """The base model with those of the runs in args.runs that can share it; prints which runs cannot."""
-    runs, left_out = chosen_runs(args.runs)
-    for line in left_out:
+    """The base model with those of the runs in args.runs that can share it; prints these, and which runs cannot."""
+    folder = args.runs or default_runs()
+    runs, left_out = chosen_runs(folder)
+    for line in (*left_out, f"runs in {folder}: {', '.join(runs)}"):
         print_rank0(line)
     args.adapter_path = str(next(iter(runs.values())))
     model, tokenizer, _ = load_model(args)

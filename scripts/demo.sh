@@ -1,15 +1,22 @@
 #!/usr/bin/env bash
-# Talk to finished runs in the browser (--cli: in the terminal): those of quickstart.sh, or, with the environment of
-# scripts/common.sh, any others: MODEL=7B OUTPUT_ROOT=. bash scripts/demo.sh. Arguments go to demo.py.
+# Talk to finished runs in the browser (--cli: in the terminal): those of quickstart_smollm2.sh, or else of quickstart.sh,
+# or, with the environment of scripts/common.sh, any others: MODEL=7B OUTPUT_ROOT=. bash scripts/demo.sh. Arguments go to
+# demo.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export MODEL=${MODEL:-toy}
+has_runs() { compgen -G "$1/*/checkpoint-*.pth" > /dev/null || compgen -G "$1/checkpoint-*.pth" > /dev/null; }
+named= # by arguments
+if [[ " $* " == *" --runs"[\ =]* || " $* " == *" --adapter_path"[\ =]* ]]; then named=1; fi
+
+if [ -z "${MODEL:-}${OUTPUT_ROOT:-}$named" ] && has_runs runs/smollm2; then
+    MODEL=smollm2.gguf OUTPUT_ROOT=runs/smollm2 DATA_ROOT=${DATA_ROOT:-data/easy_vqa} WEIGHTS=${WEIGHTS:-weights}
+fi
+MODEL=${MODEL:-toy}
 if [ "$MODEL" = toy ]; then
-    export DATA_ROOT=${DATA_ROOT:-data/mini} WEIGHTS=${WEIGHTS:-weights} OUTPUT_ROOT=${OUTPUT_ROOT:-runs/quickstart}
+    DATA_ROOT=${DATA_ROOT:-data/mini} WEIGHTS=${WEIGHTS:-weights} OUTPUT_ROOT=${OUTPUT_ROOT:-runs/quickstart}
 fi
 source scripts/common.sh
-if [[ " $* " != *" --runs"[\ =]* && " $* " != *" --adapter_path"[\ =]* ]] && # which name others
-    ! compgen -G "$OUTPUT_ROOT/*/checkpoint-*.pth" > /dev/null && ! compgen -G "$OUTPUT_ROOT/checkpoint-*.pth" > /dev/null; then
+if [ -z "$named" ] && ! has_runs "$OUTPUT_ROOT"; then
     echo "no finished runs in $OUTPUT_ROOT: run 'bash scripts/quickstart.sh' first, or name others with OUTPUT_ROOT and MODEL" >&2
     exit 1
 fi

@@ -160,6 +160,22 @@ def test_broken_runs_are_left_out(runs, tmp_path):
     demo.load_chatbot(demo.get_args_parser().parse_args(["--runs", str(tmp_path), "--device", "cpu"]))
 
 
+def test_runs_of_smollm2_are_the_default_or_else_those_of_this_folder(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    smollm2 = tmp_path / "runs" / "smollm2"
+    shutil.copytree(runs / "plain", tmp_path / "here")
+    shutil.copytree(runs / "scored", smollm2 / "untuned")  # not finished
+    args = demo.get_args_parser().parse_args(["--device", "cpu"])
+    assert list(demo.load_chatbot(args).runs) == ["here"] and "runs in .: here\n" in capsys.readouterr().out
+    for name in ("one", "two"):
+        shutil.copytree(runs / "plain", smollm2 / name)
+    args = demo.get_args_parser().parse_args(["--device", "cpu"])
+    assert list(demo.load_chatbot(args).runs) == ["one", "two"]
+    assert "runs in runs/smollm2: one, two\n" in capsys.readouterr().out
+    args = demo.get_args_parser().parse_args(["--device", "cpu", "--runs", "."])
+    assert list(demo.load_chatbot(args).runs) == ["here"]
+
+
 def test_switched_adapters_answer_as_their_run(bot, runs):
     image = tiny_example(0, 1, image=True).image
     for question in (Question(QUESTION), Question(QUESTION, image)):

@@ -390,7 +390,7 @@ def test_mme_evaluates_the_given_run(sandbox):
     assert "name a run" in sandbox.errors
 
 
-def test_demo_uses_the_quickstart_runs_or_those_of_the_environment(sandbox):
+def test_demo_uses_runs_of_smollm2_or_of_quickstart_or_of_the_environment(sandbox):
     sandbox.run("scripts/demo.sh", code=1)
     assert "run 'bash scripts/quickstart.sh' first" in sandbox.errors
     (sandbox.folder / "requirements-demo.txt").touch()
@@ -401,8 +401,18 @@ def test_demo_uses_the_quickstart_runs_or_those_of_the_environment(sandbox):
         (sandbox.folder / run / "checkpoint-0.pth").touch()
     assert sandbox.run("scripts/demo.sh", "--cli")[-1] == (
         "python demo.py --runs runs/quickstart --llama_model_path weights --llm_model toy --data_root data/mini --cli")
-    assert sandbox.run("scripts/demo.sh", MODEL="7B")[-1] == (
-        "python demo.py --runs . --llama_model_path ../data/weights --llm_model 7B --data_root ../data")
+    of_7b = "python demo.py --runs . --llama_model_path ../data/weights --llm_model 7B --data_root ../data"
+    assert sandbox.run("scripts/demo.sh", MODEL="7B")[-1] == of_7b
+    smollm2 = sandbox.folder / "runs" / "smollm2" / "LaVIN-smollm2.gguf-base-seed0"
+    smollm2.mkdir(parents=True)
+    (smollm2 / "checkpoint-0.pth").touch()
+    assert sandbox.run("scripts/demo.sh")[-1] == (
+        "python demo.py --runs runs/smollm2 --llama_model_path weights --llm_model smollm2.gguf "
+        "--data_root data/easy_vqa")
+    assert sandbox.run("scripts/demo.sh", MODEL="7B")[-1] == of_7b
+    for arguments, environment in ((["--runs", "x"], {}), ([], {"MODEL": "toy"}),
+                                   ([], {"OUTPUT_ROOT": "runs/quickstart"})):
+        assert " --llm_model toy --data_root data/mini" in sandbox.run("scripts/demo.sh", *arguments, **environment)[-1]
 
 
 def test_quickstart_smollm2_scores_untuned_tuned_and_with_exchanged_pictures(sandbox):
