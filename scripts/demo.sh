@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Talk to finished runs in the browser (--cli: in the terminal): those of quickstart_smollm2.sh, or else of quickstart.sh,
-# or, with the environment of scripts/common.sh, any others: MODEL=7B OUTPUT_ROOT=. bash scripts/demo.sh. Arguments go to
-# demo.py.
+# Talk to finished runs in the browser (--cli: in the terminal): those of quickstart_smollm2.sh, or else those of
+# quickstart.sh, or, with the environment of scripts/common.sh, any others: MODEL=7B OUTPUT_ROOT=. bash scripts/demo.sh.
+# Arguments go to demo.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 has_runs() { compgen -G "$1/*/checkpoint-*.pth" > /dev/null || compgen -G "$1/checkpoint-*.pth" > /dev/null; }

@@ -189,19 +189,34 @@ def test_switched_adapters_answer_as_their_run(bot, runs):
         assert len({answer.text for answer in answers.values()}) == 3
 
 
+def letter_probabilities(run, prompt: str) -> torch.Tensor:
+    """Of A, B and C where an answer names one, from one forward pass."""
+    model, tokenizer = load_run_model(run)
+    a, b, c = (tokenizer.example(prompt, f"The answer is {letter}.") for letter in "ABC")
+    at = next(i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=True)) if x != y)  # the token of the letter
+    with torch.no_grad():
+        logits = model.llama.output(model.hidden_states(pack([a])))[at - 1]
+    return logits[[a.ids[at], b.ids[at], c.ids[at]]].softmax(-1)
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("The north is deep. The answer is B.", "The north is deep. "), ("The answer is A. BECAUSE: it is.", ""),
+    ("It is deep.", ""), ("The answer is", "")])
+def test_probabilities_follow_the_reason_that_was_written(bot, runs, monkeypatch, text, reason):
+    """As with --prompt_format QCM-EA."""
+    monkeypatch.setattr("util.chat.chatbot.stream", lambda *arguments: iter([text]))
+    *_, answer = bot.answer("scaled", [], Question(QUESTION, options=("north", "south", "old")), Settings())
+    torch.testing.assert_close(torch.tensor(answer.probabilities),
+                               letter_probabilities(runs / "scaled", answer.prompt + reason))
+
+
 def test_probabilities_equal_the_full_forward_pass(bot, runs):
     question = Question(QUESTION, options=("north", "south", "old"))
     *_, answer = bot.answer("scaled", [Turn("unread", "unread")], question, Settings(max_new_tokens=5))
     # a question with options does not depend on earlier turns
     assert list(bot.answer("scaled", [], question, Settings(max_new_tokens=5)))[-1] == answer
-    model, tokenizer = load_run_model(runs / "scaled")
     prompt = f"Question: {QUESTION}\nContext: N/A\nOptions: (A) north (B) south (C) old\nResponse:"
-    a, b, c = (tokenizer.example(prompt, f"The answer is {letter}.") for letter in "ABC")
-    at = next(i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=True)) if x != y)  # the token of the letter
-    with torch.no_grad():
-        logits = model.llama.output(model.hidden_states(pack([a])))[at - 1]
-    expected = logits[[a.ids[at], b.ids[at], c.ids[at]]].softmax(-1)
-    torch.testing.assert_close(torch.tensor(answer.probabilities), expected)
+    torch.testing.assert_close(torch.tensor(answer.probabilities), letter_probabilities(runs / "scaled", prompt))
     assert answer.prompt == prompt and answer.dropped == 0 and answer.text
 
 
@@ -419,3 +434,9 @@ def test_examples_need_neither_skills_nor_all_pictures(tmp_path):
     (with_image, *_), (text_only, *_) = find_examples(str(root))
     assert with_image["files"] == [str(root / "images/test/117/image.png")] and not text_only["files"]
     assert find_examples(str(tmp_path)) == []
+    problems = {qid: problem for qid, problem in problems.items() if problem["image"]}  # as easy-VQA's
+    (root / "problems.json").write_text(json.dumps(problems))
+    splits = json.loads((root / "pid_splits.json").read_text())
+    (root / "pid_splits.json").write_text(json.dumps({
+        split: [qid for qid in ids if qid in problems] for split, ids in splits.items()}))
+    assert [message for message, *_ in find_examples(str(root))] == [with_image]

@@ -24,7 +24,7 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.adapters import load_adapters, read_adapters
-from util.data.prompts import OPTIONS, PROMPT_FORMATS, answer_text, build_prompt, instruction_prompt
+from util.data.prompts import OPTIONS, PROMPT_FORMATS, answer_text, build_prompt, given_reason, instruction_prompt
 from util.flags import shared_flags
 from util.runs import checkpoints, last_checkpoint, run_folders, user_error_if_malformed
 from util.trained_model import check_image_statistics
@@ -228,7 +228,8 @@ class Chatbot:
             answer = replace(answer, text=text)
             yield answer
         if question.options:
-            yield replace(answer, probabilities=self.probabilities(prompt, question))
+            reason = given_reason(answer.text)  # else they would contradict an answer that follows from it
+            yield replace(answer, probabilities=self.probabilities(prompt + reason, question))
 
     def probabilities(self, prompt: str, question: Question) -> tuple[float, ...]:
         """Of the options, by the token in which their answers differ, as eval.py does for texts without one."""

@@ -1,5 +1,7 @@
 """Test questions of ScienceQA as examples for the chat page."""
 
+from itertools import zip_longest
+
 from lavin.runtime.errors import UserError
 from util.data.datasets import load_scienceqa
 
@@ -7,7 +9,8 @@ N_EXAMPLES = 6
 
 
 def find_examples(data_root: str) -> list[list]:
-    """Message, context and options of test questions, each on a different skill, alternately with and without image.
+    """Message, context and options of test questions, each on a different skill, alternately with and without image
+    where there are both.
 
     None where there is no data set: the chat works without.
     """
@@ -24,4 +27,4 @@ def find_examples(data_root: str) -> list[list]:
                 "\n".join(problem["choices"])])
     with_image, text_only = ([example for (has_image, _), example in examples.items() if has_image == wanted]
                              for wanted in (True, False))
-    return [example for pair in zip(with_image, text_only, strict=False) for example in pair][:N_EXAMPLES]
+    return [example for pair in zip_longest(with_image, text_only) for example in pair if example][:N_EXAMPLES]

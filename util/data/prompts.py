@@ -87,6 +87,12 @@ def is_answered(text: str) -> bool:
     return parse_answer(text, len(OPTIONS)) is not None
 
 
+def given_reason(text: str) -> str:
+    """What a text says before it names an option, as with QCM-EA; nothing where it names none."""
+    match = ANSWER.search(text)
+    return text[:match.start()] if match else ""
+
+
 def parse_answer(text: str, n_choices: int) -> int | None:
     """Index of the option that the text names, or None where it names none of the n_choices options."""
     match = ANSWER.search(text)
