@@ -8,6 +8,6 @@ export OUTPUT_ROOT=runs/quickstart
 source scripts/toy.sh
 
 echo "== the untuned base"
-python eval.py --ckpt_dir "$WEIGHTS" --llm_model "$MODEL" --vision_model "$WEIGHTS/$MODEL/vit" --device cpu \
+run python eval.py --ckpt_dir "$WEIGHTS" --llm_model "$MODEL" --vision_model "$WEIGHTS/$MODEL/vit" --device cpu \
     --data_root "$DATA_ROOT" --output_dir "$OUTPUT_ROOT/untuned"
 exec bash scripts/run_all_variants.sh "${FLAGS[@]}" --blr 0.16

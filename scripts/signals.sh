@@ -12,6 +12,14 @@ forward_signals() {
     done
 }
 
+# go_on_later: ends a script that was stopped with that exit status, whatever its last command had
+go_on_later() {
+    [ -z "$stopped" ] || {
+        echo "stopped: the same command goes on" >&2
+        exit "$UNFINISHED"
+    }
+}
+
 # run COMMAND...: returns its exit status. After a signal, nothing is started any more.
 run() {
     [ -z "$stopped" ] || return $UNFINISHED

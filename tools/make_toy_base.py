@@ -173,10 +173,12 @@ def check_amount(data, images: dict) -> None:
 
 
 def write_vit(vit: nn.Module, folder: Path) -> None:
+    """model.safetensors is written last: where it is, all is there, and of one ViT."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
     config = {"architecture": VIT_NAME, "model_args": VIT, "num_classes": 0,
               "pretrained_cfg": {"input_size": [3, VIT["img_size"], VIT["img_size"]], "num_classes": 0}}
-    save_tensors(vit.state_dict(), folder / "model.safetensors")
     write_json(folder / "config.json", config)
+    save_tensors(vit.state_dict(), folder / "model.safetensors")
 
 
 def write_llama(llama: Llama, folder: Path) -> None:
@@ -194,6 +196,8 @@ def main(args) -> None:
     images = load_images(data, VIT["img_size"], 2, skip_bad=False)
     check_amount(data, images)
     vit = pretrain_vit(data, images, args.seed)
+    if not args.vit_only:
+        (out / "consolidated.00.pth").unlink(missing_ok=True)  # written last: where it is, all is of one base
     write_vit(vit, out / "vit")
     print(f"{out / 'vit'}: ViT, {sum(p.numel() for p in vit.parameters()):,} parameters")
     if args.vit_only:

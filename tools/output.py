@@ -37,10 +37,12 @@ def split_ids(problems: dict[str, dict]) -> dict[str, list[str]]:
 
 def write_scienceqa(out: Path, problems: dict[str, dict], captions: dict[str, str],
                     write_picture: Callable[[str, Path], object]) -> None:
-    """Writes the pictures first and problems.json last: a folder with problems.json is complete.
+    """Writes the pictures first and problems.json last: a folder with problems.json is complete, and not one whose
+    older files are being replaced.
 
     problems: with all 14 fields; captions: of those that have a picture, by id. write_picture(id, path): a PNG.
     """
+    (out / "problems.json").unlink(missing_ok=True)
     for qid in tqdm(captions, "pictures", unit="picture"):
         with atomic_write(out / "images" / problems[qid]["split"] / qid / "image.png") as path:
             write_picture(qid, path)

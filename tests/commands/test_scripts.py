@@ -55,6 +55,12 @@ class Sandbox:
             stub.write_text(STUB)
             stub.chmod(0o755)
 
+    def install(self, requirements: str) -> None:
+        """An environment for scripts/environment.sh, in which python is a stub, too."""
+        shutil.copy(ROOT / requirements, self.folder)
+        (self.folder / ".venv" / "bin").mkdir(parents=True)
+        shutil.copy(self.folder / "bin" / "python", self.folder / ".venv" / "bin")
+
     def start(self, *command: str, **environment: str) -> subprocess.Popen:
         """Start a script as the leader of its own process group, as a terminal does."""
         env = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "CALLS": str(self.calls), **environment}
@@ -393,9 +399,7 @@ def test_mme_evaluates_the_given_run(sandbox):
 def test_demo_uses_runs_of_smollm2_or_of_quickstart_or_of_the_environment(sandbox):
     sandbox.run("scripts/demo.sh", code=1)
     assert "run 'bash scripts/quickstart.sh' first" in sandbox.errors
-    (sandbox.folder / "requirements-demo.txt").touch()
-    (sandbox.folder / ".venv" / "bin").mkdir(parents=True)
-    shutil.copy(sandbox.folder / "bin" / "python", sandbox.folder / ".venv" / "bin" / "python")
+    sandbox.install("requirements-demo.txt")
     for run in ("runs/quickstart/LaVIN-toy-base-seed0", "LaVIN-7B-base"):
         (sandbox.folder / run).mkdir(parents=True)
         (sandbox.folder / run / "checkpoint-0.pth").touch()
@@ -416,9 +420,7 @@ def test_demo_uses_runs_of_smollm2_or_of_quickstart_or_of_the_environment(sandbo
 
 
 def test_quickstart_smollm2_scores_untuned_tuned_and_with_exchanged_pictures(sandbox):
-    (sandbox.folder / ".venv" / "bin").mkdir(parents=True)
-    shutil.copy(sandbox.folder / "bin" / "python", sandbox.folder / ".venv" / "bin")
-    shutil.copy(ROOT / "requirements-smollm2.txt", sandbox.folder)
+    sandbox.install("requirements-smollm2.txt")
     calls = sandbox.run("scripts/quickstart_smollm2.sh")
     names = [call.split()[1] for call in calls if call.split()[1].endswith(".py")]
     assert names[:3] == ["tools/make_easy_vqa.py", "tools/make_toy_base.py", "eval.py"]
@@ -433,3 +435,19 @@ def test_quickstart_smollm2_scores_untuned_tuned_and_with_exchanged_pictures(san
     shuffled = [call for call in calls if "--split shuffled" in call]
     assert [call.split("--adapter_path ")[1].split()[0] for call in shuffled] == runs
     assert all(run in calls[-1] for run in runs)
+
+
+@pytest.mark.parametrize("script, requirements, step", [
+    *(("quickstart_smollm2.sh", "requirements-smollm2.txt", step)
+      for step in ("make_easy_vqa.py", "make_toy_base.py", "eval.py --ckpt_dir", "train.py", "--split shuffled")),
+    *(("quickstart.sh", "requirements.txt", step)
+      for step in ("make_mini_scienceqa.py", "make_toy_base.py", "eval.py --ckpt_dir", "train.py")),
+    ("search_quickstart.sh", "requirements-search.txt", "make_toy_base.py")])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_quickstart_that_is_stopped_leaves_no_process_and_goes_on(sandbox, script, requirements, step, number):
+    """Also with a step that knows nothing of exit status 75."""
+    sandbox.install(requirements)
+    status = "75" if step == "train.py" else "143"
+    calls = sandbox.stop(f"scripts/{script}", HANG=step, signals=(number,), STATUS=status)
+    assert calls[-1] == "TERM" and sum(step in call for call in calls) <= 2 and "goes on" in sandbox.errors
+    assert any(step in call for call in sandbox.run(f"scripts/{script}"))

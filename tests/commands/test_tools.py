@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import make_toy_base
+from killed import contents, killed_after
 from lavin.runtime.errors import UserError
 from make_mini_scienceqa import write_mini_scienceqa
-from output import make_folder, save_tensors
+from output import make_folder, save_tensors, write_scienceqa
 from tiny import ROOT
 from tiny_runs import write_run
 from util.data.datasets import load_scienceqa
@@ -89,3 +90,22 @@ def test_full_disk_takes_one_line(tmp_path):
 def test_folders_are_made_and_left_empty(tmp_path):
     make_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_where_problems_json_is_all_is_whole_whenever_the_writer_was_killed(tmp_path):
+    """Also where it writes over other data, of which there is more."""
+    def write(name: str, content: str, n: int) -> None:
+        splits = ["train", "val", "test"] * n
+        problems = {str(i): {"split": split, "question": content} for i, split in enumerate(splits)}
+        write_scienceqa(tmp_path / name, problems, dict.fromkeys(problems, content),
+                        lambda qid, path: path.write_text(content))
+
+    for n_files in range(6 + 3):  # pictures, and the rest
+        write("data", "old", 3)
+        with killed_after(n_files):
+            write("data", "new", 2)
+        assert not (tmp_path / "data" / "problems.json").exists()
+    write("data", "new", 2)
+    write("new", "new", 2)
+    data, new = (contents(tmp_path / name) for name in ("data", "new"))
+    assert {name: data[name] for name in new} == new

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
 import make_toy_base
+from killed import killed_after
 from lavin.mm_adapter import AdapterConfig
 from lavin.tokenizer import Tokenizer
 from lavin.weights.load import load_base
@@ -134,3 +135,15 @@ def test_lessons_contain_the_caption_and_weight_the_letter(mini, tokenizer):
         assert tokenizer.decode(weighted).strip() == letter
         assert problem["question"] in prompt and all(choice in prompt for choice in problem["choices"])
         assert data.captions.get(qid, "") in prompt
+
+
+def test_where_the_weights_are_all_is_whole_whenever_the_builder_was_killed(mini, toy, tmp_path, monkeypatch):
+    """The files that the scripts look for; also where it writes over another base."""
+    llama, vit = tmp_path / "consolidated.00.pth", tmp_path / "vit" / "model.safetensors"
+    with monkeypatch.context() as patch:  # training takes long
+        patch.setattr(make_toy_base, "fit", lambda *arguments: None)
+        for n_files in range(4):  # the ViT's two, params.json, weights; SentencePiece writes its own
+            build(mini, tmp_path)
+            with killed_after(n_files):
+                build(mini, tmp_path)
+            assert not llama.exists() and vit.exists() == (n_files >= 2)
