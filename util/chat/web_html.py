@@ -11,7 +11,7 @@ main.app {max-width: 1240px !important; width: 100%}
 #title h1 {margin: 0} #title p {margin: 0; opacity: .7}
 .answer {font-size: 14px; line-height: 1.45}
 .note {opacity: .6; font-size: 12px}
-#chat [aria-label=Share] {display: none}
+#chat .message-buttons, #chat [aria-label=Share] {display: none}
 .options {margin: 8px 0 4px; min-width: 200px}
 .option {display: grid; grid-template-columns: minmax(0, 1fr) 90px 52px; gap: 10px; align-items: center;
          font-size: 13px}
