@@ -1,6 +1,7 @@
 """The report of a study, from the files in its folder alone."""
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from user_errors import error_message
 from util.search import figures
 from util.search import report as report_module
 from util.search.confirm import VERDICT, sentence
-from util.search.folder import RECORD, gpu_seconds, read_records
+from util.search.folder import LOG, RECORD, gpu_seconds, read_records
 from util.search.progress import cost_lines, duration, listed, progress_line
 from util.search.report import StudyReport, importance, markdown, write_report
 
@@ -96,6 +97,17 @@ def test_the_budget_counts_epochs_hours_and_failures(study):
     assert f"{epochs * 60 / 3600:.2f} GPU-hours" in text and gpu_seconds(list(records.values())) == 60 * epochs
     assert "- Trial 003 failed: training diverged" in text and "1 failed" in text
     assert "- 6 runs with fresh seeds: 47,640 steps, 2.00 GPU-hours." in text
+
+
+def test_a_killed_commands_seconds_are_in_the_report(study):
+    path = study / "trials" / "003" / RECORD
+    (path.parent / LOG).touch()
+    os.utime(path.parent / LOG, (10_000, 10_000))
+    write_json(path, {**read_json(path), "since": 10_000 - 7200, "gpus": 2})
+    records = read_records(study)
+    epochs = sum(record["rungs"][-1]["epoch"] for record in records.values())
+    more = 60 * records["003"]["rungs"][-1]["epoch"] + 2 * 7200  # its own twice, on two GPUs
+    assert f"{(epochs * 60 + more) / 3600:.2f} GPU-hours" in report_of(study)
 
 
 def test_trials_are_compared_where_three_quarters_of_them_were_scored(study):

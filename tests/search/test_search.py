@@ -16,12 +16,13 @@ import plot_results
 import search
 import train
 from lavin.runtime import signals
+from lavin.runtime.files import read_json
 from tiny import ROOT
 from user_errors import error_message
 from util.runs import checkpoints
 from util.search import confirm, runner
-from util.search.folder import begin_record, read_records
-from util.search.locks import claim
+from util.search.folder import LOG, RECORD, all_records, begin_record, gpu_seconds, read_records
+from util.search.locks import claim, waiting_for
 from util.search.runner import CommandFailed, HoursSpent, Runner, run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -241,6 +242,62 @@ def test_a_stop_signal_reaches_the_command_which_saves(tmp_path):
         errors = process.communicate(timeout=30)[1]
     assert process.returncode == 75 and (tmp_path / "saved").exists()
     assert errors.strip().endswith("stopped by SIGTERM: the same command goes on")
+
+
+SILENT = "import time; time.sleep(60)"
+
+
+def start_worker(folder: Path, child: str) -> subprocess.Popen:
+    """In a session of its own, with a command that runs `child`; returns when both have shown signs of life."""
+    (folder / "child.py").write_text(child)
+    worker = ("from pathlib import Path; from util.search.locks import claim; from util.search.runner import Runner\n"
+              f"folder = Path({str(folder)!r})\n"
+              "Runner([], [], 1, lambda: 60.0).run(folder, claim(folder / 'lock'), str(folder / 'child.py'))")
+    process = subprocess.Popen([sys.executable, "-c", worker], cwd=ROOT, start_new_session=True)
+    while "since" not in (record := read_json(folder / RECORD)) or (folder / LOG).stat().st_mtime <= record["since"]:
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+def seconds(study: Path) -> float:
+    return read_records(study)["000"]["seconds"]
+
+
+def test_the_seconds_of_a_killed_command_are_counted_once(tmp_path):
+    """Killed with its worker. It says nothing here: what is counted are the worker's own signs of life."""
+    folder = tmp_path / "trials" / "000"
+    begin_record(folder, 1, values={})
+    process = start_worker(folder, SILENT)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    killed = (folder / LOG).stat().st_mtime - read_json(folder / RECORD)["since"]
+    assert killed > 0 and seconds(tmp_path) == pytest.approx(killed)
+    begin_record(folder, 1, values={})  # by whoever goes on
+    (folder / LOG).touch()
+    assert seconds(tmp_path) == pytest.approx(killed)
+    (folder / "child.py").write_text("print('run: ...')")
+    lock = claim(folder / "lock")
+    Runner([], [], 1, lambda: 60.0).run(folder, lock, str(folder / "child.py"))
+    os.close(lock)
+    assert killed < seconds(tmp_path) == read_json(folder / RECORD)["seconds"]
+    before = gpu_seconds(all_records(tmp_path))
+    begin_record(folder, 4, values={})
+    assert gpu_seconds(all_records(tmp_path)) == pytest.approx(before)
+
+
+def test_the_seconds_of_a_command_that_outlives_its_worker_are_counted(tmp_path):
+    """To the last line that it says."""
+    folder = tmp_path / "trials" / "000"
+    begin_record(folder, 1, values={})
+    waits = f"while not Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.05)"
+    with start_worker(folder, f"import time; from pathlib import Path\n{waits}\nprint('run: ...')") as process:
+        process.kill()
+    first = seconds(tmp_path)
+    time.sleep(0.05)
+    (tmp_path / "go").touch()
+    with waiting_for(folder / "lock"):  # it has ended
+        assert (folder / LOG).read_text() == "run: ...\n" and seconds(tmp_path) > first
 
 
 def test_several_gpus_are_torchruns(tmp_path, monkeypatch):

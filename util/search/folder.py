@@ -10,6 +10,7 @@ from lavin.runtime.files import read_json, write_json
 from lavin.runtime.schema import declared, read_validated
 
 STUDY, RECORD = "study.json", "trial.json"
+LOG = "search.log"  # what the commands of a trial say; touched while they run
 PARTS = ("trials", "confirm")  # folders of runs
 FIX = "the search writes it: start the study anew in another folder"
 
@@ -38,13 +39,15 @@ class Param(TypedDict):
 @declared
 class Record(TypedDict):
     """trial.json. values: of the flags that are searched. params: the same by Optuna's names; none in confirm/.
-    seconds: of all commands, on `gpus` GPUs. message: of a failed trial."""
+    seconds: of all commands that have ended, on `gpus` GPUs. since: when the one that runs, or was killed, began.
+    message: of a failed trial."""
 
     state: Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
     values: dict[str, Any]
     rungs: list[Rung]
     seconds: Annotated[float, Field(ge=0)]
     gpus: Annotated[int, Field(ge=1)]
+    since: NotRequired[float]
     params: NotRequired[dict[str, Param]]
     message: NotRequired[str]
 
@@ -65,18 +68,39 @@ class Settings(TypedDict):
 
 
 def begin_record(folder: Path, gpus: int, **what: Any) -> None:
-    """trial.json of a run that begins or goes on."""
+    """trial.json of a run that begins or goes on, which keeps its GPU-seconds where it had another number of GPUs."""
     path = folder / RECORD
-    known = read_json(path) if path.is_file() else {"rungs": [], "seconds": 0.0}
-    write_json(path, {**known, **what, "state": "RUNNING", "gpus": gpus})
+    known: dict[str, Any] = {"rungs": [], "seconds": 0.0, "gpus": gpus}
+    if path.is_file():
+        known = with_killed(folder, read_json(path))
+    seconds = known["seconds"] * known["gpus"] / gpus
+    write_json(path, {**known, **what, "state": "RUNNING", "seconds": seconds, "gpus": gpus})
 
 
 def change_record(folder: Path, **what: Any) -> None:
     write_json(folder / RECORD, {**read_json(folder / RECORD), **what})
 
 
+def sign_of_life(log: Path) -> float:
+    """Touches the log of a command that runs; returns when, by the clock of the file system."""
+    log.touch()
+    return log.stat().st_mtime
+
+
 def add_seconds(folder: Path, seconds: float) -> None:
-    change_record(folder, seconds=read_json(folder / RECORD)["seconds"] + seconds)
+    """Of a command that has ended."""
+    record = read_json(folder / RECORD)
+    record.pop("since", None)
+    write_json(folder / RECORD, {**record, "seconds": record["seconds"] + seconds})
+
+
+def with_killed(folder: Path, record: Any) -> Any:
+    """With the seconds of a command that runs, or was killed with its worker, up to its last sign of life."""
+    if "since" not in record:
+        return record
+    seconds = (folder / LOG).stat().st_mtime - record["since"]
+    return {**{name: value for name, value in record.items() if name != "since"},
+            "seconds": record["seconds"] + max(0.0, seconds)}
 
 
 def add_rung(folder: Path, epoch: int, scores: dict[str, Any]) -> float:
@@ -101,9 +125,10 @@ def read_settings(study: Path) -> Any:
 
 
 def read_records(study: Path, part: str = "trials") -> dict[str, Any]:
-    """By the name of the folder, in the order of trials. part: trials or confirm."""
+    """By the name of the folder, in the order of trials, with the seconds up to now. part: trials or confirm."""
     paths = sorted((study / part).glob(f"*/{RECORD}"), key=lambda path: (len(path.parent.name), path.parent.name))
-    return {path.parent.name: read_validated(path, Record, "name a study's folder", FIX) for path in paths}
+    return {path.parent.name: with_killed(path.parent, read_validated(path, Record, "name a study's folder", FIX))
+            for path in paths}
 
 
 def all_records(study: Path) -> list[Any]:

@@ -17,12 +17,11 @@ from lavin.runtime import signals
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from util.runs import checkpoint_path, checkpoints
-from util.search.folder import add_seconds
+from util.search.folder import LOG, add_seconds, change_record, sign_of_life
 from util.search.space import Values, command_line
 
 ROOT = Path(__file__).parents[2]
-POLL_SECONDS = 0.2
-LOG = "search.log"  # what the commands say
+POLL_SECONDS = 0.5
 ENDED_BY_SIGNAL = (signals.UNFINISHED, *(-number for number in signals.STOP_SIGNALS))  # before or after saving
 
 
@@ -60,6 +59,7 @@ class Runner:
     def run(self, folder: Path, lock: int, program: str, *arguments: str) -> None:
         launcher = ["-m", "util.launch", "--standalone", "--nproc_per_node", str(self.gpus)] if self.gpus > 1 else []
         start = time.monotonic()
+        change_record(folder, since=sign_of_life(folder / LOG))  # should this worker be killed
         try:
             run_command([sys.executable, *launcher, str(ROOT / program), *arguments], folder / LOG, lock,
                         self.seconds_left())
@@ -81,6 +81,7 @@ def run_command(command: list[str], log: Path, lock: int, seconds: float) -> Non
             try:
                 status = process.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
+                sign_of_life(log)
                 if signals.requested or time.monotonic() > end:
                     process.terminate()  # once: torchrun would take a second signal for impatience
                     status = process.wait()
