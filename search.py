@@ -22,6 +22,7 @@ from util.data.datasets import load_scienceqa
 from util.flags import MACHINE_FLAGS, Parser, caption_path, count, interval, non_empty, positive
 from util.search import confirm
 from util.search.folder import add_rung, all_records, gpu_seconds
+from util.search.machine import resolve_precision
 from util.search.progress import cost_lines, progress_line
 from util.search.runner import HoursSpent, Runner
 from util.search.space import Values, command_line, read_space
@@ -69,12 +70,13 @@ def fixed_values(trained) -> Values:
 
 
 def describe_study(args, space, trained) -> dict:
-    """study.json: what must be the same for all workers."""
+    """study.json: what must be the same for all workers, and what --precision means here."""
     effective_batch = trained.batch_size * trained.accum_iter * args.gpus
     data = {split: load_scienceqa(trained.data_root, split, caption_path(trained)) for split in SPLITS}
     flags = {name: value for name, value in vars(trained).items()
-             if name not in EXECUTION_FLAGS | {"batch_size", "accum_iter"}}
+             if name not in EXECUTION_FLAGS | {"batch_size", "accum_iter", "precision"}}
     return {**{name: getattr(args, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
+            "precision": resolve_precision(trained.precision, trained.device, trained.bits),
             "steps_per_epoch": steps_per_epoch(len(data["train"].problems), effective_batch),
             "space": {"parameters": space.parameters, "enqueue": space.enqueue},
             "flags": {**flags, "effective batch": effective_batch}}
@@ -85,6 +87,19 @@ def machine_flags(trained) -> list[str]:
     given = {name: getattr(trained, name) for name in MACHINE_FLAGS if name in trained.given}
     return [word for name, value in given.items()
             for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+def check_precision(study: Path, precision: str, trained, here: str) -> None:
+    """precision: of the study. here: what this worker would begin one with. Raises UserError where it cannot join."""
+    if trained.precision not in ("auto", precision):
+        raise UserError(f"{study} is a study in {precision}: leave --precision {trained.precision} out, or name "
+                        "another folder with --study")
+    try:
+        if precision != here:
+            resolve_precision(precision, trained.device, trained.bits)
+    except UserError as error:
+        raise UserError(f"{study} is a study in {precision}, which this machine cannot do: start this worker on "
+                        "another one, or name another folder with --study") from error
 
 
 # --- A worker ---
@@ -157,8 +172,10 @@ def main(args) -> None:
     space.check(check_values)
     settings = describe_study(args, space, trained)
     study = Study(args.study, space, settings, args.storage, args.gpus)
+    check_precision(args.study, study.precision, trained, here=settings["precision"])
     print_rank0("\n".join(cost_lines(args.study, settings, study.rungs)))
-    runner = Runner(args.train, machine_flags(trained), args.gpus, partial(seconds_left, args))
+    words = [*args.train, "--precision", study.precision]
+    runner = Runner(words, machine_flags(train_parser().parse_args(words)), args.gpus, partial(seconds_left, args))
     try:
         with storage_errors():
             work(study, runner, args.questions, check_values)

@@ -14,7 +14,7 @@ from typing import Any
 
 from lavin.runtime import distributed
 from lavin.runtime.console import print_rank0
-from lavin.runtime.device import DTYPES
+from lavin.runtime.device import precision_name
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, read_whole_lines, sha256, write_json_lines
 from util.fingerprint import fingerprints
@@ -63,7 +63,7 @@ def model_identity(args, trained: Trained) -> dict:
     """The model that answers. Known before it is loaded."""
     return {"checkpoint": trained.path and trained.path.name,
             "checkpoint_sha256": trained.path and sha256(trained.path),
-            "precision": next(name for name, dtype in DTYPES.items() if dtype == trained.dtype), "bits": args.bits,
+            "precision": precision_name(trained.dtype), "bits": args.bits,
             **fingerprints(args), "adapter": asdict(trained.adapter)}
 
 

@@ -84,6 +84,11 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
     return device
 
 
+def precision_name(dtype: torch.dtype) -> str:
+    """bf16, fp16 or fp32."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """--precision. `auto`: float32 on a CPU, bfloat16 on GPUs that support it (Ampere, 8.0), float16 on older ones.
 

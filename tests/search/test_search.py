@@ -9,18 +9,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("optuna")
 import eval as evaluation
 import plot_results
 import search
 import train
-from lavin.runtime import signals
+from lavin.kernels import fp8
+from lavin.runtime import device, signals
 from lavin.runtime.files import read_json
 from tiny import ROOT
 from user_errors import error_message
 from util.runs import checkpoints
-from util.search import confirm, runner
+from util.search import confirm, machine, runner
 from util.search.folder import LOG, RECORD, all_records, begin_record, gpu_seconds, read_records
 from util.search.locks import claim, waiting_for
 from util.search.runner import CommandFailed, HoursSpent, Runner, run_command
@@ -162,6 +164,65 @@ def test_the_hours_are_kept(flags, commands, tmp_path, capsys, monkeypatch):
     assert 3 <= len(commands) <= 4
     run_search(flags, "--gpu_hours", "9", *WITHOUT_CONFIRMATION)
     assert {record["state"] for record in read_records(tmp_path / "S").values()} <= {"COMPLETE", "PRUNED"}
+
+
+# --- The machine ---
+
+def use_gpu(monkeypatch, capability: tuple[int, int]) -> None:
+    """Of this compute capability, as far as the worker sees; its commands run on the CPU."""
+    monkeypatch.setattr(machine, "choose_device", lambda *_, **__: torch.device("cuda"))
+    for module in (device, fp8):
+        monkeypatch.setattr(module, "compute_capability", lambda _: capability)
+
+
+def precisions(study: Path) -> set[str]:
+    """Of the recipes of all trials."""
+    return {read_json(path)["recipe"]["precision"] for path in study.glob("trials/*/recipe.json")}
+
+
+def test_a_trial_moves_between_gpus_in_one_precision(flags, commands, tmp_path, monkeypatch):
+    """It begins on an H100; a V100 leaves it alone; an A100, whose flags are the same, goes on with it."""
+    study = tmp_path / "S"
+    use_gpu(monkeypatch, (9, 0))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Runner, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        run_search(flags, *WITHOUT_CONFIRMATION)
+    use_gpu(monkeypatch, (7, 0))
+    before = read_records(study)
+    assert error_message(run_search, flags, *WITHOUT_CONFIRMATION) == (
+        f"{study} is a study in bf16, which this machine cannot do: start this worker on another one, or name another "
+        "folder with --study")
+    assert read_records(study) == before and before["000"]["state"] == "RUNNING"
+    use_gpu(monkeypatch, (8, 0))
+    run_search(flags, *WITHOUT_CONFIRMATION)
+    assert {record["state"] for record in read_records(study).values()} <= {"COMPLETE", "PRUNED"}
+    assert precisions(study) == {"bf16"} and {read_json(path)["precision"] for path in study.glob(
+        "trials/*/rungs/*/scores.json")} == {"bf16"}
+    assert f"{study} is a study in bf16: leave --precision fp32 out" in error_message(
+        run_search, [*flags, "--precision", "fp32"], *WITHOUT_CONFIRMATION)
+
+
+def test_a_newer_gpu_joins_a_study_in_fp16(flags, commands, tmp_path, monkeypatch):
+    use_gpu(monkeypatch, (7, 0))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Runner, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        run_search(flags, *WITHOUT_CONFIRMATION)
+    use_gpu(monkeypatch, (9, 0))
+    run_search(flags, *WITHOUT_CONFIRMATION)
+    assert precisions(tmp_path / "S") == {"fp16"}
+
+
+def test_a_worker_that_cannot_train_fails_no_trial(flags, commands, tmp_path, monkeypatch):
+    use_gpu(monkeypatch, (8, 0))
+    assert error_message(run_search, [*flags, "--bits", "fp8"]).startswith("--bits fp8 needs")
+    assert not (tmp_path / "S" / "study.json").exists() and not commands
+
+
+def test_the_worker_itself_stays_off_the_gpu(monkeypatch):
+    """Which the process that asks would see here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert error_message(machine.resolve_precision, "auto", "cuda", "16bit").startswith(
+        "--device cuda: no GPU is visible here")
 
 
 # --- What is refused ---

@@ -1,6 +1,6 @@
 """A study's folder, and its trials in Optuna's storage: any number of workers take, resume and end them.
 
-study.json     what the study is: space, flags, pruner, number of trials; it never changes
+study.json     what the study is: space, flags, pruner, number of trials, precision; it never changes
 journal.log    Optuna's journal, unless the study is in a database
 trials/NNN/    a run of train.py; trial.json: flags, state, accuracy at each rung, seconds
 trials/NNN/rungs/K/  the scores after K epochs
@@ -89,6 +89,11 @@ class Study:
                     self.optuna.enqueue_trial(space.encode(values))
                 write_json(folder / STUDY, {"name": name, "in_database": storage_url is not None, **settings})
 
+    @property
+    def precision(self) -> str:
+        """Of all trials: what --precision meant on the machine of the first worker."""
+        return read_json(self.folder / STUDY)["precision"]
+
     def take(self) -> Trial | None:
         """A trial that a killed worker left, else the next one; None: other workers hold all that are left."""
         with waiting_for(self.folder / ".lock"):
@@ -165,7 +170,8 @@ def run_trial(study: Study, trial: Trial, reach: Callable[[Trial, int], float]) 
 def check_settings(folder: Path, settings: dict[str, Any], storage_url: str | None) -> str:
     """The name of the study in the storage. Raises UserError, which names what differs."""
     found = read_json(folder / STUDY)
-    other = differences(settings, {name: found.get(name) for name in settings})
+    wanted = {name: value for name, value in settings.items() if name != "precision"}  # the first worker's stays
+    other = differences(wanted, {name: found.get(name) for name in wanted})
     if other:
         raise UserError(f"{folder} is a study of other settings ({'; '.join(other)}): give its own, or name another "
                         "folder with --study")

@@ -5,7 +5,7 @@ Paths do not belong to it, but what they lead to does: the training problems, an
 
 import torch
 
-from lavin.runtime.device import DTYPES
+from lavin.runtime.device import precision_name
 from lavin.runtime.errors import UserError
 from util.fingerprint import fingerprints
 
@@ -27,9 +27,8 @@ def make_recipe(args, dtype: torch.dtype, world: int, data) -> dict:
     recipe = {name: value for name, value in vars(args).items() if name not in EXECUTION_FLAGS | RESTATED_FLAGS}
     if args.loss_norm == "microbatch":
         recipe["batch_size"] = args.batch_size  # its loss depends on the size of a micro-batch
-    return {**recipe, "precision": next(name for name, known in DTYPES.items() if known == dtype),
-            "effective_batch": args.batch_size * args.accum_iter * world, "data": data.fingerprint,
-            **fingerprints(args)}
+    return {**recipe, "precision": precision_name(dtype), "effective_batch": args.batch_size * args.accum_iter * world,
+            "data": data.fingerprint, **fingerprints(args)}
 
 
 def differences(recipe: dict, other: dict) -> list[str]:

@@ -1,0 +1,29 @@
+"""What a worker's machine can do.
+
+On a GPU that is asked in a process of its own: a worker must hold no memory of the GPU, and on many clusters only one
+process may use a GPU at a time (compute mode EXCLUSIVE_PROCESS), which is the trial's.
+"""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from lavin.kernels.fp8 import check_fp8
+from lavin.runtime.device import choose_device, choose_dtype, precision_name
+
+
+def resolve_precision(precision: str, device: str | None, bits: str) -> str:
+    """What --precision means here: bf16, fp16 or fp32. Raises UserError where it, or --bits, does not work."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return ask(precision, device, bits)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(ask, precision, device, bits).result()
+
+
+def ask(precision: str, device: str | None, bits: str) -> str:
+    chosen = choose_device(device, local_rank=0)
+    dtype = choose_dtype(precision, chosen)
+    if bits == "fp8":
+        check_fp8(chosen, dtype)
+    return precision_name(dtype)
