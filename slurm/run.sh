@@ -6,10 +6,12 @@ if [ $# -eq 0 ]; then
     echo "name a script: sbatch slurm/one_node.sbatch scripts/finetuning_sqa_7b.sh" >&2
     exit 1
 fi
-export GPUS=${GPUS:-4}
+export GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-4}}
+# a task of an array by its own name: one of them has the number of the whole array as SLURM_JOB_ID
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
 status=0
 run bash "$@" || status=$?
 if [ "$stopped" = USR1 ] && [ "$status" -ne 0 ]; then
-    scontrol requeue "$SLURM_JOB_ID" 2> /dev/null || echo "submit the same command again to go on"
+    scontrol requeue "$job" 2> /dev/null || echo "submit the same command again to go on"
 fi
 exit "$status"

@@ -367,6 +367,18 @@ def test_job_is_requeued_at_its_time_limit(sandbox, job):
     assert sandbox.output.endswith("submit the same command again to go on\n") and sandbox.errors == ""
 
 
+def test_a_task_of_an_array_requeues_itself_alone(sandbox):
+    """Slurm gives the last task the array's own number as SLURM_JOB_ID: `scontrol requeue 42` would stop all tasks."""
+    array = {"SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": "2", "GPUS": "1"}
+    calls = sandbox.stop("slurm/search.sbatch", HANG="search.py", **slurm(sandbox), **array)
+    assert calls[-1] == "scontrol requeue 42_2"
+
+
+def test_a_job_trains_on_the_gpus_that_it_was_given(sandbox):
+    for environment, n in (({"SLURM_GPUS_ON_NODE": "2"}, 2), ({"SLURM_GPUS_ON_NODE": "2", "GPUS": "8"}, 8), ({}, 4)):
+        assert f"--nproc_per_node {n} train.py" in sandbox.run("bin/sbatch", *JOB, **slurm(sandbox), **environment)[-2]
+
+
 def test_job_that_ends_otherwise_is_not_requeued(sandbox):
     """After a SIGTERM, Slurm requeues preempted jobs itself, and cancelled ones must not come back."""
     calls = sandbox.stop(*JOB, signals=[signal.SIGTERM], **slurm(sandbox))
