@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import chat_latency
+import concurrent_runs
 import data_loading
 import eval_throughput
 import fault_cases
@@ -97,6 +98,22 @@ def test_scaling(capsys, monkeypatch, tmp_path):
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [row[0] for row in rows] == ["1, a model each", "2, a model each", "one model on 2"]
     assert all([float(cell) for cell in row if cell.strip()][-3:] == [0, 0, 0] for row in (row[1:] for row in rows))
+
+
+def test_concurrent_runs_compares_wall_seconds(capsys, monkeypatch):
+    """Of the same runs, after one that is not measured."""
+    calls = []
+    monkeypatch.setattr(concurrent_runs, "write_world", lambda *_: None)
+    monkeypatch.setattr(concurrent_runs, "run_variants", lambda root, args, out, jobs, runs: (
+        calls.append((out, jobs, runs)), (60.0 / jobs, 10.0 * jobs))[1])
+    for gpus, runs, words in ((4, None, "at once, on 1 each"), (4, 2, "at once, on 2 each"), (1, None, "at once")):
+        calls.clear()
+        concurrent_runs.main(argparse.Namespace(size="tiny", device="cpu", gpus=gpus, runs=runs))
+        n = runs or max(2, gpus)
+        assert calls == [("warm", 1, 1), ("jobs1", 1, n), (f"jobs{n}", n, n)]
+        *_, row = capsys.readouterr().out.splitlines()
+        assert row.split("  ")[0] == f"{n} runs {words}" and row.split()[-3:] == [f"{60 / n:.1f}", f"{n:.2f}",
+                                                                                 f"{10 * n:.1f}"]
 
 
 def test_startup():
