@@ -1,6 +1,7 @@
 """Confirmation with fresh seeds: what is run again, by whom, and what the runs are said to show."""
 
 import json
+import os
 import threading
 import time
 
@@ -12,6 +13,7 @@ from lavin.runtime.files import write_json
 from util.search import confirm
 from util.search.confirm import dunnett, is_done, plan, read_outcomes, run_all, sentence, verdict
 from util.search.folder import begin_record, change_record
+from util.search.locks import claim
 
 
 def trial(study, number: int, state: str, *accuracies: int) -> None:
@@ -68,6 +70,19 @@ def test_workers_share_the_runs_and_none_is_done_twice(study, monkeypatch):
     for worker in workers:
         worker.join(20)
     assert sorted(executed) == sorted(run.folder.name for run in runs) and all(map(is_done, runs))
+
+
+def test_all_workers_end_with_the_verdict(study):
+    """Also one that comes while another computes it."""
+    lock = claim(study / ".locks" / "verdict")
+    other = threading.Thread(target=confirm.finish, args=(study, None, [], 20))
+    other.start()
+    other.join(0.2)
+    assert other.is_alive()
+    write_json(study / confirm.VERDICT, {"winner": "001"})
+    os.close(lock)
+    other.join(20)
+    assert not other.is_alive()
 
 
 def test_a_run_whose_worker_was_killed_is_taken_up(study):

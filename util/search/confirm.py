@@ -16,7 +16,7 @@ import numpy as np
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, read_json_lines, write_json
 from util.search.folder import RECORD, accuracy, add_rung, begin_record, change_record, read_records
-from util.search.locks import claim
+from util.search.locks import claim, waiting_for
 from util.search.runner import Runner
 from util.search.space import Values
 from util.study.statistics import mcnemar, paired_bootstrap
@@ -145,11 +145,9 @@ def read_outcomes(runs: list[tuple[str, Path]]) -> dict[str, np.ndarray]:
 
 
 def finish(study: Path, runner: Runner, runs: list[FreshRun], epochs: int) -> None:
-    """Names the winner, and scores the test split for it and for the base: once, by one worker."""
-    lock = claim(study / ".locks" / "verdict")
-    if lock is None:
-        return
-    try:
+    """Names the winner, and scores the test split for it and for the base: once, by one worker, for which the others
+    wait."""
+    with waiting_for(study / ".locks" / "verdict") as lock:
         if not (study / VERDICT).is_file():
             outcomes = read_outcomes([(run.configuration, run.folder) for run in runs])
             write_json(study / VERDICT, asdict(verdict(outcomes)))
@@ -157,8 +155,6 @@ def finish(study: Path, runner: Runner, runs: list[FreshRun], epochs: int) -> No
         for run in runs:
             if run.configuration in (BASE, winner):
                 runner.score(run.folder, epochs, run.folder, lock, "--split", "test")
-    finally:
-        os.close(lock)
 
 
 def sentence(verdict: Any) -> str:

@@ -37,11 +37,11 @@ def claim(path: Path) -> int | None:
 
 
 @contextmanager
-def waiting_for(path: Path) -> Iterator[None]:
-    """Holds the lock, once others have released it."""
+def waiting_for(path: Path) -> Iterator[int]:
+    """Holds the lock, once others have released it; gives its descriptor."""
     while (descriptor := claim(path)) is None:
         time.sleep(POLL_SECONDS)
     try:
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
