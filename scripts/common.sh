@@ -67,6 +67,7 @@ launch() {
         command=(srun --nodes "$NODES" --ntasks-per-node 1 python -m util.launch --nnodes "$NODES" --nproc_per_node "$GPUS"
             --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d
             --rdzv_endpoint "${names%%$'\n'*}:$((10000 + SLURM_JOB_ID % 50000))")
+        forwarded=USR1 # which srun passes on to all processes; at SIGTERM it kills them before they have saved
     elif [ "$GPUS" -gt 1 ]; then
         command=(python -m util.launch --standalone --nproc_per_node "$GPUS")
     fi

@@ -1,14 +1,15 @@
 # Sourced: passes signals on to what a script runs. bash handles a signal only when its foreground command has ended, so
-# `run` starts commands in the background and waits. They get SIGTERM whatever the signal was: SIGUSR1 (Slurm's warning
-# of the time limit) would kill the launcher and orphan its processes, and background commands of a script ignore SIGINT.
+# `run` starts commands in the background and waits. They get SIGTERM whatever the signal was, since most programs end at
+# SIGUSR1 (Slurm's warning of the time limit), and background commands of a script ignore SIGINT.
 UNFINISHED=75 # exit status of a command that was stopped, and goes on when it is started again (EX_TEMPFAIL)
+forwarded=TERM
 stopped=   # the first signal
 
 forward_signals() {
     local signal
     for signal in USR1 TERM INT HUP; do
         # shellcheck disable=SC2064 # only $signal is expanded now
-        trap "stopped=\${stopped:-$signal}; kill -TERM \$(jobs -rp) 2> /dev/null || true" "$signal"
+        trap "stopped=\${stopped:-$signal}; kill -\$forwarded \$(jobs -rp) 2> /dev/null || true" "$signal"
     done
 }
 

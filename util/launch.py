@@ -4,6 +4,7 @@ What ended the processes stands last in the log, in torchrun's summary. Exit sta
 process, that they were stopped and the same command goes on.
 """
 
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -15,6 +16,7 @@ from lavin.runtime.signals import UNFINISHED
 
 def launch() -> int:
     """Returns the exit status."""
+    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))  # from srun; torchrun would end at it
     try:
         main()
     except SignalException:

@@ -260,6 +260,17 @@ def test_the_launcher_says_last_what_failed(tmp_path, code, status, words):
     assert words in "".join(errors.splitlines()[-6:]) and ("Root Cause" in errors) == bool(words)
 
 
+def test_the_launcher_stops_its_processes_at_the_signal_that_srun_passes_on(tmp_path):
+    """SIGUSR1: at SIGTERM, srun would kill all processes at once."""
+    code = "print('ready', flush=True); time.sleep(30)"
+    (tmp_path / "main.py").write_text(WAITING.format(path=sys.path, code=code))
+    with start("-m", "util.launch", *TORCHRUN[2:4], "1", tmp_path / "main.py") as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and "main.py: stopped by SIGTERM" in errors
+
+
 def test_ctrl_c_stops_an_answer_of_the_chat_and_not_the_chat(tmp_path):
     """In a process with demo.py's signals, over longer than the grace period."""
     code = ("\n    for _ in range(2):\n        try:\n            print('ready', flush=True); time.sleep(30)\n"
