@@ -20,9 +20,9 @@ from train import get_args_parser as train_parser
 from util.data.batches import steps_per_epoch
 from util.data.datasets import load_scienceqa
 from util.flags import MACHINE_FLAGS, Parser, caption_path, count, interval, non_empty, positive
+from util.machine import resolve_precision
 from util.search import confirm
 from util.search.folder import add_rung, all_records, gpu_seconds
-from util.search.machine import resolve_precision
 from util.search.progress import cost_lines, progress_line
 from util.search.runner import HoursSpent, Runner
 from util.search.space import Values, command_line, read_space

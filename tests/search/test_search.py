@@ -21,8 +21,9 @@ from lavin.runtime import device, signals
 from lavin.runtime.files import read_json
 from tiny import ROOT
 from user_errors import error_message
+from util import machine
 from util.runs import checkpoints
-from util.search import confirm, machine, runner
+from util.search import confirm, runner
 from util.search.folder import LOG, RECORD, all_records, begin_record, gpu_seconds, read_records
 from util.search.locks import claim, waiting_for
 from util.search.runner import CommandFailed, HoursSpent, Runner, run_command

@@ -1,4 +1,4 @@
-"""What a worker's machine can do.
+"""What a machine can do: a worker of a search asks before it takes a trial.
 
 On a GPU that is asked in a process of its own: a worker must hold no memory of the GPU, and on many clusters only one
 process may use a GPU at a time (compute mode EXCLUSIVE_PROCESS), which is the trial's.
