@@ -1,4 +1,5 @@
-"""Proves what a search promises: no kill loses, repeats or strands a trial, and equal configurations have no winner.
+"""Proves what a search promises: no kill loses, repeats or strands a trial or changes what is found, and equal
+configurations have no winner.
 
     python benchmarks/search_proof.py kills [--trials 64] [--workers 4] [--kills 20]
     python benchmarks/search_proof.py simulate [--studies 200]
@@ -26,15 +27,16 @@ import timing
 from fault_machine import write_base, write_mini_scienceqa  # writes the small world
 from lavin.runtime.console import format_table, summary
 from lavin.runtime.errors import one_line_errors
+from lavin.runtime.files import read_json_lines
 from lavin.weights.adapters import read_adapters
 from util.runs import last_checkpoint
 from util.search.confirm import verdict
-from util.search.folder import read_records, read_settings
+from util.search.folder import accuracy, read_records, read_settings
 from util.search.space import command_line
-from util.study.statistics import mcnemar
+from util.study.statistics import mcnemar, paired_bootstrap
 
 ROOT = Path(timing.__file__).parents[1]
-SIZES = {"train": 64, "val": 60, "test": 6}
+SIZES = {"train": 64, "val": 200, "test": 6}
 TRAIN = ("--llama_model_path", "weights", "--llm_model", "tiny", "--vision_model", "vit", "--data_root", "data",
          "--device", "cpu", "--batch_size", "4", "--accum_iter", "8", "--epochs", "9", "--max_seq_len", "500",
          "--save_every_minutes", "0.002")
@@ -64,22 +66,22 @@ def kill(worker: subprocess.Popen, rng: Random) -> str:
     return how
 
 
-def run_study(root: Path, args) -> tuple[list[str], float]:
+def run_study(root: Path, study: str, args, n_kills: int) -> tuple[list[str], float]:
     """Returns how each kill was made, and the seconds. Killed workers are started again."""
     rng, begin, kills = Random(args.seed), time.monotonic(), []
-    search = ("--study", "S", "--trials", str(args.trials), "--questions", str(SIZES["val"]), "--confirm", "0", "--",
+    search = ("--study", study, "--trials", str(args.trials), "--questions", str(SIZES["val"]), "--confirm", "0", "--",
               *TRAIN)
     workers = [start(root, "search.py", *search, log=root / "workers.log") for _ in range(args.workers)]
     # over the whole study: the next one after so many trials have ended
-    due = sorted(rng.uniform(0, args.trials - args.workers) for _ in range(args.kills))
+    due = sorted(rng.uniform(0, args.trials - args.workers) for _ in range(n_kills))
     while any(worker.poll() is None for worker in workers):
-        ended = sum(record["state"] != "RUNNING" for record in read_records(root / "S").values())
+        ended = sum(record["state"] != "RUNNING" for record in read_records(root / study).values())
         if len(kills) < len(due) and ended >= due[len(kills)]:
             time.sleep(rng.uniform(0, 4))
             i = rng.randrange(args.workers)
             if workers[i].poll() is None:
                 kills.append(kill(workers[i], rng))
-                print(f"kill {len(kills)} of {args.kills} ({kills[-1]}), after {ended} trials", flush=True)
+                print(f"kill {len(kills)} of {n_kills} ({kills[-1]}), after {ended} trials", flush=True)
                 workers[i] = start(root, "search.py", *search, log=root / "workers.log")
         time.sleep(0.3)
     assert all(worker.returncode == 0 for worker in workers), (root / "workers.log").read_text()[-2000:]
@@ -107,26 +109,49 @@ def repeated_runs(root: Path, records: dict) -> tuple[int, int]:
     return same, len(finished)
 
 
+def best_trial(study: Path) -> tuple[float, np.ndarray]:
+    """Of the finished ones: its accuracy in percent, and which answers were right: [1, questions]."""
+    scores = {name: accuracy(record["rungs"][-1]) for name, record in read_records(study).items()
+              if record["state"] == "COMPLETE"}
+    best = max(scores, key=lambda name: scores[name])
+    answers = {answer["qid"]: answer["prediction"] == answer["answer"] for answer in
+               read_json_lines(study / "trials" / best / "rungs" / str(EPOCHS) / "generations.jsonl")}
+    return scores[best], np.array([[answers[qid] for qid in sorted(answers)]], int)
+
+
+def same_best(killed: Path, unkilled: Path) -> tuple[str, bool, str]:
+    """Noise: what the questions alone allow. (The studies differ by more: by which worker asked for a trial first.)"""
+    (score, right), (other_score, other_right) = best_trial(killed), best_trial(unkilled)
+    low, high = (100 * bound for bound in paired_bootstrap(right, other_right))
+    p = mcnemar(right, other_right)
+    return ("the same best as without kills, within noise", p >= 0.05,
+            f"{score:.1f} and {other_score:.1f} % of {right.shape[1]} questions: {score - other_score:+.1f} points "
+            f"[{low:+.1f}, {high:+.1f}], McNemar's p {p:.2f}")
+
+
 def prove_kills(args) -> Checks:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_mini_scienceqa(root / "data", SIZES, 0)
         write_base(root, root / "data")
-        kills, seconds = run_study(root, args)
+        kills, seconds = run_study(root, "S", args, args.kills)
+        resumed = (root / "workers.log").read_text().count(" goes on: ")
+        _, seconds_without = run_study(root, "unkilled", args, 0)
+        best = same_best(root / "S", root / "unkilled")
         records, stored = read_records(root / "S"), stored_states(root / "S")
         per_epoch = read_settings(root / "S")["steps_per_epoch"]
         same, n_finished = repeated_runs(root, records)
-        resumed = (root / "workers.log").read_text().count(" goes on: ")
     states = Counter(record["state"] for record in records.values())
     steps = per_epoch * sum(record["rungs"][-1]["epoch"] for record in records.values())
     share = steps / (args.trials * EPOCHS * per_epoch)
     in_storage = Counter((int(name), record["state"]) for name, record in records.items())
     return [("killed", len(kills) == args.kills, f"{len(kills)} ({kills.count('worker')} the worker alone), {resumed} "
-             f"trials resumed, {seconds:.0f} s"),
+             f"trials resumed, {seconds:.0f} s; without kills {seconds_without:.0f} s"),
             ("finished or pruned", states["COMPLETE"] + states["PRUNED"] == args.trials, json.dumps(states)),
             ("none lost or twice", sorted(map(int, records)) == list(range(args.trials)), f"{len(records)} folders"),
             ("storage agrees", stored == in_storage, f"{len(stored)} trials"),
             ("same adapters as an unbroken run", same == n_finished, f"{same} of {n_finished} finished trials"),
+            best,
             (f"at most {MOST_STEPS:.0%} of the steps without pruning", share <= MOST_STEPS, f"{share:.1%}")]
 
 
