@@ -24,6 +24,7 @@ from lavin.model import pack
 from published_recipe import published_answers, published_loss
 from tiny import VARIANTS, greedy, mixed_examples, tiny_model
 from util.data import images
+from util.search.folder import add_rung, begin_record, change_record
 from util.training.throughput import frozen_weights, step_flops
 
 
@@ -151,6 +152,28 @@ def test_search_proof_counts_what_was_found(monkeypatch):
     assert holds and share == "100.0% of 2"
     monkeypatch.setattr(search_proof, "verdict", lambda rows: argparse.Namespace(found=True))
     assert search_proof.prove_simulation(flags)[0][1:] == (False, "0.0% of 2")
+
+
+def write_finished_trial(study, number: int, right: int) -> None:
+    """That answers the first `right` of 100 questions."""
+    folder = study / "trials" / f"{number:03d}"
+    begin_record(folder, 1, values={})
+    add_rung(folder, 9, {"correct": {"Avg": right}, "counts": {"Avg": 100}})
+    change_record(folder, state="COMPLETE")
+    (folder / "rungs" / "9").mkdir(parents=True)
+    (folder / "rungs" / "9" / "generations.jsonl").write_text("".join(json.dumps(
+        {"qid": str(i), "prediction": int(i < right), "answer": 1}) + "\n" for i in range(100)))
+
+
+def test_search_proof_compares_the_best_of_both_studies(tmp_path):
+    pytest.importorskip("optuna")
+    import search_proof
+    for study, scores in {"killed": (50, 60), "similar": (62, 40), "better": (50, 80)}.items():
+        for number, right in enumerate(scores):
+            write_finished_trial(tmp_path / study, number, right)
+    _, same, words = search_proof.same_best(tmp_path / "killed", tmp_path / "similar")
+    assert same and words.startswith("60.0 and 62.0 % of 100 questions: -2.0 points")
+    assert not search_proof.same_best(tmp_path / "killed", tmp_path / "better")[1]
 
 
 def test_samples_depend_only_on_their_seed():
