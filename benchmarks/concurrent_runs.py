@@ -4,8 +4,8 @@
     python3 benchmarks/concurrent_runs.py --gpus 1 --runs 4                  # four at once on one GPU
     python3 benchmarks/concurrent_runs.py --size tiny --gpus 2 --device cpu  # a smoke test
 
-These are runs of scripts/run_all_variants.sh with JOBS=1 and JOBS=RUNS: seeds of the base method, trained and scored,
-on generated problems and random weights in a temporary folder. "wall s" counts all from the command to its end; the
+As scripts/run_all_variants.sh does with JOBS=1 and JOBS=RUNS: train.py with several seeds, on generated
+problems and random weights in a temporary folder. "wall s" counts all from their start to their end, loading too; the
 compiler's cache is warm. "samples/s" are those of all runs that train together, in their last epochs.
 """
 
@@ -38,8 +38,6 @@ SIZES: dict[str, tuple[dict[str, Any], str, dict[str, Any], int]] = {  # params.
     "7B8L": ({"dim": 4096, "n_layers": 8, "n_heads": 32, "multiple_of": 256}, CLIP, {}, 1600),  # 8 of 7B's 32 layers
     "tiny": (make_toy_base.LLAMA, make_toy_base.VIT_NAME, make_toy_base.VIT, 64)}
 EPOCHS = 2
-# run_all_variants.sh calls python; its figures are not measured, and need more packages
-PYTHON = '#!/bin/sh\n[ "$1" = plot_results.py ] || exec "{}" "$@"\n'
 
 
 def random_weights(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -68,26 +66,32 @@ def write_world(root: Path, size: str) -> None:
     write_json(root / "vit" / "config.json", {
         "architecture": vit_name, "model_args": vit_args, "num_classes": 0,
         "pretrained_cfg": {"input_size": [3, pixels, pixels], "num_classes": 0}})
-    (root / "bin").mkdir()
-    (root / "bin" / "python").write_text(PYTHON.format(sys.executable))
-    (root / "bin" / "python").chmod(0o755)
 
 
-def run_variants(root: Path, args, out: str, jobs: int, runs: int) -> tuple[float, float]:
+def start(root: Path, args, out: Path, devices: list[int], seed: int) -> subprocess.Popen:
+    """A training on these GPUs, with an effective batch of 32."""
+    launcher = ["-m", "util.launch", "--standalone", "--nproc_per_node", str(len(devices))] if len(devices) > 1 else []
+    flags = ["--llama_model_path", str(root / "weights"), "--llm_model", args.size, "--vision_model", str(root / "vit"),
+             "--data_root", str(root / "data"), "--batch_size", "2", "--accum_iter", str(16 // len(devices)),
+             "--epochs", str(EPOCHS), "--seed", str(seed), "--output_dir", str(out / str(seed)),
+             *(["--device", args.device] if args.device else [])]
+    out.mkdir(exist_ok=True)
+    with open(out / f"{seed}.log", "wb") as log:
+        return subprocess.Popen([sys.executable, *launcher, "train.py", *flags], cwd=ROOT, stdout=log, stderr=log,
+                                env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))})
+
+
+def run_all(root: Path, args, name: str, jobs: int, runs: int) -> tuple[float, float]:
     """Wall seconds, and samples/s in the last epochs of `jobs` runs together."""
-    environment = {**os.environ, "PATH": f"{root / 'bin'}:{os.environ['PATH']}", "GPUS": str(args.gpus),
-                   "JOBS": str(jobs), "METHODS": "base", "SEEDS": " ".join(map(str, range(runs))), "MODEL": args.size,
-                   "DATA_ROOT": str(root / "data"), "WEIGHTS": str(root / "weights"), "OUTPUT_ROOT": str(root / out)}
-    flags = ["--vision_model", str(root / "vit"), "--epochs", str(EPOCHS), *(["--device", args.device] if args.device
-                                                                             else [])]
-    log, start = root / f"{out}.log", time.perf_counter()
-    with open(log, "wb") as output:
-        status = subprocess.run(["bash", str(ROOT / "scripts" / "run_all_variants.sh"), *flags], env=environment,
-                                stdout=output, stderr=output).returncode
-    seconds = time.perf_counter() - start
-    if status:
-        sys.exit(f"{log.read_text(errors='replace')[-3000:]}\nconcurrent_runs.py: a run failed, as it says above")
-    rates = [read_json_lines(path)[-1]["samples_per_s"] for path in (root / out).glob("*/log.txt")]
+    each, out, begin = max(1, args.gpus // jobs), root / name, time.perf_counter()
+    for first in range(0, runs, jobs):
+        running = [start(root, args, out, [(i * each + k) % args.gpus for k in range(each)], first + i)
+                   for i in range(jobs)]
+        if any([process.wait() for process in running]):
+            logs = (path.read_text(errors="replace")[-2000:] for path in out.glob("*.log"))
+            sys.exit("\n".join([*logs, "concurrent_runs.py: a run failed, as it says above"]))
+    seconds = time.perf_counter() - begin
+    rates = [read_json_lines(path)[-1]["samples_per_s"] for path in out.glob("*/log.txt")]
     return seconds, jobs * sum(rates) / len(rates)
 
 
@@ -96,11 +100,11 @@ def main(args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_world(root, args.size)
-        run_variants(root, args, "warm", 1, 1)
+        run_all(root, args, "warm", 1, 1)
         rows: list[list[str]] = []
         for jobs, what in ((1, f"one after another, on {args.gpus} GPU{'s' * (args.gpus > 1)}"),
                            (runs, "at once" + f", on {max(1, args.gpus // runs)} each" * (args.gpus > 1))):
-            seconds, rate = run_variants(root, args, f"jobs{jobs}", jobs, runs)
+            seconds, rate = run_all(root, args, f"jobs{jobs}", jobs, runs)
             first = float(rows[0][1]) if rows else seconds
             rows.append([f"{runs} runs {what}", f"{seconds:.1f}", f"{first / seconds:.2f}", f"{rate:.1f}"])
             print(format_table(["what", "wall s", "times as fast", "samples/s"], rows[-1:]), flush=True)

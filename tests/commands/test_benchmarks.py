@@ -105,7 +105,7 @@ def test_concurrent_runs_compares_wall_seconds(capsys, monkeypatch):
     """Of the same runs, after one that is not measured."""
     calls = []
     monkeypatch.setattr(concurrent_runs, "write_world", lambda *_: None)
-    monkeypatch.setattr(concurrent_runs, "run_variants", lambda root, args, out, jobs, runs: (
+    monkeypatch.setattr(concurrent_runs, "run_all", lambda root, args, out, jobs, runs: (
         calls.append((out, jobs, runs)), (60.0 / jobs, 10.0 * jobs))[1])
     for gpus, runs, words in ((4, None, "at once, on 1 each"), (4, 2, "at once, on 2 each"), (1, None, "at once")):
         calls.clear()
