@@ -352,7 +352,7 @@ def test_the_seconds_of_a_command_that_outlives_its_worker_are_counted(tmp_path)
     """To the last line that it says."""
     folder = tmp_path / "trials" / "000"
     begin_record(folder, 1, values={})
-    waits = f"while not Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.05)"
+    waits = f"for _ in range(600): Path({str(tmp_path / 'go')!r}).exists() or time.sleep(0.05)"
     with start_worker(folder, f"import time; from pathlib import Path\n{waits}\nprint('run: ...')") as process:
         process.kill()
     first = seconds(tmp_path)
