@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,11 +122,18 @@ def most_likely_options(model, tokenizer, batches: Iterable[list[EvalQuestion]])
         yield [scores.index(max(scores)) for scores in batch_scores]
 
 
+def first_tokens(tokenizer, prompt: str) -> list[int]:
+    """With which all answers to a prompt begin: `The answer is`."""
+    n_prompt_tokens = len(tokenizer.example(prompt).ids)
+    return list(commonprefix([list(tokenizer.example(prompt, answer_text(k)).ids) for k in range(2)]))[n_prompt_tokens:]
+
+
 def generate_batch(model, tokenizer, batch: list[EvalQuestion], args) -> list[tuple[str, int, bool]]:
     """For each question: the text, the option index, and whether the text names it; if not, the most likely one."""
     max_new_tokens = MAX_ANSWER_TOKENS if answers_first(args.prompt_format) else args.max_seq_len
+    draft = first_tokens(tokenizer, batch[0].prompt) if answers_first(args.prompt_format) else []
     texts = generate(model, tokenizer, [question.example for question in batch], max_new_tokens, is_answered,
-                     args.generation_temperature, args.top_p, [question.seed for question in batch])
+                     args.generation_temperature, args.top_p, [question.seed for question in batch], draft)
     predictions = [parse_answer(text, question.n_choices) for text, question in zip(texts, batch, strict=True)]
     # scores the whole batch, not only the unparsed questions: a single one would need a session of its own
     fallbacks = next(most_likely_options(model, tokenizer, [batch])) if None in predictions else [0] * len(batch)

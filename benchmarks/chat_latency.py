@@ -1,7 +1,7 @@
 """Chat latency at batch 1, on random weights: time to first token and tokens/s of the published recipe and of ours.
 
 Ours is warmed up as in demo.py. "cold" is the first token without `warmup`, as in a program that calls `generate`
-directly: the median of a prompt length bucket's first call, which runs eagerly, and its second, which captures it.
+directly: of a prompt length bucket's first call, which captures it.
 
     python benchmarks/chat_latency.py                    # 7B on this GPU
     python benchmarks/chat_latency.py --size tiny        # a smoke test on a CPU, in seconds
@@ -17,6 +17,7 @@ import torch
 from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it extends sys.path
 
 # isort: split
+from lavin.fast.captured_models import free_graphs
 from lavin.fast.speed_up import speed_up
 from lavin.generation.generate import decode, warmup
 from lavin.runtime.console import summary
@@ -36,10 +37,10 @@ def answer(model, example, n_tokens: int) -> tuple[float, float]:
     return times[0], (n_tokens - SKIPPED_TOKENS) / (times[-1] - times[SKIPPED_TOKENS - 1])
 
 
-def cold_first_token(model, example) -> list[float]:
-    """Seconds to the first token of the first two calls with the prompt's length bucket: eager, then captured."""
-    model.session.prefills.clear()
-    return [answer(model, example, SKIPPED_TOKENS + 1)[0] for _ in range(2)]
+def cold_first_token(model, example) -> float:
+    """Seconds to the first token of the first call with the prompt's length bucket."""
+    free_graphs(model)
+    return answer(model, example, SKIPPED_TOKENS + 1)[0]
 
 
 def main(args) -> None:
@@ -73,7 +74,7 @@ def main(args) -> None:
         start_memory(device)
         timed = prompts[-args.repeats:]
         results = [answer(model, prompt, args.tokens) for prompt in redrawn(model, timed, 1)]
-        cold = statistics.median(first for prompt in timed for first in cold_first_token(model, prompt))
+        cold = statistics.median(cold_first_token(model, prompt) for prompt in timed)
         first, rate = (statistics.median(column) for column in zip(*results, strict=True))
         add(f"ours, {bits.replace('16bit', 'bf16')}", cold, first, rate)
     print(report(rows))

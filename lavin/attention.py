@@ -43,12 +43,17 @@ class VarlenMetadata:
         return select_attention(query.device, query.dtype, query.shape[-1])(query, key, value, self)
 
 
+def uses_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Our own kernels of attention: from Ampere (8.0) on, in 16 bits."""
+    return (device.type == "cuda" and has_triton and compute_capability(device) >= (8, 0) and dtype != torch.float32
+            and head_dim in (16, 32, 64, 128))
+
+
 def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int):
-    """On a GPU: flash attention from Ampere (8.0) on, in 16 bits, else memory-efficient attention; elsewhere padded."""
+    """On a GPU flash attention, or memory-efficient attention where our kernels do not work; elsewhere padded."""
     if device.type != "cuda":
         return padded_attention
-    flash = has_triton and compute_capability(device) >= (8, 0) and dtype != torch.float32
-    return flash_varlen_attention if flash and head_dim in (16, 32, 64, 128) else efficient_varlen_attention
+    return flash_varlen_attention if uses_triton(device, dtype, head_dim) else efficient_varlen_attention
 
 
 def grouped_sdpa(query, key, value, **options):

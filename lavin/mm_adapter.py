@@ -37,6 +37,10 @@ class AdapterConfig:
     dropout_lim: float = 0.2
 
 
+def number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=INIT_DEVICE)
+
+
 def dropout_schedule(n_layers: int, prob: float, var: float, lim: float) -> list[float]:
     """Dropout probability of each layer, first layer first.
 
@@ -70,9 +74,9 @@ class RepAdapter(nn.Module):
         rank = config.adapter_dim
         if dim % GROUPS or rank % GROUPS:
             raise ValueError(f"--adapter_dim {rank} and the width {dim} must be multiples of {GROUPS}")
-        self.scale = config.adapter_scale
-        # a tensor, so that layers with different dropout share one compiled graph
-        self.register_buffer("dropout", torch.tensor(dropout, device=INIT_DEVICE), persistent=False)
+        # tensors, so that layers with different numbers share one compiled program, and captured passes see a change
+        self.register_buffer("dropout", number(dropout), persistent=False)
+        self.register_buffer("scale", number(config.adapter_scale), persistent=False)
         self.conv_A = nn.Conv1d(dim, rank, 1, device=INIT_DEVICE)
         self.conv_B = nn.Conv1d(rank, dim, 1, groups=GROUPS, device=INIT_DEVICE)
         nn.init.xavier_uniform_(self.conv_A.weight)
@@ -119,7 +123,7 @@ class RepAdapterRouter(RepAdapter):
 
     def __init__(self, dim: int, config: AdapterConfig, dropout: float):
         super().__init__(dim, config, dropout)
-        self.temperature = config.temperature
+        self.register_buffer("temperature", number(config.temperature), persistent=False)
         self.conv_D = nn.Conv1d(config.adapter_dim, dim, 1, groups=GROUPS, device=INIT_DEVICE)
         nn.init.zeros_(self.conv_D.weight)
         nn.init.zeros_(self.conv_D.bias)
@@ -147,7 +151,8 @@ class Routing:
     one_hot [N, 2] float32: each row's modality. A matrix product with it selects mixtures, and its gradient is
     deterministic, unlike that of indexing.
     cache: one dict a layer, adapter name -> (mixtures [2, 2], *projections). Missing entries are computed from rows 0
-    and 1, which must then be the two modality tokens, and stored. None: always computed, never stored (training).
+    and 1, which must then be the two modality tokens, and stored (LaVIN.routing_cache). None: always computed, never
+    stored (training).
     """
 
     one_hot: torch.Tensor
@@ -160,6 +165,21 @@ class Routing:
 
     def for_layer(self, layer: int):
         return LayerRouting(self.one_hot, None if self.cache is None else self.cache[layer])
+
+
+def cached_tensors(cache: list[dict]) -> list[torch.Tensor]:
+    return [tensor for layer in cache for adapter in layer.values() for tensor in adapter]
+
+
+def update_routing(cache: list[dict], new: list[dict]) -> list[dict]:
+    """`cache` of Routing with the values of `new`, in the same tensors where these are of the same kind, since captured
+    passes read them; else in new ones."""
+    tensors, new_tensors = cached_tensors(cache), cached_tensors(new)
+    if [(t.dtype, t.device) for t in tensors] != [(t.dtype, t.device) for t in new_tensors]:
+        # copies, since some are parameters where no cast is needed
+        return [{name: tuple(tensor.clone() for tensor in adapter) for name, adapter in layer.items()} for layer in new]
+    torch._foreach_copy_(tensors, new_tensors)
+    return cache
 
 
 @dataclass
@@ -186,15 +206,15 @@ class AdaptedBlock(Block):
         self.adapter_attn = RepAdapterRouter(config.dim, adapter, dropout)
         self.adapter_mlp = RepAdapterRouter(config.dim, adapter, dropout) if adapter.adapter_type == "block" else None
 
-    def apply_adapter(self, name: str, x, routing):
-        adapter = getattr(self, name)
+    def norm_and_adapter(self, norm: nn.Module, name: str, x, routing):
+        x, adapter = norm(x), getattr(self, name)
         return x if adapter is None else adapter(x, *routing.adapter_inputs(name, adapter, x))
 
     def attention_input(self, x, routing):
-        return self.apply_adapter("adapter_attn", super().attention_input(x, routing), routing)
+        return self.norm_and_adapter(self.attention_norm, "adapter_attn", x, routing)
 
     def feed_forward_input(self, x, routing):
-        return self.apply_adapter("adapter_mlp", super().feed_forward_input(x, routing), routing)
+        return self.norm_and_adapter(self.ffn_norm, "adapter_mlp", x, routing)
 
 
 def make_adapted_block(adapter: AdapterConfig, n_layers: int, drop_path: float = 0.0):

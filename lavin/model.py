@@ -16,7 +16,15 @@ from torch import nn
 from lavin.attention import VarlenMetadata
 from lavin.llama import Llama, LlamaConfig
 from lavin.loss import answer_loss
-from lavin.mm_adapter import INIT_DEVICE, AdapterConfig, Routing, VisualProjection, adapt_vit, make_adapted_block
+from lavin.mm_adapter import (
+    INIT_DEVICE,
+    AdapterConfig,
+    Routing,
+    VisualProjection,
+    adapt_vit,
+    make_adapted_block,
+    update_routing,
+)
 from lavin.runtime.device import to_device
 from lavin.tokenizer import IMAGE_SLOT, Example
 from lavin.vision import VisionEncoder
@@ -75,7 +83,7 @@ class LaVIN(nn.Module):
         self.adapter = adapter
         # replaced in lavin/fast/speed_up.py and lavin/weights/tensor_parallel.py
         self.answer_loss: Callable = answer_loss
-        self.use_cuda_graphs = False  # in generation; set in lavin/fast/speed_up.py
+        self.use_cuda_graphs = False  # in decoding; set in lavin/fast/captured_models.py
         self.session: Any = None  # the latest generation session (lavin/generation/generate.py)
         self.llama = Llama(config, make_adapted_block(adapter, config.n_layers, drop_path))
         adapt_vit(vit, adapter)
@@ -84,6 +92,12 @@ class LaVIN(nn.Module):
         self.adapter_modality_embedding = nn.Embedding(MODALITIES, config.dim, device=INIT_DEVICE)
         for name, parameter in self.named_parameters():
             parameter.requires_grad = "adapter" in name
+        # what `routing_cache` is computed from, as (the dict that holds a tensor, its name), and its latest state
+        self.routing_inputs = [(owner, name) for part in (*self.llama.modules(), self.adapter_modality_embedding)
+                               for owner in (part._parameters, part._buffers) for name, tensor in owner.items()
+                               if tensor is not None and (tensor.requires_grad or owner is part._buffers)]
+        self.routing_state: list[tuple[int, int]] = []
+        self.cached_routing: list[dict] = []
 
     @property
     def device(self):
@@ -110,22 +124,21 @@ class LaVIN(nn.Module):
         return (self.adapter_modality_embedding.weight.to(self.dtype),
                 torch.arange(MODALITIES, device=self.device))
 
-    def attn_metadata(self, lengths: list[int], make=VarlenMetadata):
+    def attn_metadata(self, lengths: list[int]):
         """For a packed row of two modality tokens and samples of these lengths.
 
         Every sample's modality token is at position 0, so its first own token is at position 1.
         """
-        return make([1] * MODALITIES + lengths, self.device,
-                    position_offsets=[0] * MODALITIES + [1] * len(lengths))
+        return VarlenMetadata([1] * MODALITIES + lengths, self.device,
+                              position_offsets=[0] * MODALITIES + [1] * len(lengths))
 
-    def hidden_states(self, batch: Batch, attn_metadata: VarlenMetadata | None = None,
-                      routing_cache: list[dict] | None = None):
-        """Last hidden states of the samples [N, D], normalised. routing_cache: filled in, see Routing."""
+    def hidden_states(self, batch: Batch):
+        """Last hidden states of the samples [N, D], normalised."""
         tokens, token_modality = self.modality_tokens()
-        attn_metadata = attn_metadata or self.attn_metadata(batch.lengths)
+        attn_metadata = self.attn_metadata(batch.lengths)
         modality = torch.cat((token_modality, batch.modality))[attn_metadata.document_ids]  # [2 + N]
         x = torch.cat((tokens, self.embed(batch)))  # [2 + N, D]
-        return self.llama(x, attn_metadata, Routing.from_modality(modality, routing_cache))[MODALITIES:]
+        return self.llama(x, attn_metadata, Routing.from_modality(modality))[MODALITIES:]
 
     def forward(self, batch: Batch):
         """Sum of the answer tokens' weighted cross-entropies, float32."""
@@ -133,9 +146,33 @@ class LaVIN(nn.Module):
         return self.answer_loss(hidden, self.llama.output.weight, batch.targets, batch.loss_weights)
 
     @torch.no_grad()
+    def prefill(self, batch: Batch, make_metadata=VarlenMetadata):
+        """`hidden_states` in inference: the routers read the routing cache, so the modality tokens are left out.
+
+        make_metadata: VarlenMetadata, or what has its arguments.
+        """
+        x = self.embed(batch)  # first: the GPU works on the images while the host prepares the rest
+        attn_metadata = make_metadata(batch.lengths, self.device, position_offsets=[1] * len(batch.lengths))
+        routing = Routing.from_modality(batch.modality[attn_metadata.document_ids], self.routing_cache())
+        return self.llama(x, attn_metadata, routing)
+
     def routing_cache(self) -> list[dict]:
-        """The complete `cache` of Routing: it depends only on parameters, so the modality tokens alone compute it."""
+        """The complete `cache` of Routing, which depends only on parameters.
+
+        Computed again, into the same tensors, when a parameter has changed by other means than its `.data`.
+        """
+        inputs = (owner[name] for owner, name in self.routing_inputs)
+        state = [(tensor.data_ptr(), tensor._version) for tensor in inputs]
+        if state != self.routing_state:
+            self.cached_routing = update_routing(self.cached_routing, self.compute_routing())
+            self.routing_state = state
+        return self.cached_routing
+
+    @torch.no_grad()
+    def compute_routing(self) -> list[dict]:
+        """The modality tokens alone compute it, by layers that are not compiled: that would take longer."""
         tokens, token_modality = self.modality_tokens()
-        cache = [{} for _ in self.llama.layers]
-        self.llama(tokens, self.attn_metadata([]), Routing.from_modality(token_modality, cache))
+        cache: list[dict] = [{} for _ in self.llama.layers]
+        with torch.compiler.set_stance("force_eager"):
+            self.llama(tokens, self.attn_metadata([]), Routing.from_modality(token_modality, cache))
         return cache

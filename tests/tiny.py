@@ -95,7 +95,7 @@ def problem(**changes) -> dict:
 
 # Small, larger, small with other contents, without images, large: static buffers grow, and batch sizes recur.
 BATCHES = [mixed_examples(), [tiny_example(i, 40 + i, 30, image=i % 2 == 0) for i in range(6)], mixed_examples()[::-1],
-           [tiny_example(9, 7), tiny_example(8, 30)],
+           [tiny_example(9, 7), tiny_example(8, 25), tiny_example(7, 4)],
            [tiny_example(i, 41 + i, 29, image=i % 2 > 0) for i in range(10, 16)]]
 
 
@@ -112,7 +112,7 @@ def greedy(logits):
     return logits.argmax(-1)
 
 
-def greedy_logits(model, examples, steps: int):
+def greedy_logits(model, examples, steps: int, draft=()):
     """Logits [steps, B, V] of greedy decoding."""
     logits = []
 
@@ -120,7 +120,7 @@ def greedy_logits(model, examples, steps: int):
         logits.append(step_logits)
         return greedy(step_logits)
 
-    list(decode(model, examples, steps, choose))
+    list(decode(model, examples, steps, choose, draft))
     return torch.stack(logits)
 
 

@@ -1,1 +1,1 @@
-"""Faster replacements for parts of the model: fused and fp8 matrices, compiled layers, CUDA graphs of training."""
+"""Faster replacements for parts of the model: fused and fp8 matrices, compiled layers, CUDA graphs."""

@@ -3,6 +3,7 @@
 Whether a pass is captured is decided in CapturedModule.__call__ (cuda_graphs.py), and for a whole model in speed_up.py.
 """
 
+from copy import copy
 from functools import partial
 
 import torch
@@ -13,13 +14,16 @@ from lavin.fast.cuda_graphs import CapturedModule, CapturedPass, copy_and_zero_p
 from lavin.mm_adapter import Routing
 from lavin.model import MODALITIES, LaVIN
 
+PREFILL_BUCKET = 64  # prefills of single prompts are padded to a multiple of this many tokens
+MAX_CAPTURED_TOKENS = 1024  # longer ones keep the GPU busy without a graph
+
 
 class CapturedVisionPass(CapturedPass):
     """bucket: the shape of the images, which need no gradient."""
 
-    def __init__(self, owner, bucket, dtype):
+    def __init__(self, owner, bucket, images):
         vision = owner.module
-        self.images = owner.buffers.take("images", bucket, dtype)
+        self.images = owner.buffers.take("images", bucket, images.dtype)
         n_features = len(vision.vit.blocks) // vision.blocks_per_feature
         self.capture_graphs(owner, (bucket[0], n_features, vision.width), vision.vit.patch_embed.proj.weight.dtype)
 
@@ -31,32 +35,37 @@ class CapturedVisionPass(CapturedPass):
 
 
 class CapturedVision(CapturedModule):
-    """Training passes have an even number of images, the last one blank where needed: half as many graphs, and none
-    for a single image, for which torch.compile would make a program of its own."""
+    """Passes have an even number of images, the last one blank where needed: half as many graphs, and none for a single
+    image, for which torch.compile would make a program of its own."""
 
     pass_class = CapturedVisionPass
 
     def __call__(self, images):
-        blank = len(images) % 2 if self.module.training else 0
-        return super().__call__(F.pad(images, (0, 0) * (images.ndim - 1) + (0, blank)))[:len(images)]
+        return super().__call__(F.pad(images, (0, 0) * (images.ndim - 1) + (0, len(images) % 2)))[:len(images)]
 
     def bucket(self, images):
         return images.shape
 
+    def captures_inference(self, images):
+        """A single prompt's image, which is waited for."""
+        return len(images) == 2
+
 
 class CapturedLlamaPass(CapturedPass):
-    """bucket: (rows, documents, max_seqlen). Unused rows form one trailing dummy document, whose output is dropped."""
+    """bucket: (rows, documents, max_seqlen, KV cache's id). Unused rows continue the last document: since attention is
+    causal, its own tokens do not see them. Their output is dropped, and its gradient is zero."""
 
-    def __init__(self, owner, bucket, dtype):
-        (rows, num_docs, max_seqlen), dim = bucket, owner.module.config.dim
-        # any documents of these numbers: `load` overwrites every tensor
-        self.attn_metadata = VarlenMetadata([max_seqlen] + [1] * (num_docs - 1), owner.device)
-        zeros = partial(torch.zeros, rows, dtype=torch.long, device=owner.device)
-        self.attn_metadata.document_ids, self.attn_metadata.doc_positions = zeros(), zeros()
-        self.attn_metadata.position_ids = zeros()
-        self.routing = Routing(torch.zeros(rows, MODALITIES, device=owner.device))
-        self.inputs = [owner.buffers.take("x", [rows, dim], dtype).detach().requires_grad_(torch.is_grad_enabled())]
-        self.capture_graphs(owner, (rows, dim), dtype)
+    def __init__(self, owner, bucket, x, attn_metadata, routing):
+        rows, num_docs, max_seqlen, *_ = bucket
+        zeros = partial(torch.zeros, device=owner.device, dtype=torch.long)
+        self.attn_metadata = static = copy(attn_metadata)  # with the same KV cache, if it has one
+        static.lengths, static.num_docs, static.max_seqlen = [], num_docs, max_seqlen
+        static.document_ids, static.doc_positions, static.position_ids = zeros(rows), zeros(rows), zeros(rows)
+        static.cu_seqlens = zeros(num_docs + 1, dtype=torch.int32)
+        self.routing = Routing(zeros(rows, MODALITIES, dtype=torch.float32), routing.cache)
+        shape = rows, x.shape[1]
+        self.inputs = [owner.buffers.take("x", shape, x.dtype).detach().requires_grad_(torch.is_grad_enabled())]
+        self.capture_graphs(owner, shape, x.dtype)
 
     def run(self):
         # a copy, since the compiled graph was specialized on an input that is no view of a larger buffer
@@ -64,14 +73,14 @@ class CapturedLlamaPass(CapturedPass):
 
     def load(self, x, attn_metadata, routing):
         n, static = len(x), self.attn_metadata
-        rows, num_docs = len(static.document_ids), attn_metadata.num_docs
-        static.document_ids[:n].copy_(attn_metadata.document_ids)
-        static.document_ids[n:] = num_docs  # the dummy document
-        for name in ("doc_positions", "position_ids"):
+        rows, num_docs, length = len(static.document_ids), attn_metadata.num_docs, attn_metadata.lengths[-1]
+        for name in ("document_ids", "doc_positions", "position_ids"):
             getattr(static, name)[:n].copy_(getattr(attn_metadata, name))
-            torch.arange(rows - n, out=getattr(static, name)[n:])
-        static.cu_seqlens[:num_docs + 1].copy_(attn_metadata.cu_seqlens)
-        static.cu_seqlens[num_docs + 1:] = rows  # further documents are empty
+        static.document_ids[n:] = num_docs - 1
+        for positions in (static.doc_positions, static.position_ids):
+            torch.arange(length, length + rows - n, out=positions[n:])
+        static.cu_seqlens[:num_docs].copy_(attn_metadata.cu_seqlens[:-1])
+        static.cu_seqlens[num_docs:] = rows  # further documents are empty
         copy_and_zero_pad(self.routing.one_hot, routing.one_hot)
 
 
@@ -79,19 +88,29 @@ class CapturedLlama(CapturedModule):
     pass_class = CapturedLlamaPass
 
     def bucket(self, x, attn_metadata, routing):
-        """Rows, documents (with the dummy one) and the longest document's tokens, each rounded up; the last to at most
-        all rows, as memory-efficient attention requires."""
-        rows, num_docs = pad_to_bucket(len(x)), attn_metadata.num_docs + 1
-        max_seqlen = max(attn_metadata.max_seqlen, rows - len(x))
-        return rows, num_docs + -num_docs % 4, min(max_seqlen + -max_seqlen % 256, rows)
+        """Rows, documents and the longest document's tokens, each rounded up, the last to at most all rows, as
+        memory-efficient attention requires; and the KV cache that is filled."""
+        num_docs = attn_metadata.num_docs
+        single = num_docs == 1  # a size of its own for torch.compile
+        rows = len(x) + -len(x) % PREFILL_BUCKET if single else pad_to_bucket(len(x))
+        max_seqlen = max(attn_metadata.max_seqlen, attn_metadata.lengths[-1] + rows - len(x))
+        return (rows, 1 if single else num_docs + -num_docs % 4, min(max_seqlen + -max_seqlen % 256, rows),
+                id(getattr(attn_metadata, "cache", None)))
+
+    def kind(self, x, attn_metadata, routing):
+        return type(attn_metadata), attn_metadata.num_docs == 1
 
     def captures_inference(self, x, attn_metadata, routing):
-        """Passes that leave nothing behind, in a KV cache or a routing cache."""
-        return type(attn_metadata) is VarlenMetadata and routing.cache is None
+        """Prefills, with or without a KV cache; not decoding steps, which a session captures, nor the pass that fills
+        the routing cache."""
+        return (isinstance(attn_metadata, VarlenMetadata) and bool(routing.cache and routing.cache[0])
+                and (attn_metadata.num_docs > 1 or len(x) <= MAX_CAPTURED_TOKENS))
 
 
 def capture_passes(model: LaVIN) -> None:
-    """In place: training passes of LLaMA and the ViT, and LLaMA's that score options, are captured and replayed."""
+    """In place: passes of LLaMA and the ViT in training and in prefill, and decoding steps, are captured and replayed.
+    """
+    model.use_cuda_graphs = True
     CapturedLlama(model.llama, model.device)
     CapturedVision(model.vision, model.device)
 

@@ -18,6 +18,7 @@ from traceback import clear_frames
 import torch
 from torch import nn
 
+CAPTURE_STANCE = "eager_on_recompile"  # slow where it comes to that: tests set "fail_on_recompile"
 MAX_GRAPHS = 128  # buckets kept; at 7B each takes 6 MiB outside the shared pool, and half a second to capture
 
 
@@ -36,7 +37,7 @@ def capture(run: Callable[[], None], device: torch.device, pool=None) -> Callabl
         return run
     graph = torch.cuda.CUDAGraph()
     # Nothing can be compiled during capture; other threads may go on using the GPU.
-    with torch.compiler.set_stance("eager_on_recompile"), \
+    with torch.compiler.set_stance(CAPTURE_STANCE), \
             torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run()
     return graph.replay
@@ -72,7 +73,8 @@ class CapturedPass:
 
     inputs: list[torch.Tensor] = []
 
-    def __init__(self, owner: "CapturedModule", bucket, dtype: torch.dtype):
+    def __init__(self, owner: "CapturedModule", bucket, x, *others):
+        """x, *others: inputs that fall into the bucket."""
         raise NotImplementedError
 
     def run(self) -> torch.Tensor:
@@ -158,12 +160,16 @@ class CapturedModule:
                        if p.requires_grad]
         self.parameters = [getattr(*owner) for owner in self.owners]
         self.num_passes = 0
-        self.compiled: set[bool] = set()  # whether for training or for inference
+        self.compiled: set[Hashable] = set()  # (training, kind)
         self.free()
         module.forward = self
 
     def bucket(self, *inputs):
         raise NotImplementedError
+
+    def kind(self, *inputs) -> Hashable:
+        """Inputs of another kind need another compiled program."""
+        return None
 
     def captures_inference(self, *inputs) -> bool:
         return False
@@ -179,11 +185,12 @@ class CapturedModule:
         if not training and not inference:
             return self.uncaptured(x, *others)
         self.num_passes += 1
-        if training not in self.compiled:
+        kind = training, self.kind(x, *others)
+        if kind not in self.compiled:
             out = self.uncaptured(x, *others)
-            self.compiled.add(training)  # only now: the pass may have run out of memory
+            self.compiled.add(kind)  # only now: the pass may have run out of memory
             return out
-        captured = self.captured_pass((training, self.bucket(x, *others)), x.dtype)
+        captured = self.captured_pass(training, x, *others)
         captured.load(x, *others)
         if training:
             return GraphReplay.apply(captured, len(x), x if captured.inputs else None, *self.parameters)
@@ -192,8 +199,9 @@ class CapturedModule:
         captured.forward()
         return captured.output[:len(x)].clone()
 
-    def captured_pass(self, key: tuple, dtype) -> CapturedPass:
-        captured = self.graphs.pop(key, None) or self.capture_bucket(key[1], dtype)
+    def captured_pass(self, training: bool, *inputs) -> CapturedPass:
+        key = training, self.bucket(*inputs)
+        captured = self.graphs.pop(key, None) or self.capture_bucket(key[1], *inputs)
         self.graphs[key] = captured  # at the end
         if len(self.graphs) > MAX_GRAPHS:
             del self.graphs[next(iter(self.graphs))]
@@ -217,9 +225,9 @@ class CapturedModule:
         for (part, name), leaf in zip(self.owners, leaves, strict=True):
             setattr(part, name, leaf)
 
-    def capture_bucket(self, bucket, dtype) -> CapturedPass:
+    def capture_bucket(self, bucket, *inputs) -> CapturedPass:
         try:
-            return self.pass_class(self, bucket, dtype)
+            return self.pass_class(self, bucket, *inputs)
         except torch.OutOfMemoryError as error:  # the caller may free all graphs and retry with smaller passes
             clear_frames(error.__traceback__)  # whose locals hold this pass's tensors
             raise torch.OutOfMemoryError(str(error)) from None

@@ -16,7 +16,7 @@ from torch import nn
 
 from lavin.kernels.fp8 import quantize_rows, scaled_matmul
 from lavin.kernels.fused_ops import qkv_rope_backward, swiglu, swiglu_backward
-from lavin.kernels.gemv import gemv
+from lavin.kernels.single_row import gemv
 from lavin.llama import Attention, FeedForward, add_bias, apply_rotary
 
 

@@ -1,17 +1,21 @@
 """The one place that chooses, by hardware, which parts of a model are replaced by faster ones."""
 
+import hashlib
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 
 import torch
+import torch._inductor.config
 
 from lavin import attention
 from lavin.fast import fused_linear
 from lavin.fast.captured_models import capture_passes
+from lavin.fast.fused_adapter import FusedAdaptedBlock
 from lavin.kernels.fp8 import check_fp8
 from lavin.kernels.fused_ops import swiglu
 from lavin.loss import answer_loss, cross_entropy
@@ -21,17 +25,33 @@ from lavin.runtime.errors import UserError, first_line
 
 
 def fuse(model: LaVIN, fp8: bool = False) -> None:
-    """In place: the matrices of LLaMA's layers become fused ones. The output matrix and the ViT stay as they are."""
+    """In place: the matrices of LLaMA's layers become fused ones, norms and adapters too. The output matrix and the ViT
+    stay as they are."""
     for block in model.llama.layers:
         fused_linear.FusedAttention.convert(block.attention, fp8)
         fused_linear.FusedFeedForward.convert(block.feed_forward, fp8)
+        FusedAdaptedBlock.convert(block)
+
+
+def allow_in_cache(functions: Iterable[Callable]) -> None:
+    """Programs with these functions may be loaded from torch.compile's cache on disk, as long as this project's code is
+    the same. torch cannot see whether it is, and would trace and partition them anew in every process."""
+    config = torch._inductor.config
+    if hasattr(config, "unsafe_marked_cacheable_functions"):  # from torch 2.7 on
+        sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+        code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+        config.unsafe_marked_cacheable_functions |= {f"{f.__module__}.{f.__name__}": code for f in functions}
 
 
 def compile_model(model: LaVIN) -> None:
     """In place: the layers of LLaMA and the ViT, and the loss, are compiled with dynamic shapes."""
     # torch 2.11 cannot trace into these autograd functions with dynamic shapes; AOTAutograd can handle what they call
-    for function in (fused_linear.frozen_linear, fused_linear.swiglu_mlp, fused_linear.qkv_rope):
+    functions = fused_linear.frozen_linear, fused_linear.swiglu_mlp, fused_linear.qkv_rope
+    for function in functions:
         torch.compiler.allow_in_graph(function)
+    allow_in_cache(functions)
+    # else Inductor decides by the first pass's rows whether to pad a matmul, and compiles again for other numbers
+    torch._inductor.config.shape_padding = False
     torch._dynamo.config.specialize_float = True  # else the numbers of a layer are traced as inputs first, then again
     torch.fx.experimental._config.use_duck_shape = False  # two sizes that are equal at first may differ later
     torch._dynamo.config.cache_size_limit = 32  # one graph each for training, prefill, decoding, a single sequence
@@ -117,6 +137,5 @@ def speed_up(model: LaVIN, bits: str = "16bit", compile: str = "auto", cuda_grap
     if paths.compiled:
         compile_model(model)
     if paths.captured:
-        model.use_cuda_graphs = True
         capture_passes(model)
     return model

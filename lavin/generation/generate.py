@@ -1,13 +1,14 @@
 """Batched decoding to texts, at once or streamed. A sequence's answer does not depend on the rest of its batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
 import torch
 
+from lavin.fast.captured_models import MAX_CAPTURED_TOKENS, PREFILL_BUCKET, free_graphs
 from lavin.generation.sampling import NOT_FINITE, refuse_not_finite, sampler
-from lavin.generation.session import MAX_CAPTURED_TOKENS, PREFILL_BUCKET, WARMUP_STEPS, Session
+from lavin.generation.session import WARMUP_STEPS, Session
 from lavin.model import LaVIN
 from lavin.tokenizer import IMAGE_SLOT, Example, Tokenizer
 
@@ -21,7 +22,8 @@ def session_for(model: LaVIN, examples: list[Example], new_tokens: int) -> Itera
     session = model.session
     model.session = None
     if session is None or not session.fits(*wanted):
-        session = None  # frees its memory before the new one is allocated
+        session = None  # frees its memory before the new one is allocated, as
+        free_graphs(model)  # do the captured prefills that fill its cache
         session = Session(*wanted)
     try:
         yield session
@@ -31,50 +33,54 @@ def session_for(model: LaVIN, examples: list[Example], new_tokens: int) -> Itera
 
 @torch.no_grad()
 def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
-           choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
+           choose: Callable[[torch.Tensor], torch.Tensor], draft: Sequence[int] = ()) -> Iterator[torch.Tensor]:
     """Yields the next token ids [B] of all sequences, `max_new_tokens` times; the caller may stop earlier.
 
-    choose: logits [B, V] float32 -> ids [B].
+    choose: logits [B, V] float32 -> ids [B]. draft: tokens with which answers probably begin. The prefill has them
+    behind every prompt, so that as many as all sequences choose take no steps; the ids are the same without
+    (speculative decoding, Leviathan et al. 2023, arXiv 2211.17192, for greedy choices).
     """
-    with session_for(model, examples, max_new_tokens) as session:
-        logits = session.prefill(examples)
+    draft = draft[:max_new_tokens - 1]
+    with session_for(model, examples, len(draft) + max_new_tokens) as session:
+        logits = list(session.prefill(examples, draft))  # [B, V] each: of the next tokens, as far as they are known
         for i in range(max_new_tokens):
-            ids = choose(logits)
+            ids = choose(logits.pop(0))
             yield ids
-            if i + 1 < max_new_tokens:
-                logits = session.step(ids.clamp_min(0))  # NOT_FINITE, of a sequence that is complete, is no token
+            if logits and not (ids == draft[i]).all():
+                session.rewind(len(logits))
+                logits = []
+            if not logits and i + 1 < max_new_tokens:
+                logits = [session.step(ids.clamp_min(0))]  # NOT_FINITE, of a sequence that is complete, is no token
 
 
 def warmup(model: LaVIN, max_tokens: int) -> None:
     """Compiles and captures everything that answers to single prompts need, so that the first question is fast.
 
-    max_tokens: of prompt and answer together. Every prompt length bucket runs twice, with and without an image, since a
-    prefill is captured the second time; without CUDA graphs one bucket is enough.
+    max_tokens: of prompt and answer together. With CUDA graphs, prompts of every length bucket.
     """
     model.eval()
-    longest_prompt = min(max_tokens, MAX_CAPTURED_TOKENS) if model.use_cuda_graphs else PREFILL_BUCKET
-    for image in (None, torch.zeros(3, *[model.vision.image_size] * 2, dtype=torch.uint8)):
-        slots = [] if image is None else [IMAGE_SLOT] * model.adapter.n_prompt
-        for rows in reversed(range(PREFILL_BUCKET, longest_prompt + PREFILL_BUCKET, PREFILL_BUCKET)):
-            length = min(rows, max_tokens)
-            example = Example(slots + [0] * (length - len(slots)), length, image)
-            for _ in range(2):
-                greedy = decode(model, [example], max_tokens - length, sampler(0, 1, []))
-                list(islice(greedy, WARMUP_STEPS + 2))  # the step is captured too
+    longest_prompt = min(max_tokens - 1, MAX_CAPTURED_TOKENS) if model.use_cuda_graphs else PREFILL_BUCKET
+    buckets = range(PREFILL_BUCKET, longest_prompt + PREFILL_BUCKET, PREFILL_BUCKET)
+    image, n_slots = torch.zeros(3, *[model.vision.image_size] * 2, dtype=torch.uint8), model.adapter.n_prompt
+    for rows in (buckets[-1], *reversed(buckets)):  # the first prefill compiles, and is not captured
+        length = min(rows, longest_prompt)
+        example = Example([IMAGE_SLOT] * n_slots + [0] * (length - n_slots), length, image)
+        list(islice(decode(model, [example], max_tokens - length, sampler(0, 1, [])), WARMUP_STEPS + 2))
 
 
 def generate(model: LaVIN, tokenizer: Tokenizer, examples: list[Example], max_new_tokens: int,
              is_complete: Callable[[str], bool] = lambda text: False, temperature: float = 0.0, top_p: float = 1.0,
-             seeds: list[int] | None = None) -> list[str]:
+             seeds: list[int] | None = None, draft: Sequence[int] = ()) -> list[str]:
     """Continues each example up to EOS, a text that `is_complete`, or max_new_tokens. Returns the new texts.
 
-    Raises NotFinite, a UserError, for an unfinished sequence with logits that are not finite.
+    draft: see `decode`. Raises NotFinite, a UserError, for an unfinished sequence with logits that are not finite.
     """
     model.eval()
     written: list[list[int]] = [[] for _ in examples]
     texts = [""] * len(examples)
     unfinished = set(range(len(examples)))
-    for ids in decode(model, examples, max_new_tokens, sampler(temperature, top_p, seeds or [0] * len(examples))):
+    choose = sampler(temperature, top_p, seeds or [0] * len(examples))
+    for ids in decode(model, examples, max_new_tokens, choose, draft):
         tokens = ids.tolist()
         refuse_not_finite(i for i in unfinished if tokens[i] == NOT_FINITE)
         for i in sorted(unfinished):

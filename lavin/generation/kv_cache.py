@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lavin.attention import VarlenMetadata, grouped_sdpa
+from lavin.attention import VarlenMetadata, grouped_sdpa, uses_triton
+from lavin.kernels.kv_cache import decode_attention, fill_cache
 from lavin.llama import LlamaConfig
-from lavin.model import MODALITIES
 
 
 class KVCache:
@@ -23,14 +23,11 @@ class KVCache:
 
 
 class PrefillMetadata(VarlenMetadata):
-    """The packed row of training, whose keys and values are also written to the cache."""
+    """Sequences as documents of a packed row, whose keys and values are also written to the cache."""
 
     def __init__(self, cache: KVCache, lengths: list[int], device, position_offsets: list[int] | None = None):
         super().__init__(lengths, device, position_offsets)
         self.cache = cache
-        # [N]: where each token behind the two modality tokens goes in the cache
-        self.sequence_ids = self.document_ids[MODALITIES:] - MODALITIES
-        self.cache_positions = self.doc_positions[MODALITIES:]
 
     def for_layer(self, layer: int):
         return PrefillLayer(self, self.cache.keys[layer], self.cache.values[layer])
@@ -45,9 +42,15 @@ class PrefillLayer:
     values: torch.Tensor
 
     def attend(self, query, key, value):
-        index = self.attn_metadata.sequence_ids, slice(None), self.attn_metadata.cache_positions
-        self.keys[index] = key[MODALITIES:]
-        self.values[index] = value[MODALITIES:]
+        # A captured pass's padding continues the last sequence. Decoding overwrites a position before it reads it, and
+        # no sequence alone fills the cache, whose last position takes what does not fit.
+        sequence_ids = self.attn_metadata.document_ids
+        positions = self.attn_metadata.doc_positions.clamp(max=self.keys.shape[2] - 1)
+        if uses_triton(key.device, key.dtype, key.shape[-1]):
+            fill_cache(self.keys, self.values, key.contiguous(), value.contiguous(), sequence_ids, positions)
+        else:
+            self.keys[sequence_ids, :, positions] = key
+            self.values[sequence_ids, :, positions] = value
         return self.attn_metadata.attend(query, key, value)
 
 
@@ -77,7 +80,11 @@ class DecodeLayer:
 
     def attend(self, query, key, value):
         """query [B, H, d], key and value [B, H_kv, d] -> [B, H, d]."""
-        index = self.attn_metadata.document_ids, slice(None), self.attn_metadata.cache_positions
+        positions = self.attn_metadata.cache_positions
+        if uses_triton(key.device, key.dtype, key.shape[-1]):
+            return decode_attention(query.contiguous(), key.contiguous(), value.contiguous(), self.keys, self.values,
+                                    positions)
+        index = self.attn_metadata.document_ids, slice(None), positions
         self.keys[index] = key
         self.values[index] = value
         out = grouped_sdpa(query[:, :, None], self.keys, self.values, attn_mask=self.attn_metadata.mask)

@@ -51,11 +51,11 @@ def score_options(model: LaVIN, batches: Iterable[list[OptionExample]]) -> Itera
 def next_token_logits(model: LaVIN, examples: list[Example]) -> torch.Tensor:
     """[B, V] float32: of the token behind each example."""
     if len(examples) == 1:  # as in the chat, which has captured a session's prefills
-        with session_for(model, examples, 0) as session:
-            return session.prefill(examples)
+        with session_for(model, examples, 1) as session:
+            return session.prefill(examples)[0]
     batch = pack(examples)
     last = to_device(torch.tensor(batch.lengths).cumsum(0) - 1, model.device)
-    return model.llama.output(model.hidden_states(batch.to(model.device))[last]).float()
+    return model.llama.output(model.prefill(batch.to(model.device))[last]).float()
 
 
 def read_scores(logits: Callable[[], torch.Tensor], questions: list[OptionExample]) -> list[list[float]]:

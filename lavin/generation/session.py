@@ -3,32 +3,30 @@
 Notable:
 - Prefill is training's forward pass, which also fills the KV cache; a step adds one token to each sequence. Both give
   the logits of the full forward pass.
-- Prefill stores each layer's expert mixtures and adapter projections, so that a step need not compute them.
-- All tensors stay at their address, so that steps and short prefills can be replayed as CUDA graphs.
+- Both read the model's routing cache, so that neither computes expert mixtures or adapter projections.
+- All tensors of a step stay at their address, so that it can be replayed as a CUDA graph. Prefills are captured as
+  training passes are (lavin/fast/captured_models.py).
 """
 
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from lavin.fast.cuda_graphs import capture, graph_pool
-from lavin.generation.captured_prefill import CapturedPrefill
 from lavin.generation.kv_cache import DecodeMetadata, KVCache, PrefillMetadata
 from lavin.mm_adapter import Routing
-from lavin.model import Batch, LaVIN, pack
+from lavin.model import MODALITIES, LaVIN, pack
 from lavin.runtime.device import to_device
 from lavin.tokenizer import Example
 
-WARMUP_STEPS = 8  # before a step is captured: the first compiles, and short answers do not repay a capture
-PREFILL_BUCKET = 64  # captured prefills are padded to a multiple of this many tokens
-MAX_CAPTURED_TOKENS = 1024  # longer prefills keep the GPU busy without a graph
+WARMUP_STEPS = 2  # before a step is captured: the first compiles
 
 
 class Session:
-    """Generates for `batch_size` sequences of at most `capacity` tokens at a time."""
+    """Generates for `batch_size` sequences of fewer than `capacity` tokens at a time."""
 
     def __init__(self, model: LaVIN, batch_size: int, capacity: int):
         config, device = model.llama.config, model.device
@@ -38,52 +36,41 @@ class Session:
         self.cache = KVCache(config, batch_size, self.capacity, device, model.dtype)
         self.ids = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.logits = torch.zeros(batch_size, config.vocab_size, device=device)
-        self.routing: Routing | None = None  # every sequence's, with the complete cache; made by the first prefill
+        self.one_hot = torch.zeros(batch_size, MODALITIES, device=device)  # each sequence's modality
         self.pool = graph_pool(device)
-        self.prefills: dict[tuple[int, bool], CapturedPrefill] = {}  # by (padded length, has an image)
         self.num_steps = 0
         self.replay_step: Callable[[], None] | None = None
 
     @staticmethod
     def session_key(model: LaVIN, batch_size: int) -> tuple:
-        """What must be equal for a session to be reused, besides capacity; parameter values and dropout may differ."""
-        adapter = replace(model.adapter, dropout_prob=0.0, dropout_var=1.0, dropout_lim=0.0)
-        return batch_size, adapter, model.device, model.dtype
+        """What must be equal for a session to be reused, besides capacity; parameter values may differ."""
+        return batch_size, model.device, model.dtype
 
     def fits(self, model: LaVIN, batch_size: int, capacity: int) -> bool:
         return self.key == self.session_key(model, batch_size) and capacity <= self.capacity
 
-    def prefill_metadata(self, lengths: list[int]) -> PrefillMetadata:
-        return self.model.attn_metadata(lengths, partial(PrefillMetadata, self.cache))
+    def prefill(self, examples: list[Example], draft: Sequence[int] = ()) -> torch.Tensor:
+        """Starts new sequences, each of which goes on with the tokens `draft`.
 
-    def run_prefill(self, batch: Batch, attn_metadata: PrefillMetadata, lengths: torch.Tensor) -> None:
-        """lengths [B]: of the prompts, without padding."""
-        routing_cache = [{} for _ in self.model.llama.layers]
-        hidden = self.model.hidden_states(batch, attn_metadata, routing_cache)
-        self.logits.copy_(self.model.llama.output(hidden[lengths.cumsum(0) - 1]))
+        Returns the logits [1 + draft, B, V] float32 of the tokens behind the prompt and behind each token of the draft.
+        """
+        batch = pack([replace(example, ids=[*example.ids, *draft]) for example in examples])
+        lengths = torch.tensor(batch.lengths)
+        rows = to_device(lengths.cumsum(0) - 1 + torch.arange(-len(draft), 1)[:, None], self.model.device)
+        batch = batch.to(self.model.device)
+        hidden = self.model.prefill(batch, partial(PrefillMetadata, self.cache))
         self.cache.lengths.copy_(lengths)
-        routing = Routing.from_modality(batch.modality, routing_cache)
-        if self.routing is None:
-            self.routing = deepcopy(routing)  # not the tensors themselves: some are parameters when no cast is needed
-        self.routing.one_hot.copy_(routing.one_hot)
-        torch._foreach_copy_(cached_tensors(self.routing), cached_tensors(routing))
+        self.one_hot.copy_(F.one_hot(batch.modality, MODALITIES))
+        return self.model.llama.output(hidden[rows]).float()
 
-    def prefill(self, examples: list[Example]) -> torch.Tensor:
-        """Starts new sequences; returns the logits [B, V] float32 of each one's next token."""
-        batch = pack(examples)
-        lengths, rows = to_device(torch.tensor(batch.lengths), self.model.device), sum(batch.lengths)
-        rows, has_image, batch = rows + -rows % PREFILL_BUCKET, batch.images is not None, batch.to(self.model.device)
-        if self.model.use_cuda_graphs and len(examples) == 1 and rows <= min(self.capacity, MAX_CAPTURED_TOKENS):
-            if (rows, has_image) not in self.prefills:
-                self.prefills[rows, has_image] = CapturedPrefill(self, batch, rows)
-            self.prefills[rows, has_image](self, batch, lengths)
-        else:
-            self.run_prefill(batch, self.prefill_metadata(batch.lengths), lengths)
-        return self.logits.clone()
+    def rewind(self, n: int) -> None:
+        """Takes the last n tokens of every sequence back."""
+        self.cache.lengths -= n
 
     def run_step(self) -> None:
         x = self.model.llama.tok_embeddings(self.ids)
-        self.logits.copy_(self.model.llama.output(self.model.llama(x, DecodeMetadata(self.cache), self.routing)))
+        routing = Routing(self.one_hot, self.model.cached_routing)
+        self.logits.copy_(self.model.llama.output(self.model.llama(x, DecodeMetadata(self.cache), routing)))
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Adds a token [B] to every sequence; returns the logits [B, V] float32 of the next one."""
@@ -93,7 +80,3 @@ class Session:
         self.num_steps += 1
         (self.replay_step or self.run_step)()
         return self.logits.clone()
-
-
-def cached_tensors(routing: Routing) -> list[torch.Tensor]:
-    return [tensor for layer in routing.cache or [] for adapter in layer.values() for tensor in adapter]

@@ -14,11 +14,13 @@ from PIL import Image
 import demo
 from conftest import write_scienceqa
 from eval import get_args_parser
+from lavin.fast.captured_models import capture_passes
 from lavin.generation.generate import generate, stream
 from lavin.model import pack
 from lavin.runtime.errors import UserError
 from tiny import tiny_example, tiny_model
 from tiny_runs import load_checkpoint, write_run
+from util.chat import chatbot
 from util.chat.chatbot import Chatbot, Question, Settings, Turn, find_runs, fit, make_prompt
 from util.chat.examples import find_examples
 from util.chat.uploads import open_image
@@ -119,16 +121,16 @@ def bot(runs):
 
 
 def test_warmup_captures_prefills_and_keeps_answers(bot, runs):
-    bot.model.use_cuda_graphs = True
+    capture_passes(bot.model)
     bot.warmup()
-    session = bot.model.session
-    assert len(session.prefills) == 2 * 4 and all(prefill.replay for prefill in session.prefills.values())
+    session, graphs = bot.model.session, set(bot.model.llama.forward.graphs)
+    assert len(graphs) == 4 and len(bot.model.vision.forward.graphs) == 1
     cold = Chatbot(*load_run_model(runs / "plain"), bot.runs, max_seq_len=200)
     image = torch.full((3, *[bot.model.vision.image_size] * 2), 200, dtype=torch.uint8)
     for question in (Question("Which pond is deeper?"), Question("What is this?", image)):
         warm, expected = (list(b.answer("plain", [], question, Settings(12)))[-1].text for b in (bot, cold))
         assert warm == expected
-    assert bot.model.session is session and len(session.prefills) == 2 * 4
+    assert bot.model.session is session and set(bot.model.llama.forward.graphs) == graphs
 
 
 def test_find_runs_keeps_those_that_can_share_a_model(runs, tmp_path):
@@ -228,6 +230,21 @@ def test_earlier_turns_are_used_and_dropped_if_too_long(bot):
                for past in (turns, turns[1:], [])]
     assert [answer.dropped for answer in answers] == [1, 0, 0]
     assert answers[0].text == answers[1].text != answers[2].text
+
+
+def test_a_run_is_read_again_only_where_its_checkpoint_changed(bot, runs, tmp_path, monkeypatch):
+    reads, read = [], chatbot.read_adapters
+    monkeypatch.setattr(chatbot, "read_adapters", lambda path: reads.append(path) or read(path))
+
+    def answer(run):
+        return list(bot.answer(run, [], Question(QUESTION), Settings(max_new_tokens=6)))[-1].text
+
+    shutil.copytree(runs / "plain", tmp_path / "run")
+    bot.runs = {"run": tmp_path / "run", "third": runs / "third"}
+    texts = [answer(run) for run in ("run", "run", "third", "third", "run")]
+    assert len(reads) == 3 and texts[0] == texts[1] == texts[4] != texts[2] == texts[3]
+    shutil.copy(runs / "third" / "checkpoint-3.pth", tmp_path / "run")
+    assert answer("run") == texts[2]
 
 
 def test_new_question_ends_an_unfinished_answer(bot):

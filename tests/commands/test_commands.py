@@ -140,6 +140,10 @@ def test_unparsed_answers_become_the_most_likely_option(finished, scienceqa, bas
         assert losses[line["prediction"]] == pytest.approx(min(losses), abs=1e-5)
 
 
+def test_drafts_are_what_all_answers_begin_with(tokenizer):
+    assert tokenizer.decode(evaluation.first_tokens(tokenizer, "Which pond?\nResponse:")).strip() == "The answer is"
+
+
 def test_unparsed_answer_in_a_batch_gets_its_own_option_and_keeps_the_session(tokenizer, monkeypatch):
     model, sessions = tiny_model(llama={"vocab_size": tokenizer.n_words}), []
 

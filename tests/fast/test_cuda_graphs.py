@@ -10,13 +10,17 @@ from weakref import WeakMethod, ref
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import nn
 
+from lavin.attention import VarlenMetadata
 from lavin.fast import captured_models, cuda_graphs
-from lavin.fast.captured_models import CapturedLlamaPass, capture_passes
+from lavin.fast.captured_models import CapturedLlama, CapturedLlamaPass, capture_passes
 from lavin.fast.cuda_graphs import pad_to_bucket
 from lavin.generation.generate import decode, warmup
 from lavin.generation.option_scoring import score_options
-from lavin.model import pack
+from lavin.model import LaVIN, pack
 from tiny import (
     BATCHES,
     VARIANTS,
@@ -49,7 +53,7 @@ def test_captured_scoring_equals_eager():
     eager, captured = (tiny_model(dropout_prob=0.0) for _ in range(2))
     capture_passes(captured)
     batches = [[(tiny_example(seed, n, 0, image=seed % 2 > 0), [3, 7, 11]) for seed, n in enumerate(lengths)]
-               for lengths in ((9, 14, 30), (9, 14, 30), (30, 30, 4), (8, 8, 8, 8), (11, 13, 29))]
+               for lengths in ((9, 14, 30), (9, 14, 30), (40, 30, 4), (8, 8, 8, 8), (11, 13, 29))]
     for batch in batches:
         torch.testing.assert_close(list(score_options(captured, [batch])), list(score_options(eager, [batch])),
                                    rtol=1e-5, atol=1e-5)
@@ -58,13 +62,28 @@ def test_captured_scoring_equals_eager():
     assert sum(not training for training, _ in captured.llama.forward.graphs) == 3
 
 
-def test_a_bucket_has_no_longer_documents_than_rows():
-    """Memory-efficient attention requires it."""
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
+@example([100] * 10 + [256])  # with its padding, the last one is longer than 256
+def test_a_bucket_holds_its_documents(lengths):
+    """Padding continues the last one. No document is longer than all rows: memory-efficient attention requires it."""
+    llama = CapturedLlama(nn.Module(), torch.device("cpu"))
+    metadata, n = VarlenMetadata(lengths, "cpu"), sum(lengths)
+    rows, num_docs, max_seqlen, _ = llama.bucket(torch.empty(n, 1), metadata, None)
+    assert rows >= n and num_docs >= len(lengths)
+    assert max(*lengths, lengths[-1] + rows - n) <= max_seqlen <= rows
+
+
+def test_static_metadata_describe_the_padded_documents():
     model = tiny_model().train()
     capture_passes(model)
     for examples in BATCHES:
         loss_and_gradients(model, examples)
-    assert {max_seqlen <= rows for _, (rows, _, max_seqlen) in model.llama.forward.graphs} == {True}
+        for (_, (rows, num_docs, _, _)), captured in list(model.llama.forward.graphs.items())[-1:]:
+            static = captured.attn_metadata
+            lengths = static.cu_seqlens.diff()
+            assert static.cu_seqlens[-1] == rows and len(lengths) == num_docs
+            assert torch.equal(torch.bincount(static.document_ids, minlength=num_docs), lengths)
+            assert torch.equal(static.doc_positions, torch.cat([torch.arange(n) for n in lengths.tolist()]))
 
 
 def test_least_recently_used_buckets_are_evicted(monkeypatch):
@@ -153,10 +172,15 @@ def test_pad_to_bucket(n):
     assert len({pad_to_bucket(i) for i in range(n, 2 * n)}) <= 66
 
 
+def prefill_buckets(model) -> list[tuple[int, int]]:
+    """(rows, documents) of the captured prefills."""
+    return sorted((rows, num_docs) for training, (rows, num_docs, *_) in model.llama.forward.graphs if not training)
+
+
 def test_reused_sessions_answer_as_new_models():
     """One model answers prompts of many lengths, single and in batches; a new model answers each for comparison."""
     model = tiny_model(adapter_type="block")
-    model.use_cuda_graphs = True
+    capture_passes(model)
     batches = [[tiny_example(i, length, 0, image=i % 3 == 0)]
                for i, length in enumerate((5, 60, 3, 20, 90, 480, 33, 7))]
     batches[4:4] = [mixed_examples(0), mixed_examples(0)[::-1], batches[0]]
@@ -167,48 +191,70 @@ def test_reused_sessions_answer_as_new_models():
         sessions.append(model.session)
     is_reused = [a is b for a, b in itertools.pairwise(sessions)]
     assert is_reused == [True] * 3 + [False, True, False, True, True] + [True] * 2
-    # a bucket is captured when it occurs for the second time
-    assert [bool(p.replay) for p in sessions[-1].prefills.values()] == [True, False, False, False]
-    assert sessions[0].replay_step and sorted(sessions[0].prefills) == [(64, False), (64, True)]
-    assert sorted(sessions[-1].prefills) == [(64, False), (64, True), (128, False), (512, False)]
+    assert sessions[0].replay_step and sessions[-1].replay_step
+    # of the last session: a new one drops the others' captured prefills
+    assert prefill_buckets(model) == [(64, 1), (128, 1), (512, 1)]
 
 
 @pytest.mark.parametrize("max_length", [199, 511, 1100])
 def test_nothing_is_captured_after_warmup(max_length):
     model = tiny_model(dropout_prob=0.0)
-    model.use_cuda_graphs = True
+    capture_passes(model)
     warmup(model, max_length)
     session = model.session
-    buckets = [(tokens, has_image) for tokens in range(64, min(max_length, 1024) + 64, 64) for has_image in (0, 1)]
-    assert sorted(session.prefills) == buckets and session.replay_step
-    assert all(prefill.replay for prefill in session.prefills.values())
+    buckets = [(tokens, 1) for tokens in range(64, min(max_length, 1024) + 64, 64)]
+    assert prefill_buckets(model) == buckets and session.replay_step and len(model.vision.forward.graphs) == 1
     for n in (1, 63, 150):
         for image in (False, True):
             answers = [list(decode(m, [tiny_example(n, n, 0, image=image)], 3, greedy))
                        for m in (model, tiny_model(dropout_prob=0.0))]
             assert answers[0] == answers[1]
     list(decode(model, [tiny_example(0, 5, 0)], max_length - len(tiny_example(0, 5, 0).ids), greedy))
-    assert model.session is session and sorted(session.prefills) == buckets
+    assert model.session is session and prefill_buckets(model) == buckets
 
 
 def test_warmup_without_cuda_graphs_is_short():
     model = tiny_model()
     warmup(model, 511)
-    assert model.session.num_steps == 2 * 2 * 9 and not model.session.prefills and not model.session.replay_step
+    assert model.session.num_steps == 2 * 3 and not model.session.replay_step
 
 
+@torch.no_grad()
 def randomise_adapters_in_place(model):
     """Keeps the tensors' addresses, as loading other adapters does."""
     for name, parameter in model.named_parameters():
         if "adapter" in name:
-            parameter.data.normal_()
+            parameter.normal_()
 
 
-def test_a_session_serves_one_answer_at_a_time_and_one_adapter_config():
+def test_padding_may_reach_beyond_the_cache():
+    """Eight prompts of 61 tokens take 496 rows, the last of which would be at position 68 of a cache of 64."""
+    examples = [tiny_example(i, 61 - len(tiny_example(i, 0, 0).ids), 0) for i in range(8)]
+    captured = tiny_model()
+    capture_passes(captured)
+    for _ in range(2):  # the first prefill is not captured
+        logits = greedy_logits(captured, examples, 3)
+    assert prefill_buckets(captured) == [(496, 8)] and captured.session.capacity == 64
+    torch.testing.assert_close(logits, greedy_logits(tiny_model(), examples, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_routing_is_computed_again_only_where_a_parameter_changed(monkeypatch):
+    computed, compute = [], LaVIN.compute_routing
+    monkeypatch.setattr(LaVIN, "compute_routing", lambda model: computed.append(model) or compute(model))
+    model = tiny_model()
+    for changes in range(3):
+        for _ in range(2):
+            model.routing_cache()
+        assert len(computed) == changes + 1
+        randomise_adapters_in_place(model)
+
+
+def test_a_session_serves_one_answer_at_a_time_and_any_adapters():
     def start(model, seed):
         return decode(model, [tiny_example(seed, 5, 0)], 4, greedy)
 
     model = tiny_model()
+    capture_passes(model)
     first, second = (start(model, seed) for seed in (1, 2))
     alone = [list(start(tiny_model(), seed)) for seed in (1, 2)]
     interleaved = [[a, b] for a, b in zip(first, second, strict=True)]
@@ -223,12 +269,25 @@ def test_a_session_serves_one_answer_at_a_time_and_one_adapter_config():
         randomise_adapters_in_place(changed)
     answers = [list(start(m, 1)) for m in (model, new_model)]
     assert answers[0] == answers[1] != alone[0] and model.session is before
-    model.adapter = tiny_model(dropout_prob=0.3, dropout_var=0.9).adapter  # these settings matter in training only
-    list(start(model, 1))
-    assert model.session is before
-    model.adapter = tiny_model(adapter_scale=0.5).adapter
-    list(start(model, 1))
-    assert model.session is not before
+
+
+def test_captured_prefills_and_steps_see_new_adapters():
+    """Also another scale and temperature, as the chatbot sets them."""
+    def answers(model):
+        return torch.stack([greedy_logits(model, [example], 5) for example in mixed_examples(0)[:2] * 2])
+
+    model, new_model = tiny_model(), tiny_model()
+    capture_passes(model)
+    before = answers(model)
+    graphs, session = dict(model.llama.forward.graphs), model.session
+    for changed in (model, new_model):
+        torch.manual_seed(1)
+        randomise_adapters_in_place(changed)
+        for adapter in (changed.llama.layers[0].adapter_attn, changed.vision.vit.blocks[0].norm1.adapter):
+            adapter.scale.fill_(0.5), adapter.temperature.fill_(3.0)
+    torch.testing.assert_close(answers(model), answers(new_model), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(answers(model), before, rtol=1e-2)
+    assert model.session is session and model.llama.forward.graphs == graphs and session.replay_step
 
 
 def test_a_split_too_large_to_capture_is_halved(monkeypatch):
@@ -237,10 +296,10 @@ def test_a_split_too_large_to_capture_is_halved(monkeypatch):
     loss_and_gradients(captured, mixed_examples())
     init = CapturedLlamaPass.__init__
 
-    def init_with_little_memory(self, owner, bucket, dtype):
+    def init_with_little_memory(self, owner, bucket, *inputs):
         if bucket[0] > 40:
             raise torch.OutOfMemoryError("none left")
-        init(self, owner, bucket, dtype)
+        init(self, owner, bucket, *inputs)
     monkeypatch.setattr(CapturedLlamaPass, "__init__", init_with_little_memory)
     pairs, scaler = [(example, 0.5) for example in 2 * mixed_examples()], torch.amp.GradScaler("cpu", enabled=False)
     captured.vision.forward.graphs["earlier"] = None

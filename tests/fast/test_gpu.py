@@ -3,14 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lavin import attention
 from lavin.attention import VarlenMetadata
 from lavin.fast.speed_up import speed_up
 from lavin.generation.generate import decode
+from lavin.generation.kv_cache import DecodeMetadata, KVCache, PrefillMetadata
 from lavin.kernels import fp8, fused_ops
 from lavin.kernels.fp8 import scaled_matmul
-from lavin.kernels.gemv import gemv
+from lavin.kernels.single_row import gemv, norm_adapter
+from lavin.llama import LlamaConfig, RMSNorm
+from lavin.mm_adapter import AdapterConfig, RepAdapterRouter
 from lavin.model import pack
 from tiny import BATCHES, cast_frozen, greedy, greedy_logits, loss_and_gradients, mixed_examples, tiny_model
 
@@ -51,6 +55,45 @@ def test_gemv_equals_pytorch(quantized):
     weight, scale = fp8.quantize_rows(weight) if quantized else (weight, None)
     actual = gemv(x.cuda(), weight.cuda(), None if scale is None else scale.cuda())
     assert close(actual, gemv(x, weight, scale), 1e-5)
+
+
+@pytest.mark.parametrize("rank", [8, 6])
+def test_norm_adapter_equals_the_adapted_block(rank):
+    """Of two modalities; neither the width nor the rank is a multiple of a block."""
+    torch.manual_seed(0)
+    adapter = RepAdapterRouter(1500, AdapterConfig(adapter_dim=rank, adapter_scale=0.7), 0.0).eval()
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter, 0, 0.1)
+    norm, x, mixtures = RMSNorm(1500, 1e-5), torch.randn(1, 1500), torch.rand(2, 2)
+    nn.init.normal_(norm.weight, 1, 0.2)
+    for one_hot in torch.eye(2).split(1):
+        projections = [projection.detach() for projection in adapter.projections(torch.float32)]
+        expected = adapter(norm(x), one_hot @ mixtures, projections)
+        inputs = (tensor.cuda() for tensor in (one_hot, mixtures, *projections))
+        assert close(norm_adapter(x.cuda(), norm.weight.detach().cuda(), norm.eps, *inputs), expected, 1e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_kv_cache_kernels_equal_pytorch(heads):
+    """Prefill with padding behind the last sequence, then a step of sequences in one, two and three blocks."""
+    config = LlamaConfig(64, 1, heads[0], 50, n_kv_heads=heads[1])
+    torch.manual_seed(0)
+    caches = [KVCache(config, 3, 300, "cuda", torch.bfloat16) for _ in range(2)]
+    lengths = [4, 140, 261]
+    q, k, v = (torch.randn(418, h, 16, device="cuda").bfloat16() for h in (heads[0], heads[1], heads[1]))
+    results = []
+    for cache, triton in zip(caches, (True, False), strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lavin.generation.kv_cache.uses_triton", lambda *_, triton=triton: triton)
+            prefill = PrefillMetadata(cache, [4, 140, 261 + 13], "cuda")
+            prefill.for_layer(0).attend(q, k, v)
+            cache.lengths.copy_(torch.tensor(lengths))
+            results.append(DecodeMetadata(cache).for_layer(0).attend(q[:3], k[-3:], v[-3:]))
+    assert close(results[0], results[1], 0.01)
+    for sequence, length in enumerate(lengths):
+        for name in ("keys", "values"):
+            ours, plain = (getattr(cache, name)[0, sequence, :, :length + 1] for cache in caches)
+            assert torch.equal(ours, plain) and ours.any(-1).all()
 
 
 @NEEDS_FP8
@@ -100,6 +143,7 @@ def models(request):
     plain, fast = (tiny_model(llama=shape, dropout_prob=0.0).train() for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "has_triton", compiler)
+        patch.setattr("lavin.fast.cuda_graphs.CAPTURE_STANCE", "fail_on_recompile")
         if dtype == torch.float16:
             patch.setattr(attention, "compute_capability", lambda _: (7, 0))
         if not compiler:

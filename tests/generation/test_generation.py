@@ -1,6 +1,7 @@
 """Decoding, scoring and sampling against the full forward pass."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import reference
 from lavin.generation.generate import decode, generate, stream
 from lavin.generation.option_scoring import option_example, score_options
 from lavin.generation.sampling import NOT_FINITE, NotFinite, sampler
+from lavin.generation.session import Session
 from lavin.model import pack
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import Example
-from tiny import VARIANTS, mixed_examples, tiny_example, tiny_model
+from tiny import VARIANTS, VOCAB_SIZE, greedy, greedy_logits, mixed_examples, tiny_example, tiny_model
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -44,6 +46,31 @@ def test_each_step_has_the_logits_of_the_full_forward_pass(adapter_type, visual_
         torch.testing.assert_close(stepwise, full_logits[len(example.ids) - 1:], **CLOSE)
         reference_logits = reference.logits(model, [full])[0, len(example.ids):]
         torch.testing.assert_close(stepwise, reference_logits, **CLOSE)
+
+
+@pytest.mark.parametrize("n_right", range(5))
+def test_a_draft_changes_nothing_but_the_number_of_steps(n_right, monkeypatch):
+    """The second example's own first tokens, then other ones; in a batch, the draft is right for one sequence only."""
+    model, steps, new_tokens = tiny_model(), [], 6
+    step = Session.step
+    monkeypatch.setattr(Session, "step", lambda *args: steps.append(args) or step(*args))
+    for examples, n_accepted in ((2 * prompts()[1:2], n_right), (prompts(), 0)):
+        logits, ids = greedy_logits(model, examples, new_tokens), list(decode(model, examples, new_tokens, greedy))
+        own = torch.stack(list(decode(model, prompts()[1:2], 4, greedy)))[:, 0].tolist()
+        draft = own[:n_right] + [(token + 1) % VOCAB_SIZE for token in own[n_right:]]
+        steps.clear()
+        assert torch.equal(torch.stack(list(decode(model, examples, new_tokens, greedy, draft))), torch.stack(ids))
+        assert len(steps) == new_tokens - 1 - n_accepted
+        drafted_logits = greedy_logits(model, examples, new_tokens, draft)
+        torch.testing.assert_close(drafted_logits, logits, **CLOSE)
+        assert list(decode(model, examples, 1, greedy, draft))[0].tolist() == ids[0].tolist()
+
+
+def test_sampling_is_the_same_with_a_draft(tokenizer):
+    model = tiny_model(llama={"vocab_size": tokenizer.n_words})
+    sampled = partial(generate, model, tokenizer, prompts()[:1] * 2, 8, temperature=2.0, seeds=[3, 3])
+    draft = tokenizer.encode(sampled()[0])[:3]
+    assert draft and sampled() == sampled(draft=draft) != sampled(seeds=[4, 4], draft=draft)
 
 
 def test_answers_do_not_depend_on_the_batch(tokenizer):
@@ -118,7 +145,7 @@ def mock_decode(monkeypatch, tokenizer, texts, steps=None):
     """Make decode yield the tokens of `texts`; appends each step taken to `steps`."""
     token_ids = [tokenizer.encode(text, eos=True) for text in texts]
 
-    def decode(model, examples, max_new_tokens, choose):
+    def decode(model, examples, max_new_tokens, choose, draft):
         for step in range(max_new_tokens):
             if steps is not None:
                 steps.append(step)

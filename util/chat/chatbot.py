@@ -181,12 +181,22 @@ class Chatbot:
     def __init__(self, model: LaVIN, tokenizer: Tokenizer, runs: dict[str, Path], max_seq_len: int):
         self.model, self.tokenizer, self.runs, self.max_seq_len = model.eval(), tokenizer, runs, max_seq_len
         self.adapter = model.adapter  # of checkpoints that do not say: from the command line
+        self.loaded_file: tuple | None = None  # the checkpoint whose adapters the model has
+        self.prompt_format = ""  # in which it was trained
         self.lock = Lock()
         self.latest_request = object()  # only the latest one may use the model
 
     def load_run(self, run: str) -> str:
-        """Loads a run's last adapters into the model; returns the run's prompt format."""
+        """Loads a run's last adapters into the model, unless it has them; returns the run's prompt format."""
         path = last_checkpoint(str(self.runs[run]))
+        file = path, path.stat().st_mtime_ns, path.stat().st_size
+        if file != self.loaded_file:
+            self.loaded_file = None  # where loading fails
+            self.prompt_format = self.load_checkpoint(path)
+            self.loaded_file = file
+        return self.prompt_format
+
+    def load_checkpoint(self, path: Path) -> str:
         checkpoint, prompt_format = read_trained_format(path)
         check_image_statistics(self.model, checkpoint, str(path))
         load_adapters(self.model, checkpoint["model"], str(path))
@@ -194,9 +204,9 @@ class Chatbot:
         self.model.adapter = adapter = AdapterConfig(**config) if config else self.adapter
         for module in self.model.modules():
             if isinstance(module, RepAdapter):
-                module.scale = adapter.adapter_scale
+                module.scale.fill_(adapter.adapter_scale)
             if isinstance(module, RepAdapterRouter):
-                module.temperature = adapter.temperature
+                module.temperature.fill_(adapter.temperature)
         return prompt_format
 
     def warmup(self) -> None:

@@ -1,0 +1,52 @@
+"""Operators on one row, for a decoding step of a single sequence, which does little but read the weights.
+
+On GPUs these are Triton kernels (single_row_triton.py). `gemv` has its plain twin here; that of `norm_adapter`, which
+spares a step eight small kernels, is AdaptedBlock.norm_and_adapter (lavin/mm_adapter.py).
+"""
+
+import torch
+
+BLOCK_O = 4  # rows of the weight a program
+# entries of each that it reads at once, and warps: the fastest for 7B's matrices on an H100, in 16 bits and in fp8
+SHAPE, FP8_SHAPE = (2048, 8), (512, 2)
+
+
+@torch.library.custom_op("lavin::gemv", mutates_args=())
+def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """x W^T for x [1, K], weight [O, K], scale [O, 1] float32 of fp8 weights -> [1, O].
+
+    fp8 weights are read as they are, and x stays in 16 bits.
+    """
+    if not x.is_cuda:
+        out = x.float() @ weight.float().t()
+        return (out if scale is None else out * scale.t()).to(x.dtype)
+    from lavin.kernels.single_row_triton import gemv_fwd
+    n_rows, K = weight.shape
+    out = x.new_empty(1, n_rows)
+    grid, (BLOCK_K, num_warps) = (-(-n_rows // BLOCK_O),), SHAPE if scale is None else FP8_SHAPE
+    gemv_fwd[grid](x, weight, out if scale is None else scale, out, n_rows, K, BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K,
+                   SCALED=scale is not None, num_warps=num_warps)
+    return out
+
+
+@gemv.register_fake
+def _(x, weight, scale):
+    return x.new_empty(1, weight.shape[0])
+
+
+@torch.library.custom_op("lavin::norm_adapter", mutates_args=())
+def norm_adapter(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, one_hot: torch.Tensor, mixtures: torch.Tensor,
+                 down: torch.Tensor, down_bias: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """x [1, D] -> [1, D]. norm_weight [D]; one_hot [1, 2] and mixtures [2, 2] float32: see Routing; down A [r, D], its
+    bias a [r] and up s U [D, .]: RepAdapter.projections."""
+    from lavin.kernels.single_row_triton import norm_adapter_fwd
+    out, (R, D), BLOCK = torch.empty_like(x), down.shape, 64  # and STEP: the fastest for 7B on an H100
+    norm_adapter_fwd[(-(-D // BLOCK),)](x, norm_weight, one_hot, mixtures, down, down_bias, up, out, eps, D, R,
+                                        up.shape[1], BLOCK=BLOCK, STEP=2048, ROWS=1 << (R - 1).bit_length(),
+                                        num_warps=8)
+    return out
+
+
+@norm_adapter.register_fake
+def _(x, norm_weight, eps, one_hot, mixtures, down, down_bias, up):
+    return torch.empty_like(x)

@@ -1,0 +1,69 @@
+"""Triton kernels of single_row.py.
+
+A program of `gemv_fwd` sums a few rows of the weight, in float32. Every program of `norm_adapter_fwd` normalises the
+whole row and projects it down, and then adds its own block of the up-projection: all read the row and the small
+matrices from the GPU's cache.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gemv_fwd(x, weight, scale, out, n_rows, K, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr):
+    """x [K], weight [O, K] -> out [O]; scale [O], where SCALED."""
+    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    cols = tl.arange(0, BLOCK_K)
+    row_mask = rows < n_rows
+    start = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
+    products = tl.zeros([BLOCK_O, BLOCK_K], tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=3):
+        mask = k + cols < K
+        w = tl.load(start + k, row_mask[:, None] & mask[None, :], 0.0, eviction_policy="evict_first").to(tl.float32)
+        products += w * tl.load(x + k + cols, mask, 0.0).to(tl.float32)[None, :]
+    y = tl.sum(products, 1)
+    if SCALED:
+        y *= tl.load(scale + rows, row_mask, 0.0)
+    tl.store(out + rows, y.to(out.dtype.element_ty), row_mask)
+
+
+@triton.jit
+def normalise(x, norm_weight, cols, mask, rms):
+    """A block of the normalised row, rounded as RMSNorm rounds it, in float32."""
+    dtype = x.dtype.element_ty
+    y = (tl.load(x + cols, mask, 0.0).to(tl.float32) * rms).to(dtype)
+    return (y.to(tl.float32) * tl.load(norm_weight + cols, mask, 0.0).to(tl.float32)).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def norm_adapter_fwd(x, norm_weight, one_hot, mixtures, down, down_bias, up, out, eps, D, R, U, BLOCK: tl.constexpr,
+                     STEP: tl.constexpr, ROWS: tl.constexpr):
+    """x [D] -> out [D]; down [R, D], up [D, U] with U >= 2 R + 2. ROWS: R, rounded up to a power of two."""
+    dtype = x.dtype.element_ty
+    steps, rows = tl.arange(0, STEP), tl.arange(0, ROWS)
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask, row_mask = cols < D, rows < R
+    # what does not depend on the row is loaded first: the sums below wait for each other
+    tile, tile_mask = up + cols[:, None] * U + rows[None, :], mask[:, None] & row_mask[None, :]
+    u0, u1 = tl.load(tile, tile_mask, 0.0).to(tl.float32), tl.load(tile + R, tile_mask, 0.0).to(tl.float32)
+    b0, b1 = tl.load(up + cols * U + 2 * R, mask, 0.0), tl.load(up + cols * U + 2 * R + 1, mask, 0.0)
+    bias = tl.load(down_bias + rows, row_mask, 0.0).to(tl.float32)
+    text, image = tl.load(one_hot), tl.load(one_hot + 1)
+    w0 = (text * tl.load(mixtures) + image * tl.load(mixtures + 2)).to(dtype).to(tl.float32)
+    w1 = (text * tl.load(mixtures + 1) + image * tl.load(mixtures + 3)).to(dtype).to(tl.float32)
+
+    squares = tl.zeros([STEP], tl.float32)
+    for start in range(0, D, STEP):
+        block = tl.load(x + start + steps, start + steps < D, 0.0).to(tl.float32)
+        squares += block * block
+    rms = tl.rsqrt(tl.sum(squares, 0) / D + eps)
+
+    products = tl.zeros([ROWS, STEP], tl.float32)
+    for start in range(0, D, STEP):
+        step_mask = start + steps < D
+        a = tl.load(down + rows[:, None] * D + start + steps[None, :], row_mask[:, None] & step_mask[None, :], 0.0)
+        products += a.to(tl.float32) * normalise(x, norm_weight, start + steps, step_mask, rms)[None, :]
+    z = (tl.sum(products, 1) + bias).to(dtype).to(tl.float32)
+
+    delta = tl.sum(u0 * (z * w0)[None, :] + u1 * (z * w1)[None, :], 1) + w0 * b0.to(tl.float32) + w1 * b1.to(tl.float32)
+    tl.store(out + cols, (normalise(x, norm_weight, cols, mask, rms) + delta).to(dtype), mask)
