@@ -104,6 +104,18 @@ def next_new(questions: dict[str, list[Question]], wordings: Iterator[str], take
     raise ValueError("the package has no more questions about new pictures: ask for fewer")
 
 
+def explain(topic: str, question: Question, description: str) -> str:
+    """The solution. For yes or no it says whether what is asked about is there, before the answer, which depends on
+    that and on whether the question has a negation: both at once are more than a small model learns."""
+    if topic != "yes or no":
+        return f"The picture shows a {description}, so {question.answer}."
+    words = question.text.rstrip("?").split()
+    [asked] = {*ANSWERS["colour"], *ANSWERS["shape"]} & set(words)
+    what = asked if asked in ANSWERS["shape"] else f"{asked} shape"
+    is_there = "is" if asked in description.split() else "is not"
+    return f"The picture shows a {description}. A {what} {is_there} in it, so {question.answer}."
+
+
 def record(topic: str, question: Question, description: str, split: str, rng: Random) -> dict:
     """The 14 fields of problems.json."""
     others = [answer for answer in ANSWERS[topic] if answer != question.answer]
@@ -112,7 +124,7 @@ def record(topic: str, question: Question, description: str, split: str, rng: Ra
     return {"question": question.text.capitalize(), "choices": choices, "answer": choices.index(question.answer),
             "hint": "", "image": "image.png", "task": "yes or no" if topic == "yes or no" else "closed choice",
             "grade": "grade1", "subject": "natural science", "topic": topic, "category": "Pictures", "skill": topic,
-            "lecture": "", "solution": f"The picture shows a {description}, so {question.answer}.", "split": split}
+            "lecture": "", "solution": explain(topic, question, description), "split": split}
 
 
 def make_problems(sizes: dict[str, int], seed: int) -> tuple[dict[str, dict], dict[str, Path], dict[str, str]]:

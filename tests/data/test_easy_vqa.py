@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter, defaultdict
 
 import pytest
@@ -66,7 +67,17 @@ def test_solutions_and_captions_agree_with_all_that_the_package_says(made):
         by_picture[path] += answers
     for qid, problem in problems.items():
         colour, shape = captions[qid].removeprefix("A ").rstrip(".").split()
-        assert problem["solution"] == f"The picture shows a {colour} {shape}, so {right_answer(problem)}."
+        begin, answer = f"The picture shows a {colour} {shape}", f", so {right_answer(problem)}."
+        assert problem["solution"].startswith(begin) and problem["solution"].endswith(answer)
+        between = problem["solution"].removeprefix(begin).removesuffix(answer)
+        if problem["topic"] != "yes or no":
+            assert not between
+            continue
+        asked, negated = re.fullmatch(r"\. A (\w+)(?: shape)? is (not )?in it", between).groups()
+        assert asked in problem["question"].lower().rstrip("?").split()
+        assert (asked in (colour, shape)) != bool(negated)
+        denies = bool({"no", "not"} & set(problem["question"].split()))
+        assert (right_answer(problem) == "yes") == (bool(negated) == denies)
         named = {answer for answer in by_picture[str(pictures[qid])] if answer not in ANSWERS["yes or no"]}
         assert named <= {colour, shape}
 
