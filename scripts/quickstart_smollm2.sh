@@ -21,7 +21,7 @@ trap go_on_later EXIT
 # what is looked for is written last
 [ -f "$DATA_ROOT/problems.json" ] || run python tools/make_easy_vqa.py --out "$DATA_ROOT"
 [ -f "$WEIGHTS/smollm2/vit/model.safetensors" ] ||
-    run python tools/make_toy_base.py --data_root "$DATA_ROOT" --out "$WEIGHTS/smollm2" --vit_only
+    run python tools/make_toy_base.py --data_root "$DATA_ROOT" --out "$WEIGHTS/smollm2" --vit_only --split pretrain
 
 # bfloat16 is the faster one where the CPU has it
 PRECISION=fp32

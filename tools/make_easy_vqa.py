@@ -5,7 +5,8 @@
 Writes problems.json, pid_splits.json, captions.json and images/{split}/{id}/image.png. The topic is the type of
 question. Each picture, of one coloured shape, is asked about once; test has pictures of the package's own test split
 only. Of each type, all answers are right equally often, for each wording as far as the package has such questions: the
-text alone does not tell the answer. Split `shuffled` is test with each picture at another question.
+text alone does not tell the answer. Split `pretrain` has further train pictures, on which a ViT can be pretrained.
+Split `shuffled` is test with each picture at another question.
 """
 
 import json
@@ -28,7 +29,7 @@ from output import make_folder, write_scienceqa
 from util.data.prompts import OPTIONS
 from util.flags import Parser, seed
 
-SIZES = {"train": 960, "val": 200, "test": 400}
+SIZES = {"train": 960, "val": 200, "test": 400, "pretrain": 2300}
 ANSWERS = {"colour": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
            "shape": ("circle", "rectangle", "triangle"),
            "yes or no": ("yes", "no")}

@@ -1,6 +1,6 @@
-"""Builds the toy base from the train split: a tokenizer, a small LLaMA in Meta's format, a small ViT in timm's.
+"""Builds the toy base from a data set: a tokenizer, a small LLaMA in Meta's format, a small ViT in timm's.
 
-    python tools/make_toy_base.py [--data_root data/mini] [--out weights/toy] [--seed 0] [--vit_only]
+    python tools/make_toy_base.py [--data_root data/mini] [--out weights/toy] [--seed 0] [--vit_only] [--split train]
 
 The LLaMA learns which option is right, from problems in a prompt format that fine-tuning does not use and with captions
 instead of images. The ViT learns which caption belongs to an image. Fine-tuning then freezes both.
@@ -192,7 +192,7 @@ def write_llama(llama: Llama, folder: Path) -> None:
 def main(args) -> None:
     out = args.out
     make_folder(out / "vit")
-    data = load_scienceqa(args.data_root, "train", f"{args.data_root}/captions.json")
+    data = load_scienceqa(args.data_root, args.split, f"{args.data_root}/captions.json")
     images = load_images(data, VIT["img_size"], 2, skip_bad=False)
     check_amount(data, images)
     vit = pretrain_vit(data, images, args.seed)
@@ -213,6 +213,7 @@ if __name__ == "__main__":
     parser.add_argument("--data_root", default="data/mini")
     parser.add_argument("--out", default="weights/toy", type=Path)
     parser.add_argument("--seed", default=0, type=seed)
+    parser.add_argument("--split", default="train", help="split of pid_splits.json to learn from (train)")
     parser.add_argument("--vit_only", action="store_true", help="the ViT alone, for a LLaMA from elsewhere")
     with one_line_errors():
         main(parser.parse_args())

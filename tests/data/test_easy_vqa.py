@@ -1,6 +1,7 @@
 """easy-VQA as ScienceQA: the declared schema, splits by picture, shuffled options, the package's own answers."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
@@ -90,7 +91,8 @@ def test_no_picture_is_asked_about_twice(made):
     contents = defaultdict(set)  # also none under two names
     for qid, path in pictures.items():
         contents[problems[qid]["split"]].add(hashlib.sha256(path.read_bytes()).hexdigest())
-    assert not contents["test"] & (contents["train"] | contents["val"]) and not contents["train"] & contents["val"]
+    assert set(contents) == set(SIZES)
+    assert all(not contents[a] & contents[b] for a, b in itertools.combinations(contents, 2))
 
 
 def test_options_are_distinct_and_of_the_questions_topic(made):

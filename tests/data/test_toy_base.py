@@ -22,16 +22,16 @@ from util.data.datasets import load_scienceqa
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
     root = tmp_path_factory.mktemp("mini")
-    write_mini_scienceqa(root, {"train": 160, "val": 40, "test": 40}, 0)
+    write_mini_scienceqa(root, {"train": 160, "val": 100, "test": 40}, 0)
     return root
 
 
-def build(data_root: Path, out: Path, vit_only: bool = False) -> Path:
+def build(data_root: Path, out: Path, vit_only: bool = False, split: str = "train") -> Path:
     """Run make_toy_base.main with only a few training steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_toy_base, "LLAMA_STEPS", 3)
         patch.setattr(make_toy_base, "VIT_EPOCHS", 2)
-        make_toy_base.main(Namespace(data_root=str(data_root), out=out, seed=0, vit_only=vit_only))
+        make_toy_base.main(Namespace(data_root=str(data_root), out=out, seed=0, vit_only=vit_only, split=split))
     return out
 
 
@@ -83,6 +83,12 @@ def test_vit_only_writes_the_same_vit_and_nothing_else(mini, toy, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     files = {path.relative_to(alone) for path in alone.rglob("*") if path.is_file()}
     assert files == {Path("vit/config.json"), Path("vit/model.safetensors")}
+
+
+def test_split_chooses_what_is_learned_from(mini, toy, tmp_path):
+    other = build(mini, tmp_path / "toy", vit_only=True, split="val")
+    first, second = (load_file(base / "vit" / "model.safetensors") for base in (toy, other))
+    assert not torch.equal(first["patch_embed.proj.weight"], second["patch_embed.proj.weight"])
 
 
 def test_tokenizer_has_llamas_special_tokens_and_bytes(toy, tokenizer):

@@ -41,7 +41,7 @@ def quickstart(tmp_path_factory):
     root = tmp_path_factory.mktemp("quickstart")
     data, weights, run = root / "mini", root / "weights", root / "run"
     make_mini_scienceqa.write_mini_scienceqa(data, make_mini_scienceqa.SIZES, 0)
-    make_toy_base.main(Namespace(data_root=str(data), out=weights / "toy", seed=0, vit_only=False))
+    make_toy_base.main(Namespace(data_root=str(data), out=weights / "toy", seed=0, vit_only=False, split="train"))
     base = ["--llm_model", "toy", "--llama_model_path", str(weights), "--data_root", str(data)]
     train.main(train.get_args_parser().parse_args([*base, "--output_dir", str(run), *quickstart_flags(weights)]))
     yield {"data": data, "run": run, "tuned": scores(run, "--adapter_path", str(run)),
