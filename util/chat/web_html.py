@@ -17,7 +17,7 @@ main.app {max-width: 1240px !important; width: 100%}
          font-size: 13px}
 .option u {height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden; display: block}
 .option i {display: block; height: 100%; background: var(--color-accent)}
-.option b {text-align: right; font-weight: 400; font-variant-numeric: tabular-nums}
+.option b {text-align: right; font-weight: 400; font-variant-numeric: tabular-nums; white-space: nowrap}
 .gallery {display: grid !important; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 8px}
 .gallery-item {height: 66px} .gallery-item span {width: 100%}
 .gallery-item .container {display: flex !important; flex-wrap: nowrap; justify-content: space-between;
