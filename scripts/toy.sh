@@ -1,6 +1,5 @@
 # Sourced: mini ScienceQA and a toy base, made once, and what the experiment scripts need to run
 # on them. Leaves the flags in $FLAGS.
-export OMP_WAIT_POLICY=passive # else threads spin while they wait: fifteen times slower where another program is busy
 export DATA_ROOT=data/mini WEIGHTS=weights MODEL=toy GPUS=1
 source scripts/signals.sh
 forward_signals
