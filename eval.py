@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,8 +123,8 @@ def most_likely_options(model, tokenizer, batches: Iterable[list[EvalQuestion]])
 
 def first_tokens(tokenizer, prompt: str) -> list[int]:
     """With which all answers to a prompt begin: `The answer is`."""
-    n_prompt_tokens = len(tokenizer.example(prompt).ids)
-    return list(commonprefix([list(tokenizer.example(prompt, answer_text(k)).ids) for k in range(2)]))[n_prompt_tokens:]
+    example, _ = option_example(tokenizer, prompt, [answer_text(0), answer_text(1)])
+    return list(example.ids[len(tokenizer.example(prompt).ids):])
 
 
 def generate_batch(model, tokenizer, batch: list[EvalQuestion], args) -> list[tuple[str, int, bool]]:

@@ -22,8 +22,8 @@ def session_for(model: LaVIN, examples: list[Example], new_tokens: int) -> Itera
     session = model.session
     model.session = None
     if session is None or not session.fits(*wanted):
-        session = None  # frees its memory before the new one is allocated, as
-        free_graphs(model)  # do the captured prefills that fill its cache
+        session = None  # its memory is freed before the new one is allocated
+        free_graphs(model)  # captured prefills hold the KV cache that they fill
         session = Session(*wanted)
     try:
         yield session
