@@ -11,6 +11,7 @@ import argparse
 import gc
 import statistics
 import time
+from importlib.util import find_spec
 
 import torch
 
@@ -65,11 +66,11 @@ def main(args) -> None:
         seconds.append(time.perf_counter() - start)
     add("published, fp16", seconds[1], seconds[1], args.tokens / (seconds[2] - seconds[1]))
 
-    for bits in ("16bit", "fp8"):
+    for bits in ("16bit", "fp8", *["4bit"] * bool(find_spec("bitsandbytes"))):
         model = None
         gc.collect()
         torch.compiler.reset()
-        model = speed_up(random_lavin(args.size, device, bf16), bits).eval()
+        model = speed_up(random_lavin(args.size, device, bf16, bits=bits), bits).eval()
         warmup(model, max(len(prompt.ids) for prompt in prompts) + args.tokens)
         start_memory(device)
         timed = prompts[-args.repeats:]

@@ -1,4 +1,4 @@
-"""GPU memory of LaVIN-lite: the weights, and training steps of one sample of 512 tokens with a picture.
+"""GPU memory and speed of LaVIN-lite: the weights, and training steps of one sample of 512 tokens with a picture.
 
     python benchmarks/lite_memory.py --size 7B --bits 4bit     # a GPU; 13B too
     python benchmarks/lite_memory.py --size tiny               # a smoke test on a CPU, which measures no memory
@@ -10,51 +10,39 @@ import argparse
 
 import torch
 
-from timing import peak_gib, report, start_memory  # first: it extends sys.path
+from timing import peak_gib, report, start_memory, step_seconds  # first: it extends sys.path
 
 # isort: split
-from lavin.mm_adapter import AdapterConfig
-from lavin.model import LaVIN
+from lavin.fast.speed_up import speed_up
 from lavin.runtime.console import summary
 from lavin.runtime.device import DTYPES, choose_dtype
-from lavin.timm_compat import timm
-from lavin.weights.load import frozen_parameters, load_frozen_tensor, quantize_model
 from lavin.weights.quantization import weight_bytes
-from random_lavin import SIZES, random_examples
+from random_lavin import SIZES, random_examples, random_lavin
 from train_throughput import our_trainer
 
-
-def random_lite(size: str, bits: str, device, dtype) -> LaVIN:
-    """LaVIN with random weights on `device`; on `meta`, only the shapes and dtypes."""
-    config, vit = SIZES[size]
-    with torch.device("meta"):
-        model = LaVIN(config, timm.create_model(num_classes=0, **vit), AdapterConfig())
-    parameters = frozen_parameters(model)
-    if bits != "16bit":
-        quantize_model(model, bits)
-    for full_name, shape in parameters.values():
-        owner, _, name = full_name.rpartition(".")
-        weight = torch.empty(shape, device=device, dtype=dtype).normal_(float("norm" in full_name), 0.02)
-        load_frozen_tensor(model.get_submodule(owner), name, weight, device, dtype)
-    return model.to(device)
-
+WARM_UP = 3  # steps: the first compiles, the second captures
 
 def main(args) -> None:
     device = torch.device(args.device)
     dtype = choose_dtype(args.precision, device)
-    gib = weight_bytes(random_lite(args.size, args.bits, "meta", dtype)) / 2**30
+    gib = weight_bytes(random_lavin(args.size, "meta", dtype, bits=args.bits)) / 2**30
     start_memory(device)
-    model = random_lite(args.size, args.bits, device, dtype).train()
-    rows = [{"what": "weights and adapters, counted", "GiB": gib},
-            {"what": "  as held", "GiB": weight_bytes(model) / 2**30},
-            {"what": "  at most while loading", "GiB": peak_gib(device)}]
-    for recompute in (True, False):
-        start_memory(device)
-        model.set_gradient_checkpointing(recompute)
-        step = our_trainer(model)
-        losses = [step(random_examples(model, 1, seed=0, full=True))[0].item() for _ in range(args.steps)]
-        rows.append({"what": "training" + ", gradient checkpointing" * recompute, "GiB": peak_gib(device)})
-        print(f"losses of {len(losses)} steps on one sample:", *(f"{loss:.3f}" for loss in losses))
+    model = random_lavin(args.size, device, dtype, bits=args.bits).train()
+    rows = [{"what": "weights and adapters, counted", "GiB": gib, "ms a step": ""},
+            {"what": "  as held", "GiB": weight_bytes(model) / 2**30, "ms a step": ""},
+            {"what": "  at most while loading", "GiB": peak_gib(device), "ms a step": ""}]
+    samples = random_examples(model, 1, seed=0, full=True)
+    for fast in (False, True):
+        if fast:
+            speed_up(model, args.bits)
+        for recompute in (True, False):
+            start_memory(device)
+            model.set_gradient_checkpointing(recompute)
+            step = our_trainer(model)
+            seconds = step_seconds(lambda _, step=step: step(samples), device, args.steps, WARM_UP)
+            what = "training" + ", as train.py does" * fast + ", gradient checkpointing" * recompute
+            rows.append({"what": what, "GiB": peak_gib(device), "ms a step": 1000 * seconds})
+            print(report(rows[-1:]), flush=True)
     print(f"{args.size}, {args.bits}, {dtype}")
     print(report(rows))
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lavin.llama import LlamaConfig
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.timm_compat import timm
 from lavin.tokenizer import IMAGE_SLOT, Example
+from lavin.weights.load import frozen_parameters, load_frozen_tensor, quantize_model
 
 SIZES: dict[str, tuple[LlamaConfig, dict[str, Any]]] = {  # LLaMA, arguments of timm.create_model
     "7B": (LlamaConfig(4096, 32, 32, 32000, norm_eps=1e-6), {"model_name": "vit_large_patch14_clip_quickgelu_224"}),
@@ -25,18 +27,24 @@ SIZES: dict[str, tuple[LlamaConfig, dict[str, Any]]] = {  # LLaMA, arguments of 
 TEXT_PREFIX, IMAGE_PREFIX = 5, 3  # tokens of "Image: N/A" and "Image: " in LLaMA's vocabulary
 
 
-def random_lavin(size: str, device, dtype, dropout: float = 0.1) -> LaVIN:
-    """LaVIN with random weights, drawn on `device`; the adapters' up-projections are not zero."""
+def random_lavin(size: str, device, dtype, dropout: float = 0.1, bits: str = "16bit") -> LaVIN:
+    """LaVIN with random weights, loaded one at a time as those of files; the adapters' up-projections are not zero.
+
+    device: `meta` for shapes and dtypes alone. bits: `4bit` and `8bit` need bitsandbytes.
+    """
     config, vit = SIZES[size]
     with torch.device("meta"):
         model = LaVIN(config, timm.create_model(num_classes=0, **vit), AdapterConfig(dropout_prob=dropout))
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            is_adapter = parameter.device.type == "cpu"  # lavin.mm_adapter.INIT_DEVICE
-            weight = torch.empty(parameter.shape, device=device, dtype=torch.float32 if is_adapter else dtype)
-            weight.normal_(0, 0.02)
-            weight += float("norm" in type(module).__name__.lower())  # a norm's weights are about 1
-            setattr(module, name, torch.nn.Parameter(weight, parameter.requires_grad))
+    frozen = frozen_parameters(model)
+    if bits in ("4bit", "8bit"):
+        quantize_model(model, bits)
+    for name, shape in frozen.values():
+        owner, _, leaf = name.rpartition(".")
+        weight = torch.empty(shape, device=device, dtype=dtype).normal_(float("norm" in name), 0.02)
+        load_frozen_tensor(model.get_submodule(owner), leaf, weight, device, dtype)
+    for name, parameter in model.named_parameters():
+        if "adapter" in name:
+            nn.init.normal_(parameter, 0, 0.02)
     return model.to(device)
 
 

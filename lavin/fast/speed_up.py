@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
+from torch import nn
 
 from lavin import attention
 from lavin.fast import fused_linear
@@ -25,11 +26,12 @@ from lavin.runtime.errors import UserError, first_line
 
 
 def fuse(model: LaVIN, fp8: bool = False) -> None:
-    """In place: the matrices of LLaMA's layers become fused ones, norms and adapters too. The output matrix and the ViT
-    stay as they are."""
+    """In place: the matrices of LLaMA's layers become fused ones, but for those in 4 bits; norms and adapters too. The
+    output matrix and the ViT stay as they are."""
     for block in model.llama.layers:
-        fused_linear.FusedAttention.convert(block.attention, fp8)
-        fused_linear.FusedFeedForward.convert(block.feed_forward, fp8)
+        if isinstance(block.attention.wq, nn.Linear):
+            fused_linear.FusedAttention.convert(block.attention, fp8)
+            fused_linear.FusedFeedForward.convert(block.feed_forward, fp8)
         FusedAdaptedBlock.convert(block)
 
 
@@ -122,12 +124,17 @@ def choose_fast_paths(device: torch.device, dtype: torch.dtype, head_dim: int, b
                      captured=gpu and cuda_graphs != "off", note=note)
 
 
+def can_capture(linear: nn.Module) -> bool:
+    """Not a tensor-parallel one, nor one in 8 bits."""
+    return isinstance(linear, nn.Linear) or getattr(linear, "capturable", False)  # lavin/weights/quantization.py
+
+
 def speed_up(model: LaVIN, bits: str = "16bit", compile: str = "auto", cuda_graphs: str = "auto") -> LaVIN:
     """In place; returns the model. bits: `fp8` for fp8 matrices. compile, cuda_graphs: `auto`, `on` or `off`.
 
-    Quantized and tensor-parallel models stay as they are. Raises UserError as `choose_fast_paths`.
+    Models in 8 bits and tensor-parallel ones stay as they are. Raises UserError as `choose_fast_paths`.
     """
-    if not isinstance(model.llama.layers[0].attention.wq, torch.nn.Linear):
+    if not can_capture(model.llama.layers[0].attention.wq):
         return model
     paths = choose_fast_paths(model.device, model.dtype, model.llama.config.head_dim, bits, compile, cuda_graphs)
     if paths.note:

@@ -28,7 +28,12 @@ OUTLIER_THRESHOLD = 6.0  # columns of activations with larger values are multipl
 
 
 class QuantizedLinear(nn.Module):
-    """x W^T + b without a weight yet: `load` fills it. b [O], which may be None, is not quantized."""
+    """x W^T + b without a weight yet: `load` fills it. b [O], which may be None, is not quantized.
+
+    capturable: in CUDA graphs, since the host does not wait for the GPU.
+    """
+
+    capturable = False
 
     def __init__(self, bias: nn.Parameter | None = None):
         super().__init__()
@@ -44,6 +49,8 @@ class Linear4bit(QuantizedLinear):
 
     QLoRA: Dettmers et al. 2023, arXiv 2305.14314.
     """
+
+    capturable = True
 
     def load(self, weight: torch.Tensor, device, dtype) -> None:
         """Quantizes a weight [O, K] on `device`. dtype: of the matmul."""

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -72,7 +73,8 @@ def test_eval_throughput(capsys):
 
 def test_chat_latency(capsys):
     rows = printed_table(chat_latency, capsys, tokens=20, repeats=1)
-    assert list(rows) == ["published, fp16", "ours, bf16", "ours, fp8"]
+    bits = ["bf16", "fp8", *["4bit"] * bool(find_spec("bitsandbytes"))]
+    assert list(rows) == ["published, fp16", *(f"ours, {name}" for name in bits)]
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
@@ -80,9 +82,9 @@ def test_lite_memory(capsys, bits):
     """It runs, and the number of bytes counted on the meta device is the number of bytes allocated."""
     pytest.importorskip("bitsandbytes")
     import lite_memory
-    printed_table(lite_memory, capsys, bits=bits, steps=1)
+    printed_table(lite_memory, capsys, bits=bits, precision="auto", steps=1)
     counted, allocated, unquantized = (
-        lite_memory.weight_bytes(lite_memory.random_lite("tiny", model_bits, device, torch.float32))
+        lite_memory.weight_bytes(lite_memory.random_lavin("tiny", device, torch.float32, bits=model_bits))
         for model_bits, device in ((bits, "meta"), (bits, "cpu"), ("16bit", "meta")))
     assert counted == allocated < 0.75 * unquantized
 

@@ -1,5 +1,7 @@
 """GPU-only code paths against their reference implementations."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,11 +19,13 @@ from lavin.llama import LlamaConfig, RMSNorm
 from lavin.mm_adapter import AdapterConfig, RepAdapterRouter
 from lavin.model import pack
 from tiny import BATCHES, cast_frozen, greedy, greedy_logits, loss_and_gradients, mixed_examples, tiny_model
+from tiny_quantized import quantized_and_dequantized_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
                                 reason="no GPU of compute capability 8.0 or newer")
 NEEDS_FP8 = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
                                reason="no fp8 matmul on this GPU")
+NEEDS_BITSANDBYTES = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="no bitsandbytes")
 
 
 def close(actual, expected, tolerance: float) -> bool:
@@ -131,6 +135,7 @@ def test_attention_by_hardware(monkeypatch):
 
 # --bits, the dtype, and whether the compiler works; fp16: as on a V100 or T4
 KINDS = [("16bit", torch.bfloat16, True), pytest.param(("fp8", torch.bfloat16, True), marks=NEEDS_FP8),
+         pytest.param(("4bit", torch.bfloat16, True), marks=NEEDS_BITSANDBYTES),
          ("16bit", torch.float16, True), ("16bit", torch.float16, False), ("16bit", torch.float32, False)]
 
 
@@ -140,7 +145,10 @@ def models(request):
     bits, dtype, compiler = request.param
     torch.compiler.reset()
     shape = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4}
-    plain, fast = (tiny_model(llama=shape, dropout_prob=0.0).train() for _ in range(2))
+    if bits == "4bit":
+        fast, plain = quantized_and_dequantized_model(bits, "cuda", dtype, llama=shape, dropout_prob=0.0)
+    else:
+        plain, fast = (tiny_model(llama=shape, dropout_prob=0.0) for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "has_triton", compiler)
         patch.setattr("lavin.fast.cuda_graphs.CAPTURE_STANCE", "fail_on_recompile")
@@ -148,7 +156,7 @@ def models(request):
             patch.setattr(attention, "compute_capability", lambda _: (7, 0))
         if not compiler:
             patch.setattr("lavin.fast.speed_up.compiler_error", lambda _: "no C compiler")
-        yield plain, speed_up(cast_frozen(fast, "cuda", dtype), bits), bits
+        yield plain.train(), speed_up(cast_frozen(fast.train(), "cuda", dtype), bits), bits
 
 
 def test_captured_training(models):
@@ -160,7 +168,7 @@ def test_captured_training(models):
         losses.append(fast(pack(examples).to("cuda")))
         losses[-1].backward()
         assert actual[0] == pytest.approx(expected[0], rel=0.03)
-        assert F.cosine_similarity(expected[1:], actual[1:], 0) > (0.98 if bits == "16bit" else 0.9)
+        assert F.cosine_similarity(expected[1:], actual[1:], 0) > (0.9 if bits == "fp8" else 0.98)
     assert len(fast.llama.forward.graphs) == 3
 
 

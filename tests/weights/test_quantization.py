@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import eval as evaluation
-from lavin.fast.speed_up import speed_up
+from lavin.attention import padded_attention
+from lavin.fast.cuda_graphs import CapturedModule
+from lavin.fast.fused_adapter import FusedAdaptedBlock
+from lavin.fast.speed_up import FastPaths, speed_up
 from lavin.generation.generate import decode
 from lavin.generation.sampling import sampler
 from lavin.llama import LlamaConfig
@@ -15,7 +18,8 @@ from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN, pack
 from lavin.runtime.errors import UserError
 from lavin.weights.load import frozen_parameters, load_base, load_frozen_tensor, quantize_model
-from tiny import mixed_examples, tiny_model, tiny_vit
+from tiny import greedy, loss_and_gradients, mixed_examples, tiny_model, tiny_vit
+from tiny_quantized import dequantized_weight, quantized_and_dequantized_model
 from tiny_runs import load_checkpoint, read_log, train_run
 
 CPU = torch.device("cpu")
@@ -37,12 +41,6 @@ def make_linear(quantization, weight: torch.Tensor, bits: str):
     linear = quantization.QUANTIZED_LINEARS[bits]()
     linear.load(weight, CPU, torch.float32)
     return linear
-
-
-def dequantized_weight(linear, in_features: int) -> torch.Tensor:
-    """The weight [O, K] that the quantized layer multiplies with."""
-    with torch.no_grad():
-        return linear(torch.eye(in_features)).t().contiguous()
 
 
 @pytest.fixture
@@ -96,26 +94,11 @@ def test_only_the_quantized_weight_is_kept(quantization, weight, bits, num_bytes
 QWEN = {"biases": ("wq", "wk", "wv", "wo", "w1", "w2", "w3"), "qk_norm": True}
 
 
-def quantized_and_dequantized_model(quantization, bits: str, llama: dict | None = None) -> tuple[LaVIN, LaVIN]:
-    """A quantized model, and an unquantized one with the first one's dequantized weights."""
-    quantized, dequantized = tiny_model(llama=llama), tiny_model(llama=llama)
-    exact = dict(quantized.llama.named_parameters())
-    quantize_model(quantized, bits)
-    for name, module in quantized.llama.layers.named_modules():
-        if type(module) is quantization.QUANTIZED_LINEARS[bits]:
-            weight = exact[f"layers.{name}.weight"]
-            module.load(weight.detach(), CPU, torch.float32)
-            bias, module.bias = module.bias, None
-            dequantized.llama.layers.get_submodule(name).weight.data = dequantized_weight(module, weight.shape[1])
-            module.bias = bias
-    return quantized, dequantized
-
-
 @pytest.mark.parametrize("llama", [{}, QWEN])
 @pytest.mark.parametrize("bits", BITS)
 def test_model_equals_one_with_dequantized_weights(quantization, bits, llama):
     """The loss and all gradients, with and without gradient checkpointing; the greedy answers."""
-    quantized, dequantized = quantized_and_dequantized_model(quantization, bits, llama)
+    quantized, dequantized = quantized_and_dequantized_model(bits, llama=llama)
     exact_loss = tiny_model(llama=llama)(pack(mixed_examples())).item()
     for model, checkpointing in ((dequantized, False), (quantized, False), (quantized, True)):
         model.train()
@@ -145,7 +128,23 @@ def test_only_the_linear_layers_of_llama_are_quantized(quantization, base):
         "attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2",
         "feed_forward.w3")}
     assert {p.dtype for name, p in model.named_parameters() if "adapter" not in name} == {torch.bfloat16}
-    assert speed_up(model, "fp8") is model and isinstance(model.llama.layers[1].attention.wo, quantization.Linear4bit)
+
+
+def test_4_bit_models_are_captured(quantization, monkeypatch):
+    """Their matrices stay as they are. 8-bit models stay as they are altogether: their matmul waits for the GPU."""
+    paths = FastPaths(padded_attention, fused=True, compiled=False, captured=True)
+    monkeypatch.setattr("lavin.fast.speed_up.choose_fast_paths", lambda *_: paths)
+    for bits in BITS:
+        plain, fast = (quantized_and_dequantized_model(bits, dropout_prob=0.0)[0].train() for _ in "pf")
+        speed_up(fast, bits)
+        for _ in range(3):  # the second pass is captured
+            torch.testing.assert_close(*(loss_and_gradients(model, mixed_examples()) for model in (plain, fast)),
+                                       atol=1e-5, rtol=1e-4)
+        assert torch.equal(*(torch.stack(list(decode(model.eval(), mixed_examples(0), 4, greedy)))
+                             for model in (plain, fast)))
+        assert isinstance(fast.llama.layers[1].attention.wo, quantization.QUANTIZED_LINEARS[bits])
+        assert isinstance(fast.llama.forward, CapturedModule) == (bits == "4bit")
+        assert isinstance(fast.llama.layers[1], FusedAdaptedBlock) == (bits == "4bit")
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -1,0 +1,31 @@
+"""A tiny model in 4 or 8 bits, and its twin with the weights that it multiplies with."""
+
+import torch
+from torch import nn
+
+from lavin.model import LaVIN
+from lavin.weights.load import quantize_model
+from tiny import cast_frozen, tiny_model
+
+
+def dequantized_weight(linear: nn.Module, in_features: int, device="cpu", dtype=torch.float32) -> torch.Tensor:
+    """The weight [O, K] that a quantized layer multiplies with."""
+    with torch.no_grad():
+        return linear(torch.eye(in_features, device=device, dtype=dtype)).t().float().cpu().contiguous()
+
+
+def quantized_and_dequantized_model(bits: str, device="cpu", dtype=torch.float32, **model) -> tuple[LaVIN, LaVIN]:
+    """A quantized model on `device`, and an unquantized one on the CPU. model: of tiny_model."""
+    quantized, dequantized = tiny_model(**model), tiny_model(**model)
+    exact = dict(quantized.llama.named_parameters())
+    quantize_model(quantized, bits)
+    cast_frozen(quantized, device, dtype)
+    for name, module in quantized.llama.layers.named_modules():
+        if hasattr(module, "load"):
+            weight = exact[f"layers.{name}.weight"]
+            module.load(weight.detach(), device, dtype)
+            bias, module.bias = module.bias, None
+            dequantized.llama.layers.get_submodule(name).weight.data = dequantized_weight(
+                module, weight.shape[1], device, dtype)
+            module.bias = bias
+    return quantized, dequantized
