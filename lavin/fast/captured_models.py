@@ -15,6 +15,7 @@ from lavin.mm_adapter import Routing
 from lavin.model import MODALITIES, LaVIN
 
 PREFILL_BUCKET = 64  # prefills of single prompts are padded to a multiple of this many tokens
+IMAGE_BUCKET = 8  # images of a batch of prompts are padded to a multiple of this many
 MAX_CAPTURED_TOKENS = 1024  # longer ones keep the GPU busy without a graph
 
 
@@ -36,19 +37,21 @@ class CapturedVisionPass(CapturedPass):
 
 class CapturedVision(CapturedModule):
     """Passes have an even number of images, the last one blank where needed: half as many graphs, and none for a single
-    image, for which torch.compile would make a program of its own."""
+    image, for which torch.compile would make a program of its own. Those of a batch of prompts have a multiple of
+    IMAGE_BUCKET."""
 
     pass_class = CapturedVisionPass
 
     def __call__(self, images):
-        return super().__call__(F.pad(images, (0, 0) * (images.ndim - 1) + (0, len(images) % 2)))[:len(images)]
+        bucket = 2 if self.module.training or len(images) <= 2 else IMAGE_BUCKET
+        padding = (0, 0) * (images.ndim - 1) + (0, -len(images) % bucket)
+        return super().__call__(F.pad(images, padding))[:len(images)]
 
     def bucket(self, images):
         return images.shape
 
     def captures_inference(self, images):
-        """A single prompt's image, which is waited for."""
-        return len(images) == 2
+        return True
 
 
 class CapturedLlamaPass(CapturedPass):

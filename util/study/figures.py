@@ -142,21 +142,21 @@ def lighten(colour: str, share: float) -> tuple:
 
 
 def draw_categories(ax: Axes, methods: list[Method]) -> None:
-    """The eight categories from left to right; within each, the methods in their order."""
-    style_by_name = styles(methods)
+    """The categories that have questions, from left to right; within each, the methods in their order."""
+    style_by_name, counts = styles(methods), methods[0].counts
+    columns = [column for column in CATEGORIES if counts[column]]
     offsets = np.linspace(-0.38, 0.38, len(methods)) if len(methods) > 1 else [0]
     intervals = []
     for offset, method in zip(offsets, methods, strict=True):
-        nonempty = [i for i, column in enumerate(CATEGORIES) if method.counts[column]]
-        means = np.array([method.accuracy(CATEGORIES[i]) for i in nonempty])
-        bounds = np.array([method.interval(CATEGORIES[i]) for i in nonempty])
-        ax.errorbar(np.array(nonempty) + offset, means, yerr=[means - bounds[:, 0], bounds[:, 1] - means], capsize=1.5,
-                    elinewidth=1, label=wrap(method.name), **{**style_by_name[method.name], "linestyle": "none"})
+        means = np.array([method.accuracy(column) for column in columns])
+        bounds = np.array([method.interval(column) for column in columns])
+        ax.errorbar(np.arange(len(columns)) + offset, means, yerr=[means - bounds[:, 0], bounds[:, 1] - means],
+                    capsize=1.5, elinewidth=1, label=wrap(method.name),
+                    **{**style_by_name[method.name], "linestyle": "none"})
         intervals += bounds.tolist()
-    counts = methods[0].counts
-    ax.set(title="Accuracy by category, 95 % intervals", ylabel="accuracy (%)", xlim=(-0.5, len(CATEGORIES) - 0.5),
-           xticks=range(len(CATEGORIES)), xticklabels=[f"{column}\nn = {counts[column]:,}" for column in CATEGORIES])
-    for edge in range(1, len(CATEGORIES)):
+    ax.set(title="Accuracy by category, 95 % intervals", ylabel="accuracy (%)", xlim=(-0.5, len(columns) - 0.5),
+           xticks=range(len(columns)), xticklabels=[f"{column}\nn = {counts[column]:,}" for column in columns])
+    for edge in range(1, len(columns)):
         ax.axvline(edge - 0.5, color="grey", linewidth=0.6, alpha=0.5)
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="x", visible=False)
@@ -168,7 +168,8 @@ def cut_axis(ax: Axes, axis: str, lows: list[float], highs: list[float]) -> None
     low, high = 2 * np.floor(min(lows) / 2), 2 * np.ceil(max(highs) / 2)
     if low < 10:
         low = 0
-    ax.set(**{f"{axis}lim": (low, high + (high == 100))})  # + 1, so that a marker at 100 is not clipped
+    margin = min(1, 0.03 * (high - low)) if high == 100 else 0  # so that a marker at 100 is not clipped
+    ax.set(**{f"{axis}lim": (low, high + margin)})
     getattr(ax, f"{axis}axis").set_major_locator(integer_ticks())
     if low > 0:
         ax.set(**{f"{axis}label": f"accuracy (%), axis cut: starts at {low:g}, not 0"})
