@@ -430,11 +430,11 @@ def can_mount() -> bool:
             return False
 
 
-def bench_machine(match: str = "") -> tuple[list[list], list[str]]:
-    """Prints a line for each fault as it ends."""
+def bench_machine(device: str = "cpu", match: str = "") -> tuple[list[list], list[str]]:
+    """Prints a line for each fault as it ends. device: with cuda, faults of two processes need two GPUs."""
     rows, wrong, mounts = [], [], can_mount()
     with tempfile.TemporaryDirectory() as root:
-        machine = build(Path(root))
+        machine = build(Path(root), device)
         for name, fault in FAULTS.items():
             if match not in name:
                 continue

@@ -232,7 +232,7 @@ def short(outcome: Outcome) -> str:
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("what", nargs="*", choices=["inputs", "machine", "kills", []], default=[], help="default: all")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the runs that are killed")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the runs")
     parser.add_argument("--n", default=20, type=int, help="kills")
     parser.add_argument("--jobs", default=1, type=int, help="runs that are killed side by side")
     parser.add_argument("--match", default="", help="only the inputs and faults whose names contain this")
@@ -241,7 +241,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args) -> int:
     """Returns the number of wrong cases."""
-    benches = {"inputs": lambda: bench_inputs(args.match), "machine": lambda: fault_machine.bench_machine(args.match),
+    benches = {"inputs": lambda: bench_inputs(args.match),
+               "machine": lambda: fault_machine.bench_machine(args.device, args.match),
                "kills": lambda: fault_machine.bench_kills(args.device, args.n, args.jobs)}
     headers = {"inputs": ["inputs", "cases", *OUTCOMES]}
     n_wrong = 0
