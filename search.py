@@ -7,6 +7,7 @@ draws the report. Needs `pip install -r requirements-search.txt`.
 
 import argparse
 import math
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -173,7 +174,8 @@ def main(args) -> None:
     settings = describe_study(args, space, trained)
     study = Study(args.study, space, settings, args.storage, args.gpus)
     check_precision(args.study, study.precision, trained, here=settings["precision"])
-    print_rank0("\n".join(cost_lines(args.study, settings, study.rungs)))
+    if os.environ.get("TQDM_POSITION", "0") == "0":  # the first of a node's workers (scripts/search_sqa_7b.sh)
+        print_rank0("\n".join(cost_lines(args.study, settings, study.rungs)))
     words = [*args.train, "--precision", study.precision]
     runner = Runner(words, machine_flags(train_parser().parse_args(words)), args.gpus, partial(seconds_left, args))
     try:

@@ -3,7 +3,7 @@
 MODEL=${MODEL:-13B}
 source "$(dirname "$0")/common.sh"
 finetune_and_evaluate lite \
-    --temperature 5 --bits 4bit --gradient_checkpointing \
+    --temperature 5 --bits 4bit \
     --lr_schedule cosine --min_lr 0 \
     --dropout_prob 0.1 --dropout_var 1 --dropout_lim 0.2 \
     "$@"

@@ -2,7 +2,7 @@
 # LaVIN-lite: the base method on 4-bit weights (pip install -r requirements-lite.txt).
 source "$(dirname "$0")/common.sh"
 finetune_and_evaluate lite \
-    --bits 4bit --gradient_checkpointing \
+    --bits 4bit \
     --lr_schedule cosine --min_lr 0 \
     --dropout_prob 0.1 --dropout_var 1 --dropout_lim 0.2 \
     "$@"

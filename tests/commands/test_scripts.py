@@ -142,8 +142,8 @@ def test_each_method_is_trained_with_its_flags_and_evaluated(sandbox, method):
 
 
 @pytest.mark.parametrize("script, model, method, flags", [
-    ("7b_lite", "7B", "lite", "--bits 4bit --gradient_checkpointing"),
-    ("13b_lite", "13B", "lite", "--temperature 5 --bits 4bit --gradient_checkpointing"),
+    ("7b_lite", "7B", "lite", "--bits 4bit"),
+    ("13b_lite", "13B", "lite", "--temperature 5 --bits 4bit"),
     ("13b", "13B", "base", "--temperature 5"),
     ("vicuna_7b", "7B", "vicuna", "--use_vicuna"),
     ("vicuna_13b", "13B", "vicuna", "--temperature 5 --use_vicuna")])
