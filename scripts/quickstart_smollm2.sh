@@ -29,7 +29,7 @@ if grep -qsw avx512_bf16 /proc/cpuinfo; then PRECISION=bf16; fi
 MACHINE=(--device cpu --precision "$PRECISION")
 # the picture is described before the answer
 FLAGS=(--vision_model "$WEIGHTS/smollm2/vit" --prompt_format QCM-EA --max_seq_len 128 "${MACHINE[@]}"
-       --batch_size 8 --accum_iter 1 --epochs 2 --warmup_epochs 0.2 --blr 0.16)
+       --batch_size 8 --accum_iter 1 --epochs 2 --warmup_epochs 0.2 --blr 0.12)
 
 echo "== the untuned base"
 run python eval.py --ckpt_dir "$WEIGHTS" --llm_model "$MODEL" --vision_model "$WEIGHTS/smollm2/vit" "${MACHINE[@]}" \
