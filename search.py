@@ -174,7 +174,7 @@ def main(args) -> None:
     settings = describe_study(args, space, trained)
     study = Study(args.study, space, settings, args.storage, args.gpus)
     check_precision(args.study, study.precision, trained, here=settings["precision"])
-    if os.environ.get("TQDM_POSITION", "0") == "0":  # the first of a node's workers (scripts/search_sqa_7b.sh)
+    if os.environ.get("LAVIN_WORKER", "0") == "0":  # the first of a node's (scripts/search_sqa_7b.sh)
         print_rank0("\n".join(cost_lines(args.study, settings, study.rungs)))
     words = [*args.train, "--precision", study.precision]
     runner = Runner(words, machine_flags(train_parser().parse_args(words)), args.gpus, partial(seconds_left, args))

@@ -70,7 +70,8 @@ def get_args_parser() -> Parser:
     add("--clip_grad", default=None, type=positive, help="maximum gradient norm; default: no clipping")
     add("--loss_norm", default="batch", choices=["batch", "microbatch"],
         help="mean over the answer tokens of the optimizer step, or of each micro-batch as published")
-    add("--gradient_checkpointing", action="store_true", help="recompute layers in the backward pass: less memory")
+    add("--gradient_checkpointing", action="store_true",
+        help="recompute layers in the backward pass, without CUDA graphs: less memory, much slower")
 
     add("--output_dir", default="./output_dir", type=non_empty, help="the run's folder")
     add("--overwrite", action="store_true", help="replace a run of another recipe in --output_dir")

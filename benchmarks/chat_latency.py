@@ -40,7 +40,7 @@ def answer(model, example, n_tokens: int) -> tuple[float, float]:
 
 def cold_first_token(model, example) -> float:
     """Seconds to the first token of the first call with the prompt's length bucket."""
-    free_graphs(model)
+    free_graphs(model.llama, model.vision)
     return answer(model, example, SKIPPED_TOKENS + 1)[0]
 
 

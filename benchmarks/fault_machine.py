@@ -419,6 +419,7 @@ FAULTS: dict[str, Fault] = {
     "read-only folder": read_only,
     "a frozen process": partial(lost_rank, signal.SIGSTOP, "has not answered", 300)}
 NEED_MOUNT = ("full disk", "read-only folder")
+NEED_TWO_GPUS = ("SIGTERM, torchrun", "a dead process", "a frozen process")  # on GPUs
 
 
 def can_mount() -> bool:
@@ -431,15 +432,18 @@ def can_mount() -> bool:
 
 
 def bench_machine(device: str = "cpu", match: str = "") -> tuple[list[list], list[str]]:
-    """Prints a line for each fault as it ends. device: with cuda, faults of two processes need two GPUs."""
-    rows, wrong, mounts = [], [], can_mount()
+    """Prints a line for each fault as it ends. device: of the runs."""
+    rows, wrong = [], []
+    skipped = dict.fromkeys(() if can_mount() else NEED_MOUNT, "mount is not permitted")
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        skipped |= dict.fromkeys(NEED_TWO_GPUS, "it needs two GPUs")
     with tempfile.TemporaryDirectory() as root:
         machine = build(Path(root), device)
         for name, fault in FAULTS.items():
             if match not in name:
                 continue
-            if name in NEED_MOUNT and not mounts:
-                rows.append([name, 0, 0, "0 of 0", "", "skipped: mount is not permitted"])
+            if name in skipped:
+                rows.append([name, 0, 0, "0 of 0", "", f"skipped: {skipped[name]}"])
                 continue
             checks = list(fault(machine))
             wrong += [f"machine: {name}: {check}" for check in checks if check.wrong]

@@ -108,7 +108,7 @@ class LaVIN(nn.Module):
         return self.llama.tok_embeddings.weight.dtype
 
     def train(self, mode: bool = True):
-        """Walks through the modules only where it changes something, since that takes 5 ms."""
+        """Does nothing in this mode already, since setting it takes 5 ms: a part's mode is never set by itself."""
         return self if mode == self.training else super().train(mode)
 
     def set_gradient_checkpointing(self, on: bool) -> None:

@@ -15,7 +15,7 @@ check_jobs
 work() {
     forward_signals
     take_share "$1"
-    export TQDM_POSITION=$1
+    export TQDM_POSITION=$1 LAVIN_WORKER=$1
     JOBS=1 run bash scripts/search_sqa_7b.sh "${@:2}"
 }
 

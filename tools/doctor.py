@@ -30,7 +30,7 @@ try:  # packages may be missing or broken, and this program says so
     from lavin.weights.vision import DOWNLOAD_HINT, hub_answers, open_vit, require_cached
     from util.data.datasets import find_problems_file, load_scienceqa
     from util.data.instructions import read_instructions
-    from util.flags import caption_path
+    from util.flags import caption_path, stays_plain
 except Exception as error:  # of many types: a library of CUDA that is gone, a torchvision of another torch
     import_error = error
 
@@ -106,9 +106,8 @@ def run(args) -> Iterator[str]:
             yield f"! --bits {bits} needs {needs}: leave it at 16bit"
     paths = choose_fast_paths(device, dtype, 128, args.bits, args.compile, args.cuda_graphs)
     yield row("attention", paths.attention.__name__)
-    unchanged = args.bits in ("4bit", "8bit") or args.model_parallel_size > 1  # lavin/fast/speed_up.py
     for label in ("fused", "compiled", "captured"):
-        yield row(label, "yes" if getattr(paths, label) and not unchanged else "no")
+        yield row(label, "yes" if getattr(paths, label) and not stays_plain(args) else "no")
     if paths.note:
         yield row("", paths.note)
 

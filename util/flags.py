@@ -153,11 +153,16 @@ def caption_path(args: argparse.Namespace) -> str | None:
     return (args.caption_file or f"{args.data_root}/captions.json") if args.use_caption else None
 
 
+def stays_plain(args: argparse.Namespace) -> bool:
+    """Whether --compile and --cuda_graphs change nothing, as lavin/fast/speed_up.py decides by the model."""
+    return args.bits == "8bit" or args.model_parallel_size > 1
+
+
 def check_shared(args: argparse.Namespace) -> None:
     """Raises UserError for combinations of the shared flags that do not work."""
-    if "on" in (args.compile, args.cuda_graphs) and (args.bits in ("4bit", "8bit") or args.model_parallel_size > 1):
-        raise UserError("--compile and --cuda_graphs do nothing with --bits 4bit or 8bit, nor with "
-                        "--model_parallel_size: leave them at auto")
+    if "on" in (args.compile, args.cuda_graphs) and stays_plain(args):
+        raise UserError("--compile and --cuda_graphs do nothing with --bits 8bit, nor with --model_parallel_size: "
+                        "leave them at auto")
     if args.model_parallel_size > 1 and args.bits != "16bit":
         raise UserError(f"--model_parallel_size {args.model_parallel_size} works with 16-bit weights only: give "
                         f"--bits 16bit in place of {args.bits}, or leave --model_parallel_size out")

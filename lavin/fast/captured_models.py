@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lavin.attention import VarlenMetadata
 from lavin.fast.cuda_graphs import CapturedModule, CapturedPass, copy_and_zero_pad, pad_to_bucket
@@ -37,20 +38,21 @@ class CapturedVisionPass(CapturedPass):
 
 class CapturedVision(CapturedModule):
     """Passes have an even number of images, the last one blank where needed: half as many graphs, and none for a single
-    image, for which torch.compile would make a program of its own. Those of a batch of prompts have a multiple of
-    IMAGE_BUCKET."""
+    image, for which torch.compile would make a program of its own. In inference, more than two are padded to a multiple
+    of IMAGE_BUCKET."""
 
     pass_class = CapturedVisionPass
 
     def __call__(self, images):
-        bucket = 2 if self.module.training or len(images) <= 2 else IMAGE_BUCKET
-        padding = (0, 0) * (images.ndim - 1) + (0, -len(images) % bucket)
+        multiple = 2 if self.module.training or len(images) <= 2 else IMAGE_BUCKET
+        padding = (0, 0) * (images.ndim - 1) + (0, -len(images) % multiple)
         return super().__call__(F.pad(images, padding))[:len(images)]
 
     def bucket(self, images):
         return images.shape
 
     def captures_inference(self, images):
+        """Those of prompts, always."""
         return True
 
 
@@ -118,8 +120,8 @@ def capture_passes(model: LaVIN) -> None:
     CapturedVision(model.vision, model.device)
 
 
-def free_graphs(model: LaVIN) -> None:
-    """Drops all captured passes and the memory they hold, where there are any."""
-    for module in (model.llama, model.vision):
+def free_graphs(*modules: nn.Module) -> None:
+    """Drops the captured passes of LLaMA or the ViT and the memory they hold, where there are any."""
+    for module in modules:
         if isinstance(module.forward, CapturedModule):
             module.forward.free()

@@ -124,8 +124,9 @@ def choose_fast_paths(device: torch.device, dtype: torch.dtype, head_dim: int, b
                      captured=gpu and cuda_graphs != "off", note=note)
 
 
-def can_capture(linear: nn.Module) -> bool:
-    """Not a tensor-parallel one, nor one in 8 bits."""
+def can_speed_up(linear: nn.Module) -> bool:
+    """Whether a model with this matrix in its layers is compiled and captured: not with a tensor-parallel one, nor with
+    one in 8 bits, whose product waits for the GPU."""
     return isinstance(linear, nn.Linear) or getattr(linear, "capturable", False)  # lavin/weights/quantization.py
 
 
@@ -134,7 +135,7 @@ def speed_up(model: LaVIN, bits: str = "16bit", compile: str = "auto", cuda_grap
 
     Models in 8 bits and tensor-parallel ones stay as they are. Raises UserError as `choose_fast_paths`.
     """
-    if not can_capture(model.llama.layers[0].attention.wq):
+    if not can_speed_up(model.llama.layers[0].attention.wq):
         return model
     paths = choose_fast_paths(model.device, model.dtype, model.llama.config.head_dim, bits, compile, cuda_graphs)
     if paths.note:

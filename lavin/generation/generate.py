@@ -23,7 +23,7 @@ def session_for(model: LaVIN, examples: list[Example], new_tokens: int) -> Itera
     model.session = None
     if session is None or not session.fits(*wanted):
         session = None  # its memory is freed before the new one is allocated
-        free_graphs(model)  # captured prefills hold the KV cache that they fill
+        free_graphs(model.llama)  # captured prefills hold the KV cache that they fill
         session = Session(*wanted)
     try:
         yield session

@@ -315,7 +315,7 @@ def test_user_errors_exit_with_one_line(capsys, monkeypatch):
     (["--min_lr", "1"], "--min_lr 1.0"), (["--dropout_var", "0"], "--dropout_var 0 "),
     (["--dropout_var", "2", "--dropout_lim", "0.05"], "--dropout_lim 0.05 must lie at or above --dropout_prob 0.1"),
     (["--drop_path", "1"], "--drop_path 1 "), (["--cuda_graphs", "on"], "--cuda_graphs on needs a GPU"),
-    (["--compile", "on", "--bits", "8bit"], "--compile and --cuda_graphs do nothing with --bits 4bit or 8bit"),
+    (["--compile", "on", "--bits", "8bit"], "--compile and --cuda_graphs do nothing with --bits 8bit"),
     (["--batch_size", "0"], "--batch_size 0"), (["--accum_iter", "0"], "--accum_iter 0"),
     (["--adapter_dim", "3"], "--adapter_dim 3"), (["--n_prompt", "4"], "--n_prompt 4"),
     (["--temperature", "0"], "--temperature 0 "), (["--max_seq_len", "12"], "--max_seq_len 12 leaves no answer"),

@@ -75,7 +75,7 @@ def test_closed_output_loses_what_is_said_and_no_more(tmp_path, closed):
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "eval_mme.py", "search.py", "demo.py", "plot_results.py",
                                     "tools/export_hf.py", "tools/make_toy_base.py"])
 def test_without_docstrings(script, capsys, monkeypatch):
-    """As with PYTHONOPTIMIZE=2, under which Python would compile all packages anew."""
+    """As with PYTHONOPTIMIZE=2, but for what the script imports: Python would compile all packages anew, for 40 s."""
     path = ROOT / script
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     code = compile(path.read_bytes(), path, "exec", optimize=2)

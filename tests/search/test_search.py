@@ -165,7 +165,7 @@ def test_the_hours_are_kept(flags, commands, tmp_path, capsys, monkeypatch):
     assert "stopped: the 0.1 GPU-hours are spent; the same command with more goes on" in printed
     assert "\nGPU-hours: unknown until the first trial is scored\n" in printed
     assert 3 <= len(commands) <= 4
-    monkeypatch.setenv("TQDM_POSITION", "1")  # of the workers of a node, the second one: the first tells the cost
+    monkeypatch.setenv("LAVIN_WORKER", "1")  # the second one of a node: the first tells the cost
     run_search(flags, "--gpu_hours", "9", *WITHOUT_CONFIRMATION)
     assert "GPU-hours" not in capsys.readouterr().out
     assert {record["state"] for record in read_records(tmp_path / "S").values()} <= {"COMPLETE", "PRUNED"}

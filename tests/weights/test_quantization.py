@@ -2,6 +2,7 @@
 
 import sys
 import weakref
+from argparse import Namespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lavin.weights.load import frozen_parameters, load_base, load_frozen_tensor,
 from tiny import greedy, loss_and_gradients, mixed_examples, tiny_model, tiny_vit
 from tiny_quantized import dequantized_weight, quantized_and_dequantized_model
 from tiny_runs import load_checkpoint, read_log, train_run
+from util.flags import stays_plain
 
 CPU = torch.device("cpu")
 BITS = ["4bit", "8bit"]
@@ -144,6 +146,7 @@ def test_4_bit_models_are_captured(quantization, monkeypatch):
                              for model in (plain, fast)))
         assert isinstance(fast.llama.layers[1].attention.wo, quantization.QUANTIZED_LINEARS[bits])
         assert isinstance(fast.llama.forward, CapturedModule) == (bits == "4bit")
+        assert stays_plain(Namespace(bits=bits, model_parallel_size=1)) == (bits == "8bit")
         assert isinstance(fast.llama.layers[1], FusedAdaptedBlock) == (bits == "4bit")
 
 

@@ -74,7 +74,7 @@ def accumulate_with_oom_retry(model, weighted_examples: list[tuple], max_tokens:
                 raise
         max_tokens = min(max_tokens, sum(len(example.ids) for example, _ in weighted_examples)) / 2
         model.zero_grad()
-        free_graphs(model)
+        free_graphs(model.llama, model.vision)
         gc.collect()  # frees what the failed pass held
 
 
