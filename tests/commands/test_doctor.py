@@ -105,8 +105,9 @@ def test_what_a_run_uses_is_what_speed_up_chooses(check, monkeypatch):
     assert find(lines, "attention") == "efficient_varlen_attention"
     assert [find(lines, label) for label in ("fused", "compiled", "captured")] == ["yes", "no", "yes"]
     assert find(lines, "") == note
-    lines, _ = check("--model_parallel_size", "2")
-    assert [find(lines, label) for label in ("fused", "compiled", "captured")] == ["no"] * 3
+    for flags, captured in (("--model_parallel_size 2", "no"), ("--bits 8bit", "no"), ("--bits 4bit", "yes")):
+        lines, _ = check(*flags.split())
+        assert [find(lines, label) for label in ("fused", "compiled", "captured")] == [captured, "no", captured]
 
 
 def test_the_choice_gets_the_flags(check, monkeypatch):
