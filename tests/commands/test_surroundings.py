@@ -72,10 +72,14 @@ def test_closed_output_loses_what_is_said_and_no_more(tmp_path, closed):
     assert (tmp_path / "published_table.md").exists()
 
 
+def test_without_docstrings_and_assertions(run):
+    assert "answers." in chat(run, "Why?", PYTHONOPTIMIZE="2")
+
+
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "eval_mme.py", "search.py", "demo.py", "plot_results.py",
                                     "tools/export_hf.py", "tools/make_toy_base.py"])
 def test_without_docstrings(script, capsys, monkeypatch):
-    """As with PYTHONOPTIMIZE=2, but for what the script imports: Python would compile all packages anew, for 40 s."""
+    """As with PYTHONOPTIMIZE=2, but for what the script imports, and without a process each."""
     path = ROOT / script
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     code = compile(path.read_bytes(), path, "exec", optimize=2)
