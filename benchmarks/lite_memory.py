@@ -33,7 +33,7 @@ def main(args) -> None:
             {"what": "  as held", "GiB": weight_bytes(model) / 2**30, "ms a sample": ""},
             {"what": "  at most while loading", "GiB": peak_gib(device), "ms a sample": ""}]
     samples = random_examples(model, 1, seed=0, full=True)
-    for fast in (False, True)[:1 + can_speed_up(model.llama.layers[0].attention.wq)]:
+    for fast in (False, True) if can_speed_up(model.llama.layers[0].attention.wq) else (False,):
         if fast:
             speed_up(model, args.bits)
         for recompute in (True, False):

@@ -108,7 +108,7 @@ class LaVIN(nn.Module):
         return self.llama.tok_embeddings.weight.dtype
 
     def train(self, mode: bool = True):
-        """Does nothing in this mode already, since setting it takes 5 ms: a part's mode is never set by itself."""
+        """Does nothing in this mode already, since setting it takes 2 ms for 7B. So set no part's mode by itself."""
         return self if mode == self.training else super().train(mode)
 
     def set_gradient_checkpointing(self, on: bool) -> None:

@@ -106,8 +106,8 @@ def next_new(questions: dict[str, list[Question]], wordings: Iterator[str], take
 
 
 def explain(topic: str, question: Question, description: str) -> str:
-    """The solution. For yes or no it says whether what is asked about is there, before the answer, which depends on
-    that and on whether the question has a negation: both at once are more than a small model learns."""
+    """The solution. For yes or no it takes two steps: whether what is asked about is there, and then the answer, which
+    depends on that and on whether the question has a negation."""
     if topic != "yes or no":
         return f"The picture shows a {description}, so {question.answer}."
     words = question.text.rstrip("?").split()

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+import answer_first
 import chat_latency
 import concurrent_runs
 import data_loading
@@ -117,6 +118,19 @@ def test_concurrent_runs_compares_wall_seconds(capsys, monkeypatch):
         *_, row = capsys.readouterr().out.splitlines()
         assert row.split("  ")[0] == f"{n} runs {words}" and row.split()[-3:] == [f"{60 / n:.1f}", f"{n:.2f}",
                                                                                  f"{10 * n:.1f}"]
+
+
+def test_many_questions_are_about_no_picture_of_validation_and_test(tmp_path, monkeypatch):
+    pytest.importorskip("easy_vqa")
+    monkeypatch.setattr(answer_first, "MOST", 30)
+    answer_first.write_many(tmp_path / "many")
+    problems = json.loads((tmp_path / "many" / "problems.json").read_text())
+    by_split = {split: {qid for qid in problems if problems[qid]["split"] == split}
+                for split in ("train", "val", "test")}
+    assert {split: len(qids) for split, qids in by_split.items()} == {"train": 90, "val": 200, "test": 400}
+    train, val, test = ({(tmp_path / "many" / "images" / split / qid / "image.png").read_bytes() for qid in qids}
+                        for split, qids in by_split.items())
+    assert not train & (val | test) and len({problems[qid]["topic"] for qid in by_split["train"]}) == 3
 
 
 def test_startup():
