@@ -52,7 +52,7 @@ class RandomTokenizer:
         rows = length_rows()
         length, _, _ = rows[zlib.crc32(prompt.encode()) % len(rows)]
         prefix = [3] * (1 + TEXT_PREFIX) if image is None else [3] * (1 + IMAGE_PREFIX) + [IMAGE_SLOT] * n_prompt
-        ids = prefix + [rng.randrange(3, self.vocab) for _ in range(length - 1)]
+        ids = prefix + rng.choices(range(3, self.vocab), k=length - 1)
         start = len(ids)
         ids += [*ANSWER[:3], 7 + ord(answer[-2]), ANSWER[4]] if answer else []
         return Example(ids, start, image)

@@ -43,7 +43,7 @@ def inputs_of(norms: list, model: LaVIN, examples: list) -> list[torch.Tensor]:
     hooks = [norm.register_forward_pre_hook(lambda norm, args: found.update({norm: args[0].float()}))
              for norm in norms]
     with torch.no_grad():
-        model(pack(examples).to(model.device))
+        model(pack(examples, device=model.device))
     for hook in hooks:
         hook.remove()
     return [found[norm] for norm in norms]

@@ -27,12 +27,11 @@ class VarlenMetadata:
         document_ids = torch.arange(len(lengths)).repeat_interleave(counts)
         ends = counts.cumsum(0)
         doc_positions = torch.arange(len(document_ids)) - (ends - counts)[document_ids]
-        self.document_ids = to_device(document_ids, device)  # [N]: index of each token's document
-        self.doc_positions = to_device(doc_positions, device)  # [N]: index of each token within its document
-        self.position_ids = self.doc_positions  # [N]: rotary position of each token
-        if position_offsets is not None:
-            self.position_ids = to_device(doc_positions + torch.tensor(position_offsets)[document_ids], device)
-        self.cu_seqlens = to_device(F.pad(ends, (1, 0)).int(), device)  # [documents + 1]: where each one begins
+        offsets = torch.tensor(position_offsets or [0] * len(lengths))
+        # [N]: index of each token's document, index of each token within it, and its rotary position; [documents + 1]:
+        # where each document begins
+        self.document_ids, self.doc_positions, self.position_ids, self.cu_seqlens = to_device(
+            [document_ids, doc_positions, doc_positions + offsets[document_ids], F.pad(ends, (1, 0)).int()], device)
 
     def for_layer(self, layer: int):
         """What one layer needs of the metadata: here the same for all, with a KV cache the layer's part of it."""

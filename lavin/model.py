@@ -25,7 +25,7 @@ from lavin.mm_adapter import (
     make_adapted_block,
     update_routing,
 )
-from lavin.runtime.device import to_device
+from lavin.runtime.device import stack_on_device, to_device
 from lavin.tokenizer import IMAGE_SLOT, Example
 from lavin.vision import VisionEncoder
 
@@ -51,12 +51,7 @@ class Batch:
     targets: torch.Tensor
     loss_weights: torch.Tensor
 
-    def to(self, device) -> "Batch":
-        return Batch(**{name: to_device(value, device) if isinstance(value, torch.Tensor) else value
-                        for name, value in vars(self).items()})
-
-
-def pack(examples: list[Example], loss_weights: list[float] | None = None) -> Batch:
+def pack(examples: list[Example], loss_weights: list[float] | None = None, device="cpu") -> Batch:
     """Concatenates examples. loss_weights: one for each example, for all its answer tokens (default 1)."""
     ids, logit_indices, images, token_weights = [], [], [], []
     for example, weight in zip(examples, loss_weights or [1.0] * len(examples), strict=True):
@@ -67,12 +62,13 @@ def pack(examples: list[Example], loss_weights: list[float] | None = None) -> Ba
         if example.image is not None:
             images.append(example.image)
     ids, logit_indices = torch.tensor(ids), torch.tensor(logit_indices, dtype=torch.long)
-    is_slot = ids == IMAGE_SLOT
-    return Batch(ids=ids.masked_fill(is_slot, 0), lengths=[len(example.ids) for example in examples],
-                 modality=torch.tensor([int(example.image is not None) for example in examples]),
-                 images=torch.stack(images) if images else None, image_slots=is_slot.nonzero()[:, 0],
-                 logit_indices=logit_indices, targets=ids[logit_indices + 1],
-                 loss_weights=torch.tensor(token_weights, dtype=torch.float32))
+    is_slot, modality = ids == IMAGE_SLOT, [int(example.image is not None) for example in examples]
+    on_host = {"ids": ids.masked_fill(is_slot, 0), "modality": torch.tensor(modality),
+               "image_slots": is_slot.nonzero()[:, 0], "logit_indices": logit_indices,
+               "targets": ids[logit_indices + 1], "loss_weights": torch.tensor(token_weights, dtype=torch.float32)}
+    tensors = zip(on_host, to_device(list(on_host.values()), device), strict=True)
+    return Batch(lengths=[len(example.ids) for example in examples],
+                 images=stack_on_device(images, device) if images else None, **dict(tensors))
 
 
 class LaVIN(nn.Module):

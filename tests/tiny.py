@@ -102,7 +102,7 @@ BATCHES = [mixed_examples(), [tiny_example(i, 40 + i, 30, image=i % 2 == 0) for 
 def loss_and_gradients(model, examples):
     """The loss and all gradients in one vector."""
     model.zero_grad()
-    loss = model(pack(examples).to(model.device))
+    loss = model(pack(examples, device=model.device))
     loss.backward()
     # without images, the ViT's adapters get no gradient
     return torch.cat([loss.detach()[None], *[p.grad.flatten() for p in model.parameters() if p.grad is not None]])

@@ -53,9 +53,9 @@ def next_token_logits(model: LaVIN, examples: list[Example]) -> torch.Tensor:
     if len(examples) == 1:  # as in the chat, which has captured a session's prefills
         with session_for(model, examples, 1) as session:
             return session.prefill(examples)[0]
-    batch = pack(examples)
-    last = to_device(torch.tensor(batch.lengths).cumsum(0) - 1, model.device)
-    return model.llama.output(model.prefill(batch.to(model.device))[last]).float()
+    batch = pack(examples, device=model.device)
+    last, = to_device([torch.tensor(batch.lengths).cumsum(0) - 1], model.device)
+    return model.llama.output(model.prefill(batch)[last]).float()
 
 
 def read_scores(logits: Callable[[], torch.Tensor], questions: list[OptionExample]) -> list[list[float]]:

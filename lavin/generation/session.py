@@ -54,10 +54,11 @@ class Session:
 
         Returns the logits [1 + draft, B, V] float32 of the tokens behind the prompt and behind each token of the draft.
         """
-        batch = pack([replace(example, ids=[*example.ids, *draft]) for example in examples])
-        lengths = torch.tensor(batch.lengths)
-        rows = to_device(lengths.cumsum(0) - 1 + torch.arange(-len(draft), 1)[:, None], self.model.device)
-        batch = batch.to(self.model.device)
+        device = self.model.device
+        batch = pack([replace(example, ids=[*example.ids, *draft]) for example in examples], device=device)
+        ends = torch.tensor(batch.lengths).cumsum(0)
+        lengths, rows = to_device([torch.tensor(batch.lengths), ends - 1 + torch.arange(-len(draft), 1)[:, None]],
+                                  device)
         hidden = self.model.prefill(batch, partial(PrefillMetadata, self.cache))
         self.cache.lengths.copy_(lengths)
         self.one_hot.copy_(F.one_hot(batch.modality, MODALITIES))

@@ -9,6 +9,7 @@ import torch
 
 from lavin.runtime.errors import UserError
 
+ALIGNMENT = 16  # bytes, of tensors that are copied together
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 NVIDIA_DEVICES = Path("/dev")  # nvidia0, ...: the GPUs that this process may open
@@ -103,11 +104,28 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if compute_capability(device) >= (8, 0) else torch.float16
 
 
-def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
-    """Host to device; to a GPU through pinned memory, so that the host does not wait."""
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+def to_device(tensors: list[torch.Tensor], device) -> list[torch.Tensor]:
+    """Host to device; to a GPU in one copy, through pinned memory, so that the host does not wait."""
+    if torch.device(device).type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    sizes = [tensor.nbytes + -tensor.nbytes % ALIGNMENT for tensor in tensors]
+    pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+
+    def parts(memory: torch.Tensor) -> list[torch.Tensor]:
+        return [part[:tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                for part, tensor in zip(memory.split(sizes), tensors, strict=True)]
+
+    for part, tensor in zip(parts(pinned), tensors, strict=True):
+        part.copy_(tensor)
+    # each in memory of its own: torch.compile makes another program for views
+    return [part.clone() for part in parts(pinned.to(device, non_blocking=True))]
+
+
+def stack_on_device(tensors: list[torch.Tensor], device) -> torch.Tensor:
+    """torch.stack of tensors on the host, as `to_device`. Pinned memory is used again and again: to write to memory
+    that is new takes the host longer than the copy."""
+    stacked = tensors[0].new_empty(len(tensors), *tensors[0].shape, pin_memory=torch.device(device).type == "cuda")
+    return torch.stack(tensors, out=stacked).to(device, non_blocking=True)
 
 
 def copy_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -18,6 +18,7 @@ from lavin.kernels.single_row import gemv, norm_adapter
 from lavin.llama import LlamaConfig, RMSNorm
 from lavin.mm_adapter import AdapterConfig, RepAdapterRouter
 from lavin.model import pack
+from lavin.runtime.device import stack_on_device, to_device
 from tiny import BATCHES, cast_frozen, greedy, greedy_logits, loss_and_gradients, mixed_examples, tiny_model
 from tiny_quantized import quantized_and_dequantized_model
 
@@ -32,6 +33,18 @@ def close(actual, expected, tolerance: float) -> bool:
     """By the relative error's norm."""
     actual, expected = actual.float().cpu(), expected.float().cpu()
     return ((actual - expected).norm() / expected.norm()).item() < tolerance
+
+
+def test_copies_to_the_gpu():
+    """No views, for which torch.compile would make other programs; copies in flight are not overwritten."""
+    for n in (1, 3, 300):
+        tensors = [torch.arange(n), torch.empty(0), torch.rand(n, 2), torch.tensor(7), torch.arange(n).int()]
+        on_device = [to_device(tensors, "cuda") for _ in range(3)][0]
+        for moved, tensor in zip(on_device, tensors, strict=True):
+            assert torch.equal(moved.cpu(), tensor) and moved.dtype == tensor.dtype and not moved._is_view()
+        images = [torch.randint(0, 256, (3, 5, 5), dtype=torch.uint8) for _ in range(n)]
+        stacked = [stack_on_device(images, "cuda"), stack_on_device(images[::-1], "cuda")][0]
+        assert torch.equal(stacked.cpu(), torch.stack(images))
 
 
 def dequantized(rows, scale):
@@ -165,7 +178,7 @@ def test_captured_training(models):
     losses = []
     for examples in BATCHES:
         expected, actual = (loss_and_gradients(model, examples).cpu() for model in (plain, fast))
-        losses.append(fast(pack(examples).to("cuda")))
+        losses.append(fast(pack(examples, device="cuda")))
         losses[-1].backward()
         assert actual[0] == pytest.approx(expected[0], rel=0.03)
         assert F.cosine_similarity(expected[1:], actual[1:], 0) > (0.9 if bits == "fp8" else 0.98)

@@ -51,8 +51,7 @@ def accumulate_gradients(model, weighted_examples: list[tuple], max_tokens: floa
     """Adds up the gradients of this rank's samples; returns this rank's part of the step's loss."""
     total = torch.zeros((), device=model.device)
     for group in split_by_tokens(weighted_examples, max_tokens):
-        batch = pack([example for example, _ in group], [loss_weight for _, loss_weight in group])
-        loss = model(batch.to(model.device))
+        loss = model(pack([example for example, _ in group], [loss_weight for _, loss_weight in group], model.device))
         scaler.scale(loss).backward()
         total += loss.detach()
     return total
