@@ -22,17 +22,19 @@ from lavin.model import MODALITIES, LaVIN, pack
 from lavin.runtime.device import to_device
 from lavin.tokenizer import Example
 
+MOST_IDLE = 32  # one of so many sequences may be a copy, whose tokens nobody reads
 WARMUP_STEPS = 2  # before a step is captured: the first compiles
 
 
 class Session:
-    """Generates for `batch_size` sequences of fewer than `capacity` tokens at a time."""
+    """Generates for `batch_size` sequences of fewer than `capacity` tokens at a time, or for slightly fewer sequences.
+    """
 
     def __init__(self, model: LaVIN, batch_size: int, capacity: int):
         config, device = model.llama.config, model.device
         # rounded up, and by more for few sequences: a conversation grows, and their cache is small
         self.capacity = capacity + -capacity % max(64, 512 // batch_size)
-        self.model, self.key = model, self.session_key(model, batch_size)
+        self.model, self.batch_size, self.key = model, batch_size, self.session_key(model)
         self.cache = KVCache(config, batch_size, self.capacity, device, model.dtype)
         self.ids = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.logits = torch.zeros(batch_size, config.vocab_size, device=device)
@@ -42,19 +44,22 @@ class Session:
         self.replay_step: Callable[[], None] | None = None
 
     @staticmethod
-    def session_key(model: LaVIN, batch_size: int) -> tuple:
-        """What must be equal for a session to be reused, besides capacity; parameter values may differ."""
-        return batch_size, model.device, model.dtype
+    def session_key(model: LaVIN) -> tuple:
+        """What must be equal for a session to be reused; parameter values may differ."""
+        return model.device, model.dtype
 
     def fits(self, model: LaVIN, batch_size: int, capacity: int) -> bool:
-        return self.key == self.session_key(model, batch_size) and capacity <= self.capacity
+        """Batches of an evaluation differ by one: the smaller ones cost less than another session."""
+        enough = batch_size <= self.batch_size <= batch_size + batch_size // MOST_IDLE and capacity <= self.capacity
+        return enough and self.key == self.session_key(model)
 
     def prefill(self, examples: list[Example], draft: Sequence[int] = ()) -> torch.Tensor:
         """Starts new sequences, each of which goes on with the tokens `draft`.
 
         Returns the logits [1 + draft, B, V] float32 of the tokens behind the prompt and behind each token of the draft.
         """
-        device = self.model.device
+        device, n = self.model.device, len(examples)
+        examples = examples + examples[-1:] * (self.batch_size - n)
         batch = pack([replace(example, ids=[*example.ids, *draft]) for example in examples], device=device)
         ends = torch.tensor(batch.lengths).cumsum(0)
         lengths, rows = to_device([torch.tensor(batch.lengths), ends - 1 + torch.arange(-len(draft), 1)[:, None]],
@@ -62,7 +67,7 @@ class Session:
         hidden = self.model.prefill(batch, partial(PrefillMetadata, self.cache))
         self.cache.lengths.copy_(lengths)
         self.one_hot.copy_(F.one_hot(batch.modality, MODALITIES))
-        return self.model.llama.output(hidden[rows]).float()
+        return self.model.llama.output(hidden[rows[:, :n]]).float()
 
     def rewind(self, n: int) -> None:
         """Takes the last n tokens of every sequence back."""
@@ -75,9 +80,9 @@ class Session:
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Adds a token [B] to every sequence; returns the logits [B, V] float32 of the next one."""
-        self.ids.copy_(ids)
+        self.ids[:len(ids)].copy_(ids)
         if self.num_steps == WARMUP_STEPS and self.model.use_cuda_graphs:
             self.replay_step = capture(self.run_step, self.model.device, self.pool)
         self.num_steps += 1
         (self.replay_step or self.run_step)()
-        return self.logits.clone()
+        return self.logits[:len(ids)].clone()

@@ -199,6 +199,18 @@ def test_reused_sessions_answer_as_new_models():
     assert prefill_buckets(model) == [(64, 1), (128, 1), (512, 1)]
 
 
+def test_a_session_serves_slightly_smaller_batches():
+    """Not of 38: two of 40 sequences would be idle, which costs more than a new session's capture."""
+    model, sessions = tiny_model(), []
+    capture_passes(model)
+    for n, seed in ((40, 0), (39, 100), (39, 200), (38, 300)):
+        examples = [tiny_example(seed + i, 3 + i % 5, 0, image=i % 3 == 0) for i in range(n)]
+        logits = [greedy_logits(m, examples, 5) for m in (model, tiny_model())]
+        torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+        sessions.append(model.session)
+    assert [a is b for a, b in itertools.pairwise(sessions)] == [True, True, False]
+
+
 @pytest.mark.parametrize("max_length", [199, 511, 1100])
 def test_nothing_is_captured_after_warmup(max_length):
     model = tiny_model(dropout_prob=0.0)
