@@ -16,7 +16,7 @@ from torch import nn
 
 from lavin.kernels.fp8 import quantize_rows, scaled_matmul
 from lavin.kernels.fused_ops import qkv_rope_backward, swiglu, swiglu_backward
-from lavin.kernels.single_row import gemv
+from lavin.kernels.single_row import gemv, gemv_swiglu
 from lavin.llama import Attention, FeedForward, add_bias, apply_rotary
 
 
@@ -102,8 +102,6 @@ class SwiGLUMLPFunction(torch.autograd.Function):
         w13, w2 = weights[:half], weights[half:]
         gate_up = add_bias(linear(x, w13), bias)  # [N, 2H]
         ctx.save_for_backward(gate_up, *weights)
-        if uses_gemv(x):
-            return linear(swiglu(gate_up, False)[0], w2)
         return matmul(swiglu(gate_up, half > 1), w2, x.dtype)
 
     @staticmethod
@@ -183,4 +181,6 @@ class FusedFeedForward(FeedForward):
         feed_forward.__class__ = cls
 
     def forward(self, x):
+        if uses_gemv(x) and not x.requires_grad:
+            return self.w2(gemv_swiglu(x, self.w13.weight, self.w13.scale, self.w13.bias))
         return add_bias(swiglu_mlp(x, self.w13.bias, *self.w13.weights, *self.w2.weights), self.w2.bias)

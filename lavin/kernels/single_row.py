@@ -6,6 +6,9 @@ spares a step eight small kernels, is AdaptedBlock.norm_and_adapter (lavin/mm_ad
 
 import torch
 
+from lavin.kernels.fused_ops import swiglu
+from lavin.runtime.device import dependent_launch
+
 BLOCK_O = 4  # rows of the weight a program
 # entries of each that it reads at once, and warps: the fastest for 7B's matrices on an H100, in 16 bits and in fp8
 SHAPE, FP8_SHAPE = (2048, 8), (512, 2)
@@ -25,13 +28,35 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> t
     out = x.new_empty(1, n_rows)
     grid, (BLOCK_K, num_warps) = (-(-n_rows // BLOCK_O),), SHAPE if scale is None else FP8_SHAPE
     gemv_fwd[grid](x, weight, out if scale is None else scale, out, n_rows, K, BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K,
-                   SCALED=scale is not None, num_warps=num_warps)
+                   SCALED=scale is not None, num_warps=num_warps, **dependent_launch(x.device))
     return out
 
 
 @gemv.register_fake
 def _(x, weight, scale):
     return x.new_empty(1, weight.shape[0])
+
+
+@torch.library.custom_op("lavin::gemv_swiglu", mutates_args=())
+def gemv_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+                ) -> torch.Tensor:
+    """silu(gate) * up for [gate | up] = x W^T + bias, weight [2H, K], bias [2H] -> [1, H]. Otherwise as `gemv`."""
+    if not x.is_cuda:
+        gate_up = gemv(x, weight, scale)
+        return swiglu(gate_up if bias is None else gate_up + bias, False)[0]
+    from lavin.kernels.single_row_triton import gemv_swiglu_fwd
+    H, K = weight.shape[0] // 2, weight.shape[1]
+    out = x.new_empty(1, H)
+    grid, (BLOCK_K, num_warps) = (-(-2 * H // BLOCK_O),), SHAPE if scale is None else FP8_SHAPE
+    gemv_swiglu_fwd[grid](x, weight, out if scale is None else scale, out if bias is None else bias, out, H, K,
+                          BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K, SCALED=scale is not None, BIASED=bias is not None,
+                          num_warps=num_warps, **dependent_launch(x.device))
+    return out
+
+
+@gemv_swiglu.register_fake
+def _(x, weight, scale, bias):
+    return x.new_empty(1, weight.shape[0] // 2)
 
 
 @torch.library.custom_op("lavin::norm_adapter", mutates_args=())
@@ -43,7 +68,7 @@ def norm_adapter(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, one_hot
     out, (R, D), BLOCK = torch.empty_like(x), down.shape, 64  # and STEP: the fastest for 7B on an H100
     norm_adapter_fwd[(-(-D // BLOCK),)](x, norm_weight, one_hot, mixtures, down, down_bias, up, out, eps, D, R,
                                         up.shape[1], BLOCK=BLOCK, STEP=2048, ROWS=1 << (R - 1).bit_length(),
-                                        num_warps=8)
+                                        num_warps=8, **dependent_launch(x.device))
     return out
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +20,17 @@ VISIBLE = r"\d.*|GPU-.*|MIG-.*"  # CUDA_VISIBLE_DEVICES that names a GPU; Slurm'
 def compute_capability(device) -> tuple[int, int]:
     """(major, minor) of a GPU: V100 (7, 0), T4 (7, 5), A100 (8, 0), L40 (8, 9), H100 (9, 0)."""
     return torch.cuda.get_device_capability(device)
+
+
+@cache
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Arguments for Triton kernels that may be launched while the kernel before them still runs (programmatic dependent
+    launch, from Hopper, 9.0, and Triton 3.4 on). These load what does not depend on it, wait for it, and only then let
+    the next kernel be launched, so that at most two run at a time."""
+    from triton.language.extra import cuda
+    if torch.version.hip or compute_capability(device) < (9, 0) or not hasattr(cuda, "gdc_wait"):
+        return {"DEPENDENT": False}
+    return {"DEPENDENT": True, "launch_pdl": True}
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:

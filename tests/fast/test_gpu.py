@@ -14,7 +14,7 @@ from lavin.generation.generate import decode
 from lavin.generation.kv_cache import DecodeMetadata, KVCache, PrefillMetadata
 from lavin.kernels import fp8, fused_ops
 from lavin.kernels.fp8 import scaled_matmul
-from lavin.kernels.single_row import gemv, norm_adapter
+from lavin.kernels.single_row import gemv, gemv_swiglu, norm_adapter
 from lavin.llama import LlamaConfig, RMSNorm
 from lavin.mm_adapter import AdapterConfig, RepAdapterRouter
 from lavin.model import pack
@@ -72,6 +72,16 @@ def test_gemv_equals_pytorch(quantized):
     weight, scale = fp8.quantize_rows(weight) if quantized else (weight, None)
     actual = gemv(x.cuda(), weight.cuda(), None if scale is None else scale.cuda())
     assert close(actual, gemv(x, weight, scale), 1e-5)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("quantized", [False, pytest.param(True, marks=NEEDS_FP8)])
+def test_gemv_with_swiglu_equals_pytorch(quantized, biased):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1, 1500), torch.randn(2 * 37, 1500), torch.randn(2 * 37) if biased else None
+    weight, scale = fp8.quantize_rows(weight) if quantized else (weight, None)
+    actual = gemv_swiglu(*(None if t is None else t.cuda() for t in (x, weight, scale, bias)))
+    assert close(actual, gemv_swiglu(x, weight, scale, bias), 1e-5)
 
 
 @pytest.mark.parametrize("rank", [8, 6])
