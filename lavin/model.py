@@ -51,6 +51,7 @@ class Batch:
     targets: torch.Tensor
     loss_weights: torch.Tensor
 
+
 def pack(examples: list[Example], loss_weights: list[float] | None = None, device="cpu") -> Batch:
     """Concatenates examples. loss_weights: one for each example, for all its answer tokens (default 1)."""
     ids, logit_indices, images, token_weights = [], [], [], []

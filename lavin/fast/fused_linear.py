@@ -100,7 +100,7 @@ class SwiGLUMLPFunction(torch.autograd.Function):
     def forward(ctx, x, bias, *weights):
         half = len(weights) // 2
         w13, w2 = weights[:half], weights[half:]
-        gate_up = add_bias(linear(x, w13), bias)  # [N, 2H]
+        gate_up = add_bias(matmul(maybe_quantize(x, w13), w13, x.dtype), bias)  # [N, 2H]
         ctx.save_for_backward(gate_up, *weights)
         return matmul(swiglu(gate_up, half > 1), w2, x.dtype)
 

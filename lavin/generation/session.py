@@ -22,7 +22,7 @@ from lavin.model import MODALITIES, LaVIN, pack
 from lavin.runtime.device import to_device
 from lavin.tokenizer import Example
 
-MOST_IDLE = 32  # one of so many sequences may be a copy, whose tokens nobody reads
+SEQUENCES_PER_IDLE = 32  # of a session's sequences, one in so many may be a copy, whose tokens nobody reads
 WARMUP_STEPS = 2  # before a step is captured: the first compiles
 
 
@@ -50,8 +50,9 @@ class Session:
 
     def fits(self, model: LaVIN, batch_size: int, capacity: int) -> bool:
         """Batches of an evaluation differ by one: the smaller ones cost less than another session."""
-        enough = batch_size <= self.batch_size <= batch_size + batch_size // MOST_IDLE and capacity <= self.capacity
-        return enough and self.key == self.session_key(model)
+        idle = self.batch_size - batch_size
+        return (self.key == self.session_key(model) and capacity <= self.capacity
+                and 0 <= idle <= batch_size // SEQUENCES_PER_IDLE)
 
     def prefill(self, examples: list[Example], draft: Sequence[int] = ()) -> torch.Tensor:
         """Starts new sequences, each of which goes on with the tokens `draft`.

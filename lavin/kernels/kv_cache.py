@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from lavin.runtime.device import dependent_launch
+from lavin.runtime.device import pdl_options
 
 BLOCK = 128  # positions of the cache a program of decode_attention
 
@@ -37,9 +37,9 @@ def decode_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     lse = query.new_empty(B, H, blocks, dtype=torch.float32)
     scale = D ** -0.5 * math.log2(math.e)  # softmax in powers of two
     decode_fwd[(blocks, H, B)](query, key, value, keys, values, positions, partial_out, lse, scale, T, H, key.shape[1],
-                               D=D, BLOCK=BLOCK, num_warps=8, **dependent_launch(query.device))
+                               D=D, BLOCK=BLOCK, num_warps=8, **pdl_options(query.device))
     combine[(B * H,)](partial_out, lse, out, blocks, D=D, BLOCKS=1 << (blocks - 1).bit_length(), num_warps=1,
-                       **dependent_launch(query.device))
+                       **pdl_options(query.device))
     return out
 
 

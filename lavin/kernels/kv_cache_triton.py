@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lavin.kernels.single_row_triton import wait_for_previous
+from lavin.kernels.single_row_triton import wait_and_launch_dependents
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -20,12 +20,12 @@ def fill(keys, values, key, value, sequence_ids, positions, H_KV, T, D: tl.const
 
 @triton.jit(do_not_specialize=["T"])
 def decode_fwd(query, key, value, keys, values, positions, partial_out, lse, scale, T, H, H_KV, D: tl.constexpr,
-               BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+               BLOCK: tl.constexpr, USE_PDL: tl.constexpr):
     """One head of one sequence, over a block of its positions; the new token belongs to the first block. Grid: (blocks,
     heads, sequences). partial_out [B, H, blocks, D] and lse [B, H, blocks], float32."""
     block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head, cols = head // (H // H_KV), tl.arange(0, D)
-    wait_for_previous(DEPENDENT)
+    wait_and_launch_dependents(USE_PDL)
     position = tl.load(positions + sequence)
     part = (sequence * H + head) * tl.num_programs(0) + block
     rows = block * BLOCK + tl.arange(0, BLOCK)
@@ -54,11 +54,11 @@ def decode_fwd(query, key, value, keys, values, positions, partial_out, lse, sca
 
 
 @triton.jit
-def combine(partial_out, lse, out, blocks, D: tl.constexpr, BLOCKS: tl.constexpr, DEPENDENT: tl.constexpr):
+def combine(partial_out, lse, out, blocks, D: tl.constexpr, BLOCKS: tl.constexpr, USE_PDL: tl.constexpr):
     """The blocks of one head of one sequence, weighted by their sums of exponentials. BLOCKS: rounded up to a power of
     two."""
     head, parts, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCKS), tl.arange(0, D)
-    wait_for_previous(DEPENDENT)
+    wait_and_launch_dependents(USE_PDL)
     scores = tl.load(lse + head * blocks + parts, parts < blocks, float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, 0))
     # blocks behind the last position hold no values

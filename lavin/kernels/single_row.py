@@ -7,7 +7,7 @@ spares a step eight small kernels, is AdaptedBlock.norm_and_adapter (lavin/mm_ad
 import torch
 
 from lavin.kernels.fused_ops import swiglu
-from lavin.runtime.device import dependent_launch
+from lavin.runtime.device import pdl_options
 
 BLOCK_O = 4  # rows of the weight a program
 # entries of each that it reads at once, and warps: the fastest for 7B's matrices on an H100, in 16 bits and in fp8
@@ -28,7 +28,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> t
     out = x.new_empty(1, n_rows)
     grid, (BLOCK_K, num_warps) = (-(-n_rows // BLOCK_O),), SHAPE if scale is None else FP8_SHAPE
     gemv_fwd[grid](x, weight, out if scale is None else scale, out, n_rows, K, BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K,
-                   SCALED=scale is not None, num_warps=num_warps, **dependent_launch(x.device))
+                   SCALED=scale is not None, num_warps=num_warps, **pdl_options(x.device))
     return out
 
 
@@ -50,7 +50,7 @@ def gemv_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | Non
     grid, (BLOCK_K, num_warps) = (-(-2 * H // BLOCK_O),), SHAPE if scale is None else FP8_SHAPE
     gemv_swiglu_fwd[grid](x, weight, out if scale is None else scale, out if bias is None else bias, out, H, K,
                           BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K, SCALED=scale is not None, BIASED=bias is not None,
-                          num_warps=num_warps, **dependent_launch(x.device))
+                          num_warps=num_warps, **pdl_options(x.device))
     return out
 
 
@@ -68,7 +68,7 @@ def norm_adapter(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, one_hot
     out, (R, D), BLOCK = torch.empty_like(x), down.shape, 64  # and STEP: the fastest for 7B on an H100
     norm_adapter_fwd[(-(-D // BLOCK),)](x, norm_weight, one_hot, mixtures, down, down_bias, up, out, eps, D, R,
                                         up.shape[1], BLOCK=BLOCK, STEP=2048, ROWS=1 << (R - 1).bit_length(),
-                                        num_warps=8, **dependent_launch(x.device))
+                                        num_warps=8, **pdl_options(x.device))
     return out
 
 

@@ -5,27 +5,33 @@ A program of `gemv_fwd` or `gemv_swiglu_fwd` sums a few rows of the weight, in f
 read the row and the small matrices from the GPU's cache.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+# Triton's names; missing in older versions, where USE_PDL is never set (pdl_options, lavin/runtime/device.py)
+cuda = getattr(tl.extra, "cuda", None)
+gdc_wait: Any = getattr(cuda, "gdc_wait", None)
+gdc_launch_dependents: Any = getattr(cuda, "gdc_launch_dependents", None)
+
 
 @triton.jit
-def wait_for_previous(DEPENDENT: tl.constexpr):
-    """Until the kernel before has ended, and all that it wrote can be read; see dependent_launch
-    (lavin/runtime/device.py)."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+def wait_and_launch_dependents(USE_PDL: tl.constexpr):
+    """Waits until the kernel before has ended, and all that it wrote can be read; then the next one may be launched."""
+    if USE_PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
 def row_products(x, weight, scale, rows, row_mask, K, BLOCK_K: tl.constexpr, SCALED: tl.constexpr,
-                 DEPENDENT: tl.constexpr):
+                 USE_PDL: tl.constexpr):
     """weight[rows] x, float32. The first part of the weight is read before x is there."""
     cols = tl.arange(0, BLOCK_K)
     start = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
     w = tl.load(start, row_mask[:, None] & (cols < K)[None, :], 0.0, eviction_policy="evict_first")
-    wait_for_previous(DEPENDENT)
+    wait_and_launch_dependents(USE_PDL)
     products = w.to(tl.float32) * tl.load(x + cols, cols < K, 0.0).to(tl.float32)[None, :]
     for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=3):
         mask = k + cols < K
@@ -39,26 +45,26 @@ def row_products(x, weight, scale, rows, row_mask, K, BLOCK_K: tl.constexpr, SCA
 
 @triton.jit
 def gemv_fwd(x, weight, scale, out, n_rows, K, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr,
-             DEPENDENT: tl.constexpr):
+             USE_PDL: tl.constexpr):
     """x [K], weight [O, K] -> out [O]; scale [O], where SCALED."""
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    y = row_products(x, weight, scale, rows, rows < n_rows, K, BLOCK_K, SCALED, DEPENDENT)
+    y = row_products(x, weight, scale, rows, rows < n_rows, K, BLOCK_K, SCALED, USE_PDL)
     tl.store(out + rows, y.to(out.dtype.element_ty), rows < n_rows)
 
 
 @triton.jit
 def gemv_swiglu_fwd(x, weight, scale, bias, out, H, K, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-                    SCALED: tl.constexpr, BIASED: tl.constexpr, DEPENDENT: tl.constexpr):
+                    SCALED: tl.constexpr, BIASED: tl.constexpr, USE_PDL: tl.constexpr):
     """x [K], weight [2H, K], bias [2H] -> out [H]. A program has pairs of rows: of the gate, and of up."""
     half: tl.constexpr = BLOCK_O // 2
     pairs = tl.arange(0, BLOCK_O)
     rows = tl.program_id(0) * half + pairs // 2
     mask, rows = rows < H, rows + pairs % 2 * H
     dtype = out.dtype.element_ty
-    y = row_products(x, weight, scale, rows, mask, K, BLOCK_K, SCALED, DEPENDENT).to(dtype)
+    y = row_products(x, weight, scale, rows, mask, K, BLOCK_K, SCALED, USE_PDL).to(dtype).to(tl.float32)
     if BIASED:
-        y += tl.load(bias + rows, mask, 0.0)
-    gate, up = tl.split(tl.reshape(y.to(tl.float32), (half, 2)))
+        y = (y + tl.load(bias + rows, mask, 0.0).to(tl.float32)).to(dtype).to(tl.float32)
+    gate, up = tl.split(tl.reshape(y, (half, 2)))
     rows = tl.program_id(0) * half + tl.arange(0, half)
     tl.store(out + rows, (gate * tl.sigmoid(gate) * up).to(dtype), rows < H)
 
@@ -73,7 +79,7 @@ def normalise(x, norm_weight, cols, mask, rms):
 
 @triton.jit
 def norm_adapter_fwd(x, norm_weight, one_hot, mixtures, down, down_bias, up, out, eps, D, R, U, BLOCK: tl.constexpr,
-                     STEP: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr):
+                     STEP: tl.constexpr, ROWS: tl.constexpr, USE_PDL: tl.constexpr):
     """x [D] -> out [D]; down [R, D], up [D, U] with U >= 2 R + 2. ROWS: R, rounded up to a power of two."""
     dtype = x.dtype.element_ty
     steps, rows = tl.arange(0, STEP), tl.arange(0, ROWS)
@@ -84,7 +90,7 @@ def norm_adapter_fwd(x, norm_weight, one_hot, mixtures, down, down_bias, up, out
     u0, u1 = tl.load(tile, tile_mask, 0.0).to(tl.float32), tl.load(tile + R, tile_mask, 0.0).to(tl.float32)
     b0, b1 = tl.load(up + cols * U + 2 * R, mask, 0.0), tl.load(up + cols * U + 2 * R + 1, mask, 0.0)
     bias = tl.load(down_bias + rows, row_mask, 0.0).to(tl.float32)
-    wait_for_previous(DEPENDENT)
+    wait_and_launch_dependents(USE_PDL)
     text, image = tl.load(one_hot), tl.load(one_hot + 1)
     w0 = (text * tl.load(mixtures) + image * tl.load(mixtures + 2)).to(dtype).to(tl.float32)
     w1 = (text * tl.load(mixtures + 1) + image * tl.load(mixtures + 3)).to(dtype).to(tl.float32)

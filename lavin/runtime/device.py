@@ -23,14 +23,18 @@ def compute_capability(device) -> tuple[int, int]:
 
 
 @cache
-def dependent_launch(device: torch.device) -> dict[str, bool]:
+def pdl_options(device: torch.device) -> dict[str, bool]:
     """Arguments for Triton kernels that may be launched while the kernel before them still runs (programmatic dependent
-    launch, from Hopper, 9.0, and Triton 3.4 on). These load what does not depend on it, wait for it, and only then let
-    the next kernel be launched, so that at most two run at a time."""
-    from triton.language.extra import cuda
-    if torch.version.hip or compute_capability(device) < (9, 0) or not hasattr(cuda, "gdc_wait"):
-        return {"DEPENDENT": False}
-    return {"DEPENDENT": True, "launch_pdl": True}
+    launch). What such a kernel reads before it waits must be older than that kernel; it writes, and lets the next one
+    be launched, only after the wait, so that at most two run at a time.
+
+    Used where it was measured: on Hopper (9.0) with CUDA 13, whose drivers can capture it, and which torch brings
+    together with Triton 3.5 or newer (older ones cannot compile the wait).
+    """
+    cuda = int((torch.version.cuda or "0").split(".")[0])
+    if compute_capability(device) != (9, 0) or cuda < 13:
+        return {"USE_PDL": False}
+    return {"USE_PDL": True, "launch_pdl": True}
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:

@@ -1,5 +1,6 @@
 """GPU-only code paths against their reference implementations."""
 
+import itertools
 from importlib.util import find_spec
 
 import pytest
@@ -15,7 +16,7 @@ from lavin.generation.kv_cache import DecodeMetadata, KVCache, PrefillMetadata
 from lavin.kernels import fp8, fused_ops
 from lavin.kernels.fp8 import scaled_matmul
 from lavin.kernels.single_row import gemv, gemv_swiglu, norm_adapter
-from lavin.llama import LlamaConfig, RMSNorm
+from lavin.llama import LlamaConfig, RMSNorm, add_bias
 from lavin.mm_adapter import AdapterConfig, RepAdapterRouter
 from lavin.model import pack
 from lavin.runtime.device import stack_on_device, to_device
@@ -38,9 +39,10 @@ def close(actual, expected, tolerance: float) -> bool:
 def test_copies_to_the_gpu():
     """No views, for which torch.compile would make other programs; copies in flight are not overwritten."""
     for n in (1, 3, 300):
-        tensors = [torch.arange(n), torch.empty(0), torch.rand(n, 2), torch.tensor(7), torch.arange(n).int()]
-        on_device = [to_device(tensors, "cuda") for _ in range(3)][0]
-        for moved, tensor in zip(on_device, tensors, strict=True):
+        tensors = [[torch.arange(n) + i, torch.empty(0), torch.rand(n, 2), torch.tensor(i), torch.arange(n).int() - i]
+                   for i in range(3)]
+        on_device = [to_device(some, "cuda") for some in tensors]
+        for moved, tensor in zip(itertools.chain(*on_device), itertools.chain(*tensors), strict=True):
             assert torch.equal(moved.cpu(), tensor) and moved.dtype == tensor.dtype and not moved._is_view()
         images = [torch.randint(0, 256, (3, 5, 5), dtype=torch.uint8) for _ in range(n)]
         stacked = [stack_on_device(images, "cuda"), stack_on_device(images[::-1], "cuda")][0]
@@ -68,20 +70,29 @@ def test_triton_kernels_equal_pytorch(quantized):
 @pytest.mark.parametrize("quantized", [False, pytest.param(True, marks=NEEDS_FP8)])
 def test_gemv_equals_pytorch(quantized):
     torch.manual_seed(0)
-    x, weight = torch.randn(1, 1500), torch.randn(37, 1500)  # neither is a multiple of a block
+    x, weight = torch.randn(1, 5000), torch.randn(37, 5000)  # neither is a multiple of a block
     weight, scale = fp8.quantize_rows(weight) if quantized else (weight, None)
     actual = gemv(x.cuda(), weight.cuda(), None if scale is None else scale.cuda())
     assert close(actual, gemv(x, weight, scale), 1e-5)
+
+
+def gemv_then_swiglu(x, weight, scale, bias):
+    return fused_ops.swiglu(add_bias(gemv(x, weight, scale), bias), False)[0]
 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("quantized", [False, pytest.param(True, marks=NEEDS_FP8)])
 def test_gemv_with_swiglu_equals_pytorch(quantized, biased):
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(1, 1500), torch.randn(2 * 37, 1500), torch.randn(2 * 37) if biased else None
+    x, weight, bias = torch.randn(1, 5000), torch.randn(2 * 37, 5000), torch.randn(2 * 37) if biased else None
     weight, scale = fp8.quantize_rows(weight) if quantized else (weight, None)
-    actual = gemv_swiglu(*(None if t is None else t.cuda() for t in (x, weight, scale, bias)))
-    assert close(actual, gemv_swiglu(x, weight, scale, bias), 1e-5)
+    x, weight, scale, bias = (None if t is None else t.cuda() for t in (x, weight, scale, bias))
+    actual, expected = (f(x, weight, scale, bias) for f in (gemv_swiglu, gemv_then_swiglu))
+    assert close(actual, expected, 1e-5)
+    x, bias = x.bfloat16(), None if bias is None else bias.bfloat16()
+    weight = weight if quantized else weight.bfloat16()
+    actual, expected = (f(x, weight, scale, bias) for f in (gemv_swiglu, gemv_then_swiglu))
+    assert close(actual, expected, 1e-3)  # they round at the same places
 
 
 @pytest.mark.parametrize("rank", [8, 6])
@@ -226,14 +237,16 @@ def test_dropout_in_captured_training(models):
 
 
 def test_captured_decoding(models):
-    """Greedy tokens of a batch and of single examples: captured steps repeat, and equal steps that are not captured."""
+    """Greedy tokens of a batch, of single examples, and of a batch in the session of one more sequence: captured steps
+    repeat, and equal steps that are not captured."""
     _, fast, _ = models
     fast.eval()
+    many = 10 * mixed_examples(0)
 
     def answers(warmup_steps):
         fast.session = None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("lavin.generation.session.WARMUP_STEPS", warmup_steps)
             return [torch.stack(list(decode(fast, examples, 24, greedy))).tolist()
-                    for examples in [mixed_examples(0), *([e] for e in 2 * mixed_examples(0))]]
+                    for examples in [mixed_examples(0), *([e] for e in 2 * mixed_examples(0)), many, many[1:]]]
     assert answers(4) == answers(4) == answers(999)

@@ -105,6 +105,19 @@ def test_sums_of_fp16_products_stay_in_float32(gpu):
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
 
 
+@pytest.mark.parametrize("capability, cuda, used", [
+    ((9, 0), "13.0", True), ((9, 0), "12.8", False), ((9, 0), None, False), ((8, 0), "13.0", False),
+    ((12, 0), "13.0", False)])
+def test_dependent_launches_where_they_were_measured(gpu, monkeypatch, capability, cuda, used):
+    """None: ROCm's builds, whose GPUs have capabilities of their own."""
+    gpu(capability, CUDA_13)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    device.pdl_options.cache_clear()
+    expected = {"USE_PDL": True, "launch_pdl": True} if used else {"USE_PDL": False}  # Triton may not know launch_pdl
+    assert device.pdl_options(GPU) == expected
+    device.pdl_options.cache_clear()
+
+
 @pytest.mark.parametrize("name", ["tpu", "cuda:9"])
 def test_unknown_devices_are_refused(gpu, name):
     gpu((7, 0), CUDA_12)
