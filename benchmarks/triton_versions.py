@@ -120,9 +120,9 @@ def compile_all() -> int:
                 errors.append(f"{kernel.__name__}: {first_line(error)}")
         n_failed += len(errors)
         n_pdl = sum(kwargs.get("USE_PDL", False) for _, _, kwargs in found)
-        print("Triton {}.{}, compute capability {}.{}:".format(*triton_version(), *capability), f"{len(found)} launches, "
-              f"{n_pdl} of them by PDL, {len(errors)} do not compile" + "".join(f"\n  {error}" for error in errors),
-              flush=True)
+        where = "Triton {}.{}, compute capability {}.{}".format(*triton_version(), *capability)
+        print(f"{where}: {len(found)} launches, {n_pdl} of them by PDL, {len(errors)} do not compile",
+              *errors, sep="\n  ", flush=True)
     return n_failed
 
 
