@@ -11,11 +11,12 @@ import argparse
 import gc
 import statistics
 import time
+from functools import partial
 from importlib.util import find_spec
 
 import torch
 
-from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it extends sys.path
+from timing import hardware, matmul_peak, peak_gib, print_kernels, report, start_memory  # first: it extends sys.path
 
 # isort: split
 from lavin.fast.captured_models import free_graphs
@@ -78,6 +79,8 @@ def main(args) -> None:
         cold = statistics.median(cold_first_token(model, prompt) for prompt in timed)
         first, rate = (statistics.median(column) for column in zip(*results, strict=True))
         add(f"ours, {bits.replace('16bit', 'bf16')}", cold, first, rate)
+        if args.profile:
+            print_kernels(partial(answer, model, timed[0], SKIPPED_TOKENS + 17), device)
     print(report(rows))
 
 
@@ -87,4 +90,5 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", default=144, type=int)
     parser.add_argument("--repeats", default=5, type=int)
+    parser.add_argument("--profile", action="store_true", help="list the kernels of an answer of 33 tokens")
     main(parser.parse_args())

@@ -13,12 +13,13 @@ import gc
 import random
 import time
 import zlib
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 
-from timing import hardware, matmul_peak, peak_gib, report, start_memory  # first: it extends sys.path
+from timing import hardware, matmul_peak, peak_gib, print_kernels, report, start_memory  # first: it extends sys.path
 
 # isort: split
 import eval as evaluation
@@ -116,6 +117,9 @@ def main(args) -> None:
                 answer_all(model, tokenizer, test_set, flags)
                 seconds = time.perf_counter() - start
                 add(f"ours, {bits.replace('16bit', 'bf16')}, --decode {decode}", args.questions, seconds)
+                if args.profile:
+                    four_batches = questions(model, 4 * args.batch, 2)
+                    print_kernels(partial(answer_all, model, tokenizer, four_batches, flags), device)
     print(report(rows))
 
 
@@ -125,4 +129,5 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", default=64, type=int)
     parser.add_argument("--questions", default=4241, type=int, help="for ours; the published recipe answers one batch")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of four batches of each")
     main(parser.parse_args())

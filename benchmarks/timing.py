@@ -3,6 +3,7 @@
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,6 +44,19 @@ def matmul_peak(device, dtype) -> float:
     n = 8192 if device.type == "cuda" else 512
     pairs = [[torch.randn(n, n, device=device, dtype=dtype) for _ in range(2)] for _ in range(13)]
     return 2 * n**3 / step_seconds(lambda i: pairs[i][0] @ pairs[i][1], device, 10, 3)
+
+
+def print_kernels(run: Callable[[], object], device) -> None:
+    """Calls it twice and prints the GPU's kernels of the second time."""
+    from torch.profiler import ProfilerActivity, profile
+    if device.type != "cuda":
+        return
+    run()
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize(device)
+    print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90), flush=True)
 
 
 def start_memory(device) -> None:

@@ -7,10 +7,19 @@
 import argparse
 import gc
 import math
+from functools import partial
 
 import torch
 
-from timing import hardware, matmul_peak, peak_gib, report, start_memory, step_seconds  # first: it extends sys.path
+from timing import (  # first: it extends sys.path
+    hardware,
+    matmul_peak,
+    peak_gib,
+    print_kernels,
+    report,
+    start_memory,
+    step_seconds,
+)
 
 # isort: split
 import train  # noqa: F401, sets CUDA's environment variables
@@ -106,16 +115,6 @@ class Benchmark:
         print(report(self.rows[-1:]), flush=True)
 
 
-def print_kernels(step, samples, device) -> None:
-    """Profiles one step and prints its kernels."""
-    from torch.profiler import ProfilerActivity, profile
-    step(samples)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step(samples)
-        torch.cuda.synchronize(device)
-    print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
-
-
 def main(args) -> None:
     bench = Benchmark(args)
 
@@ -138,13 +137,13 @@ def main(args) -> None:
     bench.measure("ours, bf16", model, step, 8)
     bench.measure("ours, bf16", model, step, args.samples)
     if args.profile:
-        print_kernels(step, random_examples(model, args.samples, 7), bench.device)
+        print_kernels(partial(step, random_examples(model, args.samples, 7)), bench.device)
     model = step = None
     model = bench.model(bench.bf16, "fp8")
     step = our_trainer(model)
     bench.measure("ours, fp8", model, step, args.samples)
     if args.profile:
-        print_kernels(step, random_examples(model, args.samples, 7), bench.device)
+        print_kernels(partial(step, random_examples(model, args.samples, 7)), bench.device)
     print(report(bench.rows))
 
 

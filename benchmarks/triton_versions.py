@@ -63,7 +63,7 @@ def triton_version() -> tuple[int, ...]:
     return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
-def launches(capability: tuple[int, int]) -> Iterator[tuple]:
+def launches(capability: tuple[int, int]) -> list[tuple]:
     """(kernel, arguments, keyword arguments) of all operators on a GPU of this compute capability."""
     from triton.runtime.jit import JITFunction
     found: list[tuple] = []
@@ -81,7 +81,7 @@ def launches(capability: tuple[int, int]) -> Iterator[tuple]:
                 n = len(found)
                 operator._init_fn(*inputs)  # the function itself: torch would call the operator's fake
                 assert len(found) > n, f"{operator} launched nothing"
-    yield from found
+    return found
 
 
 class NoGPU:
@@ -111,7 +111,7 @@ def compile_all() -> int:
     from triton.runtime import driver
     n_failed = 0
     for capability in CAPABILITIES[:-1] if triton_version() == (3, 2) else CAPABILITIES:
-        found, errors = list(launches(capability)), []
+        found, errors = launches(capability), []
         driver.set_active(NoGPU(capability))
         for kernel, args, kwargs in found:
             try:

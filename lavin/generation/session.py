@@ -49,7 +49,7 @@ class Session:
         return model.device, model.dtype
 
     def fits(self, model: LaVIN, batch_size: int, capacity: int) -> bool:
-        """Batches of an evaluation differ by one: the smaller ones cost less than another session."""
+        """An evaluation's batches differ by one sequence: the smaller ones leave one idle in the others' session."""
         idle = self.batch_size - batch_size
         return (self.key == self.session_key(model) and capacity <= self.capacity
                 and 0 <= idle <= batch_size // SEQUENCES_PER_IDLE)

@@ -14,6 +14,13 @@ BLOCK_O = 4  # rows of the weight a program
 SHAPE, FP8_SHAPE = (2048, 8), (512, 2)
 
 
+def gemv_options(scale: torch.Tensor | None, device: torch.device) -> dict:
+    """Of both products' kernels."""
+    BLOCK_K, num_warps = SHAPE if scale is None else FP8_SHAPE
+    return {"BLOCK_O": BLOCK_O, "BLOCK_K": BLOCK_K, "SCALED": scale is not None, "num_warps": num_warps,
+            **pdl_options(device)}
+
+
 @torch.library.custom_op("lavin::gemv", mutates_args=())
 def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """x W^T for x [1, K], weight [O, K], scale [O, 1] float32 of fp8 weights -> [1, O].
@@ -26,9 +33,8 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> t
     from lavin.kernels.single_row_triton import gemv_fwd
     n_rows, K = weight.shape
     out = x.new_empty(1, n_rows)
-    grid, (BLOCK_K, num_warps) = (-(-n_rows // BLOCK_O),), SHAPE if scale is None else FP8_SHAPE
-    gemv_fwd[grid](x, weight, out if scale is None else scale, out, n_rows, K, BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K,
-                   SCALED=scale is not None, num_warps=num_warps, **pdl_options(x.device))
+    gemv_fwd[(-(-n_rows // BLOCK_O),)](x, weight, out if scale is None else scale, out, n_rows, K,
+                                       **gemv_options(scale, x.device))
     return out
 
 
@@ -45,12 +51,11 @@ def gemv_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | Non
         gate_up = gemv(x, weight, scale)
         return swiglu(gate_up if bias is None else gate_up + bias, False)[0]
     from lavin.kernels.single_row_triton import gemv_swiglu_fwd
-    H, K = weight.shape[0] // 2, weight.shape[1]
-    out = x.new_empty(1, H)
-    grid, (BLOCK_K, num_warps) = (-(-2 * H // BLOCK_O),), SHAPE if scale is None else FP8_SHAPE
-    gemv_swiglu_fwd[grid](x, weight, out if scale is None else scale, out if bias is None else bias, out, H, K,
-                          BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K, SCALED=scale is not None, BIASED=bias is not None,
-                          num_warps=num_warps, **pdl_options(x.device))
+    n_rows, K = weight.shape
+    out = x.new_empty(1, n_rows // 2)
+    gemv_swiglu_fwd[(-(-n_rows // BLOCK_O),)](
+        x, weight, out if scale is None else scale, out if bias is None else bias, out, n_rows // 2, K,
+        BIASED=bias is not None, **gemv_options(scale, x.device))
     return out
 
 

@@ -1,4 +1,5 @@
-"""Device and compute dtype by hardware, and copies between host and device that do not block the host."""
+"""Device, compute dtype and launches of kernels by hardware, and copies between host and device that do not block the
+host."""
 
 import os
 import re

@@ -200,7 +200,7 @@ def test_reused_sessions_answer_as_new_models():
 
 
 def test_a_session_serves_slightly_smaller_batches():
-    """Not of 38: two of 40 sequences would be idle, which costs more than a new session's capture."""
+    """Not of 38: two of 40 sequences would be idle, and one in 32 may be."""
     model, sessions = tiny_model(), []
     capture_passes(model)
     for n, seed in ((40, 0), (39, 100), (39, 200), (38, 300)):
