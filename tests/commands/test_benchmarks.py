@@ -67,13 +67,13 @@ def test_train_throughput(capsys):
 
 
 def test_eval_throughput(capsys):
-    rows = printed_table(eval_throughput, capsys, batch=4, questions=8)
+    rows = printed_table(eval_throughput, capsys, profile=True, batch=4, questions=8)
     assert list(rows) == ["published, fp16, batch 4, 64 tokens", *(f"ours, {bits}, --decode {decode}"
                           for bits in ("bf16", "fp8") for decode in ("generate", "score"))]
 
 
 def test_chat_latency(capsys):
-    rows = printed_table(chat_latency, capsys, tokens=20, repeats=1)
+    rows = printed_table(chat_latency, capsys, profile=True, tokens=20, repeats=1)
     bits = ["bf16", "fp8", *["4bit"] * bool(find_spec("bitsandbytes"))]
     assert list(rows) == ["published, fp16", *(f"ours, {name}" for name in bits)]
 
