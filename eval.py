@@ -6,7 +6,6 @@ inside it. Adapter flags are read from the checkpoint. The same command again go
 
 import argparse
 import math
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 
 from lavin.generation.generate import generate
 from lavin.generation.option_scoring import option_example, score_options
-from lavin.generation.sampling import NotFinite
+from lavin.generation.sampling import NotFinite, sampling_seed
 from lavin.runtime import distributed
 from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar, summary
 from lavin.runtime.errors import UserError, one_line_errors
@@ -156,7 +155,7 @@ def make_question(tokenizer, n_prompt: int, data, qid: str, image: torch.Tensor 
     whole, _ = build_prompt(data.problems[qid], args.prompt_format, data.captions.get(qid, ""))
     prompt = fit_prompt(tokenizer, whole, image, n_prompt, args.max_seq_len)
     return EvalQuestion(qid, prompt, tokenizer.example(prompt, None, image, n_prompt),
-                        len(data.problems[qid]["choices"]), zlib.crc32(f"{args.seed} {qid}".encode()), prompt != whole)
+                        len(data.problems[qid]["choices"]), sampling_seed(args.seed, qid), prompt != whole)
 
 
 def answer_questions(model, tokenizer, data, images: dict, args, qids: list[str]) -> Iterator[dict[str, dict]]:

@@ -13,6 +13,7 @@ import torch
 
 import eval as evaluation
 from lavin.generation.generate import generate
+from lavin.generation.sampling import sampling_seed
 from lavin.runtime import distributed
 from lavin.runtime.console import format_table, is_main_process, print_rank0, progress_bar, summary
 from lavin.runtime.errors import UserError, one_line_errors
@@ -63,12 +64,11 @@ def load_pair_images(pairs: list[Pair], size: int, threads: int) -> list[torch.T
 
 def answer_pairs(model, tokenizer, pairs: list[Pair], args, names: list[str]) -> Iterator[dict[str, list[dict]]]:
     """The two answers to each of the pairs `names`, batch by batch, by name. A pair's questions share a batch."""
-    index_of, batch_size = {pair.name: i for i, pair in enumerate(pairs)}, max(1, args.max_batch_size // 2)
+    pair_of, batch_size = {pair.name: pair for pair in pairs}, max(1, args.max_batch_size // 2)
     with progress_bar(None, "pictures", total=len(names), unit="picture") as bar:
         for start in range(0, len(names), batch_size):
-            indices = [index_of[name] for name in names[start:start + batch_size]]
-            batch = [pairs[index] for index in indices]
-            seeds = [args.seed + 2 * index + i for index in indices for i in range(2)]
+            batch = [pair_of[name] for name in names[start:start + batch_size]]
+            seeds = [sampling_seed(args.seed, f"{pair.name} {i}") for pair in batch for i in range(2)]
             texts = iter(answer_batch(model, tokenizer, batch, seeds, args))
             yield {pair.name: [
                 {"subtask": pair.subtask, "picture": pair.name, "question": question, "answer": answer,

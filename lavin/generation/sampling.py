@@ -1,5 +1,6 @@
 """The choice of the next token: greedy or nucleus sampling. Logits that are not finite give no token."""
 
+import zlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -21,6 +22,14 @@ def refuse_not_finite(indices: Iterable[int]) -> None:
     found = list(indices)
     if found:
         raise NotFinite(found)
+
+
+def sampling_seed(seed: int, name: str) -> int:
+    """The seed of one question's draws, which depends on the --seed of the command and the question's name alone.
+
+    A checksum of both, so that no question draws with one --seed what another question draws with another.
+    """
+    return zlib.crc32(f"{seed} {name}".encode())
 
 
 def sampler(temperature: float, top_p: float, seeds: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
