@@ -1,0 +1,94 @@
+"""What depends on the number of processes: the learning rate, the loss's weights, and who draws which dropout mask."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from tiny_runs import run_flags, run_workers
+
+WORKER = """
+import sys, torch
+sys.path[:0] = {path!r}
+import train
+from lavin.runtime import distributed
+from watched import watched
+torch.set_num_threads(1)
+rank, world_size, _ = distributed.init()
+close, distributed.close = distributed.close, lambda: None  # keep the process group for all runs
+made = {{}}
+for name, flags in {runs!r}.items():
+    with watched() as passes:
+        train.main(train.get_args_parser().parse_args(flags))
+    made[name] = [vars(one) for one in passes]
+    torch.distributed.barrier()  # rank 0 writes the checkpoint
+torch.save(made, f"{out}/{{rank}}.pt")
+close()
+"""
+DROPOUT = ("--dropout_prob", "0.3", "--dropout_lim", "0.3", "--batch_size", "2")
+UNEVEN = ("--batch_size", "5", "--accum_iter", "2")  # 20 samples a step on two processes, of which eleven are there
+
+
+@pytest.fixture(scope="module")
+def eleven(scienceqa, tmp_path_factory):
+    """ScienceQA without its last train problem: two processes cannot share the rest evenly."""
+    root = tmp_path_factory.mktemp("eleven") / "data"
+    shutil.copytree(scienceqa, root)
+    splits = json.loads((root / "pid_splits.json").read_text())
+    splits["train"].pop()
+    (root / "pid_splits.json").write_text(json.dumps(splits))
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(base, scienceqa, eleven, tmp_path_factory):
+    """For each run: the folder, and the passes of both processes."""
+    out = tmp_path_factory.mktemp("two")
+    flags = {"0": (scienceqa, *DROPOUT, "--seed", "0", "--epochs", "2"), "1": (scienceqa, *DROPOUT, "--seed", "1"),
+             "microbatch": (eleven, *UNEVEN, "--loss_norm", "microbatch"), "batch": (eleven, *UNEVEN)}
+    commands = {name: run_flags(base, data, out / name, "--epochs", "1", "--warmup_epochs", "0", *more)
+                for name, (data, *more) in flags.items()}
+    commands["blr"] = run_flags(base, scienceqa, out / "blr", "--epochs", "1", "--warmup_epochs", "0", "--batch_size",
+                                "2", "--lr_schedule", "step", "--blr", "0.512")
+    position = commands["blr"].index("--lr")
+    del commands["blr"][position:position + 2]
+    by_rank = run_workers(WORKER.format(path=sys.path, runs=commands, out=str(out)), 2, out)
+    return {name: (out / name, [made[name] for made in by_rank]) for name in commands}
+
+
+def test_blr_is_scaled_by_the_samples_of_all_processes(runs):
+    """Two samples on each of two processes: 0.512 * 4 / 256."""
+    entry, = map(json.loads, (runs["blr"][0] / "log.txt").read_text().splitlines())
+    assert entry["train_lr"] == pytest.approx(0.008)
+
+
+def test_processes_begin_with_the_same_adapters_and_draw_masks_of_their_own(runs):
+    drawn = []
+    for name, n_steps in (("0", 6), ("1", 3)):
+        first, second = runs[name][1]
+        assert len(first) == len(second) == n_steps
+        for made, other in zip(first, second, strict=True):
+            for parameter, tensor in made["parameters"].items():
+                assert tensor.equal(other["parameters"][parameter]), parameter
+        drawn += [tuple(made["draws"][0].flatten()[:8].tolist()) for made in first + second]
+    assert len(set(drawn)) == len(drawn) == 18  # (seed, epoch, step, rank) each has masks of its own
+
+
+@pytest.mark.parametrize("loss_norm, counts", [("microbatch", [[5, 1], [5]]), ("batch", [[6], [5]])])
+def test_loss_weights_count_the_answer_tokens_and_micro_batches_of_all_processes(runs, loss_norm, counts):
+    """Shares of six and five samples make micro-batches of 5, 1 and 5: three, wherever they are."""
+    folder, by_rank = runs[loss_norm]
+    weights = [[weights for made in passes for weights in made["weights"]] for passes in by_rank]
+    assert sorted(map(len, weights), reverse=True) == [6, 5]
+    tokens = sum(len(of_sample) for of_rank in weights for of_sample in of_rank)
+    n_micro_batches = sum(map(len, counts))
+    for of_rank, sizes in zip(sorted(weights, key=len, reverse=True), counts, strict=True):
+        start = 0
+        for size in sizes:
+            of_micro_batch = sum(of_rank[start:start + size], [])
+            expected = 1 / (len(of_micro_batch) * n_micro_batches if loss_norm == "microbatch" else tokens)
+            assert of_micro_batch == pytest.approx([expected] * len(of_micro_batch))
+            start += size
+    assert sum(sum(of_sample) for of_rank in weights for of_sample in of_rank) == pytest.approx(1)
+    assert json.loads((folder / "recipe.json").read_text())["recipe"]["effective_batch"] == 20
