@@ -1,0 +1,115 @@
+"""Mutation testing: puts the faults of mutants.json into a copy of the project, one at a time, and says whether a test
+fails.
+
+    python tests/mutation.py                    # all faults, two at a time
+    python tests/mutation.py --only 3 17        # the faults with these numbers
+
+A fault is a piece of source text that occurs once in the product, and its faulty replacement, which falsifies results
+or loses data without a crash. Whoever rewrites that piece rewrites the fault too, or exchanges it for another of its
+kind. The tests run until the first one fails, those of the changed file before the others.
+"""
+
+import argparse
+import json
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+MUTANTS = Path(__file__).with_name("mutants.json")
+SLOWEST = "tests/training/test_learning.py"  # runs when no other test has failed
+SECONDS = 1800  # after which a fault counts as noticed, since no test of an intact project takes as long
+
+
+def copy_project(folder: Path) -> Path:
+    """A copy of all files that git knows or does not ignore, as they lie in the working tree."""
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT,
+                            capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def find_source(project: Path, text: str) -> Path:
+    """The one product file that holds `text` once. Raises ValueError where there is none, or another place too."""
+    files = [*project.glob("*.py"), *(project / "lavin").rglob("*.py"), *(project / "util").rglob("*.py")]
+    counts = {path: path.read_text(encoding="utf-8").count(text) for path in files}
+    if sum(counts.values()) != 1:
+        raise ValueError(f"occurs {sum(counts.values())} times in the product, not once: {text!r}")
+    return max(counts, key=counts.__getitem__)
+
+
+def ordered_tests(project: Path, source: Path) -> list[str]:
+    """All test files but the slowest; first those that import the changed file, then those of its folder's name."""
+    module = ".".join(source.relative_to(project).with_suffix("").parts)
+    imports = re.compile(rf"^(from|import) {re.escape(module)}\b", re.MULTILINE)
+
+    def rank(test: Path) -> tuple:
+        return not imports.search(test.read_text(encoding="utf-8")), test.parent.name != source.parent.name, test
+    tests = sorted((project / "tests").rglob("test_*.py"), key=rank)
+    return [name for name in (str(test.relative_to(project)) for test in tests) if name != SLOWEST]
+
+
+def first_failure(project: Path, tests: list[str]) -> str | None:
+    """The name of the first test that fails; None where all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return "the limit of time"
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return failed[1] if failed else f"pytest's exit status {done.returncode}"
+
+
+def noticed_by(project: Path, mutant: dict) -> str | None:
+    """The test that fails with the fault; None where all pass."""
+    source = find_source(project, mutant["old"])
+    intact = source.read_text(encoding="utf-8")
+    source.write_text(intact.replace(mutant["old"], mutant["new"]), encoding="utf-8")
+    try:
+        return first_failure(project, ordered_tests(project, source)) or first_failure(project, [SLOWEST])
+    finally:
+        source.write_text(intact, encoding="utf-8")
+
+
+def main(args) -> None:
+    mutants = dict(enumerate(json.loads(args.mutants.read_text(encoding="utf-8"))))
+    chosen = args.only or list(mutants)
+    survivors = []
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.jobs) as pool:
+        projects: queue.Queue[Path] = queue.Queue()
+        for i in range(args.jobs):
+            projects.put(copy_project(Path(temporary, f"project{i}")))
+        for number in chosen:
+            find_source(projects.queue[0], mutants[number]["old"])  # a fault that no longer fits is said at once
+
+        def try_out(number: int) -> None:
+            project, start = projects.get(), time.monotonic()
+            test = noticed_by(project, mutants[number])
+            projects.put(project)
+            if test is None:
+                survivors.append(number)
+            verdict = f"noticed by {test}" if test else "SURVIVED"
+            tqdm.write(f"{number:3d} {verdict} ({time.monotonic() - start:.0f} s): {mutants[number]['what']}")
+        list(tqdm(pool.map(try_out, chosen), total=len(chosen), unit="fault"))
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults noticed; survivors: {sorted(survivors) or 'none'}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the faults to try (all)")
+    parser.add_argument("--jobs", type=int, default=2, help="faults tried at a time (2)")
+    parser.add_argument("--mutants", type=Path, default=MUTANTS, help="another file of faults")
+    main(parser.parse_args())
