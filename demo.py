@@ -6,43 +6,18 @@ The frozen base model is loaded once; each question can go to another run. A mod
 several: `torchrun --nproc_per_node 2 demo.py --model_parallel_size 2 --runs FOLDER`.
 """
 
-import argparse
 import signal
 from pathlib import Path
 
 from lavin.runtime import distributed
-from lavin.runtime.console import is_main_process, print_rank0, summary
+from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.errors import UserError, one_line_errors
-from util.chat.address import check_address, credentials
+from lavin.runtime.flags import Flags
+from util.chat.address import check_address
 from util.chat.chatbot import Chatbot, Settings, find_runs, read_trained_format
 from util.chat.distributed_chatbot import DistributedChatbot
-from util.flags import Parser, count, interval, non_empty, non_negative, shared_flags
+from util.chat.settings import SMOLLM2_RUNS, get_args_parser
 from util.trained_model import load_model
-
-SMOLLM2_RUNS = "runs/smollm2"  # of scripts/quickstart_smollm2.sh
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    shared = shared_flags()
-    parser = Parser("demo.py", description=summary(__doc__), parents=[shared], epilog=(
-        "Flags of model and data that are left out are those of the runs."))
-    parser.set_defaults(**dict.fromkeys(vars(shared.parse_args([]))))
-    add = parser.add_argument
-    add("--runs", "--adapter_path", type=non_empty,
-        help=f"folder of finished runs, one of them, or a checkpoint ({SMOLLM2_RUNS} where it has any, else .)")
-    add("--cli", action="store_true", help="in the terminal")
-    add("--share", action="store_true", help="a public link through gradio.live; else this machine alone can connect")
-    add("--server_name", default="127.0.0.1", type=non_empty,
-        help="address of this machine that the page listens on; others can connect to any but 127.0.0.1, which needs "
-             "--auth (127.0.0.1)")
-    add("--port", "--server_port", type=interval(int, "[1, 65535]"), help="of the page (the first free one from 7860)")
-    add("--auth", type=credentials, metavar="USER:PASSWORD", help="who may use the page")
-    add("--tokenizer_path", help="tokenizer.model (the base model's)")
-    add("--generation_temperature", default=0.0, type=non_negative, help="initial sampling temperature (0: greedy)")
-    add("--top_p", default=0.75, type=interval(float, "(0, 1]"), help="initial threshold of nucleus sampling (0.75)")
-    add("--max_new_tokens", default=128, type=count, help="initial limit on the length of an answer (128)")
-    add("--options", nargs="+", help="published flag, without effect")
-    return parser
 
 
 def default_runs() -> str:
@@ -58,7 +33,7 @@ def chosen_runs(path: str) -> tuple[dict[str, Path], list[str]]:
     return {"/".join(checkpoint.absolute().parts[-2:]): checkpoint}, []
 
 
-def load_chatbot(args) -> Chatbot:
+def load_chatbot(args: Flags) -> Chatbot:
     """The base model with those of the runs in args.runs that can share it; prints these, and which runs cannot."""
     folder = args.runs or default_runs()
     runs, left_out = chosen_runs(folder)
@@ -74,7 +49,7 @@ def load_chatbot(args) -> Chatbot:
     return bot
 
 
-def choose_interface(args):
+def choose_interface(args: Flags):
     """talk(bot, settings) for the terminal or for the browser."""
     if args.cli:
         from util.chat.terminal import talk
@@ -88,8 +63,8 @@ def choose_interface(args):
                                        args.auth)
 
 
-def main(args) -> None:
-    if distributed.init(args.model_parallel_size or 1)[1] > 1:
+def main(args: Flags) -> None:
+    if distributed.init(args.model_parallel_size)[1] > 1:
         raise UserError("demo.py runs a single model: set --model_parallel_size to the number of processes, or start "
                         "one process only")
     talk = choose_interface(args)

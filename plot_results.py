@@ -5,35 +5,20 @@ prints how many seeds and questions a difference needs (util/study/planning.py).
 report (util/search/report.py).
 """
 
-import argparse
 from pathlib import Path
 
-from lavin.runtime.console import summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import write_text
-from util.flags import Parser, interval
+from lavin.runtime.flags import Flags
 from util.search.folder import is_study
 from util.search.report import write_report
 from util.study.comparison import Comparison, compare, published, with_published
 from util.study.figures import write_figures
 from util.study.planning import plan
+from util.study.settings import get_args_parser
 from util.study.tables import csv_table, latex_table, markdown_table, text_table
 
 TABLES = {"md": markdown_table, "csv": csv_table, "tex": latex_table}
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser("plot_results.py", description=summary(__doc__),
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN",
-                        help="a run's folder, or a folder of runs; or a study of search.py")
-    parser.add_argument("--base", default=None, metavar="RUN",
-                        help="the run that others are compared to; default: cosine schedule, --dropout_var 1")
-    parser.add_argument("--published", action="store_true", help="add the published runs to the comparison")
-    parser.add_argument("--plan", type=interval(float, "(0, 100)"), metavar="POINTS",
-                        help="only print how many seeds and questions a difference of this size needs, by these runs")
-    parser.add_argument("--out", default="plots", help="folder of figures and tables")
-    return parser
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
@@ -45,7 +30,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     return written
 
 
-def make_comparison(args: argparse.Namespace) -> Comparison:
+def make_comparison(args: Flags) -> Comparison:
     if args.base and not args.runs:
         raise UserError("--base is one of the runs to compare: name these too")
     if args.plan and args.published:
@@ -54,7 +39,7 @@ def make_comparison(args: argparse.Namespace) -> Comparison:
     return with_published(comparison) if args.runs and args.published else comparison
 
 
-def study_of(args: argparse.Namespace) -> Path | None:
+def study_of(args: Flags) -> Path | None:
     """The folder of search.py that is named, if it is one."""
     studies = [run for run in args.runs if is_study(run)]
     if studies and (len(args.runs) > 1 or args.base or args.published or args.plan):
@@ -62,7 +47,7 @@ def study_of(args: argparse.Namespace) -> Path | None:
     return Path(studies[0]) if studies else None
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Flags) -> None:
     study = study_of(args)
     if args.plan:
         print(plan(make_comparison(args), args.plan))

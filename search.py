@@ -5,77 +5,55 @@ workers left. Flags given after -- have the value given; the others of --space a
 draws the report. Needs `pip install -r requirements-search.txt`.
 """
 
-import argparse
 import math
 import os
 import time
 from functools import partial
 from pathlib import Path
 
-from lavin.runtime.console import print_rank0, summary
+from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import read_json
+from lavin.runtime.flags import CHANGES_RESULTS, Role, flags_of
 from lavin.weights.base import require_base
-from train import check_args, derive_flags
-from train import get_args_parser as train_parser
 from util.data.batches import steps_per_epoch
 from util.data.datasets import load_scienceqa
-from util.flags import MACHINE_FLAGS, Parser, caption_path, count, interval, non_empty, positive
-from util.machine import resolve_precision
+from util.flags import Execution
 from util.search import confirm
 from util.search.folder import add_rung, all_records, gpu_seconds
+from util.search.machine import resolve_precision
 from util.search.progress import cost_lines, progress_line
 from util.search.runner import HoursSpent, Runner
+from util.search.settings import get_args_parser
 from util.search.space import Values, command_line, read_space
-from util.training.recipe import EXECUTION_FLAGS
+from util.training.recipe import TRAIN_FLAGS
+from util.training.settings import Optimization, TrainingData, TrainSettings
+from util.training.settings import get_args_parser as train_parser
 
-SPACE = Path(__file__).parent / "scripts" / "search_space.json"
 SPLITS = ("train", "val", "test")
-OWN_FLAGS = ("output_dir", "resume", "overwrite", "stop_after_epoch")  # of train.py, which the search sets
 MAX_FAILURES = 3  # of a worker's first trials: then something is wrong with all of them
 WAIT_SECONDS = 2.0
-
-
-def get_args_parser() -> Parser:
-    parser = Parser("search.py", description=summary(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--study", required=True, type=Path, help="the study's folder, shared by all workers")
-    add("--trials", default=64, type=count)
-    add("--space", default=str(SPACE), type=non_empty, help="JSON file of the flags to search and their ranges")
-    add("--storage", default=None, help="address of a database for many nodes; default: a journal file in the folder")
-    add("--pruner", default="asha", choices=["asha", "median", "none"],
-        help="ends trials early, at scores within the full schedule: all but the best third, or those below the median")
-    add("--questions", default=1000, type=count, help="of the validation split that trials are scored on")
-    add("--confirm", default=3, type=interval(int, "[0, 1000]"),
-        help="best configurations to run again with fresh seeds, beside the base; 0: none, and no winner")
-    add("--seeds", default=3, type=count, help="fresh seeds of each")
-    add("--gpus", default=1, type=count, help="GPUs of one trial, by torchrun")
-    add("--gpu_hours", default=None, type=positive, help="stop when all workers together have used them")
-    add("train", nargs="*", metavar="-- FLAG", help="flags of train.py for all trials")
-    return parser
 
 
 # --- What is searched ---
 
 def check_train(words: list[str], gpus: int, values: Values) -> None:
     """Raises UserError where train.py would refuse its flags."""
-    args = train_parser().parse_args([*words, *command_line(values)])
-    derive_flags(args, gpus)
-    check_args(args)
+    TrainSettings.of(train_parser().parse_args([*words, *command_line(values)]), gpus)
 
 
 def fixed_values(trained) -> Values:
-    """Of the flags that were given, which are not searched; with --lr, --blr has no effect."""
-    names = trained.given | ({"blr"} if "lr" in trained.given else set())
+    """The flags that were given, which are not searched; where --lr was, --blr has no effect."""
+    names = trained.given | {name for name, declared in TRAIN_FLAGS.items() if declared.stated_as in trained.given}
     return {name: getattr(trained, name) for name in names}
 
 
 def describe_study(args, space, trained) -> dict:
     """study.json: what must be the same for all workers, and what --precision means here."""
-    effective_batch = trained.batch_size * trained.accum_iter * args.gpus
-    data = {split: load_scienceqa(trained.data_root, split, caption_path(trained)) for split in SPLITS}
+    effective_batch, files = Optimization.of(trained).effective_batch(args.gpus), TrainingData.of(trained)
+    data = {split: load_scienceqa(files.data_root, split, files.captions) for split in SPLITS}
     flags = {name: value for name, value in vars(trained).items()
-             if name not in EXECUTION_FLAGS | {"batch_size", "accum_iter", "precision"}}
+             if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != "effective_batch"}
     return {**{name: getattr(args, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
             "precision": resolve_precision(trained.precision, trained.device, trained.bits),
             "steps_per_epoch": steps_per_epoch(len(data["train"].problems), effective_batch),
@@ -84,8 +62,8 @@ def describe_study(args, space, trained) -> dict:
 
 
 def machine_flags(trained) -> list[str]:
-    """Those that eval.py does not take from the run."""
-    given = {name: getattr(trained, name) for name in MACHINE_FLAGS if name in trained.given}
+    """The words of the flags that eval.py does not take from the run."""
+    given = {name: getattr(trained, name) for name in flags_of(Execution) if name in trained.given}
     return [word for name, value in given.items()
             for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
@@ -163,7 +141,8 @@ def main(args) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"{error}: pip install -r requirements-search.txt") from error
     trained = train_parser().parse_args(args.train)
-    refused = [name for name in (*OWN_FLAGS, "do_pretrain") if name in trained.given]
+    of_run = [name for name, declared in TRAIN_FLAGS.items() if declared.role is Role.RUN]  # which the search sets
+    refused = [name for name in (*of_run, "do_pretrain") if name in trained.given]
     if refused:
         raise UserError(f"--{refused[0]} does not go with a search, which names the folders of its runs of ScienceQA: "
                         "leave it out")

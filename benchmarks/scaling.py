@@ -81,7 +81,7 @@ def seeded_lavin(size: str, device, dtype) -> LaVIN:
 def measure_training(args, model, rank: int, world: int) -> dict:
     """Losses and adapters of the first steps; samples/s at the effective batch, and at that batch on each GPU."""
     parameters = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer = make_optimizer(model, argparse.Namespace(lr=1e-3, weight_decay=0.02))
+    optimizer = make_optimizer(model, weight_decay=0.02)
     scaler = torch.amp.GradScaler(model.device.type, enabled=False)
     weights = frozen_weights(model)
 

@@ -60,7 +60,7 @@ def published_trainer(model, pass_size: int = 64):
 def our_trainer(model, max_tokens: float = math.inf):
     """train.py's optimizer step, with passes of at most `max_tokens`."""
     parameters = trained_parameters(model)
-    optimizer = make_optimizer(model, argparse.Namespace(lr=1e-4, weight_decay=0.02))
+    optimizer = make_optimizer(model, weight_decay=0.02)
     scaler = make_scaler(model)
 
     def step(samples):

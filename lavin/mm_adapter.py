@@ -10,31 +10,45 @@ LaVIN: Luo et al. 2023, arXiv 2305.15023; RepAdapter: Luo et al. 2023, arXiv 230
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lavin.llama import Block
+from lavin.runtime.flags import FlagGroup, Role, flag
+from lavin.runtime.schema import Factor, Positive, Probability, Width
 
 GROUPS = 2  # of the up-projections
 INIT_DEVICE = "cpu"  # adapters are initialised here even while the frozen model is built on the meta device
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
-    """Everything that defines the trained parameters and how they are used, under the names of train.py's flags."""
+class AdapterShape(FlagGroup):
+    """What defines the trained parameters and how they are used. A default is what checkpoints without the field were
+    trained with."""
 
-    adapter_type: str = "attn"
-    visual_adapter_type: str = "router"
-    adapter_dim: int = 8
-    adapter_scale: float = 1.0
-    temperature: float = 10.0
-    hidden_proj: int = 128
-    n_prompt: int = 6
-    dropout_prob: float = 0.1
-    dropout_var: float = 1.0
-    dropout_lim: float = 0.2
+    title: ClassVar[str] = "adapters"
+    adapter_type: str = flag("attn", "adapters in LLaMA: before attention, or also before the feed-forward layer",
+                             Role.MODEL, choices=("attn", "block"))
+    visual_adapter_type: str = flag("router", "adapters in the ViT", Role.MODEL,
+                                    choices=("normal", "router", "router_block"))
+    adapter_dim: Width = flag(8, "rank of the adapters", Role.MODEL)
+    adapter_scale: Factor = flag(1.0, "scale of the adapters' output", Role.MODEL, reloadable=True)
+    temperature: Factor = flag(10.0, "router temperature: 10 for 7B, 5 for 13B", Role.MODEL, reloadable=True)
+    hidden_proj: Width = flag(128, "hidden width of the image projection", Role.MODEL)
+    n_prompt: Width = flag(6, "number of image features; must divide the ViT's depth", Role.MODEL)
+
+
+@dataclass(frozen=True)
+class AdapterConfig(AdapterShape):
+    """The adapters as they are trained: with the dropout of each layer (`dropout_schedule`)."""
+
+    dropout_prob: Probability = flag(0.1, "adapter dropout of the first layer", Role.RECIPE, named=False)
+    dropout_var: Positive = flag(1.0, "factor of the dropout from each layer to the next", Role.RECIPE, named=False)
+    dropout_lim: Probability = flag(0.2, "limit at which the dropout stops growing or falling", Role.RECIPE,
+                                    named=False)
 
 
 def number(value: float) -> torch.Tensor:

@@ -16,12 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lavin.runtime.console import summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import parse_json, read_text, write_json
+from lavin.runtime.flags import Parser
 from lavin.runtime.schema import is_plain_name
 from util.data.prompts import instruction_prompt
-from util.flags import Parser
 
 ALPACA = "alpaca_data.json"
 LLAVA = ("complex_reasoning_77k.json", "detail_23k.json", "conversation_58k.json")
@@ -98,7 +97,7 @@ def process(data_root: Path, out: Path) -> tuple[int, list[str]]:
 
 
 def main() -> None:
-    parser = Parser("data_processing.py", description=summary(__doc__))
+    parser = Parser("data_processing.py", __doc__)
     parser.add_argument("--data_root", default="../data", type=Path, help="folder of the files (../data)")
     parser.add_argument("--out", type=Path, help="the file to write (all_data.json in --data_root)")
     args = parser.parse_args()

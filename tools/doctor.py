@@ -20,7 +20,6 @@ try:  # packages may be missing or broken, and this program says so
     import torch
     from packaging.specifiers import SpecifierSet
 
-    import train
     from lavin.fast.speed_up import choose_fast_paths
     from lavin.runtime.device import choose_device, choose_dtype, compute_capability
     from lavin.runtime.errors import describe
@@ -30,7 +29,10 @@ try:  # packages may be missing or broken, and this program says so
     from lavin.weights.vision import DOWNLOAD_HINT, hub_answers, open_vit, require_cached
     from util.data.datasets import find_problems_file, load_scienceqa
     from util.data.instructions import read_instructions
-    from util.flags import caption_path, stays_plain
+    from util.data.settings import DataSettings
+    from util.flags import BaseSettings, Execution, stays_plain
+    from util.training.resume import take_flags_of_run
+    from util.training.settings import TrainSettings, get_args_parser
 except Exception as error:  # of many types: a library of CUDA that is gone, a torchvision of another torch
     import_error = error
 
@@ -106,8 +108,9 @@ def run(args) -> Iterator[str]:
             yield f"! --bits {bits} needs {needs}: leave it at 16bit"
     paths = choose_fast_paths(device, dtype, 128, args.bits, args.compile, args.cuda_graphs)
     yield row("attention", paths.attention.__name__)
+    plain = stays_plain(BaseSettings.of(args), Execution.of(args))
     for label in ("fused", "compiled", "captured"):
-        yield row(label, "yes" if getattr(paths, label) and not stays_plain(args) else "no")
+        yield row(label, "yes" if getattr(paths, label) and not plain else "no")
     if paths.note:
         yield row("", paths.note)
 
@@ -115,7 +118,7 @@ def run(args) -> Iterator[str]:
 def data(args) -> Iterator[str]:
     """train.py reads the train split, and eval.py, after it, the test split."""
     if args.do_pretrain:
-        yield row("instructions", f"{len(read_instructions(args).records):,} records")
+        yield row("instructions", f"{len(read_instructions(args.data_root, args.data_path).records):,} records")
         return
     root = Path(args.data_root)
     yield from map(file_row, (find_problems_file(root), root / "pid_splits.json"))
@@ -127,7 +130,7 @@ def data(args) -> Iterator[str]:
 
 def split(args, name: str) -> Iterator[str]:
     with redirect_stdout(io.StringIO()) as warnings:
-        scienceqa = load_scienceqa(args.data_root, name, caption_path(args))
+        scienceqa = load_scienceqa(args.data_root, name, DataSettings.of(args).captions)
     pictures = [path for path in map(scienceqa.picture_path, scienceqa.problems) if path]
     with ThreadPoolExecutor(16) as pool:  # a network's file system takes milliseconds a file
         missing = [path for path, there in zip(pictures, pool.map(Path.is_file, pictures), strict=True) if not there]
@@ -174,16 +177,15 @@ def output(args) -> Iterator[str]:
 
 
 def flags(args) -> Iterator[str]:
-    train.check_args(args)
+    args.lr = args.lr or 1.0  # train.py computes it from the number of processes
+    TrainSettings.of(args, world=1)
     yield from ()
 
 
 def of_train_py(argv: list[str]) -> Iterator[str]:
-    args = train.get_args_parser().parse_args(argv)
+    args = get_args_parser().parse_args(argv)
     if args.resume:
-        train.take_flags_of_run(args, train.get_args_parser())
-    args.lr = args.lr or 1.0  # train.py computes it from the number of processes
-    train.derive_flags(args, 1)
+        take_flags_of_run(args, get_args_parser())
     yield from checked(flags(args))
     for section in (run, data, weights, vision, output):
         yield f"== {section.__name__}"

@@ -17,7 +17,6 @@ embeddings, NAME.inputs_embeds.safetensors of an image (`inputs_embeds` [tokens,
 features) and the prompt, to which it then adds none.
 """
 
-import argparse
 import copy
 import os
 import sys
@@ -30,14 +29,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.llama import LlamaConfig
 from lavin.mm_adapter import RepAdapterRouter
 from lavin.model import LaVIN, pack
-from lavin.runtime.console import print_rank0, progress_bar, summary
+from lavin.runtime.console import print_rank0, progress_bar
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import atomic_write, write_json
+from lavin.runtime.flags import Parser
 from lavin.tokenizer import Example, FastTokenizer, Tokenizer
 from lavin.weights.hugging_face import HF_NAMES, rope_entry
 from output import make_folder, save_tensors
 from util.data.images import IMAGE_ERRORS, load_image
-from util.flags import Parser, shared_flags
+from util.flags import SHARED
 from util.trained_model import load_model
 
 MODALITIES = ("text", "image")
@@ -45,12 +45,10 @@ SHARD_BYTES = 4 * 2**30
 DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    shared = shared_flags()
-    parser = Parser("export_hf.py", description=summary(__doc__), parents=[shared], epilog=(
-        "Model and data flags that are left out take the values of the training run."))
-    parser.set_defaults(**{**dict.fromkeys(vars(shared.parse_args([]))), "precision": "fp16", "device": "cpu",
-                           "bits": "16bit"})
+def get_args_parser() -> Parser:
+    parser = Parser("export_hf.py", __doc__, *SHARED, epilog=(
+        "Flags of the model and the data that are left out take the values of the training run."))
+    parser.set_defaults(precision="fp16", device="cpu")
     add = parser.add_argument
     add("--adapter_path", required=True, help="a checkpoint, or a run's folder")
     add("--tokenizer_path", help="tokenizer.model or tokenizer.json (the base model's)")
@@ -260,7 +258,8 @@ def main(args) -> None:
     if args.pictures and args.modality != "image":
         raise UserError("--pictures needs --modality image")
     names = picture_names(args.pictures)
-    if args.bits != "16bit" or (args.model_parallel_size or 1) > 1:
+    args.given.add("bits")  # else the run's would be taken: of weights in 8 bits, the 16-bit ones are exported
+    if args.bits != "16bit" or args.model_parallel_size > 1:
         raise UserError("weights are exported whole, in 16 or 32 bits: leave --bits and --model_parallel_size out")
     if (args.out / "config.json").exists():
         raise UserError(f"--out {args.out} holds a model: name another folder")

@@ -22,12 +22,12 @@ from random import Random
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from lavin.runtime.console import summary
 from lavin.runtime.errors import UserError, one_line_errors
+from lavin.runtime.flags import Parser, parse_as
+from lavin.runtime.schema import Seed
 from make_mini_scienceqa import split_evenly
 from output import make_folder, write_scienceqa
 from util.data.prompts import OPTIONS
-from util.flags import Parser, seed
 
 SIZES = {"train": 960, "val": 200, "test": 400, "pretrain": 2300}
 ANSWERS = {"colour": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
@@ -160,9 +160,9 @@ def write_easy_vqa(out: Path, sizes: dict[str, int], seed: int) -> dict[str, dic
 
 
 def main() -> None:
-    parser = Parser("make_easy_vqa.py", description=summary(__doc__))
+    parser = Parser("make_easy_vqa.py", __doc__)
     parser.add_argument("--out", default="data/easy_vqa", type=Path, help="folder to write (data/easy_vqa)")
-    parser.add_argument("--seed", default=0, type=seed)
+    parser.add_argument("--seed", default=0, type=parse_as(Seed))
     args = parser.parse_args()
     make_folder(args.out)
     write_easy_vqa(args.out, SIZES, args.seed)

@@ -15,10 +15,10 @@ from mini_pictures import Canvas
 from mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Problem, Skill, make_problem
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from lavin.runtime.console import summary
 from lavin.runtime.errors import one_line_errors
+from lavin.runtime.flags import Parser, parse_as
+from lavin.runtime.schema import Seed
 from output import make_folder, write_scienceqa
-from util.flags import Parser, seed
 
 SIZES = {"train": 2000, "val": 120, "test": 400}
 IMAGE_FRACTION = 0.45  # of problems that have an image
@@ -92,9 +92,9 @@ def write_mini_scienceqa(out: Path, sizes: dict[str, int], seed: int) -> dict[st
 
 
 def main() -> None:
-    parser = Parser("make_mini_scienceqa.py", description=summary(__doc__))
+    parser = Parser("make_mini_scienceqa.py", __doc__)
     parser.add_argument("--out", default="data/mini", type=Path, help="folder to write (data/mini)")
-    parser.add_argument("--seed", default=0, type=seed)
+    parser.add_argument("--seed", default=0, type=parse_as(Seed))
     args = parser.parse_args()
     make_folder(args.out)
     problems = write_mini_scienceqa(args.out, SIZES, args.seed)

@@ -21,9 +21,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.attention import VarlenMetadata
 from lavin.llama import Llama, LlamaConfig
-from lavin.runtime.console import summary
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import atomic_write, write_json
+from lavin.runtime.flags import Parser, parse_as
+from lavin.runtime.schema import Seed
 from lavin.timm_compat import timm
 from lavin.tokenizer import Tokenizer
 from lavin.vision import VisionEncoder
@@ -31,7 +32,6 @@ from output import make_folder, save_tensors
 from util.data.datasets import load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import OPTIONS, build_prompt
-from util.flags import Parser, seed
 
 VOCAB_SIZE = 1600
 LLAMA = {"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": -1}
@@ -209,10 +209,10 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser("make_toy_base.py", description=summary(__doc__))
+    parser = Parser("make_toy_base.py", __doc__)
     parser.add_argument("--data_root", default="data/mini")
     parser.add_argument("--out", default="weights/toy", type=Path)
-    parser.add_argument("--seed", default=0, type=seed)
+    parser.add_argument("--seed", default=0, type=parse_as(Seed))
     parser.add_argument("--split", default="train", help="split of pid_splits.json to learn from (train)")
     parser.add_argument("--vit_only", action="store_true", help="the ViT alone, for a LLaMA from elsewhere")
     with one_line_errors():

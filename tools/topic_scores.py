@@ -8,11 +8,11 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from lavin.runtime.console import format_table, summary
+from lavin.runtime.console import format_table
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import read_json, read_json_lines
+from lavin.runtime.flags import Parser
 from util.data.datasets import find_problems_file
-from util.flags import Parser
 
 
 def correct_by_topic(folder: Path, problems: dict) -> dict[str, list[bool]]:
@@ -36,7 +36,7 @@ def topic_table(folders: list[Path], problems: dict) -> str:
 
 
 def main() -> None:
-    parser = Parser("topic_scores.py", description=summary(__doc__))
+    parser = Parser("topic_scores.py", __doc__)
     parser.add_argument("--data_root", required=True, type=Path, help="folder of problems.json")
     parser.add_argument("folders", nargs="+", type=Path, help="results of eval.py")
     args = parser.parse_args()

@@ -1,63 +1,136 @@
-"""Learning-rate schedules as functions of the fractional epoch.
+"""Learning-rate schedules as functions of the fractional epoch, and the flags that choose one.
+
+A schedule is one entry of SCHEDULES: the choices of --lr_schedule, the checks, the names in tables and figures, and the
+flags that a search varies with it follow from the entry.
 
 cosine: Loshchilov & Hutter 2017, arXiv 1608.03983; cyclical: triangular2 of Smith 2017, arXiv 1506.01186.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-SCHEDULES = ("cosine", "cyclical", "step", "exponential")
+from lavin.runtime.flags import FlagGroup, Flags, Role, flag
+from lavin.runtime.schema import Count, NonNegative, Positive
+
 STEP_FACTOR, STEP_EPOCHS = 0.65, 2
 EXPONENTIAL_END = 1e-5  # learning rate at the last epoch
 CYCLE_FRACTION = 1 / 5  # length of half a cycle, as a fraction of all epochs
 WARMUP_FRACTION = 1 / 10  # published: 2 of 20 epochs
 
 
-def fit_warmup(args) -> None:
-    """Shortens the default warm-up where it would take all epochs. args: also given, the flags of the command line."""
-    if args.lr_schedule != "cyclical" and "warmup_epochs" not in args.given and args.warmup_epochs >= args.epochs:
+# --- Formulas: epoch counts from the end of the warm-up, epochs is the number of epochs after it ---
+
+def cosine(epoch: float, epochs: float, lr: float, min_lr: float) -> float:
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (epoch / epochs))) / 2
+
+
+def cyclical(epoch: float, epochs: float, lr: float, min_lr: float) -> float:
+    half = epochs * CYCLE_FRACTION
+    cycle = math.floor(1 + epoch / (2 * half))
+    x = abs(epoch / half - 2 * cycle + 1)
+    return min_lr + (lr - min_lr) * max(0.0, 1 - x) / 2 ** (cycle - 1)
+
+
+def step(epoch: float, epochs: float, lr: float, min_lr: float) -> float:
+    return lr * STEP_FACTOR ** math.floor(epoch / STEP_EPOCHS)
+
+
+def exponential(epoch: float, epochs: float, lr: float, min_lr: float) -> float:
+    return lr * (EXPONENTIAL_END / lr) ** (epoch / epochs)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning-rate schedule.
+
+    formula: the rate at an epoch. display_name: in names of methods; None: the schedule of the base method. min_lr: the
+    published --min_lr; None: the schedule does not use the flag. warms_up: whether a linear warm-up comes first.
+    lowest_lr: the peak rate below which the formula makes no sense.
+    """
+
+    formula: Callable[[float, float, float, float], float]
+    display_name: str | None
+    min_lr: float | None = None
+    warms_up: bool = True
+    lowest_lr: float = 0.0
+
+
+SCHEDULES = {
+    "cosine": Schedule(cosine, None, min_lr=0.0),
+    "cyclical": Schedule(cyclical, "Cyclical LR", min_lr=5e-5, warms_up=False),
+    "step": Schedule(step, "Step Decay"),
+    "exponential": Schedule(exponential, "Exp. Decay", lowest_lr=EXPONENTIAL_END),
+}
+
+
+def schedule_of(name: str) -> Schedule:
+    """Raises ValueError, naming the flag, where there is no such schedule."""
+    if name not in SCHEDULES:
+        raise ValueError(f"--lr_schedule {name}: choose one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]
+
+
+def names_with(has: Callable[[Schedule], bool]) -> str:
+    return ", ".join(name for name, schedule in SCHEDULES.items() if has(schedule))
+
+
+@dataclass(frozen=True)
+class LearningRate(FlagGroup):
+    """The schedule of a run, and the numbers that its formula takes."""
+
+    title: ClassVar[str] = "learning rate"
+    lr_schedule: str = flag("cosine", "how the learning rate falls", Role.RECIPE, choices=tuple(SCHEDULES), named=False)
+    epochs: Count = flag(20, "epochs of the whole schedule", Role.RECIPE)
+    warmup_epochs: NonNegative = flag(
+        2.0, "linear warm-up; a tenth of --epochs where these are fewer; none with --lr_schedule "
+             + names_with(lambda schedule: not schedule.warms_up), Role.RECIPE)
+    blr: Positive = flag(9e-3, "base learning rate: lr = blr * effective batch / 256", Role.RECIPE, stated_as="lr",
+                         named=False)
+    lr: Positive | None = flag(None, "learning rate, instead of --blr", Role.RECIPE)
+    min_lr: NonNegative = flag(
+        0.0, f"lowest learning rate with --lr_schedule {names_with(lambda schedule: schedule.min_lr is not None)}",
+        Role.RECIPE, named=False)
+
+
+def derive_learning_rate(args: Flags, effective_batch: int) -> None:
+    """Sets --lr by --blr, and the warm-up of few epochs, where the command line left them out."""
+    if args.lr is None:
+        args.lr = args.blr * effective_batch / 256
+    if (schedule_of(args.lr_schedule).warms_up and "warmup_epochs" not in args.given
+            and args.warmup_epochs >= args.epochs):
         args.warmup_epochs = args.epochs * WARMUP_FRACTION
 
 
-def check_schedule(args) -> None:
-    """Raises ValueError, naming the flag, for invalid values."""
-    if args.lr_schedule not in SCHEDULES:
-        raise ValueError(f"--lr_schedule {args.lr_schedule}: choose one of {', '.join(SCHEDULES)}")
+def check_schedule(args: Any) -> None:
+    """Raises ValueError, naming the flag, for values that make no schedule. args: LearningRate, or the parsed flags."""
+    schedule = schedule_of(args.lr_schedule)
     if not args.epochs > 0:
         raise ValueError(f"--epochs {args.epochs} must be positive")
     if not (args.lr > 0 and math.isfinite(args.lr)):
         raise ValueError(f"--lr {args.lr} (or --blr) must be positive and finite")
     if not 0 <= args.min_lr <= args.lr:
         raise ValueError(f"--min_lr {args.min_lr} must lie between 0 and the learning rate {args.lr:g}")
-    if args.lr_schedule == "exponential" and args.lr < EXPONENTIAL_END:
-        raise ValueError(f"--lr {args.lr:g} (or --blr) lies below {EXPONENTIAL_END:g}, to which the exponential "
-                         "schedule would rise")
-    if args.lr_schedule != "cyclical" and not 0 <= args.warmup_epochs < args.epochs:
+    if args.lr < schedule.lowest_lr:
+        raise ValueError(f"--lr {args.lr:g} (or --blr) lies below {schedule.lowest_lr:g}, to which the "
+                         f"{args.lr_schedule} schedule would rise")
+    if schedule.warms_up and not 0 <= args.warmup_epochs < args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie at or above 0, and below --epochs "
                          f"{args.epochs}: leave it out, or give {args.epochs * WARMUP_FRACTION:g}")
 
 
-def learning_rate(epoch: float, args) -> float:
-    """The learning rate at fractional `epoch`. args: lr, min_lr, epochs, warmup_epochs, lr_schedule."""
-    if args.lr_schedule == "cyclical":
-        half = args.epochs * CYCLE_FRACTION
-        cycle = math.floor(1 + epoch / (2 * half))
-        x = abs(epoch / half - 2 * cycle + 1)
-        return args.min_lr + (args.lr - args.min_lr) * max(0.0, 1 - x) / 2 ** (cycle - 1)
-    if epoch < args.warmup_epochs:
-        return args.lr * epoch / args.warmup_epochs
-    decay_epoch = epoch - args.warmup_epochs
-    progress = decay_epoch / (args.epochs - args.warmup_epochs)
-    if args.lr_schedule == "cosine":
-        return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-    if args.lr_schedule == "step":
-        return args.lr * STEP_FACTOR ** math.floor(decay_epoch / STEP_EPOCHS)
-    if args.lr_schedule == "exponential":
-        return args.lr * (EXPONENTIAL_END / args.lr) ** progress
-    raise ValueError(f"--lr_schedule {args.lr_schedule}: choose one of {', '.join(SCHEDULES)}")
+def learning_rate(epoch: float, args: Any) -> float:
+    """The learning rate at a fractional epoch. args: LearningRate, or the parsed flags, checked by `check_schedule`."""
+    schedule = schedule_of(args.lr_schedule)
+    warmup = args.warmup_epochs if schedule.warms_up else 0
+    if epoch < warmup:
+        return args.lr * epoch / warmup
+    return schedule.formula(epoch - warmup, args.epochs - warmup, args.lr, args.min_lr)
 
 
-def adjust_learning_rate(optimizer, epoch: float, args) -> float:
-    """Sets the optimizer's learning rate for fractional `epoch`, and returns it."""
+def adjust_learning_rate(optimizer, epoch: float, args: Any) -> float:
+    """Sets the optimizer's learning rate for a fractional epoch, and returns it. args: as of `learning_rate`."""
     lr = learning_rate(epoch, args)
     for group in optimizer.param_groups:
         group["lr"] = lr

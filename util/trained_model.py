@@ -14,12 +14,13 @@ from lavin.runtime import distributed
 from lavin.runtime.console import print_rank0
 from lavin.runtime.device import choose_device, choose_dtype
 from lavin.runtime.errors import UserError
+from lavin.runtime.flags import Flags, check_flags, flags_of
 from lavin.tokenizer import Tokenizer
 from lavin.weights.adapters import load_adapters, read_adapters
 from lavin.weights.base import require_base
 from lavin.weights.load import load_base
 from util.fingerprint import fingerprints
-from util.flags import check_shared, inherit
+from util.flags import SHARED, BaseSettings, check_shared, inherit
 from util.runs import last_checkpoint
 
 
@@ -68,35 +69,32 @@ def check_image_statistics(model: LaVIN, trained: dict, source: str) -> None:
 
 # --- Loading ---
 
-def check_adapter_flags(args, trained: dict) -> None:
-    """Raises UserError where a flag contradicts the adapter configuration of the checkpoint."""
+def check_adapter_flags(args: Flags, trained: dict) -> None:
+    """Raises UserError where a given flag contradicts the adapter configuration of the checkpoint."""
     for name, value in trained.items():
-        flag = getattr(args, name, None)
-        if flag is not None and flag != value:
-            raise UserError(f"--{name} {flag} contradicts {args.adapter_path}, trained with --{name} {value}: "
-                            "leave the flag out")
+        if name in args.given and getattr(args, name) != value:
+            raise UserError(f"--{name} {getattr(args, name)} contradicts {args.adapter_path}, trained with --{name} "
+                            f"{value}: leave the flag out")
 
 
-def read_trained(args) -> Trained:
+def read_trained(args: Flags) -> Trained:
     """Reads the checkpoint of --adapter_path and checks the flags, which is fast; sets flags that were left out to the
     checkpoint's values."""
-    if args.llama_model_path and args.llm_model:
+    if {"llama_model_path", "llm_model"} <= args.given:
         require_base(args.llama_model_path, args.llm_model, args.tokenizer_path)
     path = last_checkpoint(args.adapter_path) if args.adapter_path else None
     checkpoint = read_adapters(path) if path else {"model": {}}
     adapter = checkpoint.get("adapter_config", {})
     check_adapter_flags(args, adapter)
-    inherit(args, checkpoint.get("flags", {}), str(path))
+    inherit(args, check_flags(checkpoint.get("flags", {}), flags_of(*SHARED), str(path)))
     check_shared(args)
     require_base(args.llama_model_path, args.llm_model, args.tokenizer_path, args.use_vicuna)
     if path and {"base", "vision"} & checkpoint.keys():
-        warn_of_other_base(path, checkpoint, fingerprints(args))
+        warn_of_other_base(path, checkpoint, fingerprints(BaseSettings.of(args), args.tokenizer_path))
     device = choose_device(args.device, distributed.init(args.model_parallel_size)[2])
     dtype = choose_dtype(args.precision, device)
     check_fast_paths(device, dtype, args.bits, args.compile, args.cuda_graphs)
-    adapter = adapter or {name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__
-                          if hasattr(args, name)}
-    return Trained(path, checkpoint["model"], AdapterConfig(**adapter), device, dtype,
+    return Trained(path, checkpoint["model"], AdapterConfig.read(adapter or vars(args)), device, dtype,
                    {name: checkpoint[name] for name in ("image_mean", "image_std") if name in checkpoint})
 
 

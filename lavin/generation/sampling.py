@@ -1,7 +1,8 @@
 """The choice of the next token: greedy or nucleus sampling. Logits that are not finite give no token."""
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,6 +17,15 @@ class NotFinite(UserError):
     def __init__(self, indices: list[int], whose: str = ""):
         super().__init__(f"the model gives NaN{whose}: the weights or the adapters are broken")
         self.indices = indices
+
+
+@contextmanager
+def named_failures(names: list[str]) -> Iterator[None]:
+    """Adds to NotFinite, raised inside, which sequences it concerns. names: one for each sequence of the batch."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(error.indices, f" for {', '.join(names[i] for i in error.indices[:8])}") from error
 
 
 def refuse_not_finite(indices: Iterable[int]) -> None:

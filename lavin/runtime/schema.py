@@ -36,6 +36,12 @@ def not_blank(text: str) -> str:
     return text
 
 
+def names_a_file(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"{text!r} names no file or folder")
+    return text
+
+
 def is_plain_name(text: str) -> bool:
     """Whether the name of a file or folder cannot lead out of its folder."""
     return bool(text.strip()) and text.isprintable() and not set(text) & set("/\\") and text not in (".", "..")
@@ -59,8 +65,18 @@ def distinct(texts: list[str]) -> list[str]:
 Text = Annotated[str, AfterValidator(encodable)]
 NonBlankText = Annotated[Text, AfterValidator(not_blank)]
 PlainName = Annotated[Text, AfterValidator(plain_name)]
+FileName = Annotated[Text, AfterValidator(names_a_file)]
 Size = Annotated[int, Field(ge=1, le=2**24)]  # of a tensor: larger ones overflow before they fail
-Positive = Annotated[float, Field(gt=0)]
+Width = Annotated[int, Field(ge=1, le=2**16)]
+Layers = Annotated[int, Field(ge=1, le=1024)]
+Count = Annotated[int, Field(ge=1, le=10**6)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # of torch's generators
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Factor = Annotated[float, Field(gt=0, le=1e6)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 
 # --- Checking ---

@@ -5,17 +5,18 @@ import io
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, Field
 from typing_extensions import NotRequired, TypedDict
 
+from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import atomic_write, value_sha256
-from lavin.runtime.schema import Positive, declared, strictly_declared, validate
-from lavin.weights.meta import Width
+from lavin.runtime.flags import flags_of
+from lavin.runtime.schema import declared, strictly_declared, validate
 from lavin.weights.tensor_files import check_names, check_shape, is_weight, read_torch
 
 # our part of a parameter's name -> the published one
@@ -32,23 +33,9 @@ def is_finite(tensor: torch.Tensor) -> torch.Tensor:
 
 AdapterTensors = dict[str, Annotated[Any, AfterValidator(is_weight), AfterValidator(is_finite)]]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-
-
-@strictly_declared
-class AdapterSettings(TypedDict, total=False):
-    """AdapterConfig's fields; a checkpoint from before a field existed leaves it out."""
-
-    adapter_type: Literal["attn", "block"]
-    visual_adapter_type: Literal["normal", "router", "router_block"]
-    adapter_dim: Width
-    adapter_scale: float
-    temperature: Positive
-    hidden_proj: Width
-    n_prompt: Width
-    dropout_prob: Probability
-    dropout_var: Positive
-    dropout_lim: Probability
+# AdapterConfig's fields, with the types of its flags; a checkpoint from before a field existed leaves it out
+AdapterSettings: Any = strictly_declared(TypedDict(  # type: ignore[operator]  # made from the fields
+    "AdapterSettings", {name: known.kind for name, known in flags_of(AdapterConfig).items()}, total=False))
 
 
 @declared

@@ -18,8 +18,8 @@ from lavin.gguf.file import open_file
 from lavin.gguf.weights import META_ORDER, ROPE_FACTORS, GGUFTensors, dequantize, read_config
 from lavin.llama import LinearScaling, Llama3Scaling, LlamaConfig, RopeScaling, YarnScaling
 from lavin.runtime.errors import UserError
-from lavin.runtime.schema import Positive, Size, declared, read_validated
-from lavin.weights.meta import Epsilon, Layers, Width, check_heads
+from lavin.runtime.schema import Epsilon, Layers, Positive, Size, Width, declared, read_validated
+from lavin.weights.meta import check_heads
 from lavin.weights.tensor_files import COMPUTED_BUFFERS, read_hf_folder
 
 # Hugging Face's part of a parameter's name -> ours, which is Meta's

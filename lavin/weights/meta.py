@@ -10,15 +10,11 @@ from typing_extensions import NotRequired, TypedDict
 
 from lavin.llama import LlamaConfig
 from lavin.runtime.errors import UserError
-from lavin.runtime.schema import Positive, Size, declared, read_validated
+from lavin.runtime.schema import Epsilon, Layers, Positive, Size, Width, declared, read_validated
 from lavin.weights.tensor_files import COMPUTED_BUFFERS, read_tensors
 
 # dimension along which Meta's files shard each tensor; norms are replicated
 SHARD_DIMS = {"tok_embeddings": 1, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
-
-Width = Annotated[int, Field(ge=1, le=2**16)]
-Layers = Annotated[int, Field(ge=1, le=1024)]
-Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 
 @declared

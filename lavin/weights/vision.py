@@ -22,10 +22,19 @@ from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.errors import UserError, first_line
-from lavin.runtime.schema import NonBlankText, Positive, Size, Text, declared, read_validated, validate
+from lavin.runtime.schema import (
+    Layers,
+    NonBlankText,
+    Positive,
+    Size,
+    Text,
+    Width,
+    declared,
+    read_validated,
+    validate,
+)
 from lavin.timm_compat import timm
 from lavin.vision import IMAGENET
-from lavin.weights.meta import Layers, Width
 from lavin.weights.tensor_files import read_hf_folder, read_tensors
 
 OpenedViT = tuple[nn.Module, Mapping[str, torch.Tensor]]  # model on meta, tensors under its names

@@ -24,7 +24,7 @@ from user_errors import error_message
 from util.data.datasets import load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import answer_text, build_prompt, parse_answer
-from util.scoring import COLUMNS, cluster, score
+from util.evaluation.scoring import COLUMNS, cluster, score
 
 PUBLISHED_TRAIN = """--llm_model 7B --llama_model_path ../data/weights/ --data_path ../data/alpaca_data.json
     --max_seq_len 512 --batch_size 4 --accum_iter 1 --epochs 20 --warmup_epochs 2 --blr 9e-3 --weight_decay 0.02

@@ -25,7 +25,7 @@ from tiny_runs import run_flags, write_run
 from user_errors import error_message
 from util.data.datasets import load_scienceqa
 from util.data.prompts import fit_prompt
-from util.results import PARTIAL
+from util.evaluation.results import PARTIAL
 from util.runs import lock_folder
 
 RESULTS = ("generations.jsonl", "preds.json", "scores.json")

@@ -19,7 +19,7 @@ from util.data.batches import load_examples, load_training_data
 from util.data.datasets import Problem, ScienceQA, load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import PROMPT_FORMATS, build_prompt
-from util.scoring import score
+from util.evaluation.scoring import score
 
 # --- JSON ---
 

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import binomtest, sem
 
 from lavin.runtime.errors import UserError
-from util.scoring import COLUMNS
+from util.evaluation.scoring import COLUMNS
 from util.study.comparison import (
     PUBLISHED,
     Comparison,

@@ -12,7 +12,7 @@ from test_comparison import FLAGS, STEP, write_run
 
 import plot_results
 from lavin.runtime.errors import UsageError, UserError
-from util.scoring import COLUMNS
+from util.evaluation.scoring import COLUMNS
 from util.study.comparison import Comparison, Method, compare, published
 from util.study.finished_runs import Run
 from util.study.planning import (

@@ -3,7 +3,7 @@
 import pytest
 
 from tiny import problem
-from util.scoring import COLUMNS, cluster, score
+from util.evaluation.scoring import COLUMNS, cluster, score
 
 NATURAL, SOCIAL, LANGUAGE = "natural science", "social science", "language science"
 PROBLEMS = {

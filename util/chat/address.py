@@ -1,12 +1,14 @@
 """Where the chat page listens, who can reach it there, and how to reach it from elsewhere."""
 
-import argparse
 import errno
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 from lavin.runtime.errors import UserError
 
@@ -14,12 +16,14 @@ FIRST_PORT = 7860  # Gradio's: it takes the first free one from here
 
 
 def credentials(text: str) -> tuple[str, str]:
-    """An argparse type: USER:PASSWORD."""
+    """The user and the password of `USER:PASSWORD`."""
     user, _, password = text.partition(":")
     if not user or not password:
-        raise argparse.ArgumentTypeError("takes USER:PASSWORD, neither of them empty")  # without repeating a password
+        raise ValueError("takes USER:PASSWORD, neither of them empty")  # without repeating a password
     return user, password
 
+
+Credentials = Annotated[tuple[str, str], BeforeValidator(credentials)]
 
 def check_address(name: str, port: int | None, auth: tuple[str, str] | None) -> None:
     """Raises UserError where the page cannot listen, or where anyone on the network could use it."""

@@ -18,20 +18,21 @@ import torch
 
 from lavin.generation.generate import stream, warmup
 from lavin.generation.option_scoring import option_example, score_options
-from lavin.mm_adapter import AdapterConfig, RepAdapter, RepAdapterRouter
+from lavin.mm_adapter import AdapterConfig, AdapterShape, RepAdapter, RepAdapterRouter
 from lavin.model import LaVIN
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
+from lavin.runtime.flags import flags_of
 from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.adapters import load_adapters, read_adapters
 from util.data.prompts import OPTIONS, PROMPT_FORMATS, answer_text, build_prompt, given_reason, instruction_prompt
-from util.flags import shared_flags
+from util.data.settings import DataSettings
+from util.flags import BaseSettings
 from util.runs import checkpoints, last_checkpoint, run_folders, user_error_if_malformed
 from util.trained_model import check_image_statistics
 
 # flags that must be equal in all runs on one model: they determine the base model and the shapes of the adapters
-SHARED_FLAGS = ("llm_model", "use_vicuna", "vision_model", "adapter_type", "visual_adapter_type", "adapter_dim",
-                "n_prompt", "hidden_proj")
+SHARED_FLAGS = tuple(name for name, declared in flags_of(BaseSettings, AdapterShape).items() if not declared.reloadable)
 # what a checkpoint was trained on, where it says so, as a message calls it
 TRAINED_ON = {"base": "files of --llm_model", "vision": "files of --vision_model"}
 
@@ -135,7 +136,7 @@ def read_trained_format(path: Path) -> tuple[dict, str]:
     """A checkpoint, and the prompt format that it was trained with. A published one does not say: with the default."""
     checkpoint = read_adapters(path)
     if "adapter_config" not in checkpoint:
-        return checkpoint, shared_flags().get_default("prompt_format")
+        return checkpoint, DataSettings().prompt_format
     with user_error_if_malformed(path):
         AdapterConfig(**checkpoint["adapter_config"])
         prompt_format = checkpoint["flags"]["prompt_format"]

@@ -16,30 +16,35 @@ from util.data.examples import tokenized
 from util.data.images import load_images
 from util.data.instructions import Instructions, instruction_examples, read_instructions
 from util.data.prompts import build_prompt
+from util.data.settings import TrainingData
 
 
-def load_training_data(args, caption_file: str | None) -> ScienceQA | Instructions:
+def load_training_data(settings: TrainingData) -> ScienceQA | Instructions:
     """The train split, or with --do_pretrain the records of instruction tuning: read and checked, which is fast."""
-    return read_instructions(args) if args.do_pretrain else load_scienceqa(args.data_root, "train", caption_file)
+    if settings.do_pretrain:
+        return read_instructions(settings.data_root, settings.data_path)
+    return load_scienceqa(settings.data_root, "train", settings.captions)
 
 
-def load_examples(data: ScienceQA | Instructions, args, tokenizer: Tokenizer, image_size: int) -> dict[str, Example]:
-    """Tokenized, with decoded images for ScienceQA; by question id, or `record N` for instruction tuning."""
+def load_examples(data: ScienceQA | Instructions, settings: TrainingData, tokenizer: Tokenizer, image_size: int,
+                  n_prompt: int, threads: int) -> dict[str, Example]:
+    """The tokenized examples by question id or, for instruction tuning, `record N`; ScienceQA's have decoded images.
+
+    n_prompt: the number of image features. threads: how many decode pictures.
+    """
+    max_seq_len = settings.max_seq_len
     if isinstance(data, Instructions):
-        examples = instruction_examples(data, args, tokenizer, image_size)
-        report("records", examples, len(data.records) - len(examples), args.max_seq_len)
-    else:
-        examples = problem_examples(data, args, tokenizer, image_size)
-        report("problems", examples, len(data.skipped), args.max_seq_len)
-    return examples
+        examples = instruction_examples(data, tokenizer, image_size, n_prompt, max_seq_len, threads, settings.skip_bad)
+        report("records", examples, len(data.records) - len(examples), max_seq_len)
+        return examples
 
-
-def problem_examples(data: ScienceQA, args, tokenizer: Tokenizer, image_size: int) -> dict[str, Example]:
     def text(qid: str) -> tuple[str, str]:
-        return build_prompt(data.problems[qid], args.prompt_format, data.captions.get(qid, ""))
+        return build_prompt(data.problems[qid], settings.prompt_format, data.captions.get(qid, ""))
 
-    images = load_images(data, image_size, args.num_workers, args.skip_bad)
-    return tokenized(list(data.problems), text, images, tokenizer, args.n_prompt, args.max_seq_len, "problems")
+    images = load_images(data, image_size, threads, settings.skip_bad)
+    examples = tokenized(list(data.problems), text, images, tokenizer, n_prompt, max_seq_len, "problems")
+    report("problems", examples, len(data.skipped), max_seq_len)
+    return examples
 
 
 def report(what: str, examples: dict[str, Example], n_skipped: int, max_seq_len: int) -> None:

@@ -74,11 +74,11 @@ def image_path(root: Path, name: str) -> Path:
     return root / "images" / "train2014" / f"COCO_train2014_{name.removeprefix('COCO_train2014_')}"
 
 
-def read_instructions(args) -> Instructions:
+def read_instructions(data_root: str, data_path: str) -> Instructions:
     """The records of --data_path (default: all_data.json in --data_root). Raises UserError for other formats."""
-    path = Path(args.data_path or f"{args.data_root}/all_data.json")
+    path = Path(data_path or f"{data_root}/all_data.json")
     records = read_validated(path, AllData, HINT, HINT)["all"]
-    return Instructions(Path(args.data_root), [validate(record, Record, f"{path}: record {i}", HINT)
+    return Instructions(Path(data_root), [validate(record, Record, f"{path}: record {i}", HINT)
                                                for i, record in enumerate(records)])
 
 
@@ -106,9 +106,10 @@ def load_pictures(data: Instructions, size: int, threads: int, skip_bad: bool) -
     return good_pictures
 
 
-def instruction_examples(data: Instructions, args, tokenizer: Tokenizer, image_size: int) -> dict[str, Example]:
-    """The records, tokenized; `image` is a LazyImage or None. With --skip_bad, those of a bad picture are left out."""
-    pictures = load_pictures(data, image_size, args.num_workers, args.skip_bad)
+def instruction_examples(data: Instructions, tokenizer: Tokenizer, image_size: int, n_prompt: int, max_seq_len: int,
+                         threads: int, skip_bad: bool) -> dict[str, Example]:
+    """The records, tokenized; `image` is a LazyImage or None. With skip_bad, those of a bad picture are left out."""
+    pictures = load_pictures(data, image_size, threads, skip_bad)
     kept = {f"record {i}": record for i, record in enumerate(data.records)
             if record["image"] is None or record["image"] in pictures}
     if not kept:
@@ -118,7 +119,7 @@ def instruction_examples(data: Instructions, args, tokenizer: Tokenizer, image_s
         return kept[name]["instruction"], kept[name]["answer"]
 
     images = {name: pictures[record["image"]] for name, record in kept.items() if record["image"]}
-    return tokenized(list(kept), text, images, tokenizer, args.n_prompt, args.max_seq_len, "records")
+    return tokenized(list(kept), text, images, tokenizer, n_prompt, max_seq_len, "records")
 
 
 def decode_images(examples: list[Example], threads: int = 4) -> list[Example]:

@@ -17,8 +17,9 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.errors import UserError
+from lavin.runtime.flags import CHANGES_RESULTS
 from lavin.runtime.schema import NonBlankText, read_validated, strictly_declared
-from util.training.recipe import EXECUTION_FLAGS
+from util.training.recipe import TRAIN_FLAGS
 
 DIGITS = 4  # significant ones of a sampled number
 FIX = "correct it, or leave --space out"
@@ -233,8 +234,9 @@ def check_references(space: Space, known: set[str]) -> None:
     seen: set[str] = set()
     for name, parameter in space.parameters.items():
         flag, source = flag_of(name, parameter), f"{space.source}: {name}"
-        if flag not in known or flag in EXECUTION_FLAGS:
-            reason = "changes no result" if flag in EXECUTION_FLAGS else "is no flag of train.py"
+        changes_nothing = flag in known and TRAIN_FLAGS[flag].role not in CHANGES_RESULTS
+        if flag not in known or changes_nothing:
+            reason = "changes no result" if changes_nothing else "is no flag of train.py"
             raise UserError(f"{source}: --{flag} {reason}: {FIX}")
         bound_flags = [parameter[bound] for bound in ("low", "high") if isinstance(parameter.get(bound), str)]
         for other in (*parameter.get("when", {}), *bound_flags):

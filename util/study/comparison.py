@@ -13,6 +13,7 @@ import numpy as np
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
+from util.lr_sched import SCHEDULES
 from util.runs import run_folders
 from util.study.finished_runs import Run, read_run
 from util.study.statistics import (
@@ -28,19 +29,14 @@ from util.study.statistics import (
     unpaired_standard_error,
     wilson,
 )
-from util.training.recipe import EXECUTION_FLAGS, RESTATED_FLAGS
+from util.training.recipe import TRAIN_FLAGS
 
 PUBLISHED = Path(__file__).parents[2] / "assets" / "published.json"
-SCHEDULE_NAMES = {"cosine": None, "cyclical": "Cyclical LR", "step": "Step Decay", "exponential": "Exp. Decay"}
 DROPOUT_NAMES = {(0.1, 1.01, 0.2): "Inc. Drop. Prob", (0.2, 0.99, 0.1): "Dec. Drop. Prob",
                  (0.1, 1.03, 0.2): "Inc. Drop. Prob V2", (0.2, 0.97, 0.1): "Dec. Drop. Prob V2"}
-NAMES = ["Base", *filter(None, SCHEDULE_NAMES.values()), *DROPOUT_NAMES.values()]  # in the order of the publication
-DEFAULT_MIN_LR = {"cosine": 0, "cyclical": 5e-5}  # the other schedules do not use it
-# Flags that do not appear in a method's name: those that the name already expresses, those that affect where and how a
-# run was executed but not its result, and those summarized by `lr` and `effective batch`. A recipe states the model and
-# the precision in another form, a name does not.
-UNNAMED_FLAGS = {"lr_schedule", "min_lr", "dropout_prob", "dropout_var", "dropout_lim", "seed",
-                 *EXECUTION_FLAGS, *RESTATED_FLAGS} - {"llm_model", "vision_model", "precision"}
+# in the order of the publication
+NAMES = ["Base", *(schedule.display_name for schedule in SCHEDULES.values() if schedule.display_name),
+         *DROPOUT_NAMES.values()]
 ASSUMED_ICC = (0.01, 0.05, 0.1)  # intraclass correlations of outcomes
 # what the runs were scored with, as reasons say it, and the flag of train.py that may make it differ
 SCORED_WITH = {"decode": ("--decode", None), "precision": ("--precision", "precision"),
@@ -204,14 +200,19 @@ def with_published(comparison: Comparison) -> Comparison:
 
 def method_name(flags: dict, reference: dict) -> str:
     """E.g. `Base`, `Inc. Drop. Prob V2 + lr 0.002`: schedule, dropout, then other flags that differ from reference."""
-    schedule = flags["lr_schedule"]
-    parts = list(filter(None, [SCHEDULE_NAMES.get(schedule, schedule), dropout_name(flags)])) or ["Base"]
-    if flags["min_lr"] != DEFAULT_MIN_LR.get(flags["lr_schedule"], flags["min_lr"]):
+    schedule = SCHEDULES[flags["lr_schedule"]]
+    parts = list(filter(None, [schedule.display_name, dropout_name(flags)])) or ["Base"]
+    if schedule.min_lr not in (None, flags["min_lr"]):
         parts.append(f"min_lr {flags['min_lr']:g}")
-    unused = {"warmup_epochs"} if flags["lr_schedule"] == "cyclical" else set()
+    unused = set() if schedule.warms_up else {"warmup_epochs"}
     parts += [f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}" for flag, value in flags.items()
-              if flag not in UNNAMED_FLAGS | unused and value != reference.get(flag, value)]
+              if is_named(flag) and flag not in unused and value != reference.get(flag, value)]
     return " + ".join(parts)
+
+
+def is_named(flag: str) -> bool:
+    """Whether a method is named by a flag in which it differs; entries that are no flags of this version are."""
+    return flag not in TRAIN_FLAGS or TRAIN_FLAGS[flag].named
 
 
 def dropout_name(flags: dict) -> str | None:

@@ -9,7 +9,6 @@ import os
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
-from types import SimpleNamespace
 
 os.environ["MPLBACKEND"] = "Agg"  # writes files, never opens a window; a notebook's backend may not be installed here
 import matplotlib.pyplot as plt
@@ -22,8 +21,8 @@ from matplotlib.transforms import ScaledTranslation
 
 from lavin.mm_adapter import dropout_schedule
 from lavin.runtime.files import atomic_write
-from util.lr_sched import learning_rate
-from util.scoring import COLUMNS
+from util.evaluation.scoring import COLUMNS
+from util.lr_sched import LearningRate, learning_rate
 from util.study.comparison import NAMES, Comparison, Method
 
 CATEGORIES = [column for column in COLUMNS if column != "Avg"]
@@ -181,9 +180,9 @@ def integer_ticks() -> MaxNLocator:
 
 def draw_learning_rates(ax: Axes, methods: list[Method]) -> None:
     def rates(method):
-        args = SimpleNamespace(**method.flags)
-        epochs = np.linspace(0, args.epochs, 2001)[:-1]  # no optimizer step happens at the very end
-        return epochs, np.array([learning_rate(epoch, args) for epoch in epochs])
+        schedule = LearningRate.read(method.flags)
+        epochs = np.linspace(0, schedule.epochs, 2001)[:-1]  # no optimizer step happens at the very end
+        return epochs, np.array([learning_rate(epoch, schedule) for epoch in epochs])
 
     draw_distinct_curves(ax, methods, rates)
     ax.set(title="Learning rate", xlabel="epoch", ylabel="learning rate")

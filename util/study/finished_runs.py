@@ -4,7 +4,6 @@ raises UserError with the reason.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -14,9 +13,9 @@ from lavin.mm_adapter import dropout_schedule
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json_lines, read_whole_lines, sha256
 from lavin.runtime.schema import declared, read_validated, validate
-from util.lr_sched import check_schedule
+from util.evaluation.scoring import COLUMNS
+from util.lr_sched import LearningRate, check_schedule
 from util.runs import checkpoint_path
-from util.scoring import COLUMNS
 
 N_LAYERS = 32  # of LLaMA-7B
 FIX = "train or evaluate again"
@@ -143,7 +142,7 @@ def read_flags(config: dict, path: Path) -> tuple[dict, int]:
     """The flags of the run and the number of LLaMA's layers."""
     flags, n_layers = dict(config["flags"]), config.get("n_layers", N_LAYERS)
     try:
-        check_schedule(SimpleNamespace(**flags))
+        check_schedule(LearningRate.read(flags))
         dropout_schedule(n_layers, flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"])
     except ValueError as error:
         raise UserError(f"{path}: {error}: {FIX}") from error

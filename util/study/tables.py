@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from lavin.runtime.console import format_table
-from util.scoring import COLUMNS
+from util.evaluation.scoring import COLUMNS
 from util.study.comparison import Comparison, Difference, Method
 from util.study.statistics import DRAWS, design_effect
 

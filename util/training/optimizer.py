@@ -9,12 +9,12 @@ from lavin.runtime import distributed
 INITIAL_SCALE = 1024.0  # of the loss; it doubles after every 2,000 steps without an overflow
 
 
-def make_optimizer(model, args) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters, with weight decay on matrices only."""
+def make_optimizer(model, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters, with weight decay on matrices only. Its rate is set before every step."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def make_scaler(model) -> torch.amp.GradScaler:

@@ -7,32 +7,32 @@ import torch
 
 from lavin.runtime.device import precision_name
 from lavin.runtime.errors import UserError
+from lavin.runtime.flags import Flags, flags_of
 from util.fingerprint import fingerprints
+from util.training.settings import GROUPS, Optimization, TrainSettings
 
-# flags of where and how a run is executed
-EXECUTION_FLAGS = {"device", "compile", "cuda_graphs", "num_workers", "cpu_load", "model_parallel_size",
-                   "gradient_checkpointing", "output_dir", "log_dir", "resume", "overwrite", "save_every_minutes",
-                   "keep_last", "stop_after_epoch"}
-# flags that the recipe states in another form: by checksums, the learning rate, the dtype, the effective batch
-RESTATED_FLAGS = {"llm_model", "llama_model_path", "vision_model", "data_root", "data_path", "caption_file", "blr",
-                  "precision", "batch_size", "accum_iter"}
+TRAIN_FLAGS = flags_of(*GROUPS)
 # entries of a recipe that are no flags, as a message calls them
 DESCRIPTIONS = {"effective_batch": "effective batch (--batch_size x --accum_iter x processes)",
                 "data": "training data of --data_root", "base": "files of --llm_model",
                 "vision": "files of --vision_model"}
 
 
-def make_recipe(args, dtype: torch.dtype, world: int, data) -> dict:
-    """data: with a `fingerprint`. Raises UserError, or OSError, for files that cannot be read."""
-    recipe = {name: value for name, value in vars(args).items() if name not in EXECUTION_FLAGS | RESTATED_FLAGS}
-    if args.loss_norm == "microbatch":
-        recipe["batch_size"] = args.batch_size  # its loss depends on the size of a micro-batch
-    return {**recipe, "precision": precision_name(dtype), "effective_batch": args.batch_size * args.accum_iter * world,
-            "data": data.fingerprint, **fingerprints(args)}
+def make_recipe(settings: TrainSettings, dtype: torch.dtype, world: int, data) -> dict:
+    """The recipe that recipe.json holds. data: the training data, with a `fingerprint`.
+
+    Raises UserError, or OSError, for files that cannot be read.
+    """
+    recipe = {name: value for name, value in settings.flags.items() if TRAIN_FLAGS[name].belongs_to_recipe}
+    if settings.optimization.loss_norm == "microbatch":
+        recipe["batch_size"] = settings.optimization.batch_size  # the loss depends on the size of a micro-batch
+    return {**recipe, "precision": precision_name(dtype),
+            "effective_batch": settings.optimization.effective_batch(world), "data": data.fingerprint,
+            **fingerprints(settings.base)}
 
 
 def differences(recipe: dict, other: dict) -> list[str]:
-    """What of `recipe` is not as in `other`, each as words that begin with the flag."""
+    """One line for each entry in which two recipes differ, which begins with the flag."""
     lines = []
     for name in sorted(recipe.keys() | other.keys()):
         value, other_value = recipe.get(name), other.get(name)
@@ -42,8 +42,9 @@ def differences(recipe: dict, other: dict) -> list[str]:
     return lines
 
 
-def fit_effective_batch(args, effective_batch: int, world: int) -> None:
-    """Sets batch_size and accum_iter, unless they were given, so that another number of processes makes the same steps.
+def fit_effective_batch(args: Flags, effective_batch: int, world: int) -> None:
+    """Sets --batch_size and --accum_iter, unless they were given, so that another number of processes makes the same
+    steps.
 
     Raises UserError where it cannot.
     """
@@ -53,6 +54,6 @@ def fit_effective_batch(args, effective_batch: int, world: int) -> None:
         if effective_batch % (size * world) == 0 and "accum_iter" not in args.given:
             args.batch_size, args.accum_iter = size, effective_batch // (size * world)
             return
-    if args.batch_size * args.accum_iter * world != effective_batch:
+    if Optimization.of(args).effective_batch(world) != effective_batch:
         raise UserError(f"--resume {args.resume}: {world} processes cannot make its effective batch {effective_batch} "
                         f"of --batch_size {args.batch_size}: start another number of processes")

@@ -7,11 +7,12 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from lavin.runtime.errors import UserError
+from lavin.runtime.flags import Flag, Flags, Parser, Role, check_flags
 from lavin.runtime.schema import declared, read_validated
 from lavin.weights.adapters import load_adapters, read_adapters
-from util.flags import Parser
+from util.runs import checkpoints
 from util.training.epoch_record import EpochRecord
-from util.training.recipe import EXECUTION_FLAGS, RESTATED_FLAGS
+from util.training.settings import get_args_parser
 
 
 @declared
@@ -26,7 +27,17 @@ class RecipeFile(TypedDict):
     flags: dict[str, Any]
 
 
-def take_flags_of_run(args, parser: Parser) -> int:
+def may_differ(declared: Flag, flags: dict[str, Flag]) -> bool:
+    """Whether a command that goes on with a run may give another value of a flag.
+
+    It may where the flag changes no result, or where the recipe states it in another form, which is compared later.
+    --blr is stated by another flag, --lr, which is taken from the run: another value would have no effect.
+    """
+    is_stated = declared.stated_as is not None and declared.stated_as not in flags
+    return declared.role in (Role.EXECUTION, Role.RUN) or is_stated
+
+
+def take_flags_of_run(args: Flags, parser: Parser) -> int:
     """Sets the flags that were not given to those of the run that --resume names, folder included. Returns the run's
     effective batch.
 
@@ -40,18 +51,32 @@ def take_flags_of_run(args, parser: Parser) -> int:
     if not path.is_file():
         raise UserError(f"--resume {named}: {folder} has no recipe.json, so it is no run that train.py can go on with")
     content: Any = read_validated(path, RecipeFile, fix="name another run")
-    flags = {**parser.check(content["flags"], str(path)), "resume": args.resume, "overwrite": args.overwrite,
-             "stop_after_epoch": args.stop_after_epoch}
+    of_run = check_flags(content["flags"], parser.flags, str(path))
+    flags = {name: value for name, value in of_run.items()
+             if name in parser.flags and parser.flags[name].role is not Role.RUN}
     if "output_dir" in args.given and Path(args.output_dir).resolve() != folder.resolve():
         raise UserError(f"--output_dir {args.output_dir} contradicts --resume {named}: leave it out")
-    flags["output_dir"] = str(folder)
+    args.output_dir = str(folder)
     for name, value in flags.items():
         if name not in args.given:
             setattr(args, name, value)
-        elif getattr(args, name) != value and name not in EXECUTION_FLAGS | RESTATED_FLAGS - {"blr"}:
+        elif getattr(args, name) != value and not may_differ(parser.flags[name], parser.flags):
             raise UserError(f"--{name} {getattr(args, name)} contradicts --resume {named}, trained with --{name} "
                             f"{value}: leave it out, or train another run")
     return content["recipe"]["effective_batch"]
+
+
+def finished_run(words: list[str]) -> str:
+    """The folder of the run that train.py writes with these words as its command line. Raises UserError where it is
+    unfinished."""
+    parser = get_args_parser()
+    trained: Any = parser.parse_args(words)
+    if trained.resume:
+        take_flags_of_run(trained, parser)
+    n_done = max(checkpoints(Path(trained.output_dir)), default=-1) + 1
+    if n_done < trained.epochs:
+        raise UserError(f"{trained.output_dir} is unfinished ({n_done} of {trained.epochs} epochs): train it first")
+    return trained.output_dir
 
 
 def restore(model, optimizer, scaler, path: Path, examples_sha256: str) -> EpochRecord:

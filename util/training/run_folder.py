@@ -17,6 +17,7 @@ from lavin.runtime.files import atomic_write, read_json, read_json_lines, write_
 from lavin.weights.adapters import read_adapters
 from util.runs import LAST, PARTIAL, RESULTS, RUN_FILES, checkpoint_path, checkpoints, user_error_if_malformed
 from util.training.recipe import differences
+from util.training.settings import RunSettings
 
 COPIED = ("recipe.json", "config.json", "log.txt", "metrics.jsonl")  # when going back
 FILES = (*COPIED, LAST)  # that train.py writes, beside checkpoints
@@ -82,21 +83,21 @@ class RunFolder:
                         old_path.unlink()
 
 
-def open_run(args, recipe: dict) -> RunFolder:
+def open_run(settings: RunSettings, recipe: dict, epochs: int) -> RunFolder:
     """Decides, with the folder locked, what the command means there. Raises UserError for another run's folder."""
-    folder = Path(args.output_dir)
+    folder = Path(settings.output_dir)
     for path in map(folder.joinpath, FILES):
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is no file: remove it, or name another --output_dir")
     recover_promotion(folder)
-    run = RunFolder(folder, recipe, args.epochs, args.keep_last)
+    run = RunFolder(folder, recipe, epochs, settings.keep_last)
     reason = refusal(folder, recipe)
     if reason:
-        if not args.overwrite:
+        if not settings.overwrite:
             raise UserError(f"{folder} {reason}: name another --output_dir, or replace it with --overwrite")
         run.staged = True
     else:
-        find_start(run, args.resume)
+        find_start(run, settings.resume)
     return run
 
 

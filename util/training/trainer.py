@@ -28,27 +28,30 @@ from util.training.metrics import Metrics
 from util.training.optimizer import make_optimizer, make_scaler, optimizer_step
 from util.training.resume import restore
 from util.training.run_folder import RunFolder
+from util.training.settings import TrainSettings
 from util.training.throughput import frozen_weights, peak_flops, peak_memory_gib, step_flops
 
 
 class Trainer:
     """Trains the adapters of `model` on `examples` (by question id) in the run's folder.
 
-    rank, world: of data parallelism. max_tokens: of one pass; lowered where a pass ran out of memory.
+    rank, world: this process's rank among the data-parallel processes, and their number. max_tokens: the most tokens of
+    one pass, which is lowered where a pass ran out of memory.
     """
 
     metrics: Metrics
 
-    def __init__(self, args, model, examples: dict, run: RunFolder, rank: int, world: int):
-        self.args, self.model, self.run, self.rank, self.world = args, model, run, rank, world
+    def __init__(self, settings: TrainSettings, model, examples: dict, run: RunFolder, rank: int, world: int):
+        self.settings, self.model, self.run, self.rank, self.world = settings, model, run, rank, world
         self.qids, self.examples = list(examples), list(examples.values())
         self.examples_sha256 = examples_sha256(examples)
-        self.effective_batch = args.batch_size * args.accum_iter * world
+        self.effective_batch = settings.optimization.effective_batch(world)
         self.n_steps = steps_per_epoch(len(examples), self.effective_batch)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(model, args)
+        self.optimizer = make_optimizer(model, settings.optimization.weight_decay)
         self.scaler = make_scaler(model)
-        self.end = min(args.epochs, args.stop_after_epoch or args.epochs)  # epochs after which this command stops
+        epochs = settings.schedule.epochs
+        self.end = min(epochs, settings.run.stop_after_epoch or epochs)  # epochs after which this command stops
         self.frozen = frozen_weights(model)
         self.costs = [step_flops(self.frozen, [example]) for example in self.examples]
         self.max_tokens = math.inf
@@ -65,7 +68,7 @@ class Trainer:
 
     def train(self, record: EpochRecord) -> None:
         """The epochs from the record's on."""
-        self.metrics = Metrics(self.args.log_dir if is_main_process() else None, self.frozen,
+        self.metrics = Metrics(self.settings.run.log_dir if is_main_process() else None, self.frozen,
                                peak_flops(self.model.device, self.model.dtype,
                                           self.world * distributed.model_parallel_size),
                                first_step=record.epoch * self.n_steps + len(record.steps))
@@ -89,8 +92,9 @@ class Trainer:
                 record = EpochRecord(record.epoch + 1, record.skipped)
 
     def batches(self, epoch: int, first_step: int = 0):
-        batches = epoch_batches(self.costs, self.args.batch_size, self.args.accum_iter, self.rank, self.world,
-                                self.args.seed, epoch)
+        chosen = self.settings.optimization
+        batches = epoch_batches(self.costs, chosen.batch_size, chosen.accum_iter, self.rank, self.world, chosen.seed,
+                                epoch)
         return islice(batches, first_step, None)
 
     def train_epoch(self, record: EpochRecord) -> None:
@@ -111,18 +115,19 @@ class Trainer:
 
     def train_step(self, record: EpochRecord, step: int, global_batch: list[int], local_batches: list[list[int]]
                    ) -> None:
-        args, samples = self.args, [self.examples[i] for i in global_batch]
-        torch.manual_seed(dropout_seed(args.seed, record.epoch, step, self.rank))
+        chosen, samples = self.settings.optimization, [self.examples[i] for i in global_batch]
+        torch.manual_seed(dropout_seed(chosen.seed, record.epoch, step, self.rank))
         # the epoch's fraction counts samples, so that the rate does not depend on the number of processes
         fraction = step * self.effective_batch / len(self.examples)
-        rate = adjust_learning_rate(self.optimizer, record.epoch + fraction, args)
-        micro_batches = [decode_images([self.examples[i] for i in batch], args.num_workers) for batch in local_batches]
-        n_micro_batches = sum(math.ceil(len(global_batch[r::self.world]) / args.batch_size)
+        rate = adjust_learning_rate(self.optimizer, record.epoch + fraction, self.settings.schedule)
+        threads = self.settings.execution.num_workers
+        micro_batches = [decode_images([self.examples[i] for i in batch], threads) for batch in local_batches]
+        n_micro_batches = sum(math.ceil(len(global_batch[r::self.world]) / chosen.batch_size)
                               for r in range(self.world))
-        weighted_examples = with_loss_weights(micro_batches, count_answer_tokens(samples), args.loss_norm,
+        weighted_examples = with_loss_weights(micro_batches, count_answer_tokens(samples), chosen.loss_norm,
                                               n_micro_batches)
         loss, self.max_tokens = accumulate_with_oom_retry(self.model, weighted_examples, self.max_tokens, self.scaler)
-        record.add(optimizer_step(self.optimizer, self.scaler, self.parameters, loss, args.clip_grad,
+        record.add(optimizer_step(self.optimizer, self.scaler, self.parameters, loss, chosen.clip_grad,
                                   stop=signals.requested is not None), rate)
         self.metrics.add(samples)
 
@@ -144,7 +149,7 @@ class Trainer:
         if record.stop:
             self.save(record)
             self.stop(record)
-        if time.monotonic() - self.last_save > 60 * self.args.save_every_minutes:
+        if time.monotonic() - self.last_save > 60 * self.settings.run.save_every_minutes:
             self.save(record)
 
     def stop(self, record: EpochRecord) -> None:
@@ -158,7 +163,7 @@ class Trainer:
         if is_main_process():
             state = record.state_dict()
             content = pack_adapters(
-                self.model, epoch=record.epoch, flags=vars(self.args), optimizer=self.optimizer.state_dict(),
+                self.model, epoch=record.epoch, flags=self.settings.flags, optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(), skipped=record.skipped, record=None if entry else state,
                 examples=self.examples_sha256, went_back_to=self.run.went_back_to, base=self.run.recipe["base"],
                 vision=self.run.recipe["vision"], **image_statistics(self.model))

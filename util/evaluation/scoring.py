@@ -1,7 +1,10 @@
 """ScienceQA accuracy (Lu et al. 2022): nine columns in percent, with the counts they are computed from; and which
 problems belong together."""
 
+from collections.abc import Iterable
+
 from lavin.runtime.files import json_sha256
+from util.evaluation.answers import Answer
 
 COLUMNS = {
     "NAT": lambda p: p["subject"] == "natural science",
@@ -30,14 +33,14 @@ def grade(problem: dict) -> int:
     return int(problem["grade"].removeprefix("grade"))
 
 
-def score(problems: dict[str, dict], predictions: dict[str, int]) -> dict:
-    """Percent correct of the predicted problems by column (None for an empty column), with `counts` and `correct`."""
+def score(problems: dict[str, dict], answers: Iterable[Answer]) -> dict:
+    """Percent correct of the answered problems by column (None for an empty column), with `counts` and `correct`."""
     counts = dict.fromkeys(COLUMNS, 0)
     correct = dict.fromkeys(COLUMNS, 0)
-    for qid, prediction in predictions.items():
+    for answer in answers:
         for column, belongs in COLUMNS.items():
-            if belongs(problems[qid]):
+            if belongs(problems[answer.qid]):
                 counts[column] += 1
-                correct[column] += prediction == problems[qid]["answer"]
+                correct[column] += answer.correct
     percent = {column: 100 * correct[column] / n if n else None for column, n in counts.items()}
     return {**percent, "counts": counts, "correct": correct}

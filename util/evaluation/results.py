@@ -18,6 +18,7 @@ from lavin.runtime.device import precision_name
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, read_whole_lines, sha256, write_json_lines
 from util.fingerprint import fingerprints
+from util.flags import BaseSettings
 from util.runs import PARTIAL, checkpoints, user_error_if_malformed
 from util.trained_model import Trained
 
@@ -59,28 +60,22 @@ def results_folder(output_dir: str | None, checkpoint: Path | None) -> Path:
 
 # --- What is scored ---
 
-def model_identity(args, trained: Trained) -> dict:
-    """The model that answers. Known before it is loaded."""
+def model_identity(base: BaseSettings, trained: Trained, tokenizer_path: str | None) -> dict:
+    """What identifies the model that answers; it is known before the model is loaded."""
     return {"checkpoint": trained.path and trained.path.name,
             "checkpoint_sha256": trained.path and sha256(trained.path),
-            "precision": precision_name(trained.dtype), "bits": args.bits,
-            **fingerprints(args), "adapter": asdict(trained.adapter)}
-
-
-def sampling_identity(args) -> dict:
-    names = ("generation_temperature", "top_p", "seed") if args.generation_temperature else ()
-    return {name: getattr(args, name) for name in names}
+            "precision": precision_name(trained.dtype), "bits": base.bits,
+            **fingerprints(base, tokenizer_path), "adapter": asdict(trained.adapter)}
 
 
 # --- Scores that are there ---
 
-def scored_before(paths: list[Path], identity: dict, recount: Callable[[dict], dict]) -> dict | None:
-    """The scores, which are the last of the files that an evaluation writes, if they have this identity. Says what will
-    be replaced if not.
+def scored_before(path: Path, identity: dict, rescore: Callable[[dict], dict]) -> dict | None:
+    """The scores in a file, if they have this identity and are those of the answers beside them; says what will be
+    replaced if not.
 
-    recount(scores): the scores by the other files, which may have been changed or lost since.
+    rescore(scores): the scores by the answers, which may have been changed or lost since.
     """
-    *_, path = paths
     if not path.is_file():
         return None
     try:
@@ -88,15 +83,15 @@ def scored_before(paths: list[Path], identity: dict, recount: Callable[[dict], d
     except UserError:
         scores = {}
     other = [name.removesuffix("_sha256") for name, value in identity.items() if scores.get(name) != value]
-    if not other and are_of_answers(scores, recount):
+    if not other and are_of_answers(scores, identity, rescore):
         return scores
     print_rank0(f"{path} holds scores of another {', '.join(other) or 'evaluation'}: they will be replaced")
     return None
 
 
-def are_of_answers(scores: dict, recount: Callable[[dict], dict]) -> bool:
+def are_of_answers(scores: dict, identity: dict, rescore: Callable[[dict], dict]) -> bool:
     try:
-        return recount(scores) == scores
+        return {**rescore(scores), **identity} == scores
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return False
 

@@ -1,0 +1,74 @@
+"""Answers to questions of ScienceQA: one line each of generations.jsonl, from which all scores are computed."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import NotRequired, TypedDict
+
+from lavin.runtime.files import read_json_lines, write_json_lines
+from lavin.runtime.schema import declared, validate
+
+GENERATIONS = "generations.jsonl"
+
+
+@declared
+class Line(TypedDict):
+    """A line of generations.jsonl. Earlier versions did not save the cluster."""
+
+    qid: str
+    prediction: int
+    answer: int
+    text: NotRequired[str]
+    parsed: NotRequired[bool]
+    cluster: NotRequired[str]
+    cut: NotRequired[bool]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one question.
+
+    prediction: the index of the option that the model chose. answer: the index of the right one. text: what the model
+    wrote. parsed: whether the text names an option; if not, the prediction is the most likely one. cluster: names the
+    questions that depend on the same knowledge; None where an earlier version did not save it. cut: whether words in
+    the middle of the prompt were left out.
+    """
+
+    qid: str
+    prediction: int
+    answer: int
+    text: str = ""
+    parsed: bool = True
+    cluster: str | None = None
+    cut: bool = False
+
+    @property
+    def correct(self) -> bool:
+        return self.prediction == self.answer
+
+    def to_json(self) -> dict[str, Any]:
+        line = {"qid": self.qid, "text": self.text, "prediction": self.prediction, "parsed": self.parsed,
+                "answer": self.answer, "cluster": self.cluster}
+        return {**line, "cut": True} if self.cut else line
+
+
+def from_json(line: Any) -> Answer:
+    """The answer in a line that is checked. Raises TypeError or KeyError for one that is not."""
+    return Answer(**{name: line[name] for name in Answer.__dataclass_fields__ if name in line})
+
+
+def read_answers(path: Path, fix: str = "evaluate again") -> list[Answer]:
+    """The answers of generations.jsonl, in its order. Raises UserError where the file is missing or broken."""
+    return [from_json(validate(line, Line, f"{path}, line {i}", fix))
+            for i, line in enumerate(read_json_lines(path), 1)]
+
+
+def write_answers(path: Path, answers: Iterable[Answer]) -> None:
+    write_json_lines(path, (answer.to_json() for answer in answers))
+
+
+def predictions_of(answers: Iterable[Answer]) -> dict[str, int]:
+    """preds.json: the chosen option by question."""
+    return {answer.qid: answer.prediction for answer in answers}

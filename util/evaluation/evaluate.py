@@ -1,0 +1,89 @@
+"""How an evaluation goes, whatever it asks: results that are there are kept, no answer is lost, scores come last."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lavin.runtime import distributed
+from lavin.runtime.console import is_main_process, print_rank0
+from lavin.runtime.files import write_json
+from lavin.runtime.flags import Flags
+from util.evaluation.results import answer_all, drop_partial, results_folder, scored_before
+from util.runs import locked
+from util.trained_model import Trained, load_model
+
+
+class Task(Protocol):
+    """What is asked, and how answers are kept and scored.
+
+    partial_prefix: the beginning of the names of the files of answers as they come. scores_file: the file of the
+    scores. Answers are values that JSON can hold, by a key of their own.
+    """
+
+    partial_prefix: str
+    scores_file: str
+
+    def identity(self) -> dict[str, Any]:
+        """All that determines the scores."""
+
+    def prepare(self, model) -> list[str]:
+        """Loads what the questions need; returns their keys, in order."""
+
+    def answer(self, model, tokenizer, keys: list[str]) -> Iterator[dict[str, Any]]:
+        """Yields the answers to the questions `keys` by key, batch by batch."""
+
+    def write_answers(self, folder: Path, answers: list[Any]) -> None:
+        """Writes the result files beside the scores."""
+
+    def scores(self, answers: list[Any]) -> dict[str, Any]:
+        """The scores of answers, without the identity."""
+
+    def rescore(self, folder: Path, scores: dict[str, Any]) -> dict[str, Any]:
+        """The scores by the answers that lie in the folder. Raises UserError where there are none.
+
+        scores: what the folder's file of scores says.
+        """
+
+    def report(self, scores: dict[str, Any]) -> list[str]:
+        """The lines that a user sees."""
+
+
+def run(task: Task, args: Flags, trained: Trained) -> None:
+    """Evaluates into the folder that --output_dir names, or that of the run, and prints the scores."""
+    folder = distributed.from_rank_0(lambda: results_folder(args.output_dir, trained.path))
+    with locked(folder):
+        evaluate(task, args, trained, folder)
+    distributed.close()
+
+
+def evaluate(task: Task, args: Flags, trained: Trained, folder: Path) -> None:
+    identity = distributed.from_rank_0(task.identity)
+    scores = distributed.from_rank_0(lambda: scored_before(folder / task.scores_file, identity,
+                                                           partial(task.rescore, folder)))
+    if scores:
+        print_rank0("scored before, with the same settings:")
+        report(task, folder, scores, trained)
+        return
+    torch.manual_seed(args.seed)  # of the fresh adapters of an untuned base
+    model, tokenizer, _ = load_model(args, trained)
+    keys = task.prepare(model)
+    answers = answer_all(folder, task.partial_prefix, identity, keys, partial(task.answer, model, tokenizer))
+    if is_main_process():
+        scores = {**task.scores(list(answers.values())), **identity}
+        (folder / task.scores_file).unlink(missing_ok=True)
+        task.write_answers(folder, list(answers.values()))
+        write_json(folder / task.scores_file, scores)  # last: where it is, all files are there, and of one evaluation
+        drop_partial(folder, task.partial_prefix)
+        report(task, folder, scores, trained)
+
+
+def report(task: Task, folder: Path, scores: dict[str, Any], trained: Trained) -> None:
+    for line in task.report(scores):
+        print_rank0(line)
+    path = trained.path
+    note = (f" ({path.name} is not the run's last checkpoint, so the run's own scores stay)"
+            if path and folder == path.parent / path.stem else "")
+    print_rank0(f"scores: {folder / task.scores_file}{note}")

@@ -1,0 +1,116 @@
+"""Scores a run on ScienceQA: what is asked, which files hold the results, and the table that a user sees."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lavin.runtime.console import format_table, print_rank0
+from lavin.runtime.errors import UserError
+from lavin.runtime.files import load_json, write_json
+from lavin.runtime.flags import Flags
+from util.data.datasets import ScienceQA, load_scienceqa
+from util.data.images import load_images
+from util.data.settings import DataSettings
+from util.evaluation import evaluate
+from util.evaluation.answering import answer_questions, answers_first
+from util.evaluation.answers import GENERATIONS, Answer, from_json, predictions_of, read_answers, write_answers
+from util.evaluation.results import model_identity
+from util.evaluation.scoring import COLUMNS, score
+from util.evaluation.settings import Answering, take_run
+from util.flags import BaseSettings, Execution
+from util.trained_model import Trained, read_trained
+
+PREDICTIONS = "preds.json"
+
+
+@dataclass
+class ScienceQATask:
+    """A split of ScienceQA, asked as the settings say. Answers are the plain values of `Answer`."""
+
+    problems: ScienceQA
+    split: str
+    trained: Trained
+    base: BaseSettings
+    data: DataSettings
+    answering: Answering
+    tokenizer_path: str | None
+    threads: int  # that decode pictures
+    images: dict = field(default_factory=dict)
+
+    partial_prefix = "answers"
+    scores_file = "scores.json"
+
+    def identity(self) -> dict[str, Any]:
+        """All that determines the scores, except whether pictures that --skip_bad leaves out are there."""
+        return {**model_identity(self.base, self.trained, self.tokenizer_path),
+                "prompt_format": self.data.prompt_format, "max_seq_len": self.data.max_seq_len,
+                "decode": self.answering.decode,
+                **(self.answering.sampling if self.answering.decode == "generate" else {}), "split": self.split,
+                "data": self.problems.fingerprint}
+
+    def prepare(self, model) -> list[str]:
+        self.images = load_images(self.problems, model.vision.image_size, self.threads, self.data.skip_bad)
+        return list(self.problems.problems)
+
+    def answer(self, model, tokenizer, keys: list[str]) -> Iterator[dict[str, Any]]:
+        for batch in answer_questions(model, tokenizer, self.problems, self.images, keys, self.data, self.answering):
+            yield {answer.qid: answer.to_json() for answer in batch}
+
+    def write_answers(self, folder: Path, answers: list[Any]) -> None:
+        write_answers(folder / GENERATIONS, map(from_json, answers))
+        write_json(folder / PREDICTIONS, predictions_of(map(from_json, answers)))
+
+    def scores(self, answers: list[Any]) -> dict[str, Any]:
+        return summarize([from_json(answer) for answer in answers], self.problems, len(self.problems.skipped))
+
+    def rescore(self, folder: Path, scores: dict[str, Any]) -> dict[str, Any]:
+        answers = read_answers(folder / GENERATIONS)
+        restore_predictions(folder / PREDICTIONS, answers)
+        return summarize(answers, self.problems, scores["skipped"])
+
+    def report(self, scores: dict[str, Any]) -> list[str]:
+        lines = [score_table(scores), f"{scores['parse_failures']} answers named no option, {scores['skipped']} "
+                 "problems left out for their picture"]
+        if scores["prompts_cut"]:
+            lines.append(f"{scores['prompts_cut']} prompts are longer than --max_seq_len {scores['max_seq_len']}: "
+                         "words in their middle are left out")
+        return lines
+
+
+def summarize(answers: list[Answer], problems: ScienceQA, n_skipped: int) -> dict[str, Any]:
+    """The content of scores.json, without the identity. n_skipped: the number of problems without a usable picture."""
+    return {**score(problems.problems, answers), "questions": len(answers),
+            "parse_failures": sum(not answer.parsed for answer in answers), "skipped": n_skipped,
+            "prompts_cut": sum(answer.cut for answer in answers)}
+
+
+def restore_predictions(path: Path, answers: list[Answer]) -> None:
+    """Writes preds.json again where it does not hold these answers: it is made for readers, and nothing goes by it."""
+    try:
+        found = load_json(path, "", "")
+    except UserError:
+        found = None
+    if found != predictions_of(answers):
+        print_rank0(f"{path} does not hold the answers of {GENERATIONS}: they will be replaced")
+        write_json(path, predictions_of(answers))
+
+
+def score_table(scores: dict) -> str:
+    percent = ["-" if scores[column] is None else f"{scores[column]:.2f}" for column in COLUMNS]
+    return format_table(["", *COLUMNS], [["accuracy %", *percent], ["questions", *scores["counts"].values()]])
+
+
+def main(args: Flags) -> None:
+    """The command eval.py."""
+    take_run(args)
+    trained = read_trained(args)
+    data, answering = DataSettings.of(args), Answering.of(args)
+    if answering.decode == "score" and not answers_first(data.prompt_format):
+        raise UserError(f"--decode score compares answers, but in --prompt_format {data.prompt_format} the solution "
+                        "comes first: leave --decode out")
+    problems = load_scienceqa(data.data_root, args.split, data.captions)
+    problems = problems.sample(args.questions) if args.questions else problems
+    task = ScienceQATask(problems, args.split, trained, BaseSettings.of(args), data, answering, args.tokenizer_path,
+                         Execution.of(args).num_workers)
+    evaluate.run(task, args, trained)

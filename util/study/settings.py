@@ -1,0 +1,31 @@
+"""The flags of plot_results.py: which runs are compared, and what is made of the comparison."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from lavin.runtime.flags import FlagGroup, Parser, Role, flag
+from lavin.runtime.schema import FileName, Text
+
+
+@dataclass(frozen=True)
+class Plots(FlagGroup):
+    """The runs, and what is drawn of them."""
+
+    title: ClassVar[str] = "comparison"
+    runs: list[str] = flag((), "a run's folder, or a folder of runs; or a study of search.py", Role.RUN,
+                           positional=True, nargs="*", metavar="RUN")
+    base: Text | None = flag(
+        None, "the run that others are compared to (default: cosine schedule, --dropout_var 1)", Role.DISPLAY,
+        metavar="RUN")
+    published: bool = flag(False, "add the published runs to the comparison", Role.DISPLAY)
+    plan: Annotated[float, Field(gt=0, lt=100)] | None = flag(
+        None, "only print how many seeds and questions a difference of this size needs, by these runs", Role.DISPLAY,
+        metavar="POINTS")
+    out: FileName = flag("plots", "folder of figures and tables", Role.DISPLAY)
+
+
+def get_args_parser() -> Parser:
+    return Parser("plot_results.py", "Compares runs: `python plot_results.py RUN [RUN ...]`; without an argument, the "
+                  "published eight methods.", Plots)

@@ -1,0 +1,85 @@
+"""What train.py does: it opens the run's folder, loads the data and the model, and trains."""
+
+import torch
+
+from lavin.fast.speed_up import check_fast_paths, speed_up
+from lavin.runtime import distributed
+from lavin.runtime.console import is_main_process, print_rank0
+from lavin.runtime.device import choose_device, choose_dtype
+from lavin.runtime.flags import Flags
+from lavin.weights.base import require_base
+from lavin.weights.load import load_base
+from util.data.batches import load_examples, load_training_data
+from util.runs import locked, write_config
+from util.training.epoch_record import EpochRecord
+from util.training.metrics import drop_metrics, summary_writer
+from util.training.recipe import fit_effective_batch, make_recipe
+from util.training.resume import take_flags_of_run
+from util.training.run_folder import RunFolder, open_run
+from util.training.settings import TrainSettings, get_args_parser
+from util.training.trainer import Trainer
+
+
+def main(args: Flags) -> None:
+    effective_batch = take_flags_of_run(args, get_args_parser()) if args.resume else None
+    rank, world, local_rank = distributed.init(args.model_parallel_size)
+    if effective_batch:
+        fit_effective_batch(args, effective_batch, world)
+    settings = TrainSettings.of(args, world)
+    require_base(settings.base.llama_model_path, settings.base.llm_model, use_vicuna=settings.base.use_vicuna)
+    device = choose_device(settings.execution.device, local_rank)
+    with locked(settings.run.output_dir):
+        train(settings, rank, world, device)
+    distributed.close()
+
+
+def train(settings: TrainSettings, rank: int, world: int, device: torch.device) -> None:
+    # everything that is fast and may refuse the command comes first
+    dtype = choose_dtype(settings.execution.precision, device)
+    if settings.run.log_dir:
+        summary_writer()
+    data = load_training_data(settings.data)
+    run = distributed.from_rank_0(lambda: open_run(settings.run, make_recipe(settings, dtype, world, data),
+                                                   settings.schedule.epochs))
+    if run.finished:
+        print_rank0(f"run: {run.folder}, which is finished: all {settings.schedule.epochs} epochs of this recipe are "
+                    "there")
+        return
+    model, tokenizer = load_model(settings, device, dtype)
+    examples = load_examples(data, settings.data, tokenizer, model.vision.image_size, settings.adapter.n_prompt,
+                             settings.execution.num_workers)
+    trainer = Trainer(settings, model, examples, run, rank, world)
+    record = trainer.restore()
+    begin(run, settings, device, world, model.llama.config.n_layers, record)
+    print_rank0(f"{sum(p.numel() for p in trainer.parameters):,} trained parameters, {dtype} on {device}, effective "
+                f"batch {trainer.effective_batch}, lr {settings.schedule.lr:.3g}, {settings.schedule.lr_schedule}")
+    trainer.train(record)
+    part = (f", {trainer.end} of {settings.schedule.epochs} epochs: the same command without --stop_after_epoch goes on"
+            if trainer.end < settings.schedule.epochs else "")
+    print_rank0(f"run: {run.folder}{part}")
+
+
+def load_model(settings: TrainSettings, device: torch.device, dtype: torch.dtype):
+    """The model with fresh adapters, the same on every rank, and its tokenizer."""
+    base, execution = settings.base, settings.execution
+    check_fast_paths(device, dtype, base.bits, execution.compile, execution.cuda_graphs)
+    # with warn_only, the ViT's attention would not be deterministic; bitsandbytes does not guarantee determinism
+    torch.use_deterministic_algorithms(True, warn_only=base.bits in ("4bit", "8bit"))
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.manual_seed(settings.optimization.seed)
+    model, tokenizer = load_base(base.llama_model_path, base.llm_model, base.vision_model, settings.adapter, device,
+                                 dtype, settings.optimization.drop_path, use_vicuna=base.use_vicuna, bits=base.bits,
+                                 max_seq_len=settings.data.max_seq_len)
+    speed_up(model, base.bits, execution.compile, execution.cuda_graphs)
+    model.set_gradient_checkpointing(settings.optimization.gradient_checkpointing)
+    return model, tokenizer
+
+
+def begin(run: RunFolder, settings: TrainSettings, device: torch.device, world: int, n_layers: int,
+          record: EpochRecord) -> None:
+    """Writes, on rank 0, what the run's folder holds before the first step. record: says where training goes on."""
+    if is_main_process():
+        place = {"epoch": record.epoch, "step": len(record.steps)}
+        run.begin(settings.flags)
+        drop_metrics(run.path, **place)
+        write_config(run.path, settings.flags, device, world, n_layers, place if run.checkpoint else None)
