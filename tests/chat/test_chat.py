@@ -18,13 +18,14 @@ from lavin.fast.captured_models import capture_passes
 from lavin.generation.generate import generate, stream
 from lavin.model import pack
 from lavin.runtime.errors import UserError
+from lavin.runtime.flags import flags_of
 from tiny import tiny_example, tiny_model
 from tiny_runs import load_checkpoint, write_run
 from util.chat import chatbot
 from util.chat.chatbot import Chatbot, Question, Settings, Turn, find_runs, fit, make_prompt
 from util.chat.examples import find_examples
 from util.chat.uploads import open_image
-from util.flags import shared_flags
+from util.flags import SHARED
 from util.trained_model import load_model
 
 QUESTION = "Which pond crosses the map?"
@@ -407,7 +408,7 @@ def test_published_adapters_answer_by_the_flags_that_they_were_trained_with(bot,
     content = load_checkpoint(runs / "scaled" / "checkpoint-3.pth")
     torch.save({"model": content["model"]}, tmp_path / "published.pth")
     flags = [item for name, value in {**content["flags"], **content["adapter_config"]}.items()
-             if name in vars(shared_flags().parse_args([])) and value not in (None, False)
+             if name in flags_of(*SHARED) and value not in (None, False)
              for item in (f"--{name}", str(value))]
     published = demo.load_chatbot(demo.get_args_parser().parse_args(
         ["--adapter_path", str(tmp_path / "published.pth"), "--device", "cpu", *flags]))

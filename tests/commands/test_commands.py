@@ -1,6 +1,5 @@
 """train.py and eval.py as users run them: the files they write, and one-line errors for user mistakes."""
 
-import argparse
 import json
 import os
 import shlex
@@ -24,7 +23,11 @@ from user_errors import error_message
 from util.data.datasets import load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import answer_text, build_prompt, parse_answer
+from util.data.settings import DataSettings
+from util.evaluation import answering
 from util.evaluation.scoring import COLUMNS, cluster, score
+from util.evaluation.settings import Answering
+from util.trained_model import load_model
 
 PUBLISHED_TRAIN = """--llm_model 7B --llama_model_path ../data/weights/ --data_path ../data/alpaca_data.json
     --max_seq_len 512 --batch_size 4 --accum_iter 1 --epochs 20 --warmup_epochs 2 --blr 9e-3 --weight_decay 0.02
@@ -114,7 +117,7 @@ def test_predictions_generations_and_scores_are_consistent(finished, scienceqa):
         assert line["answer"] == problems[line["qid"]]["answer"]
         assert line["cluster"] == cluster(line["qid"], problems[line["qid"]])
         assert line["parsed"] == (parse_answer(line["text"], n) is not None)
-    expected = score(problems, predictions)
+    expected = score(problems, read_answers(finished / "generations.jsonl"))
     assert {key: scores[key] for key in expected} == expected and set(COLUMNS) < set(scores)
     assert scores["questions"] == 6 and scores["skipped"] == 0 and scores["checkpoint"] == "checkpoint-1.pth"
     assert scores["split"] == "test" and scores["parse_failures"] == sum(not line["parsed"] for line in generations)
@@ -123,7 +126,7 @@ def test_predictions_generations_and_scores_are_consistent(finished, scienceqa):
 def test_unparsed_answers_become_the_most_likely_option(finished, scienceqa, base):
     """The tiny model's answers do not parse; the reference computes the likelihood of every option."""
     args = evaluation.get_args_parser().parse_args(["--adapter_path", str(finished), "--device", "cpu"])
-    model, tokenizer, _ = evaluation.load_model(args)
+    model, tokenizer, _ = load_model(args)
     data = load_scienceqa(str(scienceqa), "test")
     images = load_images(data, model.vision.image_size, 1, False)
     unparsed = [json.loads(line) for line in (finished / "generations.jsonl").read_text().splitlines()]
@@ -141,7 +144,7 @@ def test_unparsed_answers_become_the_most_likely_option(finished, scienceqa, bas
 
 
 def test_drafts_are_what_all_answers_begin_with(tokenizer):
-    assert tokenizer.decode(evaluation.first_tokens(tokenizer, "Which pond?\nResponse:")).strip() == "The answer is"
+    assert tokenizer.decode(answering.first_tokens(tokenizer, "Which pond?\nResponse:")).strip() == "The answer is"
 
 
 def test_unparsed_answer_in_a_batch_gets_its_own_option_and_keeps_the_session(tokenizer, monkeypatch):
@@ -151,15 +154,14 @@ def test_unparsed_answer_in_a_batch_gets_its_own_option_and_keeps_the_session(to
         generate(*args)
         sessions.append(model.session)
         return ["The answer is B.", "no idea", "The answer is A."]
-    monkeypatch.setattr(evaluation, "generate", generate_with_one_unparsed)
+    monkeypatch.setattr(answering, "generate", generate_with_one_unparsed)
     prompts = [f"Which pond is {word}?\nResponse:" for word in ("deep", "old", "new")]
-    batch = [evaluation.EvalQuestion(str(i), prompt, tokenizer.example(prompt), 3, i)
+    batch = [answering.EvalQuestion(str(i), prompt, tokenizer.example(prompt), 3, i)
              for i, prompt in enumerate(prompts)]
-    args = argparse.Namespace(prompt_format="QCM-ALE", generation_temperature=0.0, top_p=1.0)
     for _ in range(2):
-        results = evaluation.generate_batch(model, tokenizer, batch, args)
+        results = answering.generate_batch(model, tokenizer, batch, DataSettings(), Answering())
     new_model = tiny_model(llama={"vocab_size": tokenizer.n_words})
-    [[most_likely]] = evaluation.most_likely_options(new_model, tokenizer, [batch[1:2]])
+    [[most_likely]] = answering.most_likely_options(new_model, tokenizer, [batch[1:2]])
     assert results == [("The answer is B.", 1, True), ("no idea", most_likely, False), ("The answer is A.", 0, True)]
     assert sessions[0] is sessions[1] is model.session
 
@@ -193,7 +195,7 @@ def test_untuned_base_is_evaluated_into_output_dir(base, scienceqa, tmp_path):
 def test_captions(base, scienceqa, tmp_path, monkeypatch):
     """A run trained with captions is evaluated with them; they come from --data_root or from --caption_file."""
     prompts = []
-    monkeypatch.setattr(evaluation, "build_prompt", lambda *args: prompts.append(build_prompt(*args)) or prompts[-1])
+    monkeypatch.setattr(answering, "build_prompt", lambda *args: prompts.append(build_prompt(*args)) or prompts[-1])
     run_train(base, scienceqa, tmp_path, "--use_caption", "--epochs", "1", "--warmup_epochs", "0")
     run_eval("--adapter_path", tmp_path)
     assert len(prompts) == 6 and all("A pond seen from above." in prompt for prompt, _ in prompts)
@@ -262,8 +264,7 @@ def test_published_flags_are_accepted():
     args = train.get_args_parser().parse_args(shlex.split(PUBLISHED_TRAIN))
     assert (args.llm_model, args.temperature, args.n_prompt, args.warmup_epochs) == ("7B", 10, 6, 2)
     assert args.clip_grad is None
-    adapter_flags = {name: getattr(args, name) for name in AdapterConfig.__dataclass_fields__}
-    assert AdapterConfig(**adapter_flags) == AdapterConfig()
+    assert AdapterConfig.of(args) == AdapterConfig()
     flags = """--llama_model_path --data_path --data_root --caption_file --use_caption --max_seq_len --batch_size
         --accum_iter --epochs --warmup_epochs --blr --lr --min_lr --weight_decay --clip_grad --output_dir --log_dir
         --adapter_type --adapter_dim --adapter_scale --hidden_proj --n_prompt --prompt_format --temperature

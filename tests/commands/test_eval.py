@@ -25,6 +25,7 @@ from tiny_runs import run_flags, write_run
 from user_errors import error_message
 from util.data.datasets import load_scienceqa
 from util.data.prompts import fit_prompt
+from util.evaluation import answering, evaluate, mme, scienceqa
 from util.evaluation.results import PARTIAL
 from util.runs import lock_folder
 
@@ -156,7 +157,7 @@ def test_the_same_evaluation_again_is_not_repeated(run, monkeypatch, capsys):
     run_eval("--adapter_path", run, "--decode", "score")
     run_eval("--adapter_path", run)
     assert results(run) == before
-    monkeypatch.setattr(evaluation, "load_model", None)
+    monkeypatch.setattr(evaluate, "load_model", None)
     capsys.readouterr()
     run_eval("--adapter_path", run, "--max_batch_size", "3")
     printed = capsys.readouterr().out.splitlines()
@@ -205,9 +206,10 @@ SLOW_EVAL = """
 import sys, time, torch
 sys.path.insert(0, sys.argv[1])
 import eval as evaluation
+from util.evaluation import answering
 torch.set_num_threads(1)
-generate_batch = evaluation.generate_batch
-evaluation.generate_batch = lambda *args: time.sleep(0.2) or generate_batch(*args)
+generate_batch = answering.generate_batch
+answering.generate_batch = lambda *args: time.sleep(0.2) or generate_batch(*args)
 evaluation.main(evaluation.get_args_parser().parse_args(sys.argv[2:]))
 """
 
@@ -231,16 +233,17 @@ def test_an_evaluation_that_was_killed_goes_on(finished, unscored, monkeypatch):
 
 def record_answered(monkeypatch) -> list[str]:
     """The ids of the questions that the model is asked from now on."""
-    qids, generate_batch = [], evaluation.generate_batch
-    monkeypatch.setattr(evaluation, "generate_batch", lambda model, tokenizer, batch, args: qids.extend(
-        question.qid for question in batch) or generate_batch(model, tokenizer, batch, args))
+    qids, generate_batch = [], answering.generate_batch
+    monkeypatch.setattr(answering, "generate_batch", lambda model, tokenizer, batch, *settings: qids.extend(
+        question.qid for question in batch) or generate_batch(model, tokenizer, batch, *settings))
     return qids
 
 
-@pytest.mark.parametrize("broken_function", ["score", "write_json_lines", "write_json"])
+@pytest.mark.parametrize("broken_function", ["scienceqa.score", "scienceqa.write_answers", "scienceqa.write_json",
+                                             "evaluate.write_json"])
 def test_a_fault_in_scoring_loses_no_answer(finished, unscored, monkeypatch, broken_function):
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
-        broken.setattr(evaluation, broken_function, lambda *args: 1 / 0)
+        broken.setattr(f"util.evaluation.{broken_function}", lambda *args: 1 / 0)
         run_eval("--adapter_path", unscored)
     assert partial_files(unscored) == [f"answers.0{PARTIAL}"] and not (unscored / "scores.json").exists()
     answered = record_answered(monkeypatch)
@@ -250,7 +253,7 @@ def test_a_fault_in_scoring_loses_no_answer(finished, unscored, monkeypatch, bro
 
 def test_half_written_results_are_not_taken_for_the_old_ones(finished, run, monkeypatch):
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
-        broken.setattr(evaluation, "write_json", lambda *args: 1 / 0)
+        broken.setattr(scienceqa, "write_json", lambda *args: 1 / 0)
         run_eval("--adapter_path", run, "--decode", "score")
     run_eval("--adapter_path", run)
     assert results(run) == results(finished)
@@ -307,10 +310,10 @@ def test_mme_answers_are_kept_too(base, tmp_path, monkeypatch):
             "--adapter_path", str(tmp_path / "run"), "--device", "cpu", "--mme_root", str(tmp_path / "mme"),
             "--max_batch_size", "2"]))
 
-    asked, answer_batch = [], eval_mme.answer_batch
-    monkeypatch.setattr(eval_mme, "answer_batch", lambda *args: asked.append(args[2][0].name) or answer_batch(*args))
+    asked, answer_batch = [], mme.answer_batch
+    monkeypatch.setattr(mme, "answer_batch", lambda *args: asked.append(args[2][0].name) or answer_batch(*args))
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
-        broken.setattr(eval_mme, "score", lambda *args: 1 / 0)
+        broken.setattr(mme, "score", lambda *args: 1 / 0)
         run_mme()
     run_mme()
     run_mme()
@@ -326,13 +329,13 @@ def test_mme_answers_are_kept_too(base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [[], ["--decode", "score"], ["--generation_temperature", "1"]])
 def test_a_model_that_gives_nan_is_refused(unscored, monkeypatch, flags):
-    load_model = evaluation.load_model
+    load_model = evaluate.load_model
 
     def load_broken(*args):
         model, *rest = load_model(*args)
         model.llama.norm.weight.data[0] = torch.nan
         return model, *rest
-    monkeypatch.setattr(evaluation, "load_model", load_broken)
+    monkeypatch.setattr(evaluate, "load_model", load_broken)
     message = refusal("--adapter_path", unscored, "--max_batch_size", "2", *flags)
     assert message == "the model gives NaN for question 112, question 117: the weights or the adapters are broken"
     assert not (unscored / "scores.json").exists()

@@ -10,6 +10,7 @@ import eval_mme
 from tiny import IMAGE_SIZE, problem
 from tiny_runs import write_run
 from util.chat.chatbot import Chatbot, Question, Settings, find_runs
+from util.evaluation import mme as mme_evaluation
 from util.trained_model import load_model
 
 QUESTIONS = 6
@@ -94,7 +95,7 @@ def mme(tmp_path_factory):
 
 def test_mme_draws_for_each_question_and_seed_by_itself(run, mme, tmp_path, monkeypatch):
     """No question gets with one seed what another question gets with another seed."""
-    monkeypatch.setattr(eval_mme, "is_decided", lambda text: False)  # longer texts, which tell draws apart
+    monkeypatch.setattr(mme_evaluation, "is_decided", lambda text: False)  # longer texts, which tell draws apart
     texts = []
     for name, seed in (("0", 0), ("again", 0), ("1", 1), ("2", 2)):
         eval_mme.main(eval_mme.get_args_parser().parse_args([

@@ -3,6 +3,7 @@
 import pytest
 
 from tiny import problem
+from util.evaluation.answers import Answer
 from util.evaluation.scoring import COLUMNS, cluster, score
 
 NATURAL, SOCIAL, LANGUAGE = "natural science", "social science", "language science"
@@ -16,9 +17,13 @@ PROBLEMS = {
 }
 
 
+def answers(predictions: dict[str, int]) -> list[Answer]:
+    return [Answer(qid, prediction, PROBLEMS[qid]["answer"]) for qid, prediction in predictions.items()]
+
+
 def test_nine_accuracies():
     """Right: a, c, d, f. Wrong: b, e."""
-    result = score(PROBLEMS, {"a": 0, "b": 0, "c": 0, "d": 1, "e": 0, "f": 0})
+    result = score(PROBLEMS, answers({"a": 0, "b": 0, "c": 0, "d": 1, "e": 0, "f": 0}))
     assert result["counts"] == {"NAT": 2, "SOC": 1, "LAN": 3, "TXT": 2, "IMG": 2, "NO": 3, "G1-6": 3, "G7-12": 3,
                                 "Avg": 6}
     assert result["correct"] == {"NAT": 1, "SOC": 1, "LAN": 2, "TXT": 2, "IMG": 1, "NO": 2, "G1-6": 2, "G7-12": 2,
@@ -29,10 +34,10 @@ def test_nine_accuracies():
 
 
 def test_empty_categories_have_no_accuracy():
-    result = score(PROBLEMS, {"c": 1})  # only answered questions count
+    result = score(PROBLEMS, answers({"c": 1}))  # only answered questions count
     assert {column: result[column] for column in COLUMNS} == {
         "NAT": None, "SOC": 0, "LAN": None, "TXT": None, "IMG": None, "NO": 0, "G1-6": None, "G7-12": 0, "Avg": 0}
-    assert all(score(PROBLEMS, {})[column] is None for column in COLUMNS)
+    assert all(score(PROBLEMS, [])[column] is None for column in COLUMNS)
 
 
 def test_cluster_of_a_problem():

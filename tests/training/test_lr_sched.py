@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from util.lr_sched import SCHEDULES, adjust_learning_rate, check_schedule, fit_warmup, learning_rate
+from util.lr_sched import SCHEDULES, adjust_learning_rate, check_schedule, derive_learning_rate, learning_rate
 
 
 def flags(schedule, **changes):
@@ -69,7 +69,7 @@ def test_invalid_schedules(schedule, flag, value):
 def test_a_warmup_that_was_left_out_fits_the_epochs(command, warmup):
     """A tenth, as of the published 20, where the default would leave no epoch behind it."""
     args = train.get_args_parser().parse_args(["--lr", "0.1", *command.split()])
-    fit_warmup(args)
+    derive_learning_rate(args, 32)
     check_schedule(args)
     assert args.warmup_epochs == warmup
     if args.lr_schedule == "cosine" and warmup:
@@ -78,7 +78,7 @@ def test_a_warmup_that_was_left_out_fits_the_epochs(command, warmup):
 
 def test_a_warmup_that_was_given_and_does_not_fit_is_refused_with_one_that_does():
     args = train.get_args_parser().parse_args(["--lr", "0.1", "--epochs", "1", "--warmup_epochs", "2"])
-    fit_warmup(args)
+    derive_learning_rate(args, 32)
     with pytest.raises(ValueError, match=r"--warmup_epochs 2.0 .* --epochs 1: leave it out, or give 0.1"):
         check_schedule(args)
 

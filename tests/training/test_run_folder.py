@@ -21,6 +21,7 @@ from util.runs import LAST, checkpoints
 from util.training import run_folder, trainer
 from util.training.epoch_record import EpochRecord
 from util.training.metrics import drop_metrics
+from util.training.recipe import fit_effective_batch
 from util.training.resume import take_flags_of_run
 from util.training.trainer import Trainer
 
@@ -332,9 +333,9 @@ def test_another_number_of_processes_keeps_the_effective_batch_or_is_refused(bat
     args.batch_size, args.accum_iter = batch, accum
     if expected is None:
         with pytest.raises(UserError, match=f"{world} processes cannot make its effective batch {batch * accum}"):
-            train.fit_effective_batch(args, batch * accum, world)
+            fit_effective_batch(args, batch * accum, world)
     else:
-        train.fit_effective_batch(args, batch * accum, world)
+        fit_effective_batch(args, batch * accum, world)
         assert (args.batch_size, args.accum_iter) == expected
 
 
@@ -499,7 +500,7 @@ def test_tensorboard_gets_the_same_numbers(flags, tmp_path, monkeypatch):
 
         def add_scalar(self, *scalar):
             self.scalars.append(scalar)
-    monkeypatch.setattr(train, "summary_writer", lambda: None)
+    monkeypatch.setattr("util.training.command.summary_writer", lambda: None)
     monkeypatch.setattr("util.training.metrics.summary_writer", lambda: Writer)
     logging = in_folder(flags, tmp_path / "run", "--log_dir", tmp_path / "events")
     with monkeypatch.context() as patched, pytest.raises(signals.Stopped):

@@ -13,7 +13,7 @@ import numpy as np
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
-from util.lr_sched import SCHEDULES
+from util.lr_sched import SCHEDULES, Schedule
 from util.runs import run_folders
 from util.study.finished_runs import Run, read_run
 from util.study.statistics import (
@@ -200,7 +200,8 @@ def with_published(comparison: Comparison) -> Comparison:
 
 def method_name(flags: dict, reference: dict) -> str:
     """E.g. `Base`, `Inc. Drop. Prob V2 + lr 0.002`: schedule, dropout, then other flags that differ from reference."""
-    schedule = SCHEDULES[flags["lr_schedule"]]
+    unknown = Schedule(formula=lambda *_: 0.0, display_name=flags["lr_schedule"])  # of a later version
+    schedule = SCHEDULES.get(flags["lr_schedule"], unknown)
     parts = list(filter(None, [schedule.display_name, dropout_name(flags)])) or ["Base"]
     if schedule.min_lr not in (None, flags["min_lr"]):
         parts.append(f"min_lr {flags['min_lr']:g}")
