@@ -54,6 +54,7 @@ class Process:
         self.flags = parser.parse_args(words[place + 1:])
         self.gpus = int(words[words.index("--nproc_per_node") + 1]) if "--nproc_per_node" in words else 1
         machine.commands.append((self.program, self.flags, self.gpus))
+        log.write(f"{self.program} begins\n".encode())
         self.left, self.finish = self.train() if self.program == "train" else (SCORE_SECONDS, self.score)
 
     # --- As the search sees it ---
@@ -129,7 +130,9 @@ class Process:
                    for i in range(n)]
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "generations.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-        write_json(self.folder / "scores.json", {
-            "split": self.flags.split, "decode": self.flags.decode, "questions": n, "counts": {"Avg": n},
-            "correct": {"Avg": sum(answer["prediction"] for answer in answers)}})
+        n_right = sum(answer["prediction"] for answer in answers)
+        write_json(self.folder / "scores.json", {  # as if all wrong ones were of one subject
+            "split": self.flags.split, "decode": self.flags.decode, "questions": n,
+            "counts": {"NAT": n_right, "SOC": n - n_right, "Avg": n},
+            "correct": {"NAT": n_right, "SOC": 0, "Avg": n_right}})
         return 0

@@ -45,6 +45,12 @@ def test_the_best_and_the_base_run_with_seeds_that_were_not_used(study):
     assert runs[1].values == {"blr": 0.002} and runs[1].folder == study / "confirm" / "002-seed8"
 
 
+def test_the_best_are_so_at_the_end_of_the_schedule_and_not_within_it(tmp_path):
+    for number, accuracies in enumerate(((60, 70, 80), (90, 95, 81), (60, 70, 82), (97, 70, 79))):
+        trial(tmp_path, number, "COMPLETE", *accuracies)
+    assert [run.configuration for run in plan(tmp_path, 2, 1, 1)] == ["000", "002", "001"]
+
+
 def test_those_that_came_farthest_follow_where_too_few_finished(study):
     assert [run.configuration for run in plan(study, 9, 1, 1)] == ["000", "002", "001", "005", "003"]
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 
 import numpy as np
@@ -15,7 +16,7 @@ from optuna.distributions import FloatDistribution, distribution_to_json
 
 from lavin.runtime.files import write_json
 from util.search import figures
-from util.search.folder import change_record
+from util.search.folder import change_record, read_records
 from util.search.progress import cost_lines, progress_line
 from util.search.report import StudyReport, importance, markdown
 
@@ -104,6 +105,11 @@ def test_the_table_ranks_by_how_far_trials_came_and_gives_wilsons_intervals(stud
             int(row[0]) % 3 == 2)
 
 
+def test_flags_that_the_base_does_not_have_are_named_too(study):
+    write_run(study / "trials" / "010", "COMPLETE", {**values_of(0), "dropout_lim": 0.2}, (700, 800, 900), 60, 1)
+    assert table_after(markdown(StudyReport(study), []), "## Trials")[0][5] == "`--dropout_lim 0.2`"
+
+
 def test_a_long_table_ends_with_the_tenth_best(study):
     for number in range(10, 16):
         write_run(study / "trials" / f"{number:03d}", "COMPLETE", values_of(0), (500, 500, 900 + number), 60, 1)
@@ -139,6 +145,22 @@ def test_trials_are_compared_at_the_last_rung_of_three_quarters_of_them(study):
     assert {int(trial.name): percent for trial, percent in report.comparable} == AFTER_6
     write_run(study / "trials" / "010", "PRUNED", values_of(2), (300,), 60, 1)  # 7 of 10: a little less
     assert StudyReport(study).shared_epoch == 2
+
+
+def test_trials_are_read_in_their_order_also_beyond_a_thousand(study):
+    for number in (998, 999, 1000, 1001):
+        write_run(study / "trials" / f"{number:03d}", "PRUNED", values_of(0), (500,), 60, 1)
+    assert list(read_records(study))[-4:] == ["998", "999", "1000", "1001"]
+
+
+@pytest.mark.parametrize("since, counted", [(9_000, 1000), (10_500, 0)])
+def test_a_killed_commands_seconds_last_to_its_last_sign_of_life_and_are_never_negative(study, since, counted):
+    """Also where the file system's clock was set back."""
+    folder = study / "trials" / "007"
+    (folder / "search.log").touch()
+    os.utime(folder / "search.log", (10_000, 10_000))
+    change_record(folder, since=since)
+    assert read_records(study)["007"]["seconds"] == 700 + counted
 
 
 def test_progress_names_the_best_finished_trial_and_counts_what_has_ended(study):

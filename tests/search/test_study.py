@@ -162,6 +162,16 @@ def test_a_trial_killed_between_its_folder_and_the_storage_is_ended_again(tmp_pa
     assert counts[0] == 0 and study.trials()[0].state == COMPLETE and read_records(tmp_path)["000"]["seconds"] == 9
 
 
+def test_a_trial_that_has_ended_in_the_storage_has_ended_in_its_folder(tmp_path, monkeypatch):
+    """Also where the worker is killed right after it has told the storage: nobody would take the trial again."""
+    study = open_study(tmp_path)
+    tell = study.optuna.tell
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(study.optuna, "tell", lambda *args: (tell(*args), (_ for _ in ()).throw(Killed())))
+        run_trial(study, study.take(), fake_reach(Counter()))
+    assert study.trials()[0].state == COMPLETE and read_records(tmp_path)["000"]["state"] == "COMPLETE"
+
+
 def test_workers_at_once_share_the_budget(storage, tmp_path):
     """Eight threads, each with a study of its own, ask for six trials; none is given twice."""
     open_study(tmp_path, storage)
@@ -191,6 +201,18 @@ def test_a_failed_trial_is_told_with_its_line_and_the_study_goes_on(tmp_path):
     assert run_trial(study, study.take(), fails) == (FAIL, "training diverged")
     assert read_records(tmp_path)["000"]["message"] == "training diverged"
     assert study.take().number == 1 and study.trials(FAIL)[0].number == 0
+
+
+def test_a_failed_trial_is_one_of_the_number_asked_for(tmp_path):
+    study, numbers = open_study(tmp_path), []
+
+    def fails(trial, epochs):
+        raise UserError("training diverged")
+
+    while (trial := study.take()) is not None:
+        numbers.append(trial.number)
+        run_trial(study, trial, fails if trial.number in (1, 4) else fake_reach(Counter()))
+    assert numbers == list(range(6)) and study.all_ended()
 
 
 # --- Pruning ---
@@ -338,6 +360,14 @@ def test_a_worker_with_other_settings_is_refused_by_what_differs(tmp_path, chang
     assert open_study(tmp_path).n_trials == 6  # the same settings are no others
     settings = read_settings(tmp_path)
     assert set(Settings.__annotations__) <= settings.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("space", "flags")])
+def test_each_setting_is_the_same_for_all_workers(tmp_path, name):
+    """Also the steps of an epoch, and so the number of questions that are trained on."""
+    open_study(tmp_path)
+    other = "median" if name == "pruner" else SETTINGS[name] + 1
+    assert f"--{name} {other}, not {SETTINGS[name]}" in error_message(open_study, tmp_path, None, **{name: other})
 
 
 def test_a_database_that_is_lost_in_the_middle_is_one_line(tmp_path):

@@ -121,6 +121,12 @@ def test_each_trial_trains_with_the_flags_that_its_record_names(started):
         assert {"lr": flags.lr, "lr_schedule": flags.lr_schedule} == records[Path(flags.output_dir).name[:3]]["values"]
 
 
+def test_a_trials_log_keeps_what_all_of_its_commands_said(started):
+    study = started(machine := Machine(quality))
+    said = [line for path in study.glob("*/*/search.log") for line in path.read_text().splitlines()]
+    assert sorted(said) == sorted(f"{program} begins" for program, *_ in machine.commands)
+
+
 def test_the_scores_are_those_of_the_checkpoints(started):
     """Of the number of epochs that each was trained for; none is the best or the first of a trial's."""
     def falling(flags, epochs: int) -> float:
