@@ -203,6 +203,20 @@ def test_a_failed_trial_is_told_with_its_line_and_the_study_goes_on(tmp_path):
     assert study.take().number == 1 and study.trials(FAIL)[0].number == 0
 
 
+def test_an_error_of_the_machine_fails_no_trial(tmp_path):
+    """A full disk says nothing about the flags: the trial is left to be resumed, by whoever comes next."""
+    study = open_study(tmp_path)
+
+    def breaks(trial, epochs):
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        run_trial(study, study.take(), breaks)
+    assert read_records(tmp_path)["000"]["state"] == "RUNNING" and not study.trials(FAIL)
+    again = study.take()
+    assert (again.number, again.resumed) == (0, True)
+
+
 def test_a_failed_trial_is_one_of_the_number_asked_for(tmp_path):
     study, numbers = open_study(tmp_path), []
 
