@@ -16,6 +16,7 @@ from optuna.distributions import FloatDistribution, distribution_to_json
 
 from lavin.runtime.files import write_json
 from util.search import figures
+from util.search import report as report_module
 from util.search.folder import change_record, read_records
 from util.search.progress import cost_lines, progress_line
 from util.search.report import StudyReport, importance, markdown
@@ -182,9 +183,10 @@ def test_the_cost_is_foretold_by_gpu_seconds_an_epoch(study):
 # --- Importance ---
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-def test_importance_is_of_the_better_half_where_the_trials_are_compared(tmp_path):
+def test_importance_is_of_the_better_half_where_the_trials_are_compared(tmp_path, monkeypatch):
     """`half` decides which half a trial is in, `top` only which are the very best. After 20 epochs, which a few trials
     reach, the order is another one, and trials without a score count for nothing."""
+    monkeypatch.setattr(report_module, "SHUFFLES", 40)
     write_settings(tmp_path / "S")
     rng = random.Random(0)
     for number in range(40):
@@ -205,6 +207,12 @@ def test_importance_is_of_the_better_half_where_the_trials_are_compared(tmp_path
     assert {name: share for name, (share, _) in shares.items()} == pytest.approx(expected, abs=0.02)
     assert list(shares) == ["half", "top"] and shares["half"][0] > shares["half"][1] > 0
     assert shares["top"][0] < shares["top"][1]
+    figure = figures.draw_importance(report)
+    ax = figure.axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["half", "top"]
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([100 * share for share, _ in shares.values()])
+    assert list(ax.lines[0].get_xdata()) == pytest.approx([100 * chance for _, chance in shares.values()])
+    plt.close(figure)
 
 
 # --- Pictures ---

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("optuna")
 import search
 from lavin.runtime import signals
-from lavin.runtime.files import read_json
+from lavin.runtime.files import read_json, write_json
 from simulated_commands import EPOCH_SECONDS, STOP_SECONDS, Machine
 from user_errors import error_message
 from util.search.folder import all_records, begin_record, change_record, gpu_seconds, read_records
@@ -97,6 +97,14 @@ def test_all_trials_train_with_the_seed_given_and_fresh_runs_with_those_after_it
         assert name.endswith(f"seed{record['seed']}")
     assert len(by_configuration) == 3 and set(map(frozenset, by_configuration.values())) == {
         frozenset({seed + 1, seed + 2})}
+
+
+def test_a_late_worker_repeats_nothing_and_leaves_the_verdict_as_it_was_given(started):
+    study = started(machine := Machine(quality))
+    n_commands, given = len(machine.commands), {**read_json(study / "verdict.json"), "found": "as it was given"}
+    write_json(study / "verdict.json", given)
+    started(machine)
+    assert len(machine.commands) == n_commands and read_json(study / "verdict.json") == given
 
 
 def test_a_search_repeats_itself(started):
