@@ -208,6 +208,15 @@ def test_the_base_is_what_train_does_without_a_search():
     assert base == {flag: trained[flag] for flag in base}
 
 
+def test_a_default_that_a_listed_set_moves_out_of_its_range_is_the_nearest_value_in_it(tmp_path):
+    path = write_space(tmp_path, {
+        "dropout_prob": {"kind": "float", "low": 0, "high": 0.3, "default": 0.1},
+        "dropout_lim": {"kind": "float", "low": "dropout_prob", "high": 0.4, "default": 0.2}},
+        [{}, {"dropout_prob": 0.3}])
+    assert taken(tmp_path / "S", path, 4, 2) == [{"dropout_prob": 0.1, "dropout_lim": 0.2},
+                                                 {"dropout_prob": 0.3, "dropout_lim": 0.3}]
+
+
 def test_a_study_of_fewer_trials_than_sets_takes_the_first_ones(tmp_path):
     space = read_space(search.SPACE, KNOWN)
     assert taken(tmp_path, search.SPACE, 3, 3) == space.first_sets()[:3]
