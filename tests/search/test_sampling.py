@@ -213,8 +213,8 @@ def test_a_default_that_a_listed_set_moves_out_of_its_range_is_the_nearest_value
         "dropout_prob": {"kind": "float", "low": 0, "high": 0.3, "default": 0.1},
         "dropout_lim": {"kind": "float", "low": "dropout_prob", "high": 0.4, "default": 0.2}},
         [{}, {"dropout_prob": 0.3}])
-    assert taken(tmp_path / "S", path, 4, 2) == [{"dropout_prob": 0.1, "dropout_lim": 0.2},
-                                                 {"dropout_prob": 0.3, "dropout_lim": 0.3}]
+    sets = [{"dropout_prob": 0.1, "dropout_lim": 0.2}, {"dropout_prob": 0.3, "dropout_lim": 0.3}]
+    assert read_space(path, KNOWN).first_sets() == sets == taken(tmp_path / "S", path, 4, 2)
 
 
 def test_a_study_of_fewer_trials_than_sets_takes_the_first_ones(tmp_path):
