@@ -499,6 +499,9 @@ def test_tensorboard_gets_the_same_numbers(flags, tmp_path, monkeypatch):
 
         def add_scalar(self, *scalar):
             self.scalars.append(scalar)
+
+        def flush(self):
+            pass
     monkeypatch.setattr(train, "summary_writer", lambda: None)
     monkeypatch.setattr("util.training.metrics.summary_writer", lambda: Writer)
     logging = in_folder(flags, tmp_path / "run", "--log_dir", tmp_path / "events")
@@ -506,7 +509,7 @@ def test_tensorboard_gets_the_same_numbers(flags, tmp_path, monkeypatch):
         stop_after(patched, 4)
         run(*logging)
     run(*logging)
-    assert [writer.purge_step for writer in writers] == [0, 5]
+    assert [writer.purge_step for writer in writers] == [1, 6]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     scalars = [scalar for writer in writers for scalar in writer.scalars if scalar[0] in ("loss", "lr")]
     assert scalars == [(name, line[name], 3 * line["epoch"] + line["step"]) for line in lines
