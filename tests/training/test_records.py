@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run_folder import Killed, in_folder, refused, run, stop_after
+from test_run_folder import in_folder, refused, run
 
 import eval as evaluation
 import eval_mme
 import train
+from killed import Killed, stop_after
 from lavin.runtime import signals
 from tiny_runs import read_log, run_flags
 from user_errors import error_message

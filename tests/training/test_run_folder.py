@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from killed import Killed, stop_after
 from lavin.runtime import signals
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import value_sha256
@@ -25,10 +26,6 @@ from util.training.resume import take_flags_of_run
 from util.training.trainer import Trainer
 
 DROPOUT = ("--dropout_prob", "0.3", "--dropout_lim", "0.3", "--drop_path", "0.2")
-
-
-class Killed(BaseException):
-    """Stands for a process that ends at once."""
 
 
 def run(*flags) -> None:
@@ -82,20 +79,6 @@ def unbroken(flags, tmp_path_factory):
 @pytest.fixture
 def finished(unbroken, tmp_path):
     return Path(shutil.copytree(unbroken, tmp_path / "run"))
-
-
-def stop_after(monkeypatch, steps: int, error: type[BaseException] | None = None) -> None:
-    """The process is asked to stop (or dies of `error`) while it makes its step number `steps`."""
-    made, train_step = [], Trainer.train_step
-
-    def counted(self, *args):
-        made.append(1)
-        if len(made) == steps:
-            if error:
-                raise error
-            monkeypatch.setattr(signals, "requested", "SIGTERM")
-        train_step(self, *args)
-    monkeypatch.setattr(Trainer, "train_step", counted)
 
 
 def same_tensors(folder: Path, other: Path, name: str = "checkpoint-2.pth") -> bool:
