@@ -147,12 +147,14 @@ def test_a_process_ends_before_torchrun_kills_it():
     (KeyboardInterrupt(), 75, "stopped by SIGINT")], ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("environment", [{}, RANK_0], ids=["alone", "rank 0"])
 def test_an_ending_has_its_status_and_one_line(tmp_path, error, status, line, environment):
-    """75 only where the same command goes on. torchrun's summary gets the same line."""
+    """75 only where the same command goes on. What was said before is not lost; torchrun's summary gets the line."""
     def work():
         with one_line_errors():
+            print("before")
             raise error
     ended = in_child(work, **environment, TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
-    assert ended[:2] == (status, "") and ended.errors.startswith(f"main.py: {line}") and ended.errors.count("\n") == 1
+    assert ended[:2] == (status, "before\n")
+    assert ended.errors.startswith(f"main.py: {line}") and ended.errors.count("\n") == 1
     assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] + "\n" == ended.errors
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,16 @@ import torch
 
 import eval as evaluation
 import eval_mme
+import export_hf
 import train
+from forked import in_child
 from killed import stop_after
 from lavin.runtime import signals
 from lavin.runtime.files import atomic_write, write_json, write_json_lines, write_text
 from states import State, watched
 from tiny_runs import run_flags, write_run
+from util.search.confirm import FreshRun, train_and_score
+from util.training.trainer import Trainer
 
 # --- One file ---
 
@@ -66,17 +71,31 @@ def test_a_file_in_a_new_folder_is_written_as_safely(tmp_path, calls):
     assert calls[-1][1] == (tmp_path / "a" / "b").stat().st_ino
 
 
+def test_processes_that_write_one_file_at_once_do_not_meet(tmp_path, monkeypatch):
+    """Another process of this machine, and one of another machine that has the same process id."""
+    path = tmp_path / "file"
+    with atomic_write(path) as tmp_path_of_this:
+        tmp_path_of_this.write_text("this")
+        assert in_child(lambda: write_text(path, "another")).status == 0 and path.read_text() == "another"
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr("socket.gethostname", lambda: "elsewhere")
+            write_text(path, "elsewhere")
+        assert path.read_text() == "elsewhere"
+    assert path.read_text() == "this" and list(tmp_path.iterdir()) == [path]
+
+
 # --- Training ---
 
 def saved(state: State) -> list[tuple[int, int]]:
     """Epochs and steps that the checkpoints go on from. Raises an error where one is not whole."""
-    places = []
-    for name, content in state.items():
-        if name.endswith(".pth"):
-            checkpoint = torch.load(io.BytesIO(content), weights_only=True)
-            record = checkpoint["record"]
-            places.append((record["epoch"], len(record["steps"])) if record else (checkpoint["epoch"] + 1, 0))
-    return sorted(places)
+    return sorted(place(content) for name, content in state.items() if name.endswith(".pth"))
+
+
+@cache
+def place(checkpoint: bytes) -> tuple[int, int]:
+    content = torch.load(io.BytesIO(checkpoint), weights_only=True)
+    record = content["record"]
+    return (record["epoch"], len(record["steps"])) if record else (content["epoch"] + 1, 0)
 
 
 def entries(state: State, name: str) -> list[dict]:
@@ -127,6 +146,18 @@ def test_a_line_of_the_log_is_written_with_its_checkpoint(training):
     """At most one is there before it."""
     for state in training:
         assert len(entries(state, "log.txt")) <= max(saved(state), default=(0, 0))[0] + 1
+
+
+def test_no_more_work_is_lost_than_the_minutes_between_checkpoints(base, scienceqa, tmp_path, monkeypatch):
+    """A step takes a minute, and three are allowed; the end of an epoch counts as a checkpoint."""
+    now, train_step = [0.0], Trainer.train_step
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(Trainer, "train_step", lambda *args: now.__setitem__(0, now[0] + 60) or train_step(*args))
+    flags = run_flags(base, scienceqa, tmp_path / "run", "--batch_size", "1", "--epochs", "2")
+    with watched(tmp_path / "run") as states:
+        train.main(train.get_args_parser().parse_args([*flags, "--save_every_minutes", "3"]))
+    places = sorted({12 * epoch + step for state in states for epoch, step in saved(state)})
+    assert places == [4, 8, 12, 16, 20, 24]
 
 
 # --- Scores ---
@@ -207,3 +238,34 @@ def test_answers_of_several_processes_are_put_together_before_any_is_removed(sco
             "".join(line + "\n" for line in (identity, *answers[2 * rank:2 * rank + 2])))
     states = score(evaluation)
     assert [answered(state, evaluation) for state in states] == [6] * len(states) and "scores.json" in states[-1]
+
+
+# --- Exports and searches ---
+
+def test_an_export_has_its_config_once_all_else_is_there(base, root, tmp_path):
+    """By config.json, a folder is taken for a model."""
+    with watched(tmp_path / "hf") as states:
+        export_hf.main(export_hf.get_args_parser().parse_args([
+            *base.flags, "--adapter_path", str(root / "run"), "--out", str(tmp_path / "hf")]))
+    assert all(state == states[-1] for state in states if "config.json" in state) and len(states) > 3
+
+
+class Runner:
+    """Trains and scores in no time."""
+
+    gpus = 1
+
+    def train(self, *_) -> None:
+        return
+
+    def score(self, *_) -> dict:
+        return {"correct": {"Avg": 3}, "counts": {"Avg": 4}}
+
+
+def test_a_run_of_a_search_is_complete_once_its_score_is_there(tmp_path):
+    """A worker that takes it up makes no complete run again."""
+    with watched(tmp_path) as states:
+        train_and_score(Runner(), 20, FreshRun(tmp_path / "000-seed1", "000", {}, 1), 0)
+    records = [json.loads(content) for state in states for content in state.values()]
+    assert [record["state"] for record in (records[0], records[-1])] == ["RUNNING", "COMPLETE"]
+    assert all(record["rungs"] for record in records if record["state"] == "COMPLETE")
