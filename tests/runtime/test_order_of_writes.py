@@ -148,6 +148,17 @@ def test_a_line_of_the_log_is_written_with_its_checkpoint(training):
         assert len(entries(state, "log.txt")) <= max(saved(state), default=(0, 0))[0] + 1
 
 
+def test_of_two_checkpoints_the_later_one_counts(training, base, scienceqa, tmp_path, capsys):
+    """Where a process was killed before it removed last.pth, beside the checkpoint of the whole epoch."""
+    state = next(state for state in training if {"checkpoint-0.pth", "last.pth"} <= state.keys())
+    assert saved(state) == [(0, 11), (1, 0)]
+    for name, content in state.items():
+        (tmp_path / name).write_bytes(content)
+    train.main(train.get_args_parser().parse_args(
+        [*run_flags(base, scienceqa, tmp_path, "--batch_size", "1"), "--stop_after_epoch", "1"]))
+    assert "goes on from checkpoint-0.pth: epoch 1, step 0 of 12" in capsys.readouterr().out
+
+
 def test_no_more_work_is_lost_than_the_minutes_between_checkpoints(base, scienceqa, tmp_path, monkeypatch):
     """A step takes a minute, and three are allowed; the end of an epoch counts as a checkpoint."""
     now, train_step = [0.0], Trainer.train_step
