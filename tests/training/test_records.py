@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import time
 from pathlib import Path
 
@@ -235,12 +236,13 @@ def evaluate(root: Path, command=evaluation, *flags) -> None:
     lambda root: evaluate(root, eval_mme, "--mme_root", root / "mme")],
     ids=["train.py", "going back", "--overwrite", "eval.py", "eval_mme.py"])
 def test_a_refused_process_changes_nothing_of_what_the_first_is_writing(scored, second):
-    """And the folder stays locked, however many are refused."""
+    """The first goes back, and has a whole checkpoint. The folder stays locked, however many are refused."""
     folder = scored / "run"
     with locked(folder):
         (folder / ".checkpoint-1.pth.host.1.part").write_text("half")
         (folder / ".staging").mkdir(exist_ok=True)
-        (folder / ".staging" / ".last.pth.host.1.part").write_text("half")
+        (folder / ".staging" / ".log.txt.host.1.part").write_text("half")
+        shutil.copy(folder / "checkpoint-0.pth", folder / ".staging" / "last.pth")
         (folder / "answers.0.partial.jsonl").write_text("{}\n")
         before = files(folder)
         for _ in range(2):
