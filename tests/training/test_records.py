@@ -82,6 +82,23 @@ def test_the_lines_of_a_run_count_each_step_that_is_not_finite_once(unbroken):
     assert [entry["steps_left_out"] for entry in read_log(unbroken)] == [3, 1]
 
 
+def test_losses_are_means_over_the_steps_that_were_made(unbroken):
+    """Of the first epoch's twelve steps: eight of the first ten, and one of the last two."""
+    first, last, *_ = lines(unbroken)
+    assert (8 * first["loss"] + last["loss"]) / 9 == pytest.approx(read_log(unbroken)[0]["train_closs"], rel=1e-9)
+    assert abs(first["loss"] - last["loss"]) > 1e-4
+
+
+def test_lines_of_epochs_that_are_made_anew_are_replaced(flags, unbroken, tmp_path):
+    """And none is left of an epoch that is not made yet."""
+    folder = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    for path in folder.glob("*.pth"):
+        path.unlink()
+    run(*in_folder(flags, folder, "--stop_after_epoch", "1"))
+    assert [entry["epoch"] for entry in read_log(folder)] == [0]
+    assert [(line["epoch"], line["step"]) for line in lines(folder)] == [(0, 10), (0, 12)]
+
+
 @pytest.mark.parametrize("ends", [
     [(11, Killed)],  # without a checkpoint
     [(4, None), (7, Killed)],  # a line after the checkpoint
