@@ -157,6 +157,7 @@ def test_a_trial_killed_between_its_folder_and_the_storage_is_ended_again(tmp_pa
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(study.optuna, "tell", lambda *_: (_ for _ in ()).throw(Killed()))
         run_trial(study, study.take(), fake_reach(Counter()))
+    assert read_records(tmp_path)["000"]["state"] == "COMPLETE"  # else its folder would stay RUNNING for ever
     counts = Counter()
     assert run_trial(study, study.take(), fake_reach(counts)) == (COMPLETE, "")
     assert counts[0] == 0 and study.trials()[0].state == COMPLETE and read_records(tmp_path)["000"]["seconds"] == 9

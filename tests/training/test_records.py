@@ -136,6 +136,24 @@ def test_a_torn_last_line_is_dropped(flags, unbroken, not_finite, tmp_path, monk
     assert without_times(lines(tmp_path / "run")) == without_times(lines(unbroken))
 
 
+def test_steps_in_a_row_that_are_not_finite_are_counted_across_processes(flags, not_finite, tmp_path, monkeypatch):
+    """Six at the end of an epoch, and four at the start of the next, which another process makes."""
+    steps = {(0, step) for step in range(7, 13)} | {(1, step) for step in range(1, 9)}
+    monkeypatch.setitem(globals(), "NOT_FINITE", steps)
+    run(*in_folder(flags, tmp_path / "run", "--stop_after_epoch", "1"))
+    assert "10 steps in a row are not finite, up to epoch 1, step 4" in refused(*in_folder(flags, tmp_path / "run"))
+
+
+def test_every_resumption_is_recorded_beside_the_flags_that_the_run_began_with(flags, tmp_path, monkeypatch):
+    command = in_folder(flags, tmp_path / "run")
+    end_at(monkeypatch, 2, None, *command)
+    end_at(monkeypatch, 2, None, *command, "--num_workers", "3")
+    run(*command, "--stop_after_epoch", "1")
+    config, recipe = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "recipe.json"))
+    assert [(place["epoch"], place["step"]) for place in config["resumed"]] == [(0, 3), (0, 6)]
+    assert config["flags"] == recipe["flags"] and config["flags"]["num_workers"] != 3
+
+
 # --- TensorBoard ---
 
 class Events:
