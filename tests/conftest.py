@@ -1,6 +1,7 @@
 """Session-wide fixtures: a tokenizer, tiny base weights in the real file formats, and a small ScienceQA."""
 
 import json
+import os
 import random
 import signal
 from dataclasses import dataclass
@@ -12,12 +13,16 @@ from PIL import Image
 
 from lavin.llama import Llama, LlamaConfig
 from lavin.runtime import signals
+from lavin.runtime.distributed import LAUNCHER_VARIABLES
 from lavin.tokenizer import Tokenizer
 from tiny import IMAGE_SIZE, perturb_weights, problem, tiny_vit
 
 for number in signals.STOP_SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:  # by nohup, or in a background job: child processes would inherit it
         signal.signal(number, signal.SIG_DFL)
+for name in [*LAUNCHER_VARIABLES, "TORCHELASTIC_ERROR_FILE", "PYTHONUNBUFFERED", "PYTHONIOENCODING", "PYTHONOPTIMIZE",
+             "LAVIN_WORKER"]:
+    os.environ.pop(name, None)  # tests, and the commands that they start, end and speak alike wherever they are run
 torch.set_num_threads(1)  # with models this small, synchronizing threads costs more than it saves
 
 

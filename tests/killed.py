@@ -1,4 +1,4 @@
-"""What a process that is killed leaves on the disk."""
+"""Processes that are killed or asked to stop, and what they leave on the disk."""
 
 import os
 from contextlib import contextmanager
@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from lavin.runtime import signals
+from util.training.trainer import Trainer
+
 
 class Killed(BaseException):
-    """Of `killed_after`."""
+    """Stands for the end of a process at once."""
 
 
 @contextmanager
@@ -28,3 +31,17 @@ def killed_after(n_files: int):
 
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stop_after(monkeypatch, steps: int, error: type[BaseException] | None = None) -> None:
+    """The process is asked to stop (or dies of `error`) while it makes its step number `steps`."""
+    made, train_step = [], Trainer.train_step
+
+    def counted(self, *args):
+        made.append(1)
+        if len(made) == steps:
+            if error:
+                raise error
+            monkeypatch.setattr(signals, "requested", "SIGTERM")
+        train_step(self, *args)
+    monkeypatch.setattr(Trainer, "train_step", counted)

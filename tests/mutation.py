@@ -10,7 +10,10 @@ kind. The tests run until the first one fails, those of the changed file before 
 """
 
 import argparse
+import importlib
 import json
+import multiprocessing
+import os
 import queue
 import re
 import shutil
@@ -21,9 +24,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
+CONTEXT = multiprocessing.get_context("fork")
+LIBRARIES = ("torch", "transformers", "scipy.stats", "hypothesis", "matplotlib.pyplot", "optuna", "pydantic")
 MUTANTS = Path(__file__).with_name("mutants.json")
 SLOWEST = "tests/training/test_learning.py"  # runs when no other test has failed
 SECONDS = 1800  # after which a fault counts as noticed, since no test of an intact project takes as long
@@ -50,27 +56,44 @@ def find_source(project: Path, text: str) -> Path:
 
 
 def ordered_tests(project: Path, source: Path) -> list[str]:
-    """All test files but the slowest; first those that import the changed file, then those of its folder's name."""
+    """All test files but the slowest; those of the changed file's name or folder come first, then those that import it.
+    """
     module = ".".join(source.relative_to(project).with_suffix("").parts)
     imports = re.compile(rf"^(from|import) {re.escape(module)}\b", re.MULTILINE)
 
     def rank(test: Path) -> tuple:
-        return not imports.search(test.read_text(encoding="utf-8")), test.parent.name != source.parent.name, test
+        is_named_so = source.stem in (test.stem.removeprefix("test_"), test.parent.name.removesuffix("ing"))
+        is_imported = imports.search(test.read_text(encoding="utf-8"))
+        return not (is_named_so and is_imported), test.parent.name != source.parent.name, not is_imported, test
     tests = sorted((project / "tests").rglob("test_*.py"), key=rank)
     return [name for name in (str(test.relative_to(project)) for test in tests) if name != SLOWEST]
 
 
 def first_failure(project: Path, tests: list[str]) -> str | None:
     """The name of the first test that fails; None where all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
-    try:
-        done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
+    log = project.with_suffix(".log")
+    process = CONTEXT.Process(target=run_pytest, args=(project, tests, log))
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
         return "the limit of time"
-    if done.returncode == 0:
+    if process.exitcode == 0:
         return None
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    return failed[1] if failed else f"pytest's exit status {done.returncode}"
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", log.read_text(errors="replace"), re.MULTILINE)
+    return failed[1] if failed else f"pytest's exit status {process.exitcode}"
+
+
+def run_pytest(project: Path, tests: list[str], log: Path) -> None:
+    """Runs in a fork of this process, which has imported the libraries already, and ends it."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    os.chdir(project)
+    sys.dont_write_bytecode = True  # source files of one second and one size would share their bytecode
+    status = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests])
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def noticed_by(project: Path, mutant: dict) -> str | None:
@@ -85,6 +108,8 @@ def noticed_by(project: Path, mutant: dict) -> str | None:
 
 
 def main(args) -> None:
+    for library in LIBRARIES:
+        importlib.import_module(library)
     mutants = dict(enumerate(json.loads(args.mutants.read_text(encoding="utf-8"))))
     chosen = args.only or list(mutants)
     survivors = []

@@ -1,5 +1,6 @@
 """Confirmation with fresh seeds: what is run again, by whom, and what the runs are said to show."""
 
+import itertools
 import json
 import os
 import threading
@@ -42,6 +43,12 @@ def test_the_best_and_the_base_run_with_seeds_that_were_not_used(study):
     assert [(run.configuration, run.seed) for run in runs] == [(name, seed) for seed in (8, 9, 10)
                                                                for name in ("000", "002", "001")]
     assert runs[1].values == {"blr": 0.002} and runs[1].folder == study / "confirm" / "002-seed8"
+
+
+def test_the_best_are_so_at_the_end_of_the_schedule_and_not_within_it(tmp_path):
+    for number, accuracies in enumerate(((60, 70, 80), (90, 95, 81), (60, 70, 82), (97, 70, 79))):
+        trial(tmp_path, number, "COMPLETE", *accuracies)
+    assert [run.configuration for run in plan(tmp_path, 2, 1, 1)] == ["000", "002", "001"]
 
 
 def test_those_that_came_farthest_follow_where_too_few_finished(study):
@@ -149,6 +156,76 @@ def test_a_difference_on_too_few_questions_is_not_found():
 def test_a_worse_winner_is_never_found(seeds):
     result = verdict(outcomes(np.random.default_rng(0), (0.9, 0.5, 0.6), seeds))
     assert result.winner == "002" and result.difference < -20 and not result.found
+
+
+# --- Several comparisons ---
+
+def one_seed(gained: int, lost: int, k: int) -> dict[str, np.ndarray]:
+    """The base, a configuration that answers `gained` questions more than it and `lost` others not, and k - 1 that
+    answer as the base does."""
+    same = [1, 0] * 20
+    base = np.array([[0] * gained + [1] * lost + same])
+    return {"000": base, "001": np.array([[1] * gained + [0] * lost + same]),
+            **{f"{i:03d}": base for i in range(2, k + 1)}}
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("gained, lost", [(8, 1), (12, 2), (9, 6)])
+def test_the_p_over_questions_is_the_binomial_tests_times_the_number_of_configurations(k, gained, lost):
+    result = verdict(one_seed(gained, lost, k))
+    single = scipy.stats.binomtest(gained, gained + lost).pvalue
+    assert result.winner == "001" and result.n_configurations == k
+    assert result.p_questions == pytest.approx(min(1, k * single))
+    assert result.found == (k * single < 0.05)
+    assert f"p = {min(1, k * single):.3f} over questions" in sentence(vars(result))
+    assert (f"adjusted for {k} configurations" in sentence(vars(result))) == (k > 1)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_p_over_questions_of_several_seeds_counts_the_signs_of_their_sums_times_the_configurations(k):
+    """All of the 2^8 signs of eight questions' differences, one after another."""
+    rng = np.random.default_rng(0)
+    base, better = (rng.random((3, 8)) < [[0.3]]).astype(int), (rng.random((3, 8)) < [[0.8]]).astype(int)
+    result = verdict({"000": base, "001": better, **{f"{i:03d}": base for i in range(2, k + 1)}})
+    differences = better.sum(0) - base.sum(0)
+    signs = np.array(list(itertools.product((-1, 1), repeat=8)))
+    single = (abs(signs @ abs(differences)) >= abs(differences.sum())).mean()
+    assert 0 < single < 0.3 and result.p_questions == pytest.approx(min(1, k * single))
+
+
+@pytest.mark.parametrize("n_rivals", [1, 3])
+def test_the_p_over_seeds_is_dunnetts_over_all_configurations(n_rivals):
+    """With the spread of all of them: not only of the winner's and the base's."""
+    rng = np.random.default_rng(5)
+    rows = outcomes(rng, [0.7, 0.74, *[0.69] * n_rivals], seeds=3, spread=0.02)
+    means = [row.mean(1) for row in rows.values()]
+    expected = scipy.stats.dunnett(*means[1:], control=means[0], alternative="greater", random_state=0).pvalue.min()
+    assert 0.01 < expected < 0.9 and verdict(rows).p_seeds == pytest.approx(expected, abs=0.004)
+
+
+def rows_of(*accuracies: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Of 1,000 questions, of which each run answers the easiest; accuracies in tenths of a percent, by seed."""
+    return {f"{i:03d}": np.array([[1] * correct + [0] * (1000 - correct) for correct in seeds])
+            for i, seeds in enumerate(accuracies)}
+
+
+def test_a_p_over_seeds_between_5_and_10_percent_finds_nothing():
+    result = verdict(rows_of((700, 720, 740), (730, 750, 770)))
+    assert result.p_questions < 1e-6 and 0.05 < result.p_seeds < 0.1 and not result.found
+
+
+def test_the_winner_is_the_best_by_the_mean_of_all_seeds():
+    result = verdict(rows_of((500, 510, 520), (900, 510, 520), (700, 710, 690), (600, 600, 800)))
+    assert result.winner == "002" and result.difference == pytest.approx(19)
+    assert result.low < 19 < result.high
+
+
+def test_the_sentence_says_each_number_where_it_belongs():
+    said = sentence({"winner": "007", "n_configurations": 3, "seeds": 2, "difference": 1.25, "low": -0.5, "high": 2.75,
+                     "p_seeds": 0.0123, "p_questions": 0.0456, "found": True})
+    assert said == ("Trial 007 is better than the base: +1.25 points on validation with 2 fresh seeds (95 % interval "
+                    "−0.50 to +2.75; p = 0.012 over seeds and p = 0.046 over questions, adjusted for 3 "
+                    "configurations).")
 
 
 def test_with_one_seed_the_seeds_are_in_no_test():

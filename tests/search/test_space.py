@@ -66,6 +66,13 @@ def test_the_first_eight_trials_are_the_published_methods(space):
         assert found == expected
 
 
+def test_flags_are_checked_for_the_gpus_of_a_trial():
+    """The learning rate, 9e-3 times the samples of a step by 256, is twice as high on two GPUs."""
+    words = ["--batch_size", "1", "--accum_iter", "1", "--min_lr", "5e-5"]
+    search.check_train(words, 2, {"blr": 9e-3})
+    assert "--min_lr 5e-05 must lie between 0 and" in error_message(search.check_train, words, 1, {"blr": 9e-3})
+
+
 def test_every_end_of_the_default_space_is_taken_by_train(space):
     space.check(lambda values: search.check_train(EFFECTIVE_32, 1, values))
 

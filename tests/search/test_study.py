@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("optuna")
@@ -156,9 +157,20 @@ def test_a_trial_killed_between_its_folder_and_the_storage_is_ended_again(tmp_pa
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(study.optuna, "tell", lambda *_: (_ for _ in ()).throw(Killed()))
         run_trial(study, study.take(), fake_reach(Counter()))
+    assert read_records(tmp_path)["000"]["state"] == "COMPLETE"  # else its folder would stay RUNNING for ever
     counts = Counter()
     assert run_trial(study, study.take(), fake_reach(counts)) == (COMPLETE, "")
     assert counts[0] == 0 and study.trials()[0].state == COMPLETE and read_records(tmp_path)["000"]["seconds"] == 9
+
+
+def test_a_trial_that_has_ended_in_the_storage_has_ended_in_its_folder(tmp_path, monkeypatch):
+    """Also where the worker is killed right after it has told the storage: nobody would take the trial again."""
+    study = open_study(tmp_path)
+    tell = study.optuna.tell
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(study.optuna, "tell", lambda *args: (tell(*args), (_ for _ in ()).throw(Killed())))
+        run_trial(study, study.take(), fake_reach(Counter()))
+    assert study.trials()[0].state == COMPLETE and read_records(tmp_path)["000"]["state"] == "COMPLETE"
 
 
 def test_workers_at_once_share_the_budget(storage, tmp_path):
@@ -192,6 +204,32 @@ def test_a_failed_trial_is_told_with_its_line_and_the_study_goes_on(tmp_path):
     assert study.take().number == 1 and study.trials(FAIL)[0].number == 0
 
 
+def test_an_error_of_the_machine_fails_no_trial(tmp_path):
+    """A full disk says nothing about the flags: the trial is left to be resumed, by whoever comes next."""
+    study = open_study(tmp_path)
+
+    def breaks(trial, epochs):
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        run_trial(study, study.take(), breaks)
+    assert read_records(tmp_path)["000"]["state"] == "RUNNING" and not study.trials(FAIL)
+    again = study.take()
+    assert (again.number, again.resumed) == (0, True)
+
+
+def test_a_failed_trial_is_one_of_the_number_asked_for(tmp_path):
+    study, numbers = open_study(tmp_path), []
+
+    def fails(trial, epochs):
+        raise UserError("training diverged")
+
+    while (trial := study.take()) is not None:
+        numbers.append(trial.number)
+        run_trial(study, trial, fails if trial.number in (1, 4) else fake_reach(Counter()))
+    assert numbers == list(range(6)) and study.all_ended()
+
+
 # --- Pruning ---
 
 def test_rungs_lie_within_the_full_schedule():
@@ -218,6 +256,94 @@ def test_equal_trials_do_not_all_pass(tmp_path, pruner):
     while (trial := study.take()) is not None:
         run_trial(study, trial, lambda trial, epochs: 40.0)
     assert len(study.trials(COMPLETE)) <= 10 and study.trials()[0].value == 40.0
+
+
+def expected_lengths(pruner: str, scores: list[list[int]]) -> list[int]:
+    """The number of rungs that each trial reaches by the rules alone, where they run one after another. scores: of each
+    trial after 1, 3 and 9 epochs; of equal ones the earlier counts as better.
+
+    asha goes on with a trial that is among the best third of those that were scored after as many epochs, itself
+    included, or the best of them (Li et al. 2020, arXiv 1810.05934). median ends one whose best score so far lies below
+    the median of the finished trials after as many epochs, once there are five (Golovin et al. 2017).
+    """
+    curves: list[list[float]] = []
+    for number, row in enumerate(scores):
+        curve: list[float] = []
+        for i, score in enumerate(row):
+            curve.append(score - 1e-6 * number)
+            others = [other[i] for other in curves if len(other) > i]
+            finished = [other[i] for other in curves if len(other) == 3]
+            if pruner == "asha" and sum(other > curve[i] for other in others) >= max(1, (len(others) + 1) // 3):
+                break
+            if pruner == "median" and len(finished) >= 5 and max(curve) < np.median(finished):
+                break
+        curves.append(curve)
+    return [len(curve) for curve in curves]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("pruner", ["asha", "median"])
+def test_a_trial_ends_early_by_the_scores_of_those_that_came_as_far(tmp_path, pruner, seed):
+    """Curves rise, fall, cross and meet."""
+    rng, n = random.Random(seed), 18
+    scores = [[rng.randrange(40, 60) for _ in range(3)] for _ in range(n)]
+    study = open_study(tmp_path, trials=n, pruner=pruner)
+    while (trial := study.take()) is not None:
+        run_trial(study, trial, lambda trial, epochs: add_rung(trial.folder, epochs, {
+            "correct": {"Avg": scores[trial.number][(1, 3, 9).index(epochs)]}, "counts": {"Avg": 100}}))
+    expected = [row[:n] for row, n in zip(scores, expected_lengths(pruner, scores), strict=True)]
+    records = list(read_records(tmp_path).values())
+    assert [[rung["correct"] for rung in record["rungs"]] for record in records] == expected
+    for trial, record, curve in zip(study.trials(), records, expected, strict=True):
+        assert record["state"] == trial.state.name == ("COMPLETE" if len(curve) == 3 else "PRUNED")
+        assert trial.state == PRUNED or trial.value == curve[-1]
+
+
+def test_a_rung_is_met_once_in_a_schedule_of_any_length(tmp_path):
+    """Of 27 epochs the first rung is the third one: a trial is compared there once, and a third goes on."""
+    scores = [random.Random(i).randrange(40, 60) for i in range(18)]
+    study = open_study(tmp_path, trials=18, flags={"epochs": 27, "seed": 0})
+    while (trial := study.take()) is not None:
+        run_trial(study, trial, lambda trial, epochs: float(scores[trial.number]))
+    assert [len(trial.intermediate_values) for trial in study.trials()] == expected_lengths(
+        "asha", [[score] * 3 for score in scores])
+
+
+def test_one_question_of_many_decides_between_trials(tmp_path):
+    """Each trial is better than all before it by one question of 20,000, so that each one goes on."""
+    study = open_study(tmp_path, trials=18)
+    while (trial := study.take()) is not None:
+        run_trial(study, trial, lambda trial, epochs: 50 + trial.number * 100 / 20_000)
+    assert len(study.trials(COMPLETE)) == 18
+
+
+def test_a_worse_last_score_counts_and_not_the_best_one(tmp_path):
+    study = open_study(tmp_path, trials=1)
+    run_trial(study, study.take(), lambda trial, epochs: {1: 70.0, 3: 80.0, 9: 60.0}[epochs])
+    assert study.trials()[0].value == 60
+
+
+def test_some_trials_are_drawn_whatever_the_scores_and_later_ones_by_them(tmp_path):
+    """A quarter of 24 trials, after the two sets that are tried first; the others follow what has scored well."""
+    drawn = {}
+    for best in (0.0, 1.0):
+        study = open_study(tmp_path / str(best), trials=24, pruner="none")
+        for _ in range(16):
+            trial = study.take()
+            run_trial(study, trial, lambda trial, epochs, best=best: 90 - 80 * abs(trial.values["blr"] - best))
+        drawn[best] = [trial.params["blr"] for trial in study.trials()]
+    assert drawn[0.0][:8] == drawn[1.0][:8]
+    low, high = drawn[0.0][8:], drawn[1.0][8:]
+    assert not set(low) & set(high) and np.mean(low) < 0.4 < 0.6 < np.mean(high)
+
+
+def test_a_trial_keeps_what_the_sampler_drew_for_the_importance_of_parameters(tmp_path):
+    study = open_study(tmp_path)
+    for _ in range(4):
+        run_trial(study, study.take(), fake_reach(Counter()))
+    for record in read_records(tmp_path).values():
+        assert {name: stored["value"] for name, stored in record["params"].items()} == pytest.approx(
+            record["values"], rel=1e-3)
 
 
 def test_without_a_pruner_every_trial_finishes(tmp_path):
@@ -249,6 +375,14 @@ def test_a_worker_with_other_settings_is_refused_by_what_differs(tmp_path, chang
     assert open_study(tmp_path).n_trials == 6  # the same settings are no others
     settings = read_settings(tmp_path)
     assert set(Settings.__annotations__) <= settings.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("space", "flags")])
+def test_each_setting_is_the_same_for_all_workers(tmp_path, name):
+    """Also the steps of an epoch, and so the number of questions that are trained on."""
+    open_study(tmp_path)
+    other = "median" if name == "pruner" else SETTINGS[name] + 1
+    assert f"--{name} {other}, not {SETTINGS[name]}" in error_message(open_study, tmp_path, None, **{name: other})
 
 
 def test_a_database_that_is_lost_in_the_middle_is_one_line(tmp_path):

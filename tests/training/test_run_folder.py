@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from killed import Killed, stop_after
 from lavin.runtime import signals
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import value_sha256
@@ -26,10 +27,6 @@ from util.training.resume import take_flags_of_run
 from util.training.trainer import Trainer
 
 DROPOUT = ("--dropout_prob", "0.3", "--dropout_lim", "0.3", "--drop_path", "0.2")
-
-
-class Killed(BaseException):
-    """Stands for a process that ends at once."""
 
 
 def run(*flags) -> None:
@@ -83,20 +80,6 @@ def unbroken(flags, tmp_path_factory):
 @pytest.fixture
 def finished(unbroken, tmp_path):
     return Path(shutil.copytree(unbroken, tmp_path / "run"))
-
-
-def stop_after(monkeypatch, steps: int, error: type[BaseException] | None = None) -> None:
-    """The process is asked to stop (or dies of `error`) while it makes its step number `steps`."""
-    made, train_step = [], Trainer.train_step
-
-    def counted(self, *args):
-        made.append(1)
-        if len(made) == steps:
-            if error:
-                raise error
-            monkeypatch.setattr(signals, "requested", "SIGTERM")
-        train_step(self, *args)
-    monkeypatch.setattr(Trainer, "train_step", counted)
 
 
 def same_tensors(folder: Path, other: Path, name: str = "checkpoint-2.pth") -> bool:
@@ -500,6 +483,9 @@ def test_tensorboard_gets_the_same_numbers(flags, tmp_path, monkeypatch):
 
         def add_scalar(self, *scalar):
             self.scalars.append(scalar)
+
+        def flush(self):
+            pass
     monkeypatch.setattr("util.training.command.summary_writer", lambda: None)
     monkeypatch.setattr("util.training.metrics.summary_writer", lambda: Writer)
     logging = in_folder(flags, tmp_path / "run", "--log_dir", tmp_path / "events")
@@ -507,7 +493,7 @@ def test_tensorboard_gets_the_same_numbers(flags, tmp_path, monkeypatch):
         stop_after(patched, 4)
         run(*logging)
     run(*logging)
-    assert [writer.purge_step for writer in writers] == [0, 5]
+    assert [writer.purge_step for writer in writers] == [1, 6]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     scalars = [scalar for writer in writers for scalar in writer.scalars if scalar[0] in ("loss", "lr")]
     assert scalars == [(name, line[name], 3 * line["epoch"] + line["step"]) for line in lines

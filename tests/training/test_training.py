@@ -252,6 +252,10 @@ def test_two_processes_give_the_same_run(two_processes, base, scienceqa, tmp_pat
         torch.testing.assert_close(adapters[name], tensor, atol=2e-3, rtol=0, msg=name)
     assert [line["train_closs"] for line in read_log(folder)] == pytest.approx(
         [line["train_closs"] for line in read_log(tmp_path)], rel=1e-4)
+    by_step = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+               for path in (folder, tmp_path)]
+    for line, expected in zip(*by_step, strict=True):  # by rank 0 only
+        assert (line["epoch"], line["step"]) == (expected["epoch"], expected["step"])
     assert json.loads((folder / "config.json").read_text())["world_size"] == 2
     shutil.copy(folder / "checkpoint-2.pth", tmp_path)
     evaluation.main(evaluation.get_args_parser().parse_args(["--adapter_path", str(tmp_path), "--device", "cpu"]))

@@ -25,12 +25,14 @@ class Metrics:
 
     def __init__(self, log_dir: str | None, frozen: FrozenWeights, peak_flops: float | None, first_step: int):
         self.frozen, self.peak_flops = frozen, peak_flops
-        self.events = summary_writer()(log_dir, purge_step=first_step) if log_dir else None
+        self.events = summary_writer()(log_dir, purge_step=first_step + 1) if log_dir else None  # the first it drops
         self.restart(0)
 
     def restart(self, step: int) -> None:
-        """The next line begins at this step of the epoch."""
-        self.first_step, self.work, self.time = step, [], time.perf_counter()
+        """This process makes the epoch's steps from this one on. The next line begins where the last one ended, which
+        an earlier process may have written."""
+        self.first_step, self.first_made = step - step % STEPS_PER_LINE, step
+        self.work, self.time = [], time.perf_counter()
 
     def add(self, samples: list[Example]) -> None:
         """A step that was launched."""
@@ -40,9 +42,10 @@ class Metrics:
         return n_steps > self.first_step and (n_steps % STEPS_PER_LINE == 0 or n_steps == steps_per_epoch)
 
     def write(self, folder: Path, record: EpochRecord, memory_gib: float, steps_per_epoch: int) -> None:
-        """A line on the steps that have been read since the last one."""
+        """A line on the steps that have been read since the last one. Its speed is that of this process's steps."""
         n, now, first = len(record.steps), time.perf_counter(), self.first_step
-        done, self.work = self.work[:n - first], self.work[n - first:]
+        n_made = n - self.first_made
+        done, self.work = self.work[:n_made], self.work[n_made:]
         samples, tokens, flops = (sum(column) / (now - self.time) for column in zip(*done, strict=True))
         norm = record.steps[-1][2]
         line = {"epoch": record.epoch, "step": n, "loss": record.mean_loss(first), "lr": record.rates[n - 1],
@@ -55,7 +58,8 @@ class Metrics:
             for name, value in line.items():
                 if name not in ("epoch", "step") and value is not None:
                     self.events.add_scalar(name, value, record.epoch * steps_per_epoch + n)
-        self.first_step, self.time = n, now
+            self.events.flush()  # else a process that is killed would lose the lines of the last minutes
+        self.first_step, self.first_made, self.time = n, n, now
 
 
 def summary_writer() -> type:

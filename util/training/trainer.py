@@ -134,9 +134,8 @@ class Trainer:
     def observe(self, record: EpochRecord, bar) -> None:
         """Reports the steps that have been read. Raises UserError where training has diverged."""
         n = len(record.steps)
-        if is_main_process() and self.metrics.is_due(n, self.n_steps):
+        if self.write_metrics(record):
             bar.set_postfix(loss=f"{record.steps[-1][0]:.4f}", lr=f"{record.rates[n - 1]:.2e}", refresh=False)
-            self.metrics.write(self.run.path, record, peak_memory_gib(self.model.device), self.n_steps)
         if record.skipped >= MAX_SKIPPED or (n == self.n_steps and not record.losses()):
             qids = [self.qids[i] for i in next(self.batches(record.epoch, n - 1))[0]]
             questions = ", ".join(qids[:8]) + ", ..." * (len(qids) > 8)
@@ -144,6 +143,13 @@ class Trainer:
                             f"to epoch {record.epoch}, step {n} (loss {record.steps[-1][0]:g}, loss scale "
                             f"{self.scaler.get_scale():g}, questions {questions}): take a lower --lr or --clip_grad, "
                             "or check the base weights")
+
+    def write_metrics(self, record: EpochRecord) -> bool:
+        """Writes the line of metrics.jsonl that is due after the steps that have been read. Returns whether one was."""
+        is_due = is_main_process() and self.metrics.is_due(len(record.steps), self.n_steps)
+        if is_due:
+            self.metrics.write(self.run.path, record, peak_memory_gib(self.model.device), self.n_steps)
+        return is_due
 
     def save_if_due(self, record: EpochRecord) -> None:
         if record.stop:
@@ -162,6 +168,7 @@ class Trainer:
         self.last_save = time.monotonic()
         if is_main_process():
             state = record.state_dict()
+            self.write_metrics(record)  # first: a run that goes on from the checkpoint writes no line on its steps
             content = pack_adapters(
                 self.model, epoch=record.epoch, flags=self.settings.flags, optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(), skipped=record.skipped, record=None if entry else state,

@@ -1,0 +1,57 @@
+"""A function in a process of its own, forked from this one: Python and torch need not be started again."""
+
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import NamedTuple
+
+SECONDS = 30  # after which a child is killed, and the test fails
+
+
+class Ended(NamedTuple):
+    status: int  # negative: the signal that killed it
+    out: str
+    errors: str
+
+
+def in_child(function: Callable[[], object], **environment: str) -> Ended:
+    """What a forked child says that calls the function, and how it ends. environment: added to this process's."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        child = os.fork()
+        if not child:
+            call_and_end(function, out.fileno(), errors.fileno(), environment)
+        deadline = time.monotonic() + SECONDS
+        while not (done := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+                done = os.waitpid(child, 0)
+                break
+            time.sleep(0.005)
+        said = [file.seek(0) or file.read().decode() for file in (out, errors)]
+    return Ended(os.waitstatus_to_exitcode(done[1]), *said)
+
+
+def call_and_end(function: Callable[[], object], out: int, errors: int, environment: dict[str, str]) -> None:
+    """In the child. Nothing of pytest is run in it, whatever the function raises."""
+    status: object = 1
+    try:
+        os.dup2(out, 1)
+        os.dup2(errors, 2)
+        sys.stdout = open(1, "w", closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
+        sys.argv = ["/somewhere/main.py"]
+        os.environ.update(environment)
+        function()
+        status = 0
+    except SystemExit as error:
+        status = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)

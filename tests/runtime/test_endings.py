@@ -1,0 +1,209 @@
+"""How a process ends: which signals stop it, with what exit status, and with which line, said by whom."""
+
+import inspect
+import json
+import os
+import signal
+import time
+
+import pytest
+from torch.distributed.elastic.multiprocessing.api import PContext
+
+from forked import in_child
+from lavin.runtime import errors, signals
+from lavin.runtime.console import print_rank0, progress_bar
+from lavin.runtime.errors import UsageError, UserError, one_line_errors
+from lavin.runtime.signals import STOP_SIGNALS, Stopped
+
+RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+RANK_0 = {**RANK_1, "RANK": "0", "LOCAL_RANK": "0"}
+
+
+def send(*numbers: int) -> None:
+    """To this process, which then waits for what they do."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    time.sleep(0.05)
+
+
+# --- Signals ---
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_stop_signal_ends_the_work_with_status_75_and_its_name(number):
+    def work():
+        with one_line_errors():
+            send(number)
+            print("never")
+    assert in_child(work) == (75, "", f"main.py: stopped by {number.name}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_what_nohup_and_the_shell_ignore_stays_ignored(number):
+    """SIGHUP and SIGINT; a process that its parent made to ignore all signals can still be stopped."""
+    def work():
+        for ignored in STOP_SIGNALS:
+            signal.signal(ignored, signal.SIG_IGN)
+        with one_line_errors():
+            send(signal.SIGHUP, signal.SIGINT)
+            print("goes on")
+            send(number)
+            print("never")
+    assert in_child(work) == (75, "goes on\n", f"main.py: stopped by {number.name}\n")
+
+
+def test_a_chat_leaves_ctrl_c_alone():
+    """It stops an answer, and no period of grace begins."""
+    def work():
+        signals.GRACE_SECONDS = 0.05
+        with one_line_errors((signal.SIGTERM, signal.SIGHUP)):
+            try:
+                send(signal.SIGINT)
+            except KeyboardInterrupt:
+                time.sleep(0.3)
+            print("goes on")
+    assert in_child(work) == (0, "goes on\n", "")
+
+
+def test_a_second_signal_does_not_disturb_what_the_first_began():
+    """A launcher may send one again, and another one after it."""
+    def work():
+        with one_line_errors():
+            try:
+                send(signal.SIGUSR1)
+            finally:
+                send(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                print("saved")
+    assert in_child(work) == (75, "saved\n", "main.py: stopped by SIGUSR1\n")
+
+
+def test_a_signal_that_a_library_swallowed_stops_what_would_begin_next():
+    def work():
+        with one_line_errors():
+            try:
+                send(signal.SIGTERM)
+            except BaseException:
+                print("swallowed")
+            with signals.deferred():
+                print("never")
+    assert in_child(work) == (75, "swallowed\n", "main.py: stopped by SIGTERM\n")
+
+
+def test_no_handler_of_exceptions_holds_a_signal_up():
+    def work():
+        with one_line_errors():
+            try:
+                send(signal.SIGTERM)
+            except Exception:
+                print("never")
+    assert in_child(work) == (75, "", "main.py: stopped by SIGTERM\n")
+
+
+def test_a_deferred_signal_is_known_and_disturbs_nothing():
+    """The first is the one that is told. What ends by itself all the same has not failed."""
+    def work():
+        with one_line_errors(), signals.deferred():
+            print(signals.requested)
+            send(signal.SIGUSR1, signal.SIGTERM)
+            print(signals.requested)
+    assert in_child(work) == (0, "None\nSIGUSR1\n", "")
+
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_signals_are_deferred_up_to_the_end_of_the_block(error):
+    def work():
+        with one_line_errors():
+            try:
+                with signals.deferred():
+                    if error:
+                        raise error
+            except KeyError:
+                print("raised")
+            send(signal.SIGTERM)
+            print("never")
+    assert in_child(work) == (75, "raised\n" if error else "", "main.py: stopped by SIGTERM\n")
+
+
+@pytest.mark.parametrize("environment, said", [
+    ({}, "\nmain.py: ended 0.1 s after the stop signal, without saving: the same command goes on from the last "
+         "checkpoint\n"), (RANK_1, "")], ids=["alone", "rank 1"])
+def test_a_process_that_does_not_stop_is_ended_and_rank_0_says_so(environment, said):
+    def work():
+        signals.DEFERRED_GRACE_SECONDS = 0.1
+        with one_line_errors(), signals.deferred():
+            send(signal.SIGTERM)
+            time.sleep(20)
+    assert in_child(work, **environment) == (75, "", said)
+
+
+def test_a_process_ends_before_torchrun_kills_it():
+    seconds = inspect.signature(PContext.close).parameters["timeout"].default
+    assert 0 < signals.GRACE_SECONDS < signals.DEFERRED_GRACE_SECONDS < seconds
+
+
+# --- Exit statuses and lines ---
+
+@pytest.mark.parametrize("error, status, line", [
+    (UserError("no file x"), 1, "error: no file x"), (UsageError("no flag y"), 2, "error: no flag y"),
+    (UserError("two\nlines"), 1, "error: two lines"), (OSError(28, "No space left", "x"), 1, "error: x: No space left"),
+    (Stopped("stopped by SIGTERM, and saved"), 75, "stopped by SIGTERM, and saved"),
+    (KeyboardInterrupt(), 75, "stopped by SIGINT")], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("environment", [{}, RANK_0], ids=["alone", "rank 0"])
+def test_an_ending_has_its_status_and_one_line(tmp_path, error, status, line, environment):
+    """75 only where the same command goes on. What was said before is not lost; torchrun's summary gets the line."""
+    def work():
+        with one_line_errors():
+            print("before")
+            raise error
+    ended = in_child(work, **environment, TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
+    assert ended[:2] == (status, "before\n")
+    assert ended.errors.startswith(f"main.py: {line}") and ended.errors.count("\n") == 1
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] + "\n" == ended.errors
+
+
+def test_a_bug_keeps_its_traceback():
+    def work():
+        with one_line_errors():
+            raise KeyError("bug")
+    ended = in_child(work)
+    assert ended.status == 1 and "Traceback" in ended.errors and "main.py: " not in ended.errors
+
+
+def test_another_rank_is_silent_where_it_was_stopped_and_leaves_the_first_word_on_errors_to_rank_0():
+    """torchrun stops it meanwhile: by a signal that ends it at once."""
+    def stopped():
+        errors.time.sleep = lambda seconds: None
+        with one_line_errors():
+            send(signal.SIGTERM)
+
+    def failed():
+        errors.time.sleep = lambda seconds: print(seconds >= 5, flush=True)
+        with one_line_errors():
+            raise UserError("no file x")
+
+    def stopped_while_it_waits():
+        errors.time.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGTERM)
+        with one_line_errors():
+            raise UserError("no file x")
+    assert in_child(stopped, **RANK_1) == (75, "", "")
+    assert in_child(failed, **RANK_1) == (1, "True\n", "main.py: error: no file x\n")
+    assert in_child(stopped_while_it_waits, **RANK_1) == (-signal.SIGTERM, "", "")
+
+
+def test_a_signal_while_rank_0_tells_its_error_does_not_change_it():
+    """torchrun sends SIGTERM to all processes as soon as one has failed."""
+    def work():
+        tell = errors.tqdm.write
+        errors.tqdm.write = lambda *args, **kwargs: send(signal.SIGTERM) or tell(*args, **kwargs)
+        with one_line_errors():
+            raise UserError("no file x")
+    assert in_child(work, **RANK_0) == (1, "", "main.py: error: no file x\n")
+
+
+@pytest.mark.parametrize("environment, said", [({}, True), (RANK_0, True), (RANK_1, False)], ids=["alone", "0", "1"])
+def test_only_rank_0_speaks(environment, said):
+    def work():
+        print_rank0("epoch", 0)
+        with progress_bar(range(3), "steps") as bar:
+            print(bar.disable, sum(bar))
+    ended = in_child(work, **environment)
+    assert ended.out == ("epoch 0\n" if said else "") + f"{not said} 3\n" and ("3/3" in ended.errors) == said
