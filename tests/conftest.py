@@ -1,7 +1,6 @@
 """Session-wide fixtures: a tokenizer, tiny base weights in the real file formats, and a small ScienceQA."""
 
 import json
-import os
 import random
 import signal
 from dataclasses import dataclass
@@ -20,15 +19,22 @@ from tiny import IMAGE_SIZE, perturb_weights, problem, tiny_vit
 for number in signals.STOP_SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:  # by nohup, or in a background job: child processes would inherit it
         signal.signal(number, signal.SIG_DFL)
-for name in [*LAUNCHER_VARIABLES, "TORCHELASTIC_ERROR_FILE", "PYTHONUNBUFFERED", "PYTHONIOENCODING", "PYTHONOPTIMIZE",
-             "LAVIN_WORKER"]:
-    os.environ.pop(name, None)  # tests, and the commands that they start, end and speak alike wherever they are run
 torch.set_num_threads(1)  # with models this small, synchronizing threads costs more than it saves
 
 
 def pytest_collection_modifyitems(items):
     """Start the slowest file first, so that other pytest-xdist workers run the rest in the meantime."""
     items.sort(key=lambda item: item.path.name != "test_learning.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def inherited_variables():
+    """Tests, and the commands that they start, end and speak alike wherever they are run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*LAUNCHER_VARIABLES, "TORCHELASTIC_ERROR_FILE", "PYTHONUNBUFFERED", "PYTHONIOENCODING",
+                     "PYTHONOPTIMIZE", "LAVIN_WORKER"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
