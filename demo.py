@@ -7,78 +7,10 @@ several: `torchrun --nproc_per_node 2 demo.py --model_parallel_size 2 --runs FOL
 """
 
 import signal
-from pathlib import Path
 
-from lavin.runtime import distributed
-from lavin.runtime.console import is_main_process, print_rank0
-from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.flags import Flags
-from util.chat.address import check_address
-from util.chat.chatbot import Chatbot, Settings, find_runs, read_trained_format
-from util.chat.distributed_chatbot import DistributedChatbot
-from util.chat.settings import SMOLLM2_RUNS, get_args_parser
-from util.trained_model import load_model
-
-
-def default_runs() -> str:
-    return SMOLLM2_RUNS if any(Path(SMOLLM2_RUNS).glob("*/checkpoint-*.pth")) else "."
-
-
-def chosen_runs(path: str) -> tuple[dict[str, Path], list[str]]:
-    """As find_runs; a checkpoint is a run, too."""
-    checkpoint = Path(path)
-    if not checkpoint.is_file():
-        return find_runs(path)
-    read_trained_format(checkpoint)
-    return {"/".join(checkpoint.absolute().parts[-2:]): checkpoint}, []
-
-
-def load_chatbot(args: Flags) -> Chatbot:
-    """The base model with those of the runs in args.runs that can share it; prints these, and which runs cannot."""
-    folder = args.runs or default_runs()
-    runs, left_out = chosen_runs(folder)
-    for line in (*left_out, f"runs in {folder}: {', '.join(runs)}"):
-        print_rank0(line)
-    args.adapter_path = str(next(iter(runs.values())))
-    model, tokenizer, _ = load_model(args)
-    cls = Chatbot if distributed.model_parallel_size == 1 else DistributedChatbot
-    bot = cls(model, tokenizer, runs, args.max_seq_len)
-    if model.device.type == "cuda":
-        print_rank0("warming up: compiling the model and capturing CUDA graphs ...")
-        bot.warmup()
-    return bot
-
-
-def choose_interface(args: Flags):
-    """talk(bot, settings) for the terminal or for the browser."""
-    if args.cli:
-        from util.chat.terminal import talk
-        return talk
-    check_address(args.server_name, args.port, args.auth)  # before the model is loaded, which takes long
-    try:
-        from util.chat.web import serve
-    except ImportError as error:
-        raise UserError("the page needs Gradio: pip install -r requirements-demo.txt, or take --cli") from error
-    return lambda bot, settings: serve(bot, settings, args.data_root, args.port, args.share, args.server_name,
-                                       args.auth)
-
-
-def main(args: Flags) -> None:
-    if distributed.init(args.model_parallel_size)[1] > 1:
-        raise UserError("demo.py runs a single model: set --model_parallel_size to the number of processes, or start "
-                        "one process only")
-    talk = choose_interface(args)
-    bot = load_chatbot(args)
-    settings = Settings(args.max_new_tokens, args.generation_temperature, args.top_p)
-    if not isinstance(bot, DistributedChatbot):
-        talk(bot, settings)
-    elif is_main_process():
-        with bot.leading():
-            talk(bot, settings)
-    else:
-        bot.follow()
-    distributed.close()
-
+from lavin.runtime.errors import one_line_errors
+from util.chat.command import main
+from util.chat.settings import get_args_parser
 
 if __name__ == "__main__":
     with one_line_errors((signal.SIGTERM, signal.SIGHUP)):  # Ctrl-C stops an answer

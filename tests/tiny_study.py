@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-import search
 import train
 from util.search.confirm import VERDICT, FreshRun, finish, plan, run_all
 from util.search.folder import add_rung, add_seconds, begin_record, change_record
+from util.search.settings import SPACE
 from util.search.space import read_space
 from util.search.study import Study, run_trial
 
@@ -32,7 +32,7 @@ def scores(n_correct: int, n: int) -> dict:
 def search_study(folder: Path, trials: int, true_quality: Callable[[dict], float] = quality, seed: int = 0,
                  **settings) -> Study:
     """All trials of the default space, pruned as usual, on N_QUESTIONS questions."""
-    rng, space = random.Random(seed), read_space(search.SPACE, KNOWN)
+    rng, space = random.Random(seed), read_space(SPACE, KNOWN)
     content = {"trials": trials, "pruner": "asha", "questions": N_QUESTIONS, "confirm": 3, "seeds": 3,
                "steps_per_epoch": 397, "flags": {"epochs": 20, "seed": 0},
                "space": {"parameters": space.parameters, "enqueue": space.enqueue}, **settings}

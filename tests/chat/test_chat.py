@@ -23,6 +23,7 @@ from tiny import tiny_example, tiny_model
 from tiny_runs import load_checkpoint, write_run
 from util.chat import chatbot
 from util.chat.chatbot import Chatbot, Question, Settings, Turn, find_runs, fit, make_prompt
+from util.chat.command import load_chatbot
 from util.chat.examples import find_examples
 from util.chat.uploads import open_image
 from util.flags import SHARED
@@ -160,7 +161,7 @@ def test_broken_runs_are_left_out(runs, tmp_path):
     shared, left_out = find_runs(str(tmp_path))
     assert list(shared) == ["whole"]
     assert len(left_out) == 5 and not any("\n" in line for line in left_out)
-    demo.load_chatbot(demo.get_args_parser().parse_args(["--runs", str(tmp_path), "--device", "cpu"]))
+    load_chatbot(demo.get_args_parser().parse_args(["--runs", str(tmp_path), "--device", "cpu"]))
 
 
 def test_runs_of_smollm2_are_the_default_or_else_those_of_this_folder(runs, tmp_path, monkeypatch, capsys):
@@ -169,14 +170,14 @@ def test_runs_of_smollm2_are_the_default_or_else_those_of_this_folder(runs, tmp_
     shutil.copytree(runs / "plain", tmp_path / "here")
     shutil.copytree(runs / "scored", smollm2 / "untuned")  # not finished
     args = demo.get_args_parser().parse_args(["--device", "cpu"])
-    assert list(demo.load_chatbot(args).runs) == ["here"] and "runs in .: here\n" in capsys.readouterr().out
+    assert list(load_chatbot(args).runs) == ["here"] and "runs in .: here\n" in capsys.readouterr().out
     for name in ("one", "two"):
         shutil.copytree(runs / "plain", smollm2 / name)
     args = demo.get_args_parser().parse_args(["--device", "cpu"])
-    assert list(demo.load_chatbot(args).runs) == ["one", "two"]
+    assert list(load_chatbot(args).runs) == ["one", "two"]
     assert "runs in runs/smollm2: one, two\n" in capsys.readouterr().out
     args = demo.get_args_parser().parse_args(["--device", "cpu", "--runs", "."])
-    assert list(demo.load_chatbot(args).runs) == ["here"]
+    assert list(load_chatbot(args).runs) == ["here"]
 
 
 def test_switched_adapters_answer_as_their_run(bot, runs):
@@ -321,7 +322,7 @@ def test_terminal_chat(runs, monkeypatch, capsys):
     args = demo.get_args_parser().parse_args(["--runs", str(runs), "--device", "cpu", "--cli", "--max_new_tokens", "9"])
     demo.main(args)
     printed = capsys.readouterr().out
-    bot, asked = demo.load_chatbot(args), Question(QUESTION, options=("north", "south"))
+    bot, asked = load_chatbot(args), Question(QUESTION, options=("north", "south"))
     (first, choice), (second, other) = ([list(bot.answer(run, [], question, Settings(9)))[-1] for question in
                                          (Question(QUESTION), asked)] for run in ("plain", "scaled"))
     at = 0
@@ -396,7 +397,7 @@ def test_published_flags_are_accepted(runs, monkeypatch):
 @pytest.mark.parametrize("flag", ["--adapter_path", "--runs"])
 def test_a_single_checkpoint_answers_as_its_run(bot, runs, flag):
     checkpoint = runs / "scaled" / "checkpoint-3.pth"
-    single = demo.load_chatbot(demo.get_args_parser().parse_args([flag, str(checkpoint), "--device", "cpu"]))
+    single = load_chatbot(demo.get_args_parser().parse_args([flag, str(checkpoint), "--device", "cpu"]))
     assert list(single.runs) == ["scaled/checkpoint-3.pth"]
     *_, expected = bot.answer("scaled", [], Question(QUESTION), Settings(4))
     *_, answer = single.answer("scaled/checkpoint-3.pth", [], Question(QUESTION), Settings(4))
@@ -410,7 +411,7 @@ def test_published_adapters_answer_by_the_flags_that_they_were_trained_with(bot,
     flags = [item for name, value in {**content["flags"], **content["adapter_config"]}.items()
              if name in flags_of(*SHARED) and value not in (None, False)
              for item in (f"--{name}", str(value))]
-    published = demo.load_chatbot(demo.get_args_parser().parse_args(
+    published = load_chatbot(demo.get_args_parser().parse_args(
         ["--adapter_path", str(tmp_path / "published.pth"), "--device", "cpu", *flags]))
     name, = published.runs
     *_, expected = bot.answer("scaled", [], Question(QUESTION, options=("north", "south")), Settings(4))

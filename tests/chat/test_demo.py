@@ -12,6 +12,7 @@ import demo
 import lavin.generation.generate
 from tiny_runs import write_run
 from util.chat.chatbot import Question, Settings
+from util.chat.command import load_chatbot
 from util.data.images import load_image
 
 SETTINGS = Settings(max_new_tokens=16)
@@ -24,7 +25,7 @@ def bot(base, scienceqa, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for seed, name in enumerate(("first", "second", "third")):
         write_run(folder / name, base, seed)
-    return demo.load_chatbot(demo.get_args_parser().parse_args(["--runs", str(folder), "--device", "cpu"]))
+    return load_chatbot(demo.get_args_parser().parse_args(["--runs", str(folder), "--device", "cpu"]))
 
 
 def expected(bot, run: str = "first", question: Question | None = None):

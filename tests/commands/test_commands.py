@@ -25,6 +25,7 @@ from util.data.images import load_images
 from util.data.prompts import answer_text, build_prompt, parse_answer
 from util.data.settings import DataSettings
 from util.evaluation import answering
+from util.evaluation.answers import read_answers
 from util.evaluation.scoring import COLUMNS, cluster, score
 from util.evaluation.settings import Answering
 from util.trained_model import load_model

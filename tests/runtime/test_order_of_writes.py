@@ -241,7 +241,7 @@ def test_answers_are_kept_until_their_scores_are_there_and_scores_are_of_the_ans
 
 def test_answers_of_several_processes_are_put_together_before_any_is_removed(score, tmp_path, monkeypatch):
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
-        broken.setattr(evaluation, "write_results", lambda *args: 1 / 0)
+        broken.setattr("util.evaluation.scienceqa.write_answers", lambda *args: 1 / 0)
         score(evaluation)
     identity, *answers = (tmp_path / "run" / "answers.0.partial.jsonl").read_text().splitlines()
     for rank in range(3):

@@ -11,11 +11,12 @@ import scipy.stats
 pytest.importorskip("optuna")
 import optuna
 
-import search
 import train
 from tiny import ROOT
 from util.lr_sched import SCHEDULES, learning_rate
+from util.search import command
 from util.search.folder import read_records
+from util.search.settings import SPACE
 from util.search.space import read_space
 from util.search.study import COMPLETE, Study, run_trial
 
@@ -62,7 +63,7 @@ def test_every_range_of_a_space_is_sampled_as_its_file_says(path):
 
 def test_a_bound_that_is_another_flags_value_holds_in_each_trial_and_the_range_is_sampled_evenly():
     """A rising dropout is sampled between its start and 0.4, a falling one between 0 and its start."""
-    trials = samples(search.SPACE, 400)
+    trials = samples(SPACE, 400)
     rising = [(trial["dropout_lim"] - trial["dropout_prob"]) / (0.4 - trial["dropout_prob"]) for trial in trials
               if trial["dropout_var"] > 1]
     falling = [trial["dropout_lim"] / trial["dropout_prob"] for trial in trials if trial["dropout_var"] < 1]
@@ -115,7 +116,7 @@ def test_every_end_of_the_quick_starts_space_is_taken_by_train():
     """With the flags that its script gives to all trials."""
     given = re.search(r"--device cpu [^)]*", (ROOT / "scripts" / "toy.sh").read_text())[0].split()
     space = read_space(ROOT / "scripts" / "search_quickstart.json", KNOWN)
-    space.check(lambda values: search.check_train(given, 1, values))
+    space.check(lambda values: command.check_train(given, 1, values))
 
 
 # --- Conditions ---
@@ -153,7 +154,7 @@ def test_a_condition_on_a_flag_that_is_itself_not_searched_does_not_hold(tmp_pat
 
 def test_flags_of_the_learning_rate_are_searched_with_the_schedules_that_use_them():
     """Judged by the rate itself: it changes with the flag, or it does not."""
-    parameters = json.loads(search.SPACE.read_text())["parameters"]
+    parameters = json.loads(SPACE.read_text())["parameters"]
     assert set(parameters["lr_schedule"]["choices"]) == set(SCHEDULES)
 
     def rates(schedule, **changes) -> list[float]:
@@ -204,7 +205,7 @@ def test_the_first_trials_are_the_sets_of_the_file_in_its_order(path, tmp_path):
 
 def test_the_base_is_what_train_does_without_a_search():
     trained = vars(train.get_args_parser().parse_args([]))
-    base = read_space(search.SPACE, KNOWN).first_sets()[0]
+    base = read_space(SPACE, KNOWN).first_sets()[0]
     assert base == {flag: trained[flag] for flag in base}
 
 
@@ -218,7 +219,7 @@ def test_a_default_that_a_listed_set_moves_out_of_its_range_is_the_nearest_value
 
 
 def test_a_study_of_fewer_trials_than_sets_takes_the_first_ones(tmp_path):
-    space = read_space(search.SPACE, KNOWN)
-    assert taken(tmp_path, search.SPACE, 3, 3) == space.first_sets()[:3]
+    space = read_space(SPACE, KNOWN)
+    assert taken(tmp_path, SPACE, 3, 3) == space.first_sets()[:3]
     study = Study(tmp_path, space, settings_of(space, 3), None)
     assert study.take() is None and len(study.trials(COMPLETE)) == 3

@@ -21,9 +21,9 @@ from lavin.runtime import device, signals
 from lavin.runtime.files import read_json
 from tiny import ROOT
 from user_errors import error_message
-from util import machine
 from util.runs import checkpoints
-from util.search import confirm, runner
+from util.search import command as search_command
+from util.search import confirm, machine, runner
 from util.search.folder import LOG, RECORD, all_records, begin_record, gpu_seconds, read_records
 from util.search.locks import claim, waiting_for
 from util.search.runner import CommandFailed, HoursSpent, Runner, run_command
@@ -127,7 +127,7 @@ def test_a_trial_goes_on_where_its_worker_was_killed(flags, commands, tmp_path, 
 
 
 def test_a_suggestion_that_train_refuses_is_not_run(flags, commands, tmp_path, monkeypatch):
-    check = search.check_train
+    check = search_command.check_train
     monkeypatch.setattr(search, "check_train", lambda words, gpus, values: check(
         [*words, *(["--dropout_lim", "0.05", "--dropout_var", "2"] if values["lr"] != 1e-2 and not commands == [] else
                    [])], gpus, values))
@@ -254,8 +254,8 @@ def test_without_optuna_the_search_says_what_to_install(flags, monkeypatch):
 
 def test_machine_flags_reach_eval():
     trained = train.get_args_parser().parse_args(["--device", "cpu", "--num_workers", "2", "--cpu_load", "--lr", "1"])
-    assert search.machine_flags(trained) == ["--device", "cpu", "--num_workers", "2", "--cpu_load"]
-    assert search.fixed_values(trained)["lr"] == 1 and "blr" in search.fixed_values(trained)
+    assert search_command.machine_flags(trained) == ["--device", "cpu", "--num_workers", "2", "--cpu_load"]
+    assert search_command.fixed_values(trained)["lr"] == 1 and "blr" in search_command.fixed_values(trained)
 
 
 # --- Commands ---

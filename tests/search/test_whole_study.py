@@ -12,6 +12,7 @@ from lavin.runtime import signals
 from lavin.runtime.files import read_json, write_json
 from simulated_commands import EPOCH_SECONDS, STOP_SECONDS, Machine
 from user_errors import error_message
+from util.search import command
 from util.search.folder import all_records, begin_record, change_record, gpu_seconds, read_records
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore:The reported value")
@@ -230,9 +231,9 @@ def test_what_is_left_of_the_hours_is_shared_by_the_trials_that_run(tmp_path):
         begin_record(tmp_path / name, gpus, values={})
         change_record(tmp_path / name, state=state, seconds=seconds)
     args = SimpleNamespace(study=tmp_path, gpus=2, gpu_hours=2.0)
-    assert search.seconds_left(args) == 4400 / 2 / 2
+    assert command.seconds_left(args) == 4400 / 2 / 2
     args.gpu_hours = None
-    assert search.seconds_left(args) == float("inf")
+    assert command.seconds_left(args) == float("inf")
 
 
 # --- Workers ---

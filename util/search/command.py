@@ -1,0 +1,161 @@
+"""What search.py does: it checks the study's flags, works on its trials, and confirms the best ones."""
+
+import math
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+from lavin.runtime.console import print_rank0
+from lavin.runtime.errors import UserError
+from lavin.runtime.files import read_json
+from lavin.runtime.flags import CHANGES_RESULTS, Role, flags_of
+from lavin.weights.base import require_base
+from util.data.batches import steps_per_epoch
+from util.data.datasets import load_scienceqa
+from util.flags import Execution
+from util.search import confirm
+from util.search.folder import add_rung, all_records, gpu_seconds
+from util.search.machine import resolve_precision
+from util.search.progress import cost_lines, progress_line
+from util.search.runner import HoursSpent, Runner
+from util.search.space import Values, command_line, read_space
+from util.training.recipe import TRAIN_FLAGS
+from util.training.settings import Optimization, TrainingData, TrainSettings
+from util.training.settings import get_args_parser as train_parser
+
+SPLITS = ("train", "val", "test")
+MAX_FAILURES = 3  # of a worker's first trials: then something is wrong with all of them
+WAIT_SECONDS = 2.0
+
+
+# --- What is searched ---
+
+def check_train(words: list[str], gpus: int, values: Values) -> None:
+    """Raises UserError where train.py would refuse its flags."""
+    TrainSettings.of(train_parser().parse_args([*words, *command_line(values)]), gpus)
+
+
+def fixed_values(trained) -> Values:
+    """The flags that were given, which are not searched; where --lr was, --blr has no effect."""
+    names = trained.given | {name for name, declared in TRAIN_FLAGS.items() if declared.stated_as in trained.given}
+    return {name: getattr(trained, name) for name in names}
+
+
+def describe_study(args, space, trained) -> dict:
+    """study.json: what must be the same for all workers, and what --precision means here."""
+    effective_batch, files = Optimization.of(trained).effective_batch(args.gpus), TrainingData.of(trained)
+    data = {split: load_scienceqa(files.data_root, split, files.captions) for split in SPLITS}
+    flags = {name: value for name, value in vars(trained).items()
+             if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != "effective_batch"}
+    return {**{name: getattr(args, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
+            "precision": resolve_precision(trained.precision, trained.device, trained.bits),
+            "steps_per_epoch": steps_per_epoch(len(data["train"].problems), effective_batch),
+            "space": {"parameters": space.parameters, "enqueue": space.enqueue},
+            "flags": {**flags, "effective batch": effective_batch}}
+
+
+def machine_flags(trained) -> list[str]:
+    """The words of the flags that eval.py does not take from the run."""
+    given = {name: getattr(trained, name) for name in flags_of(Execution) if name in trained.given}
+    return [word for name, value in given.items()
+            for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+def check_precision(study: Path, precision: str, trained, here: str) -> None:
+    """precision: of the study. here: what this worker would begin one with. Raises UserError where it cannot join."""
+    if trained.precision not in ("auto", precision):
+        raise UserError(f"{study} is a study in {precision}: leave --precision {trained.precision} out, or name "
+                        "another folder with --study")
+    try:
+        if precision != here:
+            resolve_precision(precision, trained.device, trained.bits)
+    except UserError as error:
+        raise UserError(f"{study} is a study in {precision}, which this machine cannot do: start this worker on "
+                        "another one, or name another folder with --study") from error
+
+
+# --- A worker ---
+
+def work(study, runner: Runner, questions: int, check_values) -> None:
+    """Until all trials have ended, by this worker or another. Raises UserError where all fail."""
+    from util.search.study import FAIL, run_trial
+
+    def reach(trial, epochs: int) -> float:
+        check_values(trial.values)
+        more = ("--stop_after_epoch", str(epochs)) if epochs < study.rungs[-1] else ()
+        runner.train(trial.folder, trial.values, epochs, trial.lock, *more)
+        scores = runner.score(trial.folder, epochs, trial.folder / "rungs" / str(epochs), trial.lock,
+                              "--split", "val", "--decode", "score", "--questions", str(questions))
+        return add_rung(trial.folder, epochs, scores)
+
+    states, waits = [], False
+    while not study.all_ended():
+        if runner.seconds_left() <= 0:
+            raise HoursSpent
+        trial = study.take()
+        if trial is None:
+            if not waits:
+                print_rank0("no trial is left to begin: waiting for those of other workers")
+            waits = True
+            time.sleep(WAIT_SECONDS)
+            continue
+        print_rank0(f"trial {trial.number:03d}{' goes on' * trial.resumed}: {' '.join(command_line(trial.values))}")
+        state, message = run_trial(study, trial, reach)
+        print_rank0(f"trial {trial.number:03d} {state.name.lower()}{message and f': {message}'} | "
+                    + progress_line(study.folder, study.n_trials))
+        states.append(state)
+        if states == [FAIL] * MAX_FAILURES:
+            raise UserError(f"the first {MAX_FAILURES} trials failed, the last one of: {message}")
+
+
+def confirm_best(args, runner: Runner, epochs: int, seed: int) -> None:
+    runs = confirm.plan(args.study, args.confirm, args.seeds, seed + 1)
+    if not runs:
+        print_rank0("all trials beside the base have failed: there is nothing to confirm")
+        return
+    print_rank0(f"{len(runs)} runs with fresh seeds: trials {', '.join(sorted({run.configuration for run in runs}))}")
+    confirm.run_all(args.study, runs, partial(confirm.train_and_score, runner, epochs))
+    confirm.finish(args.study, runner, runs, epochs)
+    print_rank0(confirm.sentence(read_json(args.study / confirm.VERDICT)))
+
+
+def seconds_left(args) -> float:
+    """For the next command of this worker, as if all trials that run now shared evenly what is left of --gpu_hours."""
+    if args.gpu_hours is None:
+        return math.inf
+    records = all_records(args.study)
+    n_running = sum(record["state"] == "RUNNING" for record in records)
+    return (3600 * args.gpu_hours - gpu_seconds(records)) / args.gpus / max(1, n_running)
+
+
+def main(args) -> None:
+    try:
+        from util.search.study import Study, storage_errors
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}: pip install -r requirements-search.txt") from error
+    trained = train_parser().parse_args(args.train)
+    of_run = [name for name, declared in TRAIN_FLAGS.items() if declared.role is Role.RUN]  # which the search sets
+    refused = [name for name in (*of_run, "do_pretrain") if name in trained.given]
+    if refused:
+        raise UserError(f"--{refused[0]} does not go with a search, which names the folders of its runs of ScienceQA: "
+                        "leave it out")
+    require_base(trained.llama_model_path, trained.llm_model, use_vicuna=trained.use_vicuna)
+    space = read_space(args.space, set(vars(trained))).fix(fixed_values(trained))
+    check_values = partial(check_train, args.train, args.gpus)
+    space.check(check_values)
+    settings = describe_study(args, space, trained)
+    study = Study(args.study, space, settings, args.storage, args.gpus)
+    check_precision(args.study, study.precision, trained, here=settings["precision"])
+    if os.environ.get("LAVIN_WORKER", "0") == "0":  # the first of a node's (scripts/search_sqa_7b.sh)
+        print_rank0("\n".join(cost_lines(args.study, settings, study.rungs)))
+    words = [*args.train, "--precision", study.precision]
+    runner = Runner(words, machine_flags(train_parser().parse_args(words)), args.gpus, partial(seconds_left, args))
+    try:
+        with storage_errors():
+            work(study, runner, args.questions, check_values)
+        if args.confirm:
+            confirm_best(args, runner, trained.epochs, trained.seed)
+    except HoursSpent:
+        print_rank0(f"stopped: the {args.gpu_hours:g} GPU-hours are spent; the same command with more goes on")
+    print_rank0(f"report: python plot_results.py {args.study}")
