@@ -12,7 +12,7 @@ import pytest
 
 from tiny import ROOT
 from train import get_args_parser
-from util.lr_sched import check_schedule, fit_warmup
+from util.lr_sched import check_schedule, derive_learning_rate
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("slurm/*")])
 METHODS = {  # the published flags of each method
@@ -123,7 +123,7 @@ def test_scripts_have_valid_syntax(script):
 def test_epochs_need_no_other_warmup(sandbox, epochs, warmup):
     command, _ = sandbox.run("scripts/finetuning_sqa_7b.sh", "--epochs", epochs)
     args = get_args_parser().parse_args([*command.split("train.py ")[1].split(), "--lr", "0.1"])
-    fit_warmup(args)
+    derive_learning_rate(args, 32)
     check_schedule(args)
     assert args.warmup_epochs == warmup
 
