@@ -24,13 +24,14 @@ try:  # packages may be missing or broken, and this program says so
     from lavin.fast.speed_up import choose_fast_paths
     from lavin.runtime.device import choose_device, choose_dtype, compute_capability
     from lavin.runtime.errors import describe
-    from lavin.timm_compat import timm
+    from lavin.timm_compat import import_timm
     from lavin.tokenizer import Tokenizer
     from lavin.weights.base import base_files, base_path, open_base, require_base
     from lavin.weights.vision import DOWNLOAD_HINT, hub_answers, open_vit, require_cached
     from util.data.datasets import find_problems_file, load_scienceqa
     from util.data.instructions import read_instructions
     from util.flags import caption_path, stays_plain
+    timm = import_timm()
 except Exception as error:  # of many types: a library of CUDA that is gone, a torchvision of another torch
     import_error = error
 
