@@ -5,9 +5,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lavin.llama import run_block
-from lavin.timm_compat import timm
 
-IMAGENET = (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of each channel
 
 
 def channels(values: tuple[float, ...]) -> torch.Tensor:

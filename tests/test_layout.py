@@ -53,7 +53,6 @@ def test_lavin_imports_nothing_of_util():
                          ids=lambda path: path.parent.name)
 def test_a_folder_says_in_one_line_what_it_holds(path):
     assert re.fullmatch(r'"""[^\n]+\."""\n', path.read_text())
-    assert 3 <= len(list(path.parent.glob("*.py"))) - 1 <= 9
 
 
 SCRIPTS = [path for folder in ("tools", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))

@@ -23,7 +23,7 @@ try:  # packages may be missing or broken, and this program says so
     from lavin.fast.speed_up import choose_fast_paths
     from lavin.runtime.device import choose_device, choose_dtype, compute_capability
     from lavin.runtime.errors import describe
-    from lavin.timm_compat import timm
+    from lavin.timm_compat import import_timm
     from lavin.tokenizer import Tokenizer
     from lavin.weights.base import base_files, base_path, open_base, require_base
     from lavin.weights.vision import DOWNLOAD_HINT, hub_answers, open_vit, require_cached
@@ -33,6 +33,7 @@ try:  # packages may be missing or broken, and this program says so
     from util.flags import BaseSettings, Execution, stays_plain
     from util.training.resume import take_flags_of_run
     from util.training.settings import TrainSettings, get_args_parser
+    timm = import_timm()
 except Exception as error:  # of many types: a library of CUDA that is gone, a torchvision of another torch
     import_error = error
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from lavin.mm_adapter import AdapterShape
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import FlagGroup, Flags, Role, flag, flags_of
-from lavin.runtime.schema import Count, FileName, Text
+from lavin.runtime.schema import Count, FileName, PathText, Text
 from util.data.settings import DataSettings
 
 
@@ -21,7 +21,7 @@ class BaseSettings(FlagGroup):
     llm_model: FileName = flag(
         "7B", "the base model: a folder in --llama_model_path, or a path; Meta's files, Hugging Face's or a GGUF file",
         Role.MODEL, stated_as="base")
-    llama_model_path: Text = flag(
+    llama_model_path: PathText = flag(
         "../data/weights/", "folder of the base models and tokenizer.model", Role.MODEL, stated_as="base", named=False,
         reloadable=True, aliases=("--ckpt_dir",))
     vision_model: FileName = flag(

@@ -10,7 +10,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-import torch._inductor.config
 from torch import nn
 
 from lavin import attention
@@ -38,7 +37,7 @@ def fuse(model: LaVIN, fp8: bool = False) -> None:
 def allow_in_cache(functions: Iterable[Callable]) -> None:
     """Programs with these functions may be loaded from torch.compile's cache on disk, as long as this project's code is
     the same. torch cannot see whether it is, and would trace and partition them anew in every process."""
-    config = torch._inductor.config
+    from torch._inductor import config  # late: the compiler takes as long to import as torch
     if hasattr(config, "unsafe_marked_cacheable_functions"):  # from torch 2.7 on
         sources = sorted(Path(__file__).parents[1].rglob("*.py"))
         code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, with_config
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import PUT_IT_THERE, WRITE_IT_AGAIN, load_json
@@ -36,9 +36,16 @@ def not_blank(text: str) -> str:
     return text
 
 
-def names_a_file(text: str) -> str:
-    if not text.strip() or "\0" in text:
-        raise ValueError(f"{text!r} names no file or folder")
+def path_text(text: Any) -> str:
+    """A path may hold bytes that are no UTF-8, which Python reads as half characters and pydantic would refuse."""
+    if not isinstance(text, str) or "\0" in text:
+        raise ValueError(f"{shown(text)} names no file or folder")
+    return text
+
+
+def names_a_file(text: Any) -> str:
+    if not path_text(text).strip():
+        raise ValueError(f"{shown(text)} names no file or folder")
     return text
 
 
@@ -65,7 +72,8 @@ def distinct(texts: list[str]) -> list[str]:
 Text = Annotated[str, AfterValidator(encodable)]
 NonBlankText = Annotated[Text, AfterValidator(not_blank)]
 PlainName = Annotated[Text, AfterValidator(plain_name)]
-FileName = Annotated[Text, AfterValidator(names_a_file)]
+PathText = Annotated[str, PlainValidator(path_text)]  # may be empty
+FileName = Annotated[str, PlainValidator(names_a_file)]
 Size = Annotated[int, Field(ge=1, le=2**24)]  # of a tensor: larger ones overflow before they fail
 Width = Annotated[int, Field(ge=1, le=2**16)]
 Layers = Annotated[int, Field(ge=1, le=1024)]

@@ -46,7 +46,7 @@ def test_other_names_are_refused_in_one_line(name):
 
 
 def test_a_port_in_use_is_said_before_the_model_is_loaded(monkeypatch):
-    monkeypatch.setattr(demo, "load_chatbot", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr("util.chat.command.load_chatbot", lambda args: pytest.fail("loaded"))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -128,7 +128,7 @@ def test_a_trial_goes_on_where_its_worker_was_killed(flags, commands, tmp_path, 
 
 def test_a_suggestion_that_train_refuses_is_not_run(flags, commands, tmp_path, monkeypatch):
     check = search_command.check_train
-    monkeypatch.setattr(search, "check_train", lambda words, gpus, values: check(
+    monkeypatch.setattr(search_command, "check_train", lambda words, gpus, values: check(
         [*words, *(["--dropout_lim", "0.05", "--dropout_var", "2"] if values["lr"] != 1e-2 and not commands == [] else
                    [])], gpus, values))
     run_search(flags, *WITHOUT_CONFIRMATION)

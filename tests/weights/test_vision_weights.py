@@ -337,9 +337,11 @@ def test_without_network_a_cached_model_loads(monkeypatch):
     assert names == ["vit_tiny_patch16_224.augreg_in21k"]
 
 
-def test_the_module_imports_timm_by_itself():
-    """With a torchvision for another torch, `import timm` fails where lavin.timm_compat was not imported before."""
-    subprocess.run([sys.executable, "-c", "import lavin.weights.vision"], cwd=ROOT, check=True)
+def test_timm_is_imported_at_its_first_use():
+    """By lavin.timm_compat: with a torchvision for another torch, a plain `import timm` fails."""
+    script = ("import sys, demo, eval, search, train; assert not {'timm', 'torch._inductor'} & sys.modules.keys(); "
+              "from lavin.weights.vision import timm; timm.models")
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_hugging_face_names_and_shapes_of_clip_vit_l():

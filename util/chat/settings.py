@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from lavin.runtime.flags import FlagGroup, Parser, Role, flag
-from lavin.runtime.schema import Count, FileName, Fraction, NonNegative, Text
+from lavin.runtime.schema import Count, FileName, Fraction, NonNegative, PathText
 from util.chat.address import Credentials
 from util.flags import SHARED
 
@@ -21,7 +21,7 @@ class Runs(FlagGroup):
     runs: FileName | None = flag(
         None, f"folder of finished runs, one of them, or a checkpoint (default: {SMOLLM2_RUNS} where it has any, "
         "else .)", Role.RUN, aliases=("--adapter_path",))
-    tokenizer_path: Text | None = flag(None, "tokenizer.model (default: the base model's)", Role.MODEL)
+    tokenizer_path: PathText | None = flag(None, "tokenizer.model (default: the base model's)", Role.MODEL)
 
 
 @dataclass(frozen=True)

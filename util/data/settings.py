@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lavin.runtime.flags import FlagGroup, Role, flag
-from lavin.runtime.schema import Count, Text
+from lavin.runtime.schema import Count, PathText
 from util.data.prompts import PROMPT_FORMATS
 
 
@@ -13,9 +13,9 @@ class DataSettings(FlagGroup):
     """ScienceQA's files, and how a problem becomes a prompt."""
 
     title: ClassVar[str] = "data"
-    data_root: Text = flag("../data", "folder of problems.json, pid_splits.json, images/", Role.DATA, stated_as="data",
+    data_root: PathText = flag("../data", "folder of problems.json, pid_splits.json, images/", Role.DATA, stated_as="data",
                            named=False)
-    caption_file: Text | None = flag(None, "captions.json (default: the one in --data_root)", Role.DATA,
+    caption_file: PathText | None = flag(None, "captions.json (default: the one in --data_root)", Role.DATA,
                                      stated_as="data", named=False)
     use_caption: bool = flag(False, "add the picture's caption to the context", Role.DATA)
     skip_bad: bool = flag(False, "leave out problems whose picture is missing or broken", Role.DATA)
@@ -35,5 +35,5 @@ class TrainingData(DataSettings):
 
     do_pretrain: bool = flag(
         False, "instruction tuning instead of ScienceQA, on the file of tools/data_processing.py", Role.DATA)
-    data_path: Text = flag("", "all_data.json for --do_pretrain (default: the one in --data_root)", Role.DATA,
+    data_path: PathText = flag("", "all_data.json for --do_pretrain (default: the one in --data_root)", Role.DATA,
                            stated_as="data", named=False)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
-from lavin.runtime.schema import Count, FileName, Fraction, NonNegative, Seed, Text
+from lavin.runtime.schema import Count, FileName, Fraction, NonNegative, PathText, Seed, Text
 from util.flags import SHARED
 from util.training.resume import finished_run
 
@@ -20,7 +20,7 @@ class Scored(FlagGroup):
                                          Role.RUN)
     output_dir: FileName | None = flag(
         None, "folder for the results (default: that of the run; for an early checkpoint, one inside it)", Role.RUN)
-    tokenizer_path: Text | None = flag(None, "tokenizer.model (default: the base model's)", Role.MODEL)
+    tokenizer_path: PathText | None = flag(None, "tokenizer.model (default: the base model's)", Role.MODEL)
     trained_with: list[str] | None = flag(
         None, "the run that train.py writes with these flags, in place of --adapter_path; comes last", Role.RUN,
         nargs=argparse.REMAINDER, metavar="FLAG")
@@ -62,7 +62,7 @@ class MME(FlagGroup):
     """The data of MME."""
 
     title: ClassVar[str] = "MME"
-    mme_root: Text | None = flag(None, "folder of MME's subtasks (default: mme in --data_root)", Role.DATA,
+    mme_root: PathText | None = flag(None, "folder of MME's subtasks (default: mme in --data_root)", Role.DATA,
                                  aliases=("--root_dir_",))
     options: list[str] | None = flag(None, "published flag, without effect", Role.EXECUTION, nargs="+")
 

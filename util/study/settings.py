@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from lavin.runtime.flags import FlagGroup, Parser, Role, flag
-from lavin.runtime.schema import FileName, Text
+from lavin.runtime.schema import PathText
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,14 @@ class Plots(FlagGroup):
     title: ClassVar[str] = "comparison"
     runs: list[str] = flag((), "a run's folder, or a folder of runs; or a study of search.py", Role.RUN,
                            positional=True, nargs="*", metavar="RUN")
-    base: Text | None = flag(
+    base: PathText | None = flag(
         None, "the run that others are compared to (default: cosine schedule, --dropout_var 1)", Role.DISPLAY,
         metavar="RUN")
     published: bool = flag(False, "add the published runs to the comparison", Role.DISPLAY)
     plan: Annotated[float, Field(gt=0, lt=100)] | None = flag(
         None, "only print how many seeds and questions a difference of this size needs, by these runs", Role.DISPLAY,
         metavar="POINTS")
-    out: FileName = flag("plots", "folder of figures and tables", Role.DISPLAY)
+    out: PathText = flag("plots", "folder of figures and tables", Role.DISPLAY)
 
 
 def get_args_parser() -> Parser:

@@ -8,7 +8,7 @@ from pydantic import Field
 from lavin.mm_adapter import AdapterConfig, dropout_schedule
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
-from lavin.runtime.schema import Count, FileName, NonNegative, Positive, Probability, Seed, Text
+from lavin.runtime.schema import Count, FileName, NonNegative, PathText, Positive, Probability, Seed
 from util.data.settings import TrainingData
 from util.flags import BaseSettings, Execution, check_shared
 from util.lr_sched import LearningRate, check_schedule, derive_learning_rate
@@ -48,13 +48,13 @@ class RunSettings(FlagGroup):
     title: ClassVar[str] = "run"
     output_dir: FileName = flag("./output_dir", "the run's folder", Role.RUN)
     overwrite: bool = flag(False, "replace a run of another recipe in --output_dir", Role.RUN)
-    resume: Text = flag("", "go on with this run, by its own flags, or back to one of its checkpoints", Role.RUN,
+    resume: PathText = flag("", "go on with this run, by its own flags, or back to one of its checkpoints", Role.RUN,
                         metavar="RUN")
     stop_after_epoch: Count | None = flag(
         None, "stop after this many epochs of the whole schedule; the same command without it goes on", Role.RUN)
     save_every_minutes: Positive = flag(10.0, "time between checkpoints in the middle of an epoch", Role.EXECUTION)
     keep_last: Count | None = flag(None, "checkpoints of whole epochs to keep (default: all)", Role.EXECUTION)
-    log_dir: Text | None = flag(None, "folder for TensorBoard events (pip install tensorboard)", Role.EXECUTION)
+    log_dir: PathText | None = flag(None, "folder for TensorBoard events (pip install tensorboard)", Role.EXECUTION)
 
 
 GROUPS = (RunSettings, LearningRate, Optimization, AdapterConfig, BaseSettings, TrainingData, Execution)
