@@ -13,8 +13,8 @@ class DataSettings(FlagGroup):
     """ScienceQA's files, and how a problem becomes a prompt."""
 
     title: ClassVar[str] = "data"
-    data_root: PathText = flag("../data", "folder of problems.json, pid_splits.json, images/", Role.DATA, stated_as="data",
-                           named=False)
+    data_root: PathText = flag("../data", "folder of problems.json, pid_splits.json, images/", Role.DATA,
+                               stated_as="data", named=False)
     caption_file: PathText | None = flag(None, "captions.json (default: the one in --data_root)", Role.DATA,
                                      stated_as="data", named=False)
     use_caption: bool = flag(False, "add the picture's caption to the context", Role.DATA)
