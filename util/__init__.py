@@ -1,1 +1,1 @@
-"""What the commands share: flags, learning-rate schedules, run folders, scores, loading of trained models."""
+"""Flags, learning-rate schedules, run folders and trained models, which the commands share."""

@@ -37,7 +37,7 @@ class BaseSettings(FlagGroup):
 
 @dataclass(frozen=True)
 class Execution(FlagGroup):
-    """Where and how a command runs. An evaluation chooses these anew: it may run on another machine than training."""
+    """The machine that a command runs on, and how. An evaluation chooses anew: it may run on another one than training."""
 
     title: ClassVar[str] = "execution"
     device: Text | None = flag(None, "cuda or cpu (default: cuda where there is one)", Role.EXECUTION)

@@ -66,7 +66,7 @@ def git_commit() -> str | None:
 
 
 def environment(device: torch.device, world: int) -> dict:
-    """What a run is executed with."""
+    """The versions, the code and the machine that a run is executed with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {"python": platform.python_version(), "torch": torch.__version__,  # which names its CUDA version, too
                 **{package: version(package) for package in PACKAGES}}

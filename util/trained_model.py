@@ -26,8 +26,11 @@ from util.runs import last_checkpoint
 
 @dataclass(frozen=True)
 class Trained:
-    """What is known before the base model is loaded. path: of the checkpoint; None: the untuned base, with `tensors` of
-    no adapters. image_statistics: those that the checkpoint was trained with, where it says so."""
+    """A training run's model, as far as it is known before the base model is loaded.
+
+    path: the checkpoint's; None: the untuned base, with `tensors` of no adapters. image_statistics: those that the
+    checkpoint was trained with, where it says so.
+    """
 
     path: Path | None
     tensors: dict[str, Any]

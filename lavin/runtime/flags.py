@@ -29,7 +29,7 @@ WIDTH = 80  # columns of --help at the most
 
 
 class Role(Enum):
-    """What a flag changes."""
+    """The part of a run that a flag changes."""
 
     MODEL = "which function the model computes"
     DATA = "which examples the model sees, and in which form"
@@ -44,7 +44,7 @@ CHANGES_RESULTS = (Role.MODEL, Role.DATA, Role.RECIPE)
 
 @dataclass(frozen=True)
 class Flag:
-    """What is declared of one flag, beside its role.
+    """The declaration of one flag.
 
     stated_as: the entry of a recipe that states the flag's effect in another form, such as a checksum of the files that
     the flag names. named: whether a method is named by the flag where its value differs from the base's. reloadable:
@@ -156,7 +156,7 @@ def parse_as(kind: Any) -> Callable[[str], Any]:
 
 
 def refusal(kind: Any, text: str, error: ValidationError) -> str:
-    """What is wrong with a value, in words that come behind the flag's name."""
+    """Says what is wrong with a value, in words that come behind the flag's name."""
     first, bounds = error.errors(include_url=False)[0], interval(kind)
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""Where the chat page listens, who can reach it there, and how to reach it from elsewhere."""
+"""The address of the chat page: who can reach it there, and how it is reached from elsewhere."""
 
 import errno
 import os
@@ -65,13 +65,13 @@ def cannot_listen(error: OSError, name: str, port: int | None) -> UserError:
 
 
 def node(address: str) -> str:
-    """What other machines call this one; an address of its own stays as it is."""
+    """The name by which other machines know this one; an address of its own stays as it is."""
     ip = ip_address(address.partition("%")[0])
     return socket.gethostname() if ip.is_unspecified or ip.is_loopback else address
 
 
 def notice(name: str, port: int) -> str | None:
-    """What to know of a page that listens to the network; None where it does not."""
+    """A line that warns of a page that listens to the network; None where it does not."""
     address = resolve(name)[1]
     if is_loopback(address):
         return None

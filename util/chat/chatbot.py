@@ -243,7 +243,7 @@ class Chatbot:
             yield replace(answer, probabilities=self.probabilities(prompt + reason, question))
 
     def probabilities(self, prompt: str, question: Question) -> tuple[float, ...]:
-        """Of the options, by the token in which their answers differ, as eval.py does for texts without one."""
+        """The probability of each option, by the token in which their answers differ: eval.py goes by the same."""
         answers = [answer_text(i) for i in range(len(question.options))]
         scored = option_example(self.tokenizer, prompt, answers, image=question.image,
                                 n_prompt=self.model.adapter.n_prompt)

@@ -1,4 +1,4 @@
-"""What demo.py does: it finds the runs, loads the model that they share, and serves the page or the terminal."""
+"""The work of demo.py: it finds the runs, loads the model that they share, and serves the page or the terminal."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def default_runs() -> str:
 
 
 def chosen_runs(path: str) -> tuple[dict[str, Path], list[str]]:
-    """As find_runs; a checkpoint is a run, too."""
+    """The runs that `find_runs` gives for a folder; a checkpoint is a run, too."""
     checkpoint = Path(path)
     if not checkpoint.is_file():
         return find_runs(path)

@@ -26,7 +26,7 @@ class Runs(FlagGroup):
 
 @dataclass(frozen=True)
 class Page(FlagGroup):
-    """Where people talk to the runs."""
+    """The page or the terminal in which people talk to the runs."""
 
     title: ClassVar[str] = "page"
     cli: bool = flag(False, "in the terminal", Role.DISPLAY)
@@ -41,7 +41,7 @@ class Page(FlagGroup):
 
 @dataclass(frozen=True)
 class Sampling(FlagGroup):
-    """How answers are chosen, until a user changes it."""
+    """The way that answers are chosen, until a user changes it."""
 
     title: ClassVar[str] = "answers"
     generation_temperature: NonNegative = flag(0.0, "initial sampling temperature; 0: greedy", Role.RECIPE)

@@ -81,7 +81,7 @@ def balanced_parts(costs: list[float], n_parts: int) -> list[list[int]]:
 
 def epoch_batches(costs: list[float], batch_size: int, accum_iter: int, rank: int, world: int, seed: int, epoch: int
                   ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """For each optimizer step: the indices of its global batch, and this rank's part of it as micro-batches.
+    """Yields, for each optimizer step, the indices of its global batch, and this rank's part of it as micro-batches.
 
     costs: of each example. All ranks get parts of nearly the same cost, since in every step the slowest sets the pace.
     """

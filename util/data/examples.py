@@ -43,6 +43,6 @@ def packed(examples: Iterable[Example]) -> Arrays:
 
 
 def examples_sha256(examples: Mapping[str, Example]) -> str:
-    """Of what a run learns from: pictures may be left out, and tokenizers differ, without a trace in its recipe."""
+    """The checksum of what a run learns from: its recipe does not tell which pictures were bad, nor the tokenizer."""
     return json_list_sha256((name, list(example.ids), example.answer_start, example.image is None)
                             for name, example in examples.items())

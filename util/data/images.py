@@ -66,7 +66,7 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def transparent_colour(image: Image.Image):
-    """What a PNG's tRNS chunk or a GIF declares transparent: a grey, a colour, a palette's index or its alphas."""
+    """The grey, colour, palette index or palette alphas that a PNG's tRNS chunk or a GIF declares transparent."""
     clear = image.info.get("transparency")
     decoder = getattr(image, "tile", None)
     scale = TRNS_SCALES.get(str(decoder[0][3])) if decoder else None
@@ -115,7 +115,7 @@ def load_image(path: Path, size: int) -> torch.Tensor:
 
 
 def image_fault(error: Exception) -> str:
-    """What is wrong with a picture that raised one of IMAGE_ERRORS."""
+    """Says what is wrong with a picture that raised one of IMAGE_ERRORS."""
     return "is missing" if isinstance(error, FileNotFoundError) else f"does not decode ({first_line(error)})"
 
 

@@ -61,7 +61,7 @@ class LazyImage:
         return load_image(self.path, self.size)
 
     def problem(self) -> str | None:
-        """What is wrong with the file, or None where it decodes."""
+        """Says what is wrong with the file; None where it decodes."""
         try:
             self.decode()
         except IMAGE_ERRORS as error:

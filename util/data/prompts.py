@@ -88,7 +88,7 @@ def is_answered(text: str) -> bool:
 
 
 def given_reason(text: str) -> str:
-    """What a text says before it names an option, as with QCM-EA; nothing where it names none."""
+    """The part of a text before it names an option, which is the reason in QCM-EA; empty where it names none."""
     match = ANSWER.search(text)
     return text[:match.start()] if match else ""
 

@@ -54,7 +54,7 @@ def first_tokens(tokenizer, prompt: str) -> list[int]:
 
 def generate_batch(model, tokenizer, batch: list[EvalQuestion], data: DataSettings, answering: Answering
                    ) -> list[tuple[str, int, bool]]:
-    """For each question: the text, the option index, and whether the text names it; if not, the most likely one."""
+    """Answers each question: the text, the option's index, and whether the text names it; if not, the likeliest one."""
     is_first = answers_first(data.prompt_format)
     draft = first_tokens(tokenizer, batch[0].prompt) if is_first else []
     texts = generate(model, tokenizer, [question.example for question in batch],

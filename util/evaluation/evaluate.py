@@ -1,4 +1,4 @@
-"""How an evaluation goes, whatever it asks: results that are there are kept, no answer is lost, scores come last."""
+"""The course of every evaluation: results that are there are kept, no answer is lost, scores come last."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +17,7 @@ from util.trained_model import Trained, load_model
 
 
 class Task(Protocol):
-    """What is asked, and how answers are kept and scored.
+    """A set of questions, and the way that their answers are kept and scored.
 
     partial_prefix: the beginning of the names of the files of answers as they come. scores_file: the file of the
     scores. Answers are values that JSON can hold, by a key of their own.

@@ -61,7 +61,7 @@ def results_folder(output_dir: str | None, checkpoint: Path | None) -> Path:
 # --- What is scored ---
 
 def model_identity(base: BaseSettings, trained: Trained, tokenizer_path: str | None) -> dict:
-    """What identifies the model that answers; it is known before the model is loaded."""
+    """Identifies the model that answers; all of it is known before the model is loaded."""
     return {"checkpoint": trained.path and trained.path.name,
             "checkpoint_sha256": trained.path and sha256(trained.path),
             "precision": precision_name(trained.dtype), "bits": base.bits,

@@ -38,7 +38,7 @@ class Questions(FlagGroup):
 
 @dataclass(frozen=True)
 class Answering(FlagGroup):
-    """How answers are chosen."""
+    """The way that answers are chosen."""
 
     title: ClassVar[str] = "answers"
     decode: str = flag(
@@ -51,7 +51,7 @@ class Answering(FlagGroup):
 
     @property
     def sampling(self) -> dict[str, float]:
-        """What determines sampled answers; nothing with greedy decoding."""
+        """The flags that determine sampled answers; none with greedy decoding."""
         if not self.generation_temperature:
             return {}
         return {"generation_temperature": self.generation_temperature, "top_p": self.top_p, "seed": self.seed}

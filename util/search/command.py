@@ -1,4 +1,4 @@
-"""What search.py does: it checks the study's flags, works on its trials, and confirms the best ones."""
+"""The work of search.py: it checks the study's flags, works on its trials, and confirms the best ones."""
 
 import math
 import os
@@ -78,7 +78,7 @@ def check_precision(study: Path, precision: str, trained, here: str) -> None:
 # --- A worker ---
 
 def work(study, runner: Runner, questions: int, check_values) -> None:
-    """Until all trials have ended, by this worker or another. Raises UserError where all fail."""
+    """Works on trials until all have ended, by this worker or another. Raises UserError where all fail."""
     from util.search.study import FAIL, run_trial
 
     def reach(trial, epochs: int) -> float:
@@ -121,7 +121,7 @@ def confirm_best(args, runner: Runner, epochs: int, seed: int) -> None:
 
 
 def seconds_left(args) -> float:
-    """For the next command of this worker, as if all trials that run now shared evenly what is left of --gpu_hours."""
+    """The seconds for the next command of this worker, as if all trials that run now shared evenly what is left of --gpu_hours."""
     if args.gpu_hours is None:
         return math.inf
     records = all_records(args.study)

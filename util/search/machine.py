@@ -1,4 +1,4 @@
-"""What a machine can do: a worker of a search asks before it takes a trial.
+"""Asks what a machine can do, before a worker of a search takes a trial.
 
 On a GPU that is asked in a process of its own: a worker must hold no memory of the GPU, and on many clusters only one
 process may use a GPU at a time (compute mode EXCLUSIVE_PROCESS), which is the trial's.
@@ -14,7 +14,7 @@ from lavin.runtime.device import choose_device, choose_dtype, precision_name
 
 
 def resolve_precision(precision: str, device: str | None, bits: str) -> str:
-    """What --precision means here: bf16, fp16 or fp32. Raises UserError where it, or --bits, does not work."""
+    """The precision that --precision means here: bf16, fp16 or fp32. Raises UserError where it, or --bits, does not work."""
     if device == "cpu" or not torch.cuda.is_available():
         return ask(precision, device, bits)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

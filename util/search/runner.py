@@ -44,7 +44,7 @@ class Runner:
     seconds_left: Callable[[], float]
 
     def train(self, folder: Path, values: Values, epochs: int, lock: int, *more: str) -> None:
-        """Up to this number of epochs, unless they are there."""
+        """Trains up to this number of epochs, unless they are there."""
         if max(checkpoints(folder), default=-1) + 1 < epochs:
             self.run(folder, lock, "train.py", "--keep_last", "1", *self.flags, *command_line(values), *more,
                      "--output_dir", str(folder))

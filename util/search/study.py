@@ -91,7 +91,7 @@ class Study:
 
     @property
     def precision(self) -> str:
-        """Of all trials: what --precision meant on the machine of the first worker."""
+        """The precision of all trials, which --precision meant on the machine of the first worker."""
         return read_json(self.folder / STUDY)["precision"]
 
     def take(self) -> Trial | None:
@@ -145,7 +145,8 @@ class Study:
 
 
 def run_trial(study: Study, trial: Trial, reach: Callable[[Trial, int], float]) -> tuple[TrialState, str]:
-    """From rung to rung, up to the last epoch or until the pruner ends it. Returns its state, and why it failed.
+    """Takes a trial from rung to rung, up to the last epoch or until the pruner ends it. Returns its state, and why it
+    failed.
 
     reach(trial, epochs): trains up to there, unless it is there already, and returns the accuracy in percent. Where it
     raises UserError, the trial has failed; anything else leaves the trial to be resumed.
@@ -196,7 +197,8 @@ def differences(settings: dict[str, Any], found: dict[str, Any], prefix: str = "
 # --- Storage ---
 
 class JournalLock:
-    """As Optuna's, but of the operating system: those stay for half a minute where their owner is killed."""
+    """The lock that Optuna's journal needs. Optuna's own stays for half a minute where its owner is killed; this one
+    belongs to the operating system."""
 
     def __init__(self, path: Path):
         self.path = path

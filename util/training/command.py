@@ -1,4 +1,4 @@
-"""What train.py does: it opens the run's folder, loads the data and the model, and trains."""
+"""The work of train.py: it opens the run's folder, loads the data and the model, and trains."""
 
 import torch
 

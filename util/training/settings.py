@@ -18,7 +18,7 @@ BatchSize = Annotated[int, Field(ge=1, le=65536)]
 
 @dataclass(frozen=True)
 class Optimization(FlagGroup):
-    """How each optimizer step is made, beside its learning rate."""
+    """The way that each optimizer step is made, beside its learning rate."""
 
     title: ClassVar[str] = "optimization"
     batch_size: BatchSize = flag(4, "samples per micro-batch on one GPU", Role.RECIPE, stated_as="effective_batch",

@@ -27,7 +27,7 @@ class FrozenWeights:
 
 
 def frozen_weights(model) -> FrozenWeights:
-    """By the configuration, since quantized matrices do not tell their shapes."""
+    """Counts the weights by the model's configuration, since quantized matrices do not tell their shapes."""
     c = model.llama.config
     layer = 2 * c.dim * c.head_dim * (c.n_heads + c.kv_heads) + 3 * c.dim * c.hidden_dim
     vit = sum(p.numel() for name, p in model.vision.vit.blocks.named_parameters()
