@@ -37,7 +37,7 @@ class BaseSettings(FlagGroup):
 
 @dataclass(frozen=True)
 class Execution(FlagGroup):
-    """The machine that a command runs on, and how. An evaluation chooses anew: it may run on another one than training."""
+    """The machine that a command runs on, and how. An evaluation chooses anew: it may run on another machine."""
 
     title: ClassVar[str] = "execution"
     device: Text | None = flag(None, "cuda or cpu (default: cuda where there is one)", Role.EXECUTION)

@@ -43,7 +43,10 @@ MAX_UPLOAD = "20mb"
 
 @dataclass
 class Conversation:
-    """The conversation of one user. image: the latest one sent. question: the one to be answered next; None if it was refused."""
+    """The conversation of one user.
+
+    image: the latest one sent. question: the one to be answered next; None if it was refused.
+    """
 
     turns: list[Turn] = field(default_factory=list)
     image: torch.Tensor | None = None

@@ -14,7 +14,7 @@ from lavin.runtime.device import choose_device, choose_dtype, precision_name
 
 
 def resolve_precision(precision: str, device: str | None, bits: str) -> str:
-    """The precision that --precision means here: bf16, fp16 or fp32. Raises UserError where it, or --bits, does not work."""
+    """The precision that --precision means here: bf16, fp16 or fp32. Raises UserError where it, or --bits, fails."""
     if device == "cpu" or not torch.cuda.is_available():
         return ask(precision, device, bits)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
