@@ -121,8 +121,8 @@ def confirm_best(args, runner: Runner, epochs: int, seed: int) -> None:
 
 
 def seconds_left(args) -> float:
-    """The seconds that the next command of this worker may take, if all trials that run now share evenly what is left of
-    --gpu_hours."""
+    """The seconds that the next command of this worker may take, if all trials that run now share evenly what is left
+    of --gpu_hours."""
     if args.gpu_hours is None:
         return math.inf
     records = all_records(args.study)
