@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,10 @@ from tiny import IMAGE_SIZE, perturb_weights, problem, tiny_vit
 
 for number in signals.STOP_SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:  # by nohup, or in a background job: child processes would inherit it
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+# the same examples in every run, and no deadline: chance and a busy machine are no faults of the code
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)  # with models this small, synchronizing threads costs more than it saves
 
 

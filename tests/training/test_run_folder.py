@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -233,10 +234,23 @@ def test_resume_takes_everything_from_the_run(flags, unbroken, tmp_path, monkeyp
     (["--adapter_dim", "4"], "--adapter_dim 4 contradicts"), (["--use_caption"], "--use_caption True contradicts"),
     (["--blr", "0.5"], "--blr 0.5 contradicts"), (["--prompt_format", "QCM-A"], "--prompt_format QCM-A contradicts"),
     (["--output_dir", "elsewhere"], "--output_dir elsewhere contradicts"), (["--batch_size", "3"], "effective batch 4"),
+    (["--accum_iter", "2"], "effective batch 4"),
     (["--precision", "bf16"], "--precision bf16"), (["--data_root", "elsewhere"], "elsewhere/problems.json")])
 def test_flags_that_contradict_the_resumed_run_are_refused(finished, given, words):
     before = contents(finished)
     assert words in refused("--resume", finished, *given)
+    assert contents(finished) == before
+
+
+def test_resume_does_not_replace_a_run_that_once_replaced_another(flags, finished, scienceqa_copy):
+    """--overwrite is a word of one command, not a flag of the run."""
+    run(*in_folder(flags, finished, "--seed", "5", "--overwrite"))
+    (finished / "checkpoint-2.pth").unlink()
+    before = contents(finished)
+    problems = json.loads((scienceqa_copy / "problems.json").read_text())
+    problems["100"]["hint"] = "Another hint."
+    (scienceqa_copy / "problems.json").write_text(json.dumps(problems))
+    assert "belongs to another recipe" in refused("--resume", finished, "--data_root", scienceqa_copy)
     assert contents(finished) == before
 
 
@@ -517,6 +531,25 @@ def test_the_epochs_of_different_machines_are_recorded(flags, tmp_path, monkeypa
     resumed, = config["resumed"]
     assert (resumed["epoch"], resumed["host"]) == (1, "other") != (0, config["host"])
     assert config["threads"] == torch.get_num_threads()
+
+
+def test_a_run_that_goes_on_between_two_epochs_is_recorded_too(flags, tmp_path, monkeypatch):
+    run(*in_folder(flags, tmp_path, "--stop_after_epoch", "1"))
+    first = json.loads((tmp_path / "config.json").read_text())
+    monkeypatch.setattr("socket.gethostname", lambda: "other")
+    run(*in_folder(flags, tmp_path))
+    resumed, = (config := json.loads((tmp_path / "config.json").read_text())).pop("resumed")
+    assert config == first and (resumed["epoch"], resumed["step"], resumed["host"]) == (1, 0, "other")
+
+
+@pytest.mark.parametrize("size, accum", [(5, 1), (1, 5)])
+def test_the_rate_within_an_epoch_goes_by_the_share_of_its_samples(flags, tmp_path, size, accum):
+    """Two steps of five of the twelve samples: the second step begins after 5/12 of the epoch, not after a half."""
+    run(*in_folder(flags, tmp_path, "--batch_size", size, "--accum_iter", accum, "--epochs", "2"))
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (first["step"], second["step"]) == (2, 2)
+    assert first["lr"] == pytest.approx(1e-2 * 5 / 12)  # warm-up over one epoch
+    assert second["lr"] == pytest.approx(1e-2 * (1 + math.cos(math.pi * 5 / 12)) / 2)
 
 
 def test_the_last_checkpoint_is_the_same_file_byte_for_byte(flags, tmp_path, monkeypatch):

@@ -321,7 +321,7 @@ def test_balanced_parts_cost_about_the_same(costs, n_parts):
     sizes, sums = [len(part) for part in parts], [sum(costs[i] for i in part) for part in parts]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
     assert all(part == sorted(part) for part in parts)
-    assert max(sums) - min(sums) <= max(costs)
+    assert max(sums) - min(sums) <= max(costs) * (1 + 1e-12)  # sums round
 
 
 def test_ranks_get_equal_numbers_of_tokens():
