@@ -1,0 +1,111 @@
+"""Flags are declared once: with a role, a range that holds for command lines and files alike, and a place in --help."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+import demo
+import eval as evaluation
+import eval_mme
+import plot_results
+import search
+import train
+from lavin.runtime.errors import UsageError
+from lavin.runtime.flags import FlagGroup, Parser, Role, check_flags, flag, flags_of
+from lavin.runtime.schema import PathText
+from user_errors import error_message
+
+COMMANDS = {module.__name__: module.get_args_parser for module in (
+    train, evaluation, eval_mme, demo, search, plot_results)}
+FIRST_GROUP = {"train": "run", "eval": "what is scored", "eval_mme": "MME", "demo": "runs", "search": "search",
+               "plot_results": "comparison"}
+
+
+@dataclass(frozen=True)
+class Group(FlagGroup):
+    """Flags of every kind."""
+
+    title: ClassVar[str] = "group"
+    share: Annotated[float, Field(ge=0, lt=1)] = flag(0.5, "a share of 100%", Role.RECIPE)
+    count: Annotated[int, Field(ge=1, le=9)] | None = flag(None, "a number", Role.DATA, aliases=("--number",))
+    kind: str = flag("a", "one of two", Role.MODEL, choices=("a", "b"))
+    fast: bool = flag(False, "whether", Role.EXECUTION)
+    place: PathText = flag("", "a path", Role.RUN)
+
+
+def parse(*words: str):
+    return Parser("command.py", "Does this.", Group).parse_args(list(words))
+
+
+def test_a_flag_without_a_role_cannot_be_declared():
+    with pytest.raises(TypeError, match="role"):
+        flag(1, "a flag")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_of_a_command_is_declared(name):
+    parser = COMMANDS[name]()
+    assert {action.dest for action in parser._actions} == {"help", *parser.flags}
+    assert all(isinstance(declared.role, Role) and declared.help for declared in parser.flags.values())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("columns", ["80", "218"])
+def test_help_fits_the_terminal_and_begins_with_the_commands_own_flags(name, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    text = COMMANDS[name]().format_help()
+    assert max(map(len, text.splitlines())) <= 80
+    headings = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings[1] == FIRST_GROUP[name] and headings[0] in ("options", "optional arguments")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_default_could_have_been_given(name):
+    for declared in COMMANDS[name]().flags.values():
+        assert declared.default in (None, ()) or declared.accepts(declared.default), declared.name
+
+
+def test_flags_are_parsed_and_those_that_were_given_are_known():
+    flags = parse("--number", "3", "--fast")
+    assert Group.of(flags) == Group(0.5, 3, "a", True, "") and flags.given == {"count", "fast"}
+    assert parse("--share", "0.5").given == {"share"}  # also where it is the default
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--share", "1"), "--share 1 does not lie in [0, 1)"), (("--share", "nan"), "--share nan does not lie in [0, 1)"),
+    (("--share", "x"), "--share 'x' is no number"), (("--count", "0"), "--count 0 does not lie in [1, 9]"),
+    (("--number", "10"), "--count 10 does not lie in [1, 9]"), (("--count", "2.5"), "--count '2.5' is no whole number"),
+    (("--count", "9" * 30), "--count " + "9" * 30 + " does not lie in [1, 9]"),
+    (("--kind", "c"), "--kind invalid choice"), (("--place", "a\0b"), "--place 'a\\x00b' names no file or folder"),
+    (("--shar", "0.1"), "unrecognized arguments")])
+def test_what_no_flag_can_have_is_refused_in_one_line(words, message):
+    with pytest.raises(UsageError) as caught:
+        parse(*words)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)))
+def test_files_may_hold_what_the_command_line_could_have_given_and_nothing_else(value):
+    """By the same declaration: a number of a file is taken if and only if its text is taken."""
+    for name, declared in flags_of(Group).items():
+        if declared.kind is bool or value is None:
+            continue
+        try:
+            parsed = getattr(parse(f"--{name}={value}"), name)
+        except UsageError:
+            parsed = None
+        if isinstance(value, bool):
+            assert not declared.accepts(value)
+        elif declared.accepts(value):
+            assert parsed == value
+
+
+def test_a_flag_of_a_file_that_could_not_be_given_is_named():
+    assert check_flags({"share": 0.25, "other": 3}, flags_of(Group), "a.json") == {"share": 0.25, "other": 3}
+    for wrong in ({"share": 1.0}, {"count": "3"}, {"fast": 1}, {"kind": "c"}, {"count": True}, {"place": None}):
+        assert f"a.json: --{next(iter(wrong))} cannot be" in error_message(
+            check_flags, wrong, flags_of(Group), "a.json")
