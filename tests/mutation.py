@@ -64,7 +64,7 @@ def ordered_tests(project: Path, source: Path) -> list[str]:
     def rank(test: Path) -> tuple:
         is_named_so = source.stem in (test.stem.removeprefix("test_"), test.parent.name.removesuffix("ing"))
         is_imported = imports.search(test.read_text(encoding="utf-8"))
-        return not (is_named_so and is_imported), test.parent.name != source.parent.name, not is_imported, test
+        return not (is_named_so and is_imported), not is_imported, test.parent.name != source.parent.name, test
     tests = sorted((project / "tests").rglob("test_*.py"), key=rank)
     return [name for name in (str(test.relative_to(project)) for test in tests) if name != SLOWEST]
 
