@@ -141,7 +141,7 @@ def main(args) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the faults to try (all)")
-    parser.add_argument("--near", action="store_true", help="only the tests that import the changed file, or lie near it")
+    parser.add_argument("--near", action="store_true", help="only the tests that lie near the changed file")
     parser.add_argument("--jobs", type=int, default=2, help="faults tried at a time (2)")
     parser.add_argument("--mutants", type=Path, default=MUTANTS, help="another file of faults")
     main(parser.parse_args())
