@@ -3,6 +3,7 @@ fails.
 
     python tests/mutation.py                    # all faults, two at a time
     python tests/mutation.py --only 3 17        # the faults with these numbers
+    python tests/mutation.py --near             # only the tests of the changed file: a lower bound, in half the time
 
 A fault is a piece of source text that occurs once in the product, and its faulty replacement, which falsifies results
 or loses data without a crash. Whoever rewrites that piece rewrites the fault too, or exchanges it for another of its
@@ -55,18 +56,22 @@ def find_source(project: Path, text: str) -> Path:
     return max(counts, key=counts.__getitem__)
 
 
-def ordered_tests(project: Path, source: Path) -> list[str]:
-    """All test files but the slowest; those of the changed file's name or folder come first, then those that import it.
+def ordered_tests(project: Path, source: Path, near: bool) -> list[str]:
+    """All test files but the slowest, or those near the changed file, which import it or lie in a folder of its name.
+
+    Those that have its name, too, come first, then the others that import it, then those of its folder.
     """
     module = ".".join(source.relative_to(project).with_suffix("").parts)
     imports = re.compile(rf"^(from|import) {re.escape(module)}\b", re.MULTILINE)
 
-    def rank(test: Path) -> tuple:
+    def distance(test: Path) -> int:
         is_named_so = source.stem in (test.stem.removeprefix("test_"), test.parent.name.removesuffix("ing"))
-        is_imported = imports.search(test.read_text(encoding="utf-8"))
-        return not (is_named_so and is_imported), test.parent.name != source.parent.name, not is_imported, test
-    tests = sorted((project / "tests").rglob("test_*.py"), key=rank)
-    return [name for name in (str(test.relative_to(project)) for test in tests) if name != SLOWEST]
+        if imports.search(test.read_text(encoding="utf-8")):
+            return 0 if is_named_so else 1
+        return 2 if test.parent.name == source.parent.name else 3
+    tests = sorted((project / "tests").rglob("test_*.py"), key=lambda test: (distance(test), test))
+    return [name for name in (str(test.relative_to(project)) for test in tests if distance(test) < 3 or not near)
+            if name != SLOWEST]
 
 
 def first_failure(project: Path, tests: list[str]) -> str | None:
@@ -96,13 +101,14 @@ def run_pytest(project: Path, tests: list[str], log: Path) -> None:
     os._exit(status)
 
 
-def noticed_by(project: Path, mutant: dict) -> str | None:
-    """The test that fails with the fault; None where all pass."""
+def noticed_by(project: Path, mutant: dict, near: bool) -> str | None:
+    """The test that fails with the fault; None where all pass. near: whether only the nearest tests run."""
     source = find_source(project, mutant["old"])
     intact = source.read_text(encoding="utf-8")
     source.write_text(intact.replace(mutant["old"], mutant["new"]), encoding="utf-8")
     try:
-        return first_failure(project, ordered_tests(project, source)) or first_failure(project, [SLOWEST])
+        test = first_failure(project, ordered_tests(project, source, near))
+        return test if test or near else first_failure(project, [SLOWEST])
     finally:
         source.write_text(intact, encoding="utf-8")
 
@@ -122,7 +128,7 @@ def main(args) -> None:
 
         def try_out(number: int) -> None:
             project, start = projects.get(), time.monotonic()
-            test = noticed_by(project, mutants[number])
+            test = noticed_by(project, mutants[number], args.near)
             projects.put(project)
             if test is None:
                 survivors.append(number)
@@ -135,6 +141,7 @@ def main(args) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the faults to try (all)")
+    parser.add_argument("--near", action="store_true", help="only the tests that lie near the changed file")
     parser.add_argument("--jobs", type=int, default=2, help="faults tried at a time (2)")
     parser.add_argument("--mutants", type=Path, default=MUTANTS, help="another file of faults")
     main(parser.parse_args())

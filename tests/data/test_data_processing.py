@@ -19,7 +19,7 @@ from lavin.weights.load import load_base
 from tiny import IMAGE_SIZE, ROOT
 from util.data.batches import load_examples, load_training_data
 from util.data.images import load_image
-from util.data.instructions import LazyImage, decode_images
+from util.data.instructions import Instructions, LazyImage, decode_images
 
 
 def human_and_gpt(*texts: str) -> list[dict]:
@@ -188,3 +188,13 @@ def test_training_on_texts_and_images(base, root, tmp_path, tokenizer):
                          for at in range(example.answer_start, len(example.ids))]
     assert losses[0] == pytest.approx(-sum(log_probabilities) / len(log_probabilities), abs=1e-5)
     assert losses[-1] < losses[0] - 0.4
+
+
+def test_the_fingerprint_of_instructions_sees_every_part_of_a_record(tmp_path):
+    record = {"instruction": "Instruction: Why?\nResponse:", "answer": "So.", "image": "1.jpg"}
+    changes = [{}, {"instruction": "Instruction: How?\nResponse:"}, {"answer": "Thus."}, {"image": "2.jpg"},
+               {"image": None}]
+    seen = [Instructions(tmp_path, [{**record, **change}]).fingerprint for change in changes]
+    seen += [Instructions(tmp_path, [record, record]).fingerprint, Instructions(tmp_path, []).fingerprint]
+    assert len(set(seen)) == len(seen)
+    assert Instructions(tmp_path / "elsewhere", [record]).fingerprint == seen[0]

@@ -186,6 +186,17 @@ def test_microbatch_norm_is_the_published_mean_over_micro_batches():
     assert not torch.allclose(by_micro_batch["step"], by_batch["step"], atol=1e-4)
 
 
+@pytest.mark.parametrize("loss_norm", ["batch", "microbatch"])
+def test_a_sample_whose_answer_was_cut_away_changes_nothing_about_a_step(loss_norm):
+    """It has no answer token, so it counts as none."""
+    model, whole, cut = tiny_model(), tiny_example(1, 5, 3), tiny_example(2, 6, 0)
+    losses = []
+    for samples_of_step in ([whole], [whole, cut]):
+        pairs = with_loss_weights([samples_of_step], count_answer_tokens(samples_of_step), loss_norm, 1)
+        losses.append(accumulate_gradients(model, pairs, math.inf, NO_SCALING).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1
+
+
 def test_non_finite_step_is_skipped():
     result = one_step(4, "batch", with_nan=True)
     assert not result["stepped"] and not math.isfinite(result["loss"]) and not result["gradients_left"]
