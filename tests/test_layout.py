@@ -1,5 +1,4 @@
-"""The tree itself: imports go one way between folders and between files, folders say what they hold, Python's version is
-one number."""
+"""The tree itself: imports go one way, folders say what they hold, Python's version is one number."""
 
 import ast
 import re
@@ -79,6 +78,25 @@ def test_imports_between_files_have_no_cycle():
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
     assert order.index("lavin.runtime.files") < order.index("lavin.model") < order.index("train")
     assert "util.study.figures" in graph["plot_results"] and "util.search.study" in graph["util.search.command"]
+
+
+def needed_by(name: str) -> set[str]:
+    """The files that a file imports, and those that these import, and so on."""
+    found, left = set(), [name]
+    while left:
+        new = imported_modules(MODULES[left.pop()]) - found
+        found |= new
+        left += new
+    return found
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "eval_mme", "demo"])
+def test_statistics_are_not_imported_where_nothing_is_compared(name):
+    """scipy.stats takes half a second, which train.py --help need not wait for."""
+    with_scipy = {module for module, path in MODULES.items()
+                  if re.search(r"^\s*(import|from) scipy\b", path.read_text(), re.M)}
+    assert with_scipy == {"util.study.statistics", "util.study.planning", "util.search.confirm"}
+    assert not with_scipy & needed_by(name) and with_scipy <= needed_by("search") | needed_by("plot_results")
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""The plan against scipy's noncentral t, simulated studies of known variances, and cases computed by hand."""
+"""The plan against scipy's noncentral t, tables, simulated studies of known variances, and cases computed by hand."""
 
 import math
 
@@ -35,6 +35,14 @@ def test_seeds_find_their_difference_four_times_of_five(seeds):
     critical = t.ppf(0.975, df)
     power = nct.sf(critical, df, noncentrality) + nct.cdf(-critical, df, noncentrality)
     assert power == pytest.approx(0.8, abs=0.012)
+
+
+@pytest.mark.parametrize("seeds, quantiles", [(2, (4.303, 1.061)), (3, (2.776, 0.941)), (4, (2.447, 0.906)),
+                                              (6, (2.228, 0.879)), (31, (2.000, 0.848))])
+def test_seeds_detectable_by_the_table_of_students_t(seeds, quantiles):
+    """Quantiles of any textbook's table, at 97.5 and 80 % and 2 (seeds - 1) degrees of freedom; a variance of 0.25."""
+    assert seeds_detectable(Variances(0.25, 0, 0, ()), seeds) == pytest.approx(sum(quantiles) * (0.5 / seeds) ** 0.5,
+                                                                               rel=4e-4)
 
 
 @pytest.mark.parametrize("effect, seeds", [(0.5, 64), (0.8, 26), (1.0, 17)])
