@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from lavin.runtime.errors import UserError
 from lavin.runtime.files import write_json
 from util.search import confirm
 from util.search.confirm import dunnett, is_done, plan, read_outcomes, run_all, sentence, verdict
@@ -275,3 +276,6 @@ def test_questions_are_matched_by_their_id(tmp_path):
         (tmp_path / name / "val" / "generations.jsonl").write_text("\n".join(map(json.dumps, order)) + "\n")
     read = read_outcomes([("000", tmp_path / "x"), ("000", tmp_path / "y")])
     assert read["000"].tolist() == [[0, 1], [0, 1]]
+    (tmp_path / "y" / "val" / "generations.jsonl").write_text('{"qid": "a", "answer": 1}\n')
+    with pytest.raises(UserError, match="generations.jsonl, line 1: prediction: is missing"):
+        read_outcomes([("000", tmp_path / "y")])

@@ -167,7 +167,7 @@ def test_clusters_of_one_run_are_used_for_all(tmp_path):
     comparison = compare([str(tmp_path)])
     assert comparison.clusters.tolist() == CLUSTERS
     difference = comparison.clustered["Step Decay"]
-    method, base = (m.outcomes(comparison.answers) for m in (comparison.methods[1], comparison.methods[0]))
+    method, base = comparison.methods[1].outcomes, comparison.methods[0].outcomes
     assert difference.p == mcnemar(method, base, np.array(CLUSTERS)) == 2 / 2**3  # 2, 1 and 1 more in three clusters
     assert comparison.differences["Step Decay"].p == 2 / 2**4
     ends = paired_bootstrap(method, base, np.array(CLUSTERS))

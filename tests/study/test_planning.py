@@ -12,6 +12,7 @@ from test_comparison import FLAGS, STEP, write_run
 
 import plot_results
 from lavin.runtime.errors import UsageError, UserError
+from util.evaluation.answers import Answer
 from util.evaluation.scoring import COLUMNS
 from util.study.comparison import Comparison, Method, compare, published
 from util.study.finished_runs import Run
@@ -107,9 +108,9 @@ def simulated_comparison(n=20_000, seeds=6, deviation=0.02, clusters=None) -> Co
         chance = 0.7 + half + rng.normal(0, deviation, (seeds, 1))
         right = rng.random((seeds, n)) < chance
         runs = [Run("", {**FLAGS, "seed": i}, [], dict.fromkeys(COLUMNS, n), dict.fromkeys(COLUMNS, int(row.sum())),
-                    predictions={str(q): int(not x) for q, x in enumerate(row)}) for i, row in enumerate(right)]
+                    answers=[Answer(str(q), int(not x), 0) for q, x in enumerate(row)]) for i, row in enumerate(right)]
         methods.append(Method(name, runs))
-    return Comparison(methods, {}, [], answers=dict.fromkeys(map(str, range(n)), 0), clusters=clusters)
+    return Comparison(methods, {}, [], clusters=clusters)
 
 
 def test_variances_are_found_again():

@@ -71,9 +71,9 @@ def between_seeds(comparison: Comparison) -> tuple[float, float, str]:
 
 def noise_of(method: Method, comparison: Comparison) -> float:
     """The variance of outcomes that neither the seed nor the question explains; 0 where outcomes are not known."""
-    if comparison.answers is None:
+    if not method.has_answers:
         return 0.0
-    outcomes = method.outcomes(comparison.answers)
+    outcomes = method.outcomes
     residuals = outcomes - outcomes.mean(0)
     per_seed = [per_question(seed_residuals, comparison.clusters) for seed_residuals in residuals]
     return float(np.mean(per_seed)) * len(outcomes) / (len(outcomes) - 1)
@@ -87,13 +87,13 @@ def per_question(values: np.ndarray, clusters: np.ndarray | None) -> float:
 def between_questions(comparison: Comparison, noise: float) -> tuple[float, str]:
     """The variance between questions of the difference to the first method (a mean over the others), and its source."""
     base, *others = comparison.methods
-    if comparison.answers is None:
+    if not base.has_answers:
         chances = [method.overall * (100 - method.overall) for method in others]
         return float(np.mean(chances)) + base.overall * (100 - base.overall), (
             "Assumed, as the predictions are not known: methods are right on questions independently of each other. If "
             "they are right on the same ones, fewer questions will do; if questions form clusters, more are needed.")
-    base_mean = base.outcomes(comparison.answers).mean(0)
-    found = [per_question(method.outcomes(comparison.answers).mean(0) - base_mean, comparison.clusters)
+    base_mean = base.outcomes.mean(0)
+    found = [per_question(method.outcomes.mean(0) - base_mean, comparison.clusters)
              - noise / len(method.runs) - noise / len(base.runs) for method in others]
     clustered = "" if comparison.clusters is None else ", clustered by lecture"
     return max(0.0, float(np.mean(found))), (
