@@ -21,7 +21,7 @@ from util.search.progress import cost_lines, progress_line
 from util.search.runner import HoursSpent, Runner
 from util.search.space import Values, command_line, read_space
 from util.training.recipe import TRAIN_FLAGS
-from util.training.settings import Optimization, TrainingData, TrainSettings
+from util.training.settings import EFFECTIVE_BATCH, Optimization, TrainingData, TrainSettings
 from util.training.settings import get_args_parser as train_parser
 
 SPLITS = ("train", "val", "test")
@@ -47,12 +47,12 @@ def describe_study(args, space, trained) -> dict:
     effective_batch, files = Optimization.of(trained).effective_batch(args.gpus), TrainingData.of(trained)
     data = {split: load_scienceqa(files.data_root, split, files.captions) for split in SPLITS}
     flags = {name: value for name, value in vars(trained).items()
-             if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != "effective_batch"}
+             if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != EFFECTIVE_BATCH}
     return {**{name: getattr(args, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
             "precision": resolve_precision(trained.precision, trained.device, trained.bits),
             "steps_per_epoch": steps_per_epoch(len(data["train"].problems), effective_batch),
             "space": {"parameters": space.parameters, "enqueue": space.enqueue},
-            "flags": {**flags, "effective batch": effective_batch}}
+            "flags": {**flags, EFFECTIVE_BATCH: effective_batch}}
 
 
 def machine_flags(trained) -> list[str]:

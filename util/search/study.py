@@ -26,9 +26,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import read_json, write_json
-from util.search.folder import STUDY, begin_record, change_record, trial_folder
+from util.search.folder import STUDY, begin_record, change_record, read_settings, trial_folder
 from util.search.locks import claim, waiting_for
 from util.search.space import Space, Values
+from util.training import recipe
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -169,7 +170,7 @@ def run_trial(study: Study, trial: Trial, reach: Callable[[Trial, int], float]) 
 
 def check_settings(folder: Path, settings: dict[str, Any], storage_url: str | None) -> str:
     """The name of the study in the storage. Raises UserError, which names what differs."""
-    found = read_json(folder / STUDY)
+    found = read_settings(folder)
     wanted = {name: value for name, value in settings.items() if name != "precision"}  # the first worker's stays
     other = differences(wanted, {name: found.get(name) for name in wanted})
     if other:
@@ -181,16 +182,16 @@ def check_settings(folder: Path, settings: dict[str, Any], storage_url: str | No
     return found["name"]
 
 
-def differences(settings: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:
-    """Each as words that begin with the flag."""
+def differences(settings: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """One line for each entry that differs, which begins with the flag."""
     lines = []
     for name in settings.keys() | found.keys():
         value, other = settings.get(name), found.get(name)
         if name == "flags":
-            lines += differences(value or {}, other or {}, "train.py's ")
+            lines += [f"train.py's {line}" for line in recipe.differences(value or {}, other or {})]
         elif value != other:
-            lines.append(f"other --{name}" if isinstance(value, dict) else f"{prefix}--{name} {value}, not {other}")
-    return sorted(set(lines))
+            lines.append(f"other --{name}" if isinstance(value, dict) else f"--{name} {value}, not {other}")
+    return sorted(lines)
 
 
 # --- Storage ---
