@@ -185,6 +185,16 @@ def test_clusters_of_one_run_are_used_for_all(tmp_path):
     assert float(row["difference_clustered_low"]) == pytest.approx(difference.low, abs=1e-4)
 
 
+def test_clustered_intervals_are_of_the_mean_over_the_seeds(tmp_path):
+    rights = ("1111100000", "1111111001", "0101110000")
+    for seed, right in enumerate(rights):
+        write_clustered(tmp_path / f"base{seed}", right, seed=seed)
+    (method,) = compare([str(tmp_path)]).methods
+    mean = np.array([[int(digit) for digit in right] for right in rights]).mean(0)
+    n = effective_size(mean, np.array(CLUSTERS))
+    assert method.clustered == pytest.approx([100 * end for end in wilson(mean.mean() * n, n)])
+
+
 def test_the_table_states_the_clusters_and_their_design_effects(tmp_path):
     write_clustered(tmp_path / "base", "1111100000")
     write_clustered(tmp_path / "step", "1111111110", **STEP)

@@ -1,4 +1,4 @@
-"""What search.py does: it checks the study's flags, works on its trials, and confirms the best ones."""
+"""The command search.py: it checks the study's flags, works on its trials, and confirms the best ones."""
 
 import math
 import os
@@ -43,7 +43,7 @@ def fixed_values(trained) -> Values:
 
 
 def describe_study(args, space, trained) -> dict:
-    """study.json: what must be the same for all workers, and what --precision means here."""
+    """The content of study.json: the settings that all workers must share, and the meaning of --precision here."""
     effective_batch, files = Optimization.of(trained).effective_batch(args.gpus), TrainingData.of(trained)
     data = {split: load_scienceqa(files.data_root, split, files.captions) for split in SPLITS}
     flags = {name: value for name, value in vars(trained).items()
@@ -63,7 +63,7 @@ def machine_flags(trained) -> list[str]:
 
 
 def check_precision(study: Path, precision: str, trained, here: str) -> None:
-    """precision: of the study. here: what this worker would begin one with. Raises UserError where it cannot join."""
+    """Raises UserError where this worker cannot join a study of that precision. here: the one it would begin with."""
     if trained.precision not in ("auto", precision):
         raise UserError(f"{study} is a study in {precision}: leave --precision {trained.precision} out, or name "
                         "another folder with --study")
@@ -78,7 +78,7 @@ def check_precision(study: Path, precision: str, trained, here: str) -> None:
 # --- A worker ---
 
 def work(study, runner: Runner, questions: int, check_values) -> None:
-    """Until all trials have ended, by this worker or another. Raises UserError where all fail."""
+    """Works on trials until all have ended, by this worker or another. Raises UserError where all fail."""
     from util.search.study import FAIL, run_trial
 
     def reach(trial, epochs: int) -> float:
@@ -121,7 +121,8 @@ def confirm_best(args, runner: Runner, epochs: int, seed: int) -> None:
 
 
 def seconds_left(args) -> float:
-    """For the next command of this worker, as if all trials that run now shared evenly what is left of --gpu_hours."""
+    """The seconds that the next command of this worker may take. All trials that run now share evenly what is left of
+    --gpu_hours."""
     if args.gpu_hours is None:
         return math.inf
     records = all_records(args.study)

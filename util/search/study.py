@@ -54,7 +54,7 @@ def make_pruner(name: str, first_rung: int) -> optuna.pruners.BasePruner:
 
 @dataclass
 class Trial:
-    """A trial that this worker holds. values: of the flags that are searched."""
+    """A trial that this worker holds. values: those of the flags that are searched."""
 
     number: int
     folder: Path
@@ -71,7 +71,7 @@ class Trial:
 
 
 class Study:
-    """Opens the study in `folder`, or begins it. settings: what study.json holds. gpus: of a trial of this worker.
+    """Opens the study in `folder`, or begins it. settings: the content of study.json. gpus: those of a trial here.
 
     Raises UserError where the folder holds a study of other settings.
     """
@@ -92,7 +92,7 @@ class Study:
 
     @property
     def precision(self) -> str:
-        """Of all trials: what --precision meant on the machine of the first worker."""
+        """The precision of all trials: the one that --precision meant on the machine of the first worker."""
         return read_json(self.folder / STUDY)["precision"]
 
     def take(self) -> Trial | None:
@@ -113,8 +113,8 @@ class Study:
             return self.hold(trial, lock, resumed=False)
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """Seeded by the trial's number: no two workers draw the same, and a study of one worker can be repeated. After
-        the sets that are tried first, which have much in common, some are drawn at random."""
+        """A sampler seeded by the trial's number: no two workers draw the same, and a study of one worker can be
+        repeated. After the sets that are tried first, which have much in common, some are drawn at random."""
         n_first = len(self.space.first_sets()) + min(10, self.n_trials // 4)
         return optuna.samplers.TPESampler(n_startup_trials=n_first, multivariate=True, group=True, constant_liar=True,
                                           seed=number)
@@ -128,7 +128,8 @@ class Study:
         return Trial(trial.number, folder, values, lock, trial, resumed)
 
     def end(self, trial: Trial, state: TrialState, accuracy: float | None = None, **message: str) -> None:
-        """First in the trial's folder, and then in the storage: killed in between, it is done again."""
+        """Ends a trial, first in its folder and then in the storage: a worker that is killed in between does it
+        again."""
         change_record(trial.folder, state=state.name, **message)
         self.optuna.tell(trial.number, accuracy, state)
 
@@ -146,7 +147,8 @@ class Study:
 
 
 def run_trial(study: Study, trial: Trial, reach: Callable[[Trial, int], float]) -> tuple[TrialState, str]:
-    """From rung to rung, up to the last epoch or until the pruner ends it. Returns its state, and why it failed.
+    """Takes a trial from rung to rung, up to the last epoch or until the pruner ends it. Returns its state, and why it
+    failed.
 
     reach(trial, epochs): trains up to there, unless it is there already, and returns the accuracy in percent. Where it
     raises UserError, the trial has failed; anything else leaves the trial to be resumed.
@@ -197,7 +199,8 @@ def differences(settings: dict[str, Any], found: dict[str, Any]) -> list[str]:
 # --- Storage ---
 
 class JournalLock:
-    """As Optuna's, but of the operating system: those stay for half a minute where their owner is killed."""
+    """A lock of Optuna's kind that the operating system keeps. Optuna's own locks stay for half a minute where their
+    owner is killed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -220,7 +223,7 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turns what a database raises that is lost in the middle of a study into a UserError."""
+    """Turns the errors of a database that is lost in the middle of a study into a UserError."""
     try:
         yield
     except (StorageInternalError, SQLAlchemyError) as error:

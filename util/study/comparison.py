@@ -179,7 +179,7 @@ def published() -> Comparison:
 
 
 def published_clusters(facts: dict) -> str:
-    """What clusters would change; how correlated the published outcomes are within them is not known."""
+    """The note on how clusters would widen the published intervals, by how correlated outcomes may be within them."""
     effects = [expected_design_effect(facts["counts"]["Avg"], facts["same_cluster"], icc) for icc in ASSUMED_ICC]
     return ("ScienceQA's questions share lectures, but intervals of published runs take them as independent. Measured: "
             f"two questions share one with probability {facts['same_cluster']} ({facts['same_cluster_source']}). "
