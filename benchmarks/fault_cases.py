@@ -509,7 +509,7 @@ def run_file_cases() -> Iterator[Case]:
         ("flags",): list(FEW), **{("flags", name): list(FEW) for name in ("llm_model", "vision_model", "adapter_dim")}})
     yield from fields(kind, ("plot",), "run/log.txt", {
         (): wrong(MISSING), ("epoch",): wrong(0), ("train_closs",): wrong(None, *REAL_NUMBERS, 0, -1),
-        ("steps_left_out",): wrong(MISSING, 0, 7, 10**30)}, set_line)
+        ("skipped_steps",): wrong(MISSING, 0, 7, 10**30)}, set_line)
     yield from fields(kind, ("plot",), "run/metrics.jsonl", {
         (): wrong(MISSING), ("epoch",): wrong(0, 7, 10**30), ("step",): wrong(7, 10**30),
         ("loss",): wrong(None, *REAL_NUMBERS, 0)}, set_line)

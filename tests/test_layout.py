@@ -1,4 +1,4 @@
-"""The tree itself: imports between folders go one way, folders say what they hold, Python's version is one number."""
+"""The tree itself: imports go one way, folders say what they hold, Python's version is one number."""
 
 import ast
 import re
@@ -47,6 +47,63 @@ def test_imports_between_folders_have_no_cycle():
 def test_lavin_imports_nothing_of_util():
     assert not any(name.startswith("util") for folder, names in import_graph().items() if folder.startswith("lavin")
                    for name in names)
+
+
+COMMANDS = sorted(ROOT.glob("*.py"))
+
+
+def module_name(path) -> str:
+    """`lavin/llama.py` -> `lavin.llama`; `lavin/fast/__init__.py` -> `lavin.fast`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in (*COMMANDS, *FILES)}
+
+
+def imported_modules(path) -> set[str]:
+    """The files of this project that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= members | {node.module}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names & MODULES.keys()
+
+
+def test_imports_between_files_have_no_cycle():
+    """Imports inside functions count: they hide a cycle from Python, and not from a reader."""
+    graph = {name: imported_modules(path) for name, path in MODULES.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
+    assert order.index("lavin.runtime.files") < order.index("lavin.model") < order.index("train")
+    assert "util.study.figures" in graph["plot_results"] and "util.search.study" in graph["util.search.command"]
+
+
+def needed_by(name: str) -> set[str]:
+    """The files that a file imports, and those that these import, and so on."""
+    found, left = set(), [name]
+    while left:
+        new = imported_modules(MODULES[left.pop()]) - found
+        found |= new
+        left += new
+    return found
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "eval_mme", "demo"])
+def test_statistics_are_not_imported_where_nothing_is_compared(name):
+    """scipy.stats takes half a second, which train.py --help need not wait for."""
+    with_scipy = {module for module, path in MODULES.items()
+                  if re.search(r"^\s*(import|from) scipy\b", path.read_text(), re.M)}
+    assert with_scipy == {"util.study.statistics", "util.study.planning", "util.search.confirm"}
+    assert not with_scipy & needed_by(name) and with_scipy <= needed_by("search") | needed_by("plot_results")
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_commands_import_lavin_and_util_alone(path):
+    """A command is no library: what two of them need lies in util."""
+    assert all(name.split(".")[0] in PACKAGES for name in imported_modules(path))
+    assert imported_modules(path)
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"],

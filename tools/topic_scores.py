@@ -10,20 +10,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.runtime.console import format_table
 from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.files import read_json, read_json_lines
+from lavin.runtime.files import read_json
 from lavin.runtime.flags import Parser
 from util.data.datasets import find_problems_file
+from util.evaluation.answers import GENERATIONS, read_answers
 
 
 def correct_by_topic(folder: Path, problems: dict) -> dict[str, list[bool]]:
-    """Whether each answer is right, by topic. Raises UserError where there are none, or of other problems."""
-    if not (folder / "generations.jsonl").is_file():
-        raise UserError(f"{folder} has no generations.jsonl: score it with eval.py first")
+    """Whether each answer is correct, by topic. Raises UserError where there are none, or of other problems."""
+    if not (folder / GENERATIONS).is_file():
+        raise UserError(f"{folder} has no {GENERATIONS}: score it with eval.py first")
     by_topic = defaultdict(list)
-    for answer in read_json_lines(folder / "generations.jsonl"):
-        if answer["qid"] not in problems:
-            raise UserError(f"{folder} answers problem {answer['qid']}, which --data_root lacks: name its data set")
-        by_topic[problems[answer["qid"]].get("topic", "")].append(answer["prediction"] == answer["answer"])
+    for answer in read_answers(folder / GENERATIONS):
+        if answer.qid not in problems:
+            raise UserError(f"{folder} answers problem {answer.qid}, which --data_root lacks: name its data set")
+        by_topic[problems[answer.qid].get("topic", "")].append(answer.correct)
     return by_topic
 
 

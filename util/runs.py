@@ -20,12 +20,12 @@ import torch
 
 from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import PART, read_json, write_json
+from lavin.runtime.files import PART_SUFFIX, read_json, write_json
 
 RUN_FILES = ("config.json", "log.txt", "scores.json", "preds.json")  # a folder with any of them is a run
 # what is scored from a checkpoint; a run that is trained on must not keep it
 RESULTS = ("preds.json", "generations.jsonl", "scores.json", "mme_answers.jsonl", "mme_scores.json")
-PARTIAL = ".partial.jsonl"  # suffix of answers that are being written
+PARTIAL_SUFFIX = ".partial.jsonl"  # of files of answers as they come
 PACKAGES = ("timm", "sentencepiece", "numpy", "pillow")
 LOCK, OWNER = ".lock", ".owner.json"  # OWNER: which process has locked the folder
 LAST = "last.pth"  # the checkpoint in the middle of an epoch
@@ -36,7 +36,7 @@ def checkpoint_path(folder: Path, epoch: int) -> Path:
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """Checkpoints of whole epochs by epoch, in order."""
+    """The checkpoints of whole epochs by epoch, in order."""
     by_epoch = {int(match[1]): path for path in folder.glob("checkpoint-*.pth")
                 if (match := re.fullmatch(r"checkpoint-([0-9]+)\.pth", path.name))}
     return dict(sorted(by_epoch.items()))
@@ -66,7 +66,7 @@ def git_commit() -> str | None:
 
 
 def environment(device: torch.device, world: int) -> dict:
-    """The versions, the code and the machine that a run is executed with."""
+    """The machine and the versions that a run is executed with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {"python": platform.python_version(), "torch": torch.__version__,  # which names its CUDA version, too
                 **{package: version(package) for package in PACKAGES}}
@@ -78,7 +78,8 @@ def write_config(folder: Path, flags: dict, device: torch.device, world: int, n_
                  resumed_at: dict | None) -> None:
     """Writes config.json at a run's start, and adds to it where and with what a run is resumed.
 
-    n_layers: LLaMA's, needed to recompute the dropout schedule. resumed_at: epoch and step.
+    n_layers: the number of LLaMA's layers, needed to recompute the dropout schedule. resumed_at: the epoch and the step
+    that a run goes on with.
     """
     path, now = folder / "config.json", environment(device, world)
     if resumed_at and path.is_file():
@@ -144,6 +145,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def lock_folder(folder: Path) -> filelock.BaseFileLock:
+    """Locks a folder, and notes the owner in it. Raises UserError where another process has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
@@ -159,6 +161,6 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
 
 
 def remove_parts(folder: Path) -> None:
-    """Removes what processes that were killed had begun to write."""
-    for path in folder.glob(f".*{PART}"):
+    """Removes the files that processes had begun to write when they were killed."""
+    for path in folder.glob(f".*{PART_SUFFIX}"):
         path.unlink(missing_ok=True)

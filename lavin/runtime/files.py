@@ -14,7 +14,7 @@ import torch
 
 from lavin.runtime.errors import UserError, first_line
 
-PART = ".part"  # suffix of files that are being written
+PART_SUFFIX = ".part"  # of files that are being written
 SAMPLE_BYTES = 2**20
 LFS_POINTER = b"version https://git-lfs"
 # how messages on files end
@@ -31,7 +31,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp_path = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PART}")
+    tmp_path = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PART_SUFFIX}")
     try:
         tmp_path.unlink(missing_ok=True)
         tmp_path.touch()

@@ -94,7 +94,7 @@ def test_log_has_one_line_per_epoch(finished):
     assert [line["epoch"] for line in lines] == [0, 1]
     for line in lines:
         assert {"train_lr", "train_closs", "samples_per_s", "seconds", "peak_memory_gib"} <= line.keys()
-        assert line["steps_left_out"] == 0 and line["peak_memory_gib"] > 0
+        assert line["skipped_steps"] == 0 and line["peak_memory_gib"] > 0
     # Three steps per epoch; the learning rate is set at each: warmup at 0, 1/3, 2/3, then half a cosine.
     assert lines[0]["train_lr"] == pytest.approx(1e-2 / 3)
     assert lines[1]["train_lr"] == pytest.approx(1e-2 * (1 + 0.75 + 0.25) / 3)
@@ -120,7 +120,7 @@ def test_predictions_generations_and_scores_are_consistent(finished, scienceqa):
         assert line["parsed"] == (parse_answer(line["text"], n) is not None)
     expected = score(problems, read_answers(finished / "generations.jsonl"))
     assert {key: scores[key] for key in expected} == expected and set(COLUMNS) < set(scores)
-    assert scores["questions"] == 6 and scores["skipped"] == 0 and scores["checkpoint"] == "checkpoint-1.pth"
+    assert scores["questions"] == 6 and scores["bad_pictures"] == 0 and scores["checkpoint"] == "checkpoint-1.pth"
     assert scores["split"] == "test" and scores["parse_failures"] == sum(not line["parsed"] for line in generations)
 
 
@@ -223,7 +223,7 @@ def test_lower_precision_gives_similar_losses(base, scienceqa, tmp_path, precisi
         run_train(base, scienceqa, tmp_path / name, *flags, "--lr", "1e-2", "--dropout_prob", "0")
         lines = [json.loads(line) for line in (tmp_path / name / "log.txt").read_text().splitlines()]
         losses[name] = [line["train_closs"] for line in lines]
-        assert [line["steps_left_out"] for line in lines] == [0, 0]
+        assert [line["skipped_steps"] for line in lines] == [0, 0]
         run_eval("--adapter_path", tmp_path / name)
         assert read_json(tmp_path / name / "scores.json")["questions"] == 6
     assert losses[precision] == pytest.approx(losses["fp32"], rel=1e-2) and losses[precision] != losses["fp32"]
@@ -407,7 +407,7 @@ def test_problem_json_and_bad_images_end_to_end(base, scienceqa_copy, tmp_path):
     run_train(base, scienceqa_copy, tmp_path / "run", "--skip_bad", "--epochs", "1", "--warmup_epochs", "0")
     run_eval("--adapter_path", tmp_path / "run")  # reads --skip_bad from the run
     scores = read_json(tmp_path / "run" / "scores.json")
-    assert scores["questions"] == 5 and scores["skipped"] == 1
+    assert scores["questions"] == 5 and scores["bad_pictures"] == 1
     assert "113" not in read_json(tmp_path / "run" / "preds.json")
 
 
@@ -421,5 +421,6 @@ def test_real_problems_from_loading_to_scores(base, real_scienceqa, tmp_path):
     run_eval("--adapter_path", tmp_path / "run")
     scores = read_json(tmp_path / "run" / "scores.json")
     text_only = sum(not p["image"] for p in tests)
-    assert scores["questions"] == scores["counts"]["Avg"] == text_only and scores["skipped"] == len(tests) - text_only
+    assert scores["questions"] == scores["counts"]["Avg"] == text_only
+    assert scores["bad_pictures"] == len(tests) - text_only
     assert scores["IMG"] is None and scores["counts"]["IMG"] == 0 and scores["Avg"] is not None

@@ -26,7 +26,7 @@ from user_errors import error_message
 from util.data.datasets import load_scienceqa
 from util.data.prompts import fit_prompt
 from util.evaluation import answering, evaluate, mme, scienceqa
-from util.evaluation.results import PARTIAL
+from util.evaluation.results import PARTIAL_SUFFIX
 from util.runs import lock_folder
 
 RESULTS = ("generations.jsonl", "preds.json", "scores.json")
@@ -53,7 +53,7 @@ def scores_of(folder) -> dict:
 
 
 def partial_files(folder) -> list[str]:
-    return sorted(path.name for path in folder.glob(f"*{PARTIAL}"))
+    return sorted(path.name for path in folder.glob(f"*{PARTIAL_SUFFIX}"))
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +165,19 @@ def test_the_same_evaluation_again_is_not_repeated(run, monkeypatch, capsys):
     assert printed[-1] == f"scores: {run / 'scores.json'}"
 
 
+def test_the_number_of_bad_pictures_is_read_by_its_earlier_name(run, monkeypatch, capsys):
+    run_eval("--adapter_path", run)
+    scores = scores_of(run)
+    earlier = {"skipped" if name == "bad_pictures" else name: value for name, value in scores.items()}
+    (run / "scores.json").write_text(json.dumps(earlier))
+    monkeypatch.setattr(evaluate, "load_model", None)
+    capsys.readouterr()
+    run_eval("--adapter_path", run)
+    printed = capsys.readouterr().out
+    assert printed.startswith("scored before") and "0 problems dropped for a bad picture" in printed
+    assert scores_of(run) == earlier and "skipped" not in scores
+
+
 @pytest.mark.parametrize("name, change", [
     ("scores.json", lambda scores: {**scores, "Avg": 99.0}), ("scores.json", lambda scores: {**scores, "counts": None}),
     ("scores.json", lambda scores: {**scores, "correct": {**scores["correct"], "NAT": 0.5}}),
@@ -218,7 +231,7 @@ def test_an_evaluation_that_was_killed_goes_on(finished, unscored, monkeypatch):
     command = [sys.executable, "-c", SLOW_EVAL, str(ROOT), "--device", "cpu", "--adapter_path", str(unscored)]
     with subprocess.Popen([*command, "--max_batch_size", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
                           ) as process:
-        path = unscored / f"answers.0{PARTIAL}"
+        path = unscored / f"answers.0{PARTIAL_SUFFIX}"
         while process.poll() is None and not (path.is_file() and len(read_whole_lines(path)) > 1):
             time.sleep(0.01)
         time.sleep(random.random() * 0.7)
@@ -245,7 +258,7 @@ def test_a_fault_in_scoring_loses_no_answer(finished, unscored, monkeypatch, bro
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
         broken.setattr(f"util.evaluation.{broken_function}", lambda *args: 1 / 0)
         run_eval("--adapter_path", unscored)
-    assert partial_files(unscored) == [f"answers.0{PARTIAL}"] and not (unscored / "scores.json").exists()
+    assert partial_files(unscored) == [f"answers.0{PARTIAL_SUFFIX}"] and not (unscored / "scores.json").exists()
     answered = record_answered(monkeypatch)
     run_eval("--adapter_path", unscored)
     assert answered == [] and results(unscored) == results(finished) and partial_files(unscored) == []
@@ -261,7 +274,7 @@ def test_half_written_results_are_not_taken_for_the_old_ones(finished, run, monk
 
 def write_partial(folder, rank: int, identity: dict, answers: list[dict], torn: str = "") -> None:
     lines = [identity, *([answer["qid"], answer] for answer in answers)]
-    path = folder / f"answers.{rank}{PARTIAL}"
+    path = folder / f"answers.{rank}{PARTIAL_SUFFIX}"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
 
 
@@ -273,7 +286,7 @@ def test_answers_of_all_processes_are_used_and_torn_lines_are_not(finished, unsc
     write_partial(unscored, 0, identity, answers[:2], torn)
     write_partial(unscored, 3, identity, answers[4:5])
     write_partial(unscored, 5, {**identity, "decode": "score"}, answers[5:])
-    (unscored / f"answers.6{PARTIAL}").write_text("")
+    (unscored / f"answers.6{PARTIAL_SUFFIX}").write_text("")
     answered = record_answered(monkeypatch)
     run_eval("--adapter_path", unscored)
     assert answered == [answers[i]["qid"] for i in (2, 3, 5)]

@@ -32,3 +32,9 @@ def test_folders_without_answers_or_of_other_data_are_refused(tmp_path):
         topic_table([tmp_path], PROBLEMS)
     with pytest.raises(UserError, match="answers problem 9"):
         topic_table([write_answers(tmp_path / "other", {"9": 0})], PROBLEMS)
+
+
+def test_an_answer_that_is_none_is_named(tmp_path):
+    folder = write_answers(tmp_path / "broken", {"1": 0, "2": None})
+    with pytest.raises(UserError, match="generations.jsonl, line 2: prediction: should be a valid integer, not None"):
+        topic_table([folder], PROBLEMS)

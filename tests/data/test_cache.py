@@ -46,7 +46,7 @@ def decoded(monkeypatch) -> list:
 def load(root, skip_bad=False, size=8, split="test") -> tuple[dict, list]:
     """Images and skipped problems."""
     data = load_scienceqa(root, split)
-    return load_images(data, size, 2, skip_bad), data.skipped
+    return load_images(data, size, 2, skip_bad), data.bad_pictures
 
 
 def without_cache(monkeypatch, root, **flags) -> tuple[dict, list]:
@@ -291,7 +291,7 @@ def test_every_bit_of_an_entry_counts(tmp_path):
 def test_what_a_killed_process_left_is_removed(folder, decoded, scienceqa):
     load(scienceqa)
     path, first = entry(folder), load(scienceqa)
-    part = path.with_name(f".{path.name}.elsewhere.7{cache.PART}")
+    part = path.with_name(f".{path.name}.elsewhere.7{cache.PART_SUFFIX}")
     path.rename(part)
     cut(part, 0.5)
     assert_equal(load(scienceqa), first)

@@ -124,7 +124,7 @@ def test_skip_bad_skips_and_counts(scienceqa_copy):
     break_images(scienceqa_copy)
     data = load_scienceqa(scienceqa_copy, "test")
     images = load_images(data, IMAGE_SIZE, 2, skip_bad=True)
-    assert sorted(data.skipped) == ["113", "117"] and set(images) == {"115"}
+    assert sorted(data.bad_pictures) == ["113", "117"] and set(images) == {"115"}
     assert list(data.problems) == ["112", "114", "115", "116"]
 
 

@@ -234,7 +234,7 @@ def test_instructions_have_a_fingerprint_and_become_examples_by_record(tmp_path,
     assert load([dict(reversed({**r, "qid": 0}.items())) for r in RECORDS], tmp_path / "b").fingerprint == \
         data.fingerprint != load(RECORDS[::-1], tmp_path / "c").fingerprint
     assert list(load_examples(data, instruction_args(tmp_path), tokenizer, 8)) == ["record 0", "record 1", "record 2"]
-    assert capsys.readouterr().out == "3 records, 0 with a picture, 0 left out for their picture\n"
+    assert capsys.readouterr().out == "3 records, 0 with a picture, 0 dropped for a bad picture\n"
 
 
 # --- Training examples ---
@@ -249,7 +249,7 @@ def test_problems_become_examples_by_question_in_the_splits_order(scienceqa, tok
     examples = load_examples(data, args, tokenizer, IMAGE_SIZE)
     assert list(examples) == list(data.problems)
     assert all((examples[qid].image is None) == (p["image"] is None) for qid, p in data.problems.items())
-    assert capsys.readouterr().out == "12 problems, 6 with a picture, 0 left out for their picture\n"
+    assert capsys.readouterr().out == "12 problems, 6 with a picture, 0 dropped for a bad picture\n"
 
 
 def test_truncated_answers_are_counted_and_none_left_is_an_error(scienceqa, tokenizer, capsys):
@@ -283,7 +283,7 @@ def test_a_folder_that_links_to_itself_and_a_name_that_is_too_long(scienceqa_cop
     data = load_scienceqa(scienceqa_copy, "train")
     assert f"{folder}/image.png does not decode" in error_message(load_images, data, 8, 2, skip_bad=False)
     load_images(data, 8, 2, skip_bad=True)
-    assert data.skipped == ["101", "103"]
+    assert data.bad_pictures == ["101", "103"]
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
@@ -295,4 +295,4 @@ def test_a_picture_that_is_no_file_does_not_hang(scienceqa_copy, make):
     message = error_message(load_images, data, IMAGE_SIZE, 2, skip_bad=False)
     assert str(path) in message and "it is no file" in message
     load_images(data, IMAGE_SIZE, 2, skip_bad=True)
-    assert data.skipped == ["101"]
+    assert data.bad_pictures == ["101"]

@@ -14,12 +14,12 @@ import plot_results
 from lavin.runtime.files import read_json, write_json
 from tiny_study import confirm_study, quality, search_study
 from user_errors import error_message
-from util.search import figures
-from util.search import report as report_module
+from util.search import figures, summary
 from util.search.confirm import VERDICT, sentence
 from util.search.folder import LOG, RECORD, gpu_seconds, read_records
 from util.search.progress import cost_lines, duration, listed, progress_line
-from util.search.report import StudyReport, importance, markdown, write_report
+from util.search.report import markdown, write_report
+from util.search.summary import StudyReport, importance
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 TRIALS = 24
@@ -119,7 +119,7 @@ def test_trials_are_compared_where_three_quarters_of_them_were_scored(study):
 
 def test_importance_tells_what_matters_from_chance(study, monkeypatch):
     """The same trials in two worlds: one in which only the rate matters, and one in which nothing does."""
-    monkeypatch.setattr(report_module, "SHUFFLES", 40)
+    monkeypatch.setattr(summary, "SHUFFLES", 40)
     report, rng = StudyReport(study), np.random.default_rng(0)
     drawn = [replace(trial, record={**trial.record, "params": {
         **trial.record["params"], "blr": {**trial.record["params"]["blr"], "value": 0.002 * 20 ** rng.random()}}})

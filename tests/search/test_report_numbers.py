@@ -15,11 +15,11 @@ import optuna
 from optuna.distributions import FloatDistribution, distribution_to_json
 
 from lavin.runtime.files import write_json
-from util.search import figures
-from util.search import report as report_module
+from util.search import figures, summary
 from util.search.folder import change_record, read_records
 from util.search.progress import cost_lines, progress_line
-from util.search.report import StudyReport, importance, markdown
+from util.search.report import markdown
+from util.search.summary import StudyReport, importance
 
 FLAGS = {"blr": {"kind": "float", "low": 0.002, "high": 0.04, "log": True, "default": 0.009},
          "lr_schedule": {"kind": "categorical", "choices": ["cosine", "step"], "default": "cosine"},
@@ -186,7 +186,7 @@ def test_the_cost_is_foretold_by_gpu_seconds_an_epoch(study):
 def test_importance_is_of_the_better_half_where_the_trials_are_compared(tmp_path, monkeypatch):
     """`half` decides which half a trial is in, `top` only which are the very best. After 20 epochs, which a few trials
     reach, the order is another one, and trials without a score count for nothing."""
-    monkeypatch.setattr(report_module, "SHUFFLES", 40)
+    monkeypatch.setattr(summary, "SHUFFLES", 40)
     write_settings(tmp_path / "S")
     rng = random.Random(0)
     for number in range(40):

@@ -377,6 +377,16 @@ def test_a_worker_with_other_settings_is_refused_by_what_differs(tmp_path, chang
     assert set(Settings.__annotations__) <= settings.keys()
 
 
+def test_the_effective_batch_of_an_earlier_version_is_read(tmp_path):
+    """It stood in study.json with a blank in its name."""
+    flags = {"epochs": 9, "seed": 0}
+    open_study(tmp_path, flags={**flags, "effective batch": 32})
+    assert open_study(tmp_path, flags={**flags, "effective_batch": 32}).n_trials == 6
+    assert read_settings(tmp_path)["flags"]["effective_batch"] == 32
+    message = error_message(open_study, tmp_path, None, flags={**flags, "effective_batch": 16})
+    assert "train.py's effective batch (--batch_size x --accum_iter x processes) 16, not 32" in message
+
+
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("space", "flags")])
 def test_each_setting_is_the_same_for_all_workers(tmp_path, name):
     """Also the steps of an epoch, and so the number of questions that are trained on."""

@@ -243,7 +243,7 @@ OTHERS = [
     (("--confirm", "1"), (), "--confirm 1, not 2"), (("--seeds", "3"), (), "--seeds 3, not 2"),
     (("--pruner", "median"), (), "--pruner median, not asha"), ((), ("--seed", "3"), "train.py's --seed 3, not 0"),
     ((), ("--epochs", "10"), "train.py's --epochs 10, not 9"), ((), ("--lr", "0.01"), "other --space"),
-    (("--gpus", "2"), (), "--effective batch 8, not 4")]
+    (("--gpus", "2"), (), "train.py's effective batch (--batch_size x --accum_iter x processes) 8, not 4")]
 
 
 def test_a_worker_that_would_search_something_else_does_not_join(started):

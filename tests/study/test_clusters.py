@@ -1,5 +1,5 @@
-"""Statistics with clustered questions against scipy, statsmodels, loops and simulations; clusters in files, tables and
-figures."""
+"""Statistics with clustered questions against scipy, statsmodels, tables, loops and simulations; clusters in files,
+tables and figures."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import norm, sem, t
+from scipy.stats import norm, sem
 from test_comparison import STEP, write_run
 
 from lavin.runtime.errors import UserError
@@ -26,7 +26,6 @@ from util.study.statistics import (
     mcnemar,
     paired_bootstrap,
     standard_error,
-    t_quantile,
     wilson,
 )
 from util.study.tables import csv_table, rounded_cells, text_table
@@ -80,11 +79,12 @@ def test_design_effect_by_hand():
     assert expected_design_effect(40, 3 / 39, 0.2) == pytest.approx(1 + 3 * 0.2)  # Kish's, for clusters of 4
 
 
-@pytest.mark.parametrize("df", [1, 1.5, 2, 4, 11, 60, 4240])
-def test_quantiles_of_t_equal_scipys(df):
-    for probability in (0.025, 0.5, 0.8, 0.975):
-        assert t_quantile(probability, df) == pytest.approx(t.ppf(probability, df), rel=3e-4, abs=1e-9)
-    assert t_quantile(0.975, 0) == float("inf")
+@pytest.mark.parametrize("n_clusters, quantile", [(2, 12.706), (3, 4.303), (5, 2.776), (12, 2.201), (61, 2.000),
+                                                  (121, 1.980)])
+def test_few_clusters_count_less_by_the_table_of_students_t(n_clusters, quantile):
+    """Quantiles of any textbook's table, at 97.5 % and one degree of freedom less than clusters."""
+    pairs, clusters = np.tile([1, 0], n_clusters), np.repeat(np.arange(n_clusters), 2)
+    assert effective_size(pairs, clusters) == pytest.approx(2 * n_clusters * (1.959964 / quantile) ** 2, rel=6e-4)
 
 
 def test_clustered_test_equals_enumerating_the_sign_flips_of_clusters():
@@ -167,7 +167,7 @@ def test_clusters_of_one_run_are_used_for_all(tmp_path):
     comparison = compare([str(tmp_path)])
     assert comparison.clusters.tolist() == CLUSTERS
     difference = comparison.clustered["Step Decay"]
-    method, base = (m.outcomes(comparison.answers) for m in (comparison.methods[1], comparison.methods[0]))
+    method, base = comparison.methods[1].outcomes, comparison.methods[0].outcomes
     assert difference.p == mcnemar(method, base, np.array(CLUSTERS)) == 2 / 2**3  # 2, 1 and 1 more in three clusters
     assert comparison.differences["Step Decay"].p == 2 / 2**4
     ends = paired_bootstrap(method, base, np.array(CLUSTERS))
@@ -183,6 +183,16 @@ def test_clusters_of_one_run_are_used_for_all(tmp_path):
     row = list(csv.DictReader(io.StringIO(csv_table(comparison))))[1]
     assert (row["p_clustered"], row["p_mcnemar"]) == ("0.25", "0.125")
     assert float(row["difference_clustered_low"]) == pytest.approx(difference.low, abs=1e-4)
+
+
+def test_clustered_intervals_are_of_the_mean_over_the_seeds(tmp_path):
+    rights = ("1111100000", "1111111001", "0101110000")
+    for seed, right in enumerate(rights):
+        write_clustered(tmp_path / f"base{seed}", right, seed=seed)
+    (method,) = compare([str(tmp_path)]).methods
+    mean = np.array([[int(digit) for digit in right] for right in rights]).mean(0)
+    n = effective_size(mean, np.array(CLUSTERS))
+    assert method.clustered == pytest.approx([100 * end for end in wilson(mean.mean() * n, n)])
 
 
 def test_the_table_states_the_clusters_and_their_design_effects(tmp_path):

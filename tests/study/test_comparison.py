@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from scipy.stats import binomtest, sem
 
 from lavin.runtime.errors import UserError
+from util.evaluation.answers import Answer
 from util.evaluation.scoring import COLUMNS
 from util.study.comparison import (
     PUBLISHED,
@@ -23,7 +25,7 @@ from util.study.comparison import (
     published,
     with_published,
 )
-from util.study.finished_runs import Run, read_run
+from util.study.finished_runs import Run, flags_computed_with, read_run
 from util.study.statistics import (
     holm,
     mcnemar,
@@ -71,7 +73,7 @@ def write_run(folder: Path, right="1111000011", split="test", losses=(1.0, 0.5),
             continue
         lines = [line if isinstance(line, str) else json.dumps(line)
                  for line in (value if isinstance(value, list) else [value])]
-        (folder / name).write_text("\n".join(lines) + "\n")
+        (folder / name).write_text("".join(f"{line}\n" for line in lines))
     return str(folder)
 
 
@@ -217,8 +219,8 @@ def test_read_run(tmp_path):
     run = read_run(Path(write_run(tmp_path / "a", "110", files={"log.txt": log}, world_size=2)))
     assert run.losses[0] == 1.0 and np.isnan(run.losses[1])
     assert (run.counts["Avg"], run.correct["Avg"], run.counts["IMG"]) == (3, 2, 0)
-    assert run.predictions == {"0": 0, "1": 0, "2": 1} and run.answers == {"0": 0, "1": 0, "2": 0}
-    assert (run.flags["effective batch"], run.n_layers) == (64, 4)
+    assert run.answers == [Answer("0", 0, 0), Answer("1", 0, 0), Answer("2", 1, 0)] and run.predictions == {}
+    assert (run.flags["effective_batch"], run.n_layers) == (64, 4)
 
 
 METRICS_LINE = {"epoch": 0, "step": 10, "loss": 1.5}
@@ -229,16 +231,21 @@ BROKEN = {
     "unfinished, 0 of 2 epochs": {"log.txt": None},
     "log.txt, line 1: train_closs: is missing": {"log.txt": [{"epoch": 1}]},
     "scores.json (No such file or directory): run eval.py": {"scores.json": None},
-    "preds.json (No such file or directory): run eval.py": {"preds.json": None},
-    "preds.json is not valid JSON": {"preds.json": ['{"0": 1, ']},
-    "preds.json: should be a valid dictionary, not 7": {"preds.json": ["7"]},
+    "preds.json (No such file or directory): run eval.py": {"preds.json": None, "generations.jsonl": None},
+    "preds.json is not valid JSON": {"preds.json": ['{"0": 1, '], "generations.jsonl": None},
+    "preds.json: should be a valid dictionary, not 7": {"preds.json": ["7"], "generations.jsonl": None},
     "scores.json: counts: is missing": {"scores.json": {"Avg": 50}},
     "scores.json: correct: lacks G7-12": {"scores.json": {**SCORES, "correct": dict.fromkeys(list(COLUMNS)[:-2], 5)}},
     "Avg 70.0 is not 5 of 10": {"scores.json": {**SCORES, "Avg": 70.0}},
     "IMG None is not 5 of 10": {"scores.json": {**SCORES, "IMG": None}},
-    "10 questions, 3 in preds.json": {"preds.json": {"0": 0, "1": 0, "2": 0}, "scores.json": SCORES},
-    "does not count the answers of preds.json": {"scores.json": SCORES},
-    "generations.jsonl is broken": {"generations.jsonl": [{"qid": "0", "prediction": 1, "answer": 0}]},
+    "10 questions, 3 in preds.json": {"preds.json": {"0": 0, "1": 0, "2": 0}, "scores.json": SCORES,
+                                      "generations.jsonl": None},
+    "does not count the answers of generations.jsonl": {"scores.json": SCORES},
+    "10 questions, 1 in generations.jsonl": {"generations.jsonl": [{"qid": "0", "prediction": 1, "answer": 0}]},
+    "10 questions, 0 in generations.jsonl": {"generations.jsonl": []},
+    "10 questions, 0 in preds.json": {"generations.jsonl": None, "preds.json": {}},
+    "generations.jsonl answers question 0 twice": {
+        "generations.jsonl": [{"qid": str(max(0, i - 1)), "prediction": 0, "answer": 0} for i in range(10)]},
     "generations.jsonl, line 1: qid: is missing": {"generations.jsonl": [{"prediction": 1, "answer": 0}]},
     "metrics.jsonl, line 1: loss: should be a valid number, not 'x'": {
         "metrics.jsonl": [{"epoch": 0, "step": 1, "loss": "x"}]},
@@ -251,21 +258,51 @@ BROKEN = {
         "config.json": {"flags": {**FLAGS, "epochs": 2.5}, "world_size": 1}},
     "config.json: n_layers: should be greater than or equal to 1, not 0": {
         "config.json": {"flags": FLAGS, "world_size": 1, "n_layers": 0}},
-    "--lr_schedule linear": {"config.json": {"flags": {**FLAGS, "lr_schedule": "linear"}, "world_size": 1}},
+    "config.json: flags.lr_schedule: should be 'cosine', 'cyclical', 'step' or 'exponential', not 'linear'": {
+        "config.json": {"flags": {**FLAGS, "lr_schedule": "linear"}, "world_size": 1}},
+    "config.json: --warmup_epochs 2.0 must lie at or above 0, and below --epochs 2": {
+        "config.json": {"flags": {**FLAGS, "warmup_epochs": 2}, "world_size": 1}},
     "dropout_lim 0.05": {"config.json": {"flags": {**FLAGS, "dropout_var": 1.1, "dropout_lim": 0.05}, "world_size": 1}},
 }
 
 
 @pytest.mark.parametrize("reason, files", BROKEN.items())
-def test_broken_runs_are_named_and_left_out(tmp_path, reason, files):
+def test_broken_runs_are_named_and_excluded(tmp_path, reason, files):
     bad = write_run(tmp_path / "bad", files=files)
     with pytest.raises(UserError) as error:
         compare([bad])
     assert reason in str(error.value) and "bad" in str(error.value) and "\n" not in str(error.value)
     comparison = compare([write_run(tmp_path / "good"), bad])
     assert [run.folder for method in comparison.methods for run in method.runs] == [str(tmp_path / "good")]
-    assert len(comparison.left_out) == 1 and reason in comparison.left_out[0]
-    assert f"Left out: {bad}: " in text_table(comparison)
+    assert len(comparison.excluded) == 1 and reason in comparison.excluded[0]
+    assert f"Excluded: {bad}: " in text_table(comparison)
+
+
+@pytest.mark.parametrize("name", flags_computed_with())
+def test_flags_that_are_missing_or_out_of_range_are_named(tmp_path, name):
+    for value, reason in ((-1, f"flags.{name}: should be "), (None, f"flags.{name}: is missing")):
+        flags = {flag: value if flag == name else kept for flag, kept in FLAGS.items() if value or flag != name}
+        folder = write_run(tmp_path / str(value), files={"config.json": {"flags": flags, "world_size": 1}})
+        with pytest.raises(UserError, match=re.escape(reason)):
+            read_run(Path(folder))
+
+
+def test_the_answers_count_and_not_the_predictions_that_were_written_of_them(tmp_path):
+    for name, predictions in (("gone", None), ("others", dict.fromkeys(map(str, range(10)), 3))):
+        run = read_run(Path(write_run(tmp_path / name, files={"preds.json": predictions})))
+        assert sum(answer.correct for answer in run.answers) == run.correct["Avg"] == 6
+
+
+def test_scores_that_were_raised_are_refused(tmp_path):
+    """Also where all their percentages are those of their counts."""
+    folder = Path(write_run(tmp_path / "run"))
+    scores = json.loads((folder / "scores.json").read_text())
+    columns = [column for column, n in scores["counts"].items() if n]
+    raised = {**scores, **dict.fromkeys(columns, 70.0), "correct": {**scores["correct"], **dict.fromkeys(columns, 7)}}
+    read_run(folder)
+    (folder / "scores.json").write_text(json.dumps(raised))
+    with pytest.raises(UserError, match="scores.json does not count the answers of generations.jsonl"):
+        read_run(folder)
 
 
 CHECKPOINT = b"the adapters after the second epoch"
@@ -285,14 +322,14 @@ STRANGE = {
 
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("reason, scored", STRANGE.items())
-def test_scores_of_something_else_are_left_out(tmp_path, reason, scored, with_base):
+def test_scores_of_something_else_are_excluded(tmp_path, reason, scored, with_base):
     trained = {"prompt_format": "QCM-ALE", "bits": "16bit"}
     for name, flags in (("a", STEP), ("b", {} if with_base else INCREASING), ("c", CYCLICAL)):
         write_run(tmp_path / name, scored={**OWN, **(scored if name == "a" else {})}, **trained, **flags)
         (tmp_path / name / "checkpoint-1.pth").write_bytes(CHECKPOINT)
     comparison = compare([str(tmp_path)])
     assert len(comparison.methods) == 2 and not comparison.notes
-    (line,) = comparison.left_out
+    (line,) = comparison.excluded
     assert line.startswith(f"{tmp_path / 'a'}: {reason}")
 
 
@@ -304,7 +341,7 @@ def test_scores_that_belong_together_though_they_differ(tmp_path):
     write_run(tmp_path / "d", **INCREASING)
     write_run(tmp_path / "e", **CYCLICAL)
     comparison = compare([str(tmp_path)], str(tmp_path / "a"))
-    assert len(comparison.methods) == 5 and not comparison.left_out
+    assert len(comparison.methods) == 5 and not comparison.excluded
     (note,) = comparison.notes
     assert note.startswith(f"{tmp_path / 'e'}, {tmp_path / 'd'}: scored by an earlier version")
     assert f"Note: {note}." in text_table(comparison).splitlines()
@@ -317,8 +354,9 @@ def test_scores_without_written_answers_are_noted(tmp_path):
         "differ"]
 
 
-def test_skipped_steps_are_noted(tmp_path):
-    log = [{"epoch": 0, "train_closs": 1.0, "steps_left_out": 2}, {"epoch": 1, "train_closs": 1.0, "steps_left_out": 1}]
+@pytest.mark.parametrize("name", ["skipped_steps", "steps_left_out"])  # the second is that of earlier versions
+def test_skipped_steps_are_noted(tmp_path, name):
+    log = [{"epoch": 0, "train_closs": 1.0, name: 2}, {"epoch": 1, "train_closs": 1.0, name: 1}]
     metrics = [{"epoch": 0, "step": 1000, "loss": 1.0}, {"epoch": 0, "step": 1100, "loss": None}]
     write_run(tmp_path / "a", files={"log.txt": log, "metrics.jsonl": metrics}, scored=OWN)
     write_run(tmp_path / "b", files={"log.txt": log}, scored=OWN, **STEP)
@@ -347,7 +385,7 @@ def test_a_schedule_without_a_display_name_has_its_own():
     assert method_name({**FLAGS, "lr_schedule": "polynomial"}, FLAGS) == "polynomial"
 
 
-def test_runs_on_different_questions_are_left_out(tmp_path):
+def test_runs_on_different_questions_are_excluded(tmp_path):
     write_run(tmp_path / "val", split="val", **STEP)
     write_run(tmp_path / "short", "110", **STEP)
     other = {"generations.jsonl": [{"qid": str(i), "prediction": 1, "answer": 1} for i in range(10)],
@@ -357,7 +395,7 @@ def test_runs_on_different_questions_are_left_out(tmp_path):
     write_run(tmp_path / "zbase")
     comparison = compare([str(tmp_path)])
     assert [method.name for method in comparison.methods] == ["Base"]
-    reasons = "\n".join(sorted(comparison.left_out))
+    reasons = "\n".join(sorted(comparison.excluded))
     assert "answers: its questions have other right answers" in reasons
     assert "short: its 3 questions are not the others' 10" in reasons
     assert "val: of split val, not test" in reasons
@@ -377,7 +415,7 @@ def test_each_folder_is_read_once(tmp_path):
     a = write_run(tmp_path / "runs" / "a")
     (tmp_path / "runs" / "plots").mkdir()
     comparison = compare([a, str(tmp_path / "runs"), str(tmp_path / "runs" / ".." / "runs" / "a")])
-    assert [method.name for method in comparison.methods] == ["Base", "Step Decay"] and not comparison.left_out
+    assert [method.name for method in comparison.methods] == ["Base", "Step Decay"] and not comparison.excluded
     for path, reason in ((tmp_path / "none", "no folder"), (tmp_path / "runs" / "plots", "holds no run")):
         with pytest.raises(UserError, match=reason):
             compare([str(path)])
@@ -396,12 +434,12 @@ def test_each_folder_is_read_once(tmp_path):
     ({"dropout_var": 1.02, "dropout_lim": 0.3}, "Inc. Drop. Prob 0.1 x 1.02 to 0.3"),
     ({"dropout_prob": 0.3, "dropout_var": 0.9, "dropout_lim": 0.0}, "Dec. Drop. Prob 0.3 x 0.9 to 0"),
     ({"dropout_prob": 0.2}, "dropout 0.2"), ({"dropout_lim": 0.7}, "Base"),
-    ({"lr": 0.002, "blr": 0.3, "batch_size": 4, "effective batch": 16, "warmup_epochs": 0},
-     "Base + lr 0.002 + warmup_epochs 0 + effective batch 16"),
+    ({"lr": 0.002, "blr": 0.3, "batch_size": 4, "effective_batch": 16, "warmup_epochs": 0},
+     "Base + lr 0.002 + warmup_epochs 0 + effective_batch 16"),
     ({**CYCLICAL, "warmup_epochs": 0}, "Cyclical LR"), ({"seed": 7, "device": "cuda", "output_dir": "x"}, "Base"),
 ])
 def test_method_names_list_the_differing_flags(flags, name):
-    reference = {**FLAGS, "effective batch": 32}
+    reference = {**FLAGS, "effective_batch": 32}
     assert method_name({**reference, **flags}, reference) == name
 
 
@@ -414,7 +452,7 @@ def test_seeds_are_averaged_with_a_standard_deviation(tmp_path):
     comparison = compare([str(tmp_path)])
     base, step = comparison.methods
     assert [run.flags["seed"] for run in step.runs] == [0, 1, 2]
-    assert "s2again: has the flags and the seed of" in comparison.left_out[0]
+    assert "s2again: has the flags and the seed of" in comparison.excluded[0]
     assert step.accuracy("Avg") == pytest.approx(70) and step.deviation("Avg") == pytest.approx(10)
     assert step.accuracy("IMG") is None and step.deviation("IMG") is None and base.deviation("Avg") is None
     assert step.interval("Avg") == pytest.approx([100 * end for end in wilson(7, 10)])

@@ -1,4 +1,4 @@
-"""The plan against scipy's noncentral t, simulated studies of known variances, and cases computed by hand."""
+"""The plan against scipy's noncentral t, tables, simulated studies of known variances, and cases computed by hand."""
 
 import math
 
@@ -12,6 +12,7 @@ from test_comparison import FLAGS, STEP, write_run
 
 import plot_results
 from lavin.runtime.errors import UsageError, UserError
+from util.evaluation.answers import Answer
 from util.evaluation.scoring import COLUMNS
 from util.study.comparison import Comparison, Method, compare, published
 from util.study.finished_runs import Run
@@ -35,6 +36,14 @@ def test_seeds_find_their_difference_four_times_of_five(seeds):
     critical = t.ppf(0.975, df)
     power = nct.sf(critical, df, noncentrality) + nct.cdf(-critical, df, noncentrality)
     assert power == pytest.approx(0.8, abs=0.012)
+
+
+@pytest.mark.parametrize("seeds, quantiles", [(2, (4.303, 1.061)), (3, (2.776, 0.941)), (4, (2.447, 0.906)),
+                                              (6, (2.228, 0.879)), (31, (2.000, 0.848))])
+def test_seeds_detectable_by_the_table_of_students_t(seeds, quantiles):
+    """Quantiles of any textbook's table, at 97.5 and 80 % and 2 (seeds - 1) degrees of freedom; a variance of 0.25."""
+    assert seeds_detectable(Variances(0.25, 0, 0, ()), seeds) == pytest.approx(sum(quantiles) * (0.5 / seeds) ** 0.5,
+                                                                               rel=4e-4)
 
 
 @pytest.mark.parametrize("effect, seeds", [(0.5, 64), (0.8, 26), (1.0, 17)])
@@ -99,9 +108,9 @@ def simulated_comparison(n=20_000, seeds=6, deviation=0.02, clusters=None) -> Co
         chance = 0.7 + half + rng.normal(0, deviation, (seeds, 1))
         right = rng.random((seeds, n)) < chance
         runs = [Run("", {**FLAGS, "seed": i}, [], dict.fromkeys(COLUMNS, n), dict.fromkeys(COLUMNS, int(row.sum())),
-                    predictions={str(q): int(not x) for q, x in enumerate(row)}) for i, row in enumerate(right)]
+                    answers=[Answer(str(q), int(not x), 0) for q, x in enumerate(row)]) for i, row in enumerate(right)]
         methods.append(Method(name, runs))
-    return Comparison(methods, {}, [], answers=dict.fromkeys(map(str, range(n)), 0), clusters=clusters)
+    return Comparison(methods, {}, [], clusters=clusters)
 
 
 def test_variances_are_found_again():

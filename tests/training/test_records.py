@@ -76,9 +76,9 @@ def end_at(monkeypatch, steps: int, error: type[BaseException] | None, *command)
 
 
 def test_the_lines_of_a_run_count_each_step_that_is_not_finite_once(unbroken):
-    assert [(line["epoch"], line["step"], line["steps_skipped"]) for line in lines(unbroken)] == [
+    assert [(line["epoch"], line["step"], line["skipped_steps"]) for line in lines(unbroken)] == [
         (0, 10, 2), (0, 12, 1), (1, 10, 1), (1, 12, 0)]
-    assert [entry["steps_left_out"] for entry in read_log(unbroken)] == [3, 1]
+    assert [entry["skipped_steps"] for entry in read_log(unbroken)] == [3, 1]
 
 
 def test_losses_are_means_over_the_steps_that_were_made(unbroken):

@@ -459,7 +459,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_training(flags, tmp_path, mo
     message = refused(*in_folder(flags, tmp_path, "--batch_size", "1", "--epochs", "5"))
     assert "10 steps in a row" in message and "epoch 1, step 7" in message and "loss nan" in message
     assert message.split("questions ")[1].split(")")[0] in [str(i) for i in range(100, 112)]
-    assert read_log(tmp_path)[0]["steps_left_out"] == 3 and list(checkpoints(tmp_path)) == [0]
+    assert read_log(tmp_path)[0]["skipped_steps"] == 3 and list(checkpoints(tmp_path)) == [0]
 
 
 def test_an_epoch_without_a_finite_step_ends_training(flags, tmp_path, monkeypatch):
@@ -482,7 +482,7 @@ def test_metrics_have_a_line_every_ten_steps_and_at_the_end_of_an_epoch(flags, t
     for epoch, entry in enumerate(read_log(tmp_path)):
         first, last = lines[2 * epoch:2 * epoch + 2]
         assert (10 * first["loss"] + 2 * last["loss"]) / 12 == pytest.approx(entry["train_closs"])
-        assert first["steps_skipped"] == 0 and first["grad_norm"] > 0 and first["mfu"] is None
+        assert first["skipped_steps"] == 0 and first["grad_norm"] > 0 and first["mfu"] is None
         assert first["tokens_per_s"] > first["samples_per_s"] > 0
     assert lines[0]["lr"] == pytest.approx(1e-2 * 9 / 12)
 

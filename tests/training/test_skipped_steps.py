@@ -37,7 +37,7 @@ def test_a_good_step_ends_a_row_of_skipped_ones(base, scienceqa, tmp_path, monke
     """Nine, one good step, nine: in different epochs, too."""
     break_steps(monkeypatch, {*range(1, 10), *range(11, 20), *range(21, 30)})
     run(base, scienceqa, tmp_path)
-    assert [entry["steps_left_out"] for entry in read_log(tmp_path)] == [11, 11, 5]
+    assert [entry["skipped_steps"] for entry in read_log(tmp_path)] == [11, 11, 5]
 
 
 @pytest.mark.parametrize("stop_at", [4, 12])

@@ -48,5 +48,5 @@ def test_metrics_divide_the_work_of_the_steps_that_were_read_by_their_time(tmp_p
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line == {"epoch": 0, "step": 2, "loss": 2.0, "lr": 0.2, "grad_norm": None, "samples_per_s": 0.5,
                     "tokens_per_s": 5.0, "mfu": pytest.approx(2 * 4 * (1000 * 10 + 100 * 4 + 10 * 5) / 4 / 1e6),
-                    "peak_memory_gib": 1.5, "steps_skipped": 1}
+                    "peak_memory_gib": 1.5, "skipped_steps": 1}
     assert len(lines.work) == 1 and lines.first_step == 2

@@ -43,17 +43,17 @@ def load_examples(data: ScienceQA | Instructions, settings: TrainingData, tokeni
 
     images = load_images(data, image_size, threads, settings.skip_bad)
     examples = tokenized(list(data.problems), text, images, tokenizer, n_prompt, max_seq_len, "problems")
-    report("problems", examples, len(data.skipped), max_seq_len)
+    report("problems", examples, len(data.bad_pictures), max_seq_len)
     return examples
 
 
-def report(what: str, examples: dict[str, Example], n_skipped: int, max_seq_len: int) -> None:
+def report(what: str, examples: dict[str, Example], bad_pictures: int, max_seq_len: int) -> None:
     """One line of counts. Raises UserError where truncation leaves no answer at all."""
     n_truncated = sum(example.answer_start == len(example.ids) for example in examples.values())
     if n_truncated == len(examples):
         raise UserError(f"--max_seq_len {max_seq_len} leaves no answer to learn from: raise it")
     n_pictures = sum(example.image is not None for example in examples.values())
-    print_rank0(f"{len(examples)} {what}, {n_pictures} with a picture, {n_skipped} left out for their picture"
+    print_rank0(f"{len(examples)} {what}, {n_pictures} with a picture, {bad_pictures} dropped for a bad picture"
                 + (f", {n_truncated} whose answer lies beyond --max_seq_len {max_seq_len}" if n_truncated else ""))
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import first_line
-from lavin.runtime.files import PART, atomic_write, json_sha256
+from lavin.runtime.files import PART_SUFFIX, atomic_write, json_sha256
 
 Arrays = dict[str, torch.Tensor]
 
@@ -119,7 +119,7 @@ def remove_unused(path: Path) -> None:
     for other in path.parent.iterdir():
         with suppress(OSError):
             is_old = OWN_NAMES.fullmatch(other.name) and time.time() - other.stat().st_mtime > UNUSED_SECONDS
-            if is_old or (other.name.startswith(f".{path.name}.") and other.suffix == PART):
+            if is_old or (other.name.startswith(f".{path.name}.") and other.suffix == PART_SUFFIX):
                 other.unlink()
 
 

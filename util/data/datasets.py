@@ -55,14 +55,14 @@ class Captions(TypedDict):
 
 @dataclass
 class ScienceQA:
-    """One split. problems: of type Problem, by id, in the split's order. captions: by id. skipped: ids left out for a
-    bad image.
+    """One split. problems: of type Problem, by id, in the split's order. captions: by id. bad_pictures: ids of problems
+    that were dropped, since their picture is missing or broken.
     """
 
     root: Path
     problems: dict[str, Any]
     captions: dict[str, str]
-    skipped: list[str] = field(default_factory=list)
+    bad_pictures: list[str] = field(default_factory=list)
 
     def picture_path(self, qid: str) -> Path | None:
         problem = self.problems[qid]

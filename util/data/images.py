@@ -142,7 +142,7 @@ def load_images(data: ScienceQA, size: int, threads: int, skip_bad: bool) -> dic
         except IMAGE_ERRORS as error:
             if not skip_bad:
                 raise bad_picture(paths[qid], error) from error
-            data.skipped.append(qid)
+            data.bad_pictures.append(qid)
             del data.problems[qid]
     if not data.problems:
         raise UserError(f"no problem is left in {data.root}: all pictures are missing or broken")

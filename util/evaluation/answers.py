@@ -1,5 +1,6 @@
 """Answers to questions of ScienceQA: one line each of generations.jsonl, from which all scores are computed."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
+from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json_lines, write_json_lines
 from lavin.runtime.schema import declared, validate
 
@@ -61,8 +63,12 @@ def from_json(line: Any) -> Answer:
 
 def read_answers(path: Path, fix: str = "evaluate again") -> list[Answer]:
     """The answers of generations.jsonl, in its order. Raises UserError where the file is missing or broken."""
-    return [from_json(validate(line, Line, f"{path}, line {i}", fix))
-            for i, line in enumerate(read_json_lines(path), 1)]
+    answers = [from_json(validate(line, Line, f"{path}, line {i}", fix))
+               for i, line in enumerate(read_json_lines(path), 1)]
+    repeated = [qid for qid, n in Counter(answer.qid for answer in answers).items() if n > 1]
+    if repeated:
+        raise UserError(f"{path} answers question {repeated[0]} twice: {fix}")
+    return answers
 
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:

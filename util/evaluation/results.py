@@ -19,7 +19,7 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, read_whole_lines, sha256, write_json_lines
 from util.fingerprint import fingerprints
 from util.flags import BaseSettings
-from util.runs import PARTIAL, checkpoints, user_error_if_malformed
+from util.runs import PARTIAL_SUFFIX, checkpoints, user_error_if_malformed
 from util.trained_model import Trained
 
 # --- The folder ---
@@ -70,6 +70,14 @@ def model_identity(base: BaseSettings, trained: Trained, tokenizer_path: str | N
 
 # --- Scores that are there ---
 
+EARLIER_NAMES = {"skipped": "bad_pictures"}  # of entries of scores.json, by which earlier versions wrote them
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """The entries of a file of scores, by their names in this version."""
+    return {EARLIER_NAMES.get(name, name): value for name, value in read_json(path).items()}
+
+
 def scored_before(path: Path, identity: dict, rescore: Callable[[dict], dict]) -> dict | None:
     """The scores in a file, if they have this identity and are those of the answers beside them; says what will be
     replaced if not.
@@ -79,7 +87,7 @@ def scored_before(path: Path, identity: dict, rescore: Callable[[dict], dict]) -
     if not path.is_file():
         return None
     try:
-        scores = read_json(path)
+        scores = read_scores(path)
     except UserError:
         scores = {}
     other = [name.removesuffix("_sha256") for name, value in identity.items() if scores.get(name) != value]
@@ -128,14 +136,14 @@ def append(file, *values) -> None:
 
 
 def partial_path(folder: Path, name: str, rank: int) -> Path:
-    return folder / f"{name}.{rank}{PARTIAL}"
+    return folder / f"{name}.{rank}{PARTIAL_SUFFIX}"
 
 
 def recover(folder: Path, name: str, identity: dict) -> dict[str, Any]:
     """The answers in the files of all processes, whose number may have been another. They are put into one file;
     answers of another identity are dropped."""
     answers: dict[str, Any] = {}
-    paths, whole = set(folder.glob(f"{name}.*{PARTIAL}")), partial_path(folder, name, 0)
+    paths, whole = set(folder.glob(f"{name}.*{PARTIAL_SUFFIX}")), partial_path(folder, name, 0)
     for path in paths:
         with suppress(UserError, TypeError, ValueError):  # what was changed by others is answered again
             first, *rest = read_whole_lines(path) or [None]
@@ -149,5 +157,5 @@ def recover(folder: Path, name: str, identity: dict) -> dict[str, Any]:
 
 
 def drop_partial(folder: Path, name: str) -> None:
-    for path in folder.glob(f"{name}.*{PARTIAL}"):
+    for path in folder.glob(f"{name}.*{PARTIAL_SUFFIX}"):
         path.unlink()

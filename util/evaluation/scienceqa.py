@@ -62,26 +62,26 @@ class ScienceQATask:
         write_json(folder / PREDICTIONS, predictions_of(map(from_json, answers)))
 
     def scores(self, answers: list[Any]) -> dict[str, Any]:
-        return summarize([from_json(answer) for answer in answers], self.problems, len(self.problems.skipped))
+        return summarize([from_json(answer) for answer in answers], self.problems, len(self.problems.bad_pictures))
 
     def rescore(self, folder: Path, scores: dict[str, Any]) -> dict[str, Any]:
         answers = read_answers(folder / GENERATIONS)
         restore_predictions(folder / PREDICTIONS, answers)
-        return summarize(answers, self.problems, scores["skipped"])
+        return summarize(answers, self.problems, scores["bad_pictures"])
 
     def report(self, scores: dict[str, Any]) -> list[str]:
-        lines = [score_table(scores), f"{scores['parse_failures']} answers named no option, {scores['skipped']} "
-                 "problems left out for their picture"]
+        lines = [score_table(scores), f"{scores['parse_failures']} answers named no option, "
+                 f"{scores['bad_pictures']} problems dropped for a bad picture"]
         if scores["prompts_cut"]:
             lines.append(f"{scores['prompts_cut']} prompts are longer than --max_seq_len {scores['max_seq_len']}: "
                          "words in their middle are left out")
         return lines
 
 
-def summarize(answers: list[Answer], problems: ScienceQA, n_skipped: int) -> dict[str, Any]:
-    """The content of scores.json, without the identity. n_skipped: the number of problems without a usable picture."""
+def summarize(answers: list[Answer], problems: ScienceQA, bad_pictures: int) -> dict[str, Any]:
+    """The content of scores.json, without the identity. bad_pictures: the number of problems dropped for theirs."""
     return {**score(problems.problems, answers), "questions": len(answers),
-            "parse_failures": sum(not answer.parsed for answer in answers), "skipped": n_skipped,
+            "parse_failures": sum(not answer.parsed for answer in answers), "bad_pictures": bad_pictures,
             "prompts_cut": sum(answer.cut for answer in answers)}
 
 

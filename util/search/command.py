@@ -1,4 +1,4 @@
-"""The work of search.py: it checks the study's flags, works on its trials, and confirms the best ones."""
+"""The command search.py: it checks the study's flags, works on its trials, and confirms the best ones."""
 
 import math
 import os
@@ -21,7 +21,7 @@ from util.search.progress import cost_lines, progress_line
 from util.search.runner import HoursSpent, Runner
 from util.search.space import Values, command_line, read_space
 from util.training.recipe import TRAIN_FLAGS
-from util.training.settings import Optimization, TrainingData, TrainSettings
+from util.training.settings import EFFECTIVE_BATCH, Optimization, TrainingData, TrainSettings
 from util.training.settings import get_args_parser as train_parser
 
 SPLITS = ("train", "val", "test")
@@ -43,16 +43,16 @@ def fixed_values(trained) -> Values:
 
 
 def describe_study(args, space, trained) -> dict:
-    """study.json: what must be the same for all workers, and what --precision means here."""
+    """The content of study.json: the settings that all workers must share, and the meaning of --precision here."""
     effective_batch, files = Optimization.of(trained).effective_batch(args.gpus), TrainingData.of(trained)
     data = {split: load_scienceqa(files.data_root, split, files.captions) for split in SPLITS}
     flags = {name: value for name, value in vars(trained).items()
-             if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != "effective_batch"}
+             if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != EFFECTIVE_BATCH}
     return {**{name: getattr(args, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
             "precision": resolve_precision(trained.precision, trained.device, trained.bits),
             "steps_per_epoch": steps_per_epoch(len(data["train"].problems), effective_batch),
             "space": {"parameters": space.parameters, "enqueue": space.enqueue},
-            "flags": {**flags, "effective batch": effective_batch}}
+            "flags": {**flags, EFFECTIVE_BATCH: effective_batch}}
 
 
 def machine_flags(trained) -> list[str]:
@@ -63,7 +63,7 @@ def machine_flags(trained) -> list[str]:
 
 
 def check_precision(study: Path, precision: str, trained, here: str) -> None:
-    """precision: of the study. here: what this worker would begin one with. Raises UserError where it cannot join."""
+    """Raises UserError where this worker cannot join a study of that precision. here: the one it would begin with."""
     if trained.precision not in ("auto", precision):
         raise UserError(f"{study} is a study in {precision}: leave --precision {trained.precision} out, or name "
                         "another folder with --study")
@@ -121,8 +121,8 @@ def confirm_best(args, runner: Runner, epochs: int, seed: int) -> None:
 
 
 def seconds_left(args) -> float:
-    """The seconds that the next command of this worker may take, if all trials that run now share evenly what is left
-    of --gpu_hours."""
+    """The seconds that the next command of this worker may take. All trials that run now share evenly what is left of
+    --gpu_hours."""
     if args.gpu_hours is None:
         return math.inf
     records = all_records(args.study)

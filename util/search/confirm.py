@@ -1,4 +1,4 @@
-"""The end of a study: its best configurations and its base once more, with fresh seeds, and what that says.
+"""The end of a study: its best configurations and its base run again with fresh seeds, which name the winner.
 
 The best of many trials is lucky, so its own score is worth little. Runs with fresh seeds on the whole validation split
 name the winner; the test split is scored once, for the winner and the base. All workers share the runs.
@@ -6,15 +6,18 @@ name the winner; the test split is scored once, for the winner and the base. All
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json, read_json_lines, write_json
+from lavin.runtime.files import read_json, write_json
+from util.evaluation.answers import GENERATIONS, read_answers
 from util.search.folder import RECORD, accuracy, add_rung, begin_record, change_record, read_records
 from util.search.locks import claim, waiting_for
 from util.search.runner import Runner
@@ -25,13 +28,12 @@ from util.study.tables import points
 VERDICT = "verdict.json"
 BASE = "000"  # the first trial
 LEVEL = 0.05
-DRAWS = 200_000  # of Dunnett's distribution: its p-values are good to 0.0005 near the level
 WAIT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class FreshRun:
-    """configuration: the number of the trial that had it first."""
+    """A run of a configuration with a fresh seed. configuration: the number of the trial that had it first."""
 
     folder: Path
     configuration: str
@@ -40,8 +42,8 @@ class FreshRun:
 
 
 def plan(study: Path, k: int, seeds: int, first_seed: int) -> list[FreshRun]:
-    """Of the k best trials beside the base, and of the base. All trials must have ended. Where fewer have finished the
-    schedule, the best of those that came farthest follow."""
+    """The runs of the k best trials beside the base, and of the base. All trials must have ended. Where fewer than k
+    have finished the schedule, the best of those that came farthest follow."""
     records = read_records(study)
     reached = {name: (record["rungs"][-1]["epoch"], accuracy(record["rungs"][-1]))
                for name, record in records.items() if record["rungs"] and record["state"] != "FAIL" and name != BASE}
@@ -56,7 +58,7 @@ def is_done(run: FreshRun) -> bool:
 
 
 def run_all(study: Path, runs: list[FreshRun], execute: Callable[[FreshRun, int], None]) -> None:
-    """Until all are done, by this worker or another. execute(run, lock): makes a run, or goes on with it."""
+    """Works on the runs until all are done, by this worker or another. execute(run, lock): makes a run, or goes on."""
     while left := [run for run in runs if not is_done(run)]:
         for run in left:
             lock = claim(study / ".locks" / run.folder.name)
@@ -72,7 +74,8 @@ def run_all(study: Path, runs: list[FreshRun], execute: Callable[[FreshRun, int]
 
 
 def train_and_score(runner: Runner, epochs: int, run: FreshRun, lock: int) -> None:
-    """Over the full schedule, and on all of the validation split. Raises UserError, which names the run."""
+    """Trains a run over the full schedule, and scores it on all of the validation split. Raises UserError, which names
+    the run."""
     begin_record(run.folder, runner.gpus, values=run.values, configuration=run.configuration, seed=run.seed)
     try:
         runner.train(run.folder, run.values, epochs, lock, "--seed", str(run.seed))
@@ -83,7 +86,7 @@ def train_and_score(runner: Runner, epochs: int, run: FreshRun, lock: int) -> No
     change_record(run.folder, state="COMPLETE")
 
 
-# --- What the runs say ---
+# --- The verdict ---
 
 @dataclass(frozen=True)
 class Verdict:
@@ -106,7 +109,7 @@ class Verdict:
 
 
 def verdict(outcomes: dict[str, np.ndarray]) -> Verdict:
-    """outcomes: [seeds, questions] of each configuration, 1 where the answer is right; the base is among them."""
+    """The verdict on the outcomes [seeds, questions] of each configuration (1: correct); the base is among them."""
     base, others = outcomes[BASE], {name: rows for name, rows in outcomes.items() if name != BASE}
     winner = max(others, key=lambda name: others[name].mean())
     difference = 100 * float(others[winner].mean() - base.mean())
@@ -118,29 +121,29 @@ def verdict(outcomes: dict[str, np.ndarray]) -> Verdict:
 
 
 def dunnett(values: np.ndarray) -> float:
-    """p-value of the largest difference to the first row, over all others (Dunnett 1955), one-sided: is any better?
+    """The one-sided p-value of the largest difference to the first row, over all others (Dunnett 1955): is any better?
 
-    values: [1 + k, n], normal with one variance. The distribution of the largest statistic is drawn.
+    values: [1 + k, n], normal with one variance.
     """
-    k, n = len(values) - 1, values.shape[1]
-    degrees = (k + 1) * (n - 1)
-    means, deviation = values.mean(1), np.sqrt(values.var(1, ddof=1).mean())
-    difference = float((means[1:] - means[0]).max())
-    rng = np.random.default_rng(0)  # fixed, so that the same runs give the same verdict
-    drawn = rng.standard_normal((DRAWS, k + 1)) / np.sqrt(n)
-    drawn_deviation = np.sqrt(rng.chisquare(degrees, DRAWS) / degrees)
-    # compared without a division: the runs may not differ at all
-    n_larger = ((drawn[:, 1:].max(1) - drawn[:, 0]) * deviation >= difference * drawn_deviation).sum()
-    return float((1 + n_larger) / (1 + DRAWS))
+    base, *others = values
+    if not np.ptp(values, axis=1).any():  # the test divides by the spread between seeds
+        return float(max(row[0] for row in others) <= base[0])
+    with warnings.catch_warnings():  # scipy warns of a configuration that scores the same with all seeds
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = scipy.stats.dunnett(*others, control=base, alternative="greater",
+                                    random_state=0)  # fixed, so that the same runs give the same verdict
+    return float(found.pvalue.min().clip(0, 1))  # its integrals are numerical
 
 
 def read_outcomes(runs: list[tuple[str, Path]]) -> dict[str, np.ndarray]:
-    """Of the validation split: [seeds, questions] by configuration. runs: configuration and folder of each."""
+    """The outcomes on the validation split by configuration: [seeds, questions], 1 where the answer is correct.
+
+    runs: the configuration and the folder of each run.
+    """
     rows: dict[str, list] = {}
     for configuration, folder in runs:
-        answers = {answer["qid"]: answer["prediction"] == answer["answer"]
-                   for answer in read_json_lines(folder / "val" / "generations.jsonl")}
-        rows.setdefault(configuration, []).append([answers[qid] for qid in sorted(answers)])
+        answers = sorted(read_answers(folder / "val" / GENERATIONS), key=lambda answer: answer.qid)
+        rows.setdefault(configuration, []).append([answer.correct for answer in answers])
     return {name: np.array(row, int) for name, row in rows.items()}
 
 

@@ -1,4 +1,7 @@
-"""Pictures of a study (PNG and SVG), in the style of the comparison's. Filled: finished trials; hollow: others."""
+"""The pictures of a study (PNG and SVG), in the style of a comparison's.
+
+Markers of finished trials are filled, those of others hollow.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from util.search.report import StudyReport, Trial, importance
+from util.search.summary import StudyReport, Trial, importance
 from util.study.figures import COLOURS, MARKERS, RC_PARAMS, integer_ticks, plt, save_figure
 
 FINISHED, PRUNED, BASE, BEST = "#0072B2", "#999999", "#000000", "#D55E00"
@@ -75,7 +78,7 @@ def learning_curves(report: StudyReport):
 
 
 def rates(report: StudyReport):
-    """None where no learning rate is searched."""
+    """The scores by learning rate; None where no learning rate is searched."""
     flag = next((flag for flag in ("blr", "lr") if flag in report.base), None)
     if flag is None:
         return None
@@ -107,7 +110,7 @@ def plain_log_ticks(ax) -> None:
 
 
 def parameters(report: StudyReport):
-    """A panel for each flag that is searched; a flag that a trial does not use is not drawn."""
+    """The scores by each flag that is searched, one panel a flag, with the trials that use it."""
     flags = list(dict.fromkeys(flag for trial, _ in report.comparable for flag in trial.values))
     columns = min(COLUMNS, len(flags))
     rows = -(-len(flags) // columns)
@@ -148,7 +151,7 @@ def draw_parameter(ax, report: StudyReport, flag: str) -> None:
 
 
 def draw_importance(report: StudyReport):
-    """None where it is not known."""
+    """The importance of the parameters; None where it is not known."""
     shares = importance(report)
     if not shares:
         return None

@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.files import read_json, write_json
 from lavin.runtime.schema import declared, read_validated
+from util.training.settings import EFFECTIVE_BATCH
 
 STUDY, RECORD = "study.json", "trial.json"
 LOG = "search.log"  # what the commands of a trial say; touched while they run
-PARTS = ("trials", "confirm")  # folders of runs
+RUN_FOLDERS = ("trials", "confirm")
 FIX = "the search writes it: start the study anew in another folder"
 
 
@@ -30,7 +31,7 @@ class Rung(TypedDict):
 
 @declared
 class Param(TypedDict):
-    """As Optuna stores it. distribution: in its own JSON."""
+    """A parameter as Optuna stores it. distribution: in Optuna's own JSON."""
 
     value: Any
     distribution: str
@@ -38,9 +39,12 @@ class Param(TypedDict):
 
 @declared
 class Record(TypedDict):
-    """trial.json. values: of the flags that are searched. params: the same by Optuna's names; none in confirm/.
-    seconds: of all commands that have ended, on `gpus` GPUs. since: when the one that runs, or was killed, began.
-    message: of a failed trial."""
+    """The content of trial.json.
+
+    values: those of the flags that are searched. params: the same by Optuna's names; none in confirm/. seconds: the
+    time of all commands that have ended, on `gpus` GPUs. since: when the one that runs, or was killed, began. message:
+    why a trial failed.
+    """
 
     state: Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
     values: dict[str, Any]
@@ -52,9 +56,17 @@ class Record(TypedDict):
     message: NotRequired[str]
 
 
+def with_one_name(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a study by their names in this version: earlier ones wrote the effective batch with a blank."""
+    return {EFFECTIVE_BATCH if name == "effective batch" else name: value for name, value in flags.items()}
+
+
 @declared
 class Settings(TypedDict):
-    """study.json, as far as a report needs it. flags: train.py's, all but those of where and how it is executed."""
+    """The content of study.json, as far as a report needs it.
+
+    flags: those of train.py that change results, and EFFECTIVE_BATCH for those that it states.
+    """
 
     name: str
     trials: Annotated[int, Field(ge=1)]
@@ -64,11 +76,11 @@ class Settings(TypedDict):
     confirm: Annotated[int, Field(ge=0)]
     seeds: Annotated[int, Field(ge=1)]
     space: dict[str, Any]
-    flags: dict[str, Any]
+    flags: Annotated[dict[str, Any], AfterValidator(with_one_name)]
 
 
 def begin_record(folder: Path, gpus: int, **what: Any) -> None:
-    """trial.json of a run that begins or goes on, which keeps its GPU-seconds where it had another number of GPUs."""
+    """Writes trial.json of a run that begins, or goes on; with another number of GPUs it keeps its GPU-seconds."""
     path = folder / RECORD
     known: dict[str, Any] = {"rungs": [], "seconds": 0.0, "gpus": gpus}
     if path.is_file():
@@ -78,6 +90,7 @@ def begin_record(folder: Path, gpus: int, **what: Any) -> None:
 
 
 def change_record(folder: Path, **what: Any) -> None:
+    """Changes entries of trial.json."""
     write_json(folder / RECORD, {**read_json(folder / RECORD), **what})
 
 
@@ -88,14 +101,15 @@ def sign_of_life(log: Path) -> float:
 
 
 def add_seconds(folder: Path, seconds: float) -> None:
-    """Of a command that has ended."""
+    """Adds the seconds of a command that has ended."""
     record = read_json(folder / RECORD)
     record.pop("since", None)
     write_json(folder / RECORD, {**record, "seconds": record["seconds"] + seconds})
 
 
 def with_killed(folder: Path, record: Any) -> Any:
-    """With the seconds of a command that runs, or was killed with its worker, up to its last sign of life."""
+    """The record with the seconds of a command that runs, or was killed with its worker, up to its last sign of
+    life."""
     if "since" not in record:
         return record
     seconds = (folder / LOG).stat().st_mtime - record["since"]
@@ -112,11 +126,12 @@ def add_rung(folder: Path, epoch: int, scores: dict[str, Any]) -> float:
 
 
 def accuracy(rung: Any) -> float:
-    """In percent."""
+    """The accuracy in percent."""
     return 100 * rung["correct"] / rung["questions"]
 
 
 def is_study(path: str | Path) -> bool:
+    """Whether this is the folder of a study of search.py."""
     return (Path(path) / STUDY).is_file()
 
 
@@ -124,15 +139,15 @@ def read_settings(study: Path) -> Any:
     return read_validated(study / STUDY, Settings, "name a study's folder", FIX)
 
 
-def read_records(study: Path, part: str = "trials") -> dict[str, Any]:
-    """By the name of the folder, in the order of trials, with the seconds up to now. part: trials or confirm."""
-    paths = sorted((study / part).glob(f"*/{RECORD}"), key=lambda path: (len(path.parent.name), path.parent.name))
+def read_records(study: Path, name: str = "trials") -> dict[str, Any]:
+    """The records by their folder, in the order of trials, with the seconds up to now. name: one of RUN_FOLDERS."""
+    paths = sorted((study / name).glob(f"*/{RECORD}"), key=lambda path: (len(path.parent.name), path.parent.name))
     return {path.parent.name: with_killed(path.parent, read_validated(path, Record, "name a study's folder", FIX))
             for path in paths}
 
 
 def all_records(study: Path) -> list[Any]:
-    return [record for part in PARTS for record in read_records(study, part).values()]
+    return [record for name in RUN_FOLDERS for record in read_records(study, name).values()]
 
 
 def gpu_seconds(records: list[Any]) -> float:

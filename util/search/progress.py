@@ -1,4 +1,4 @@
-"""What a search will cost, and how far it is, from the files in its folder."""
+"""The cost and the progress of a search, from the files in its folder."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from util.search.folder import accuracy, gpu_seconds, read_records
 
 
 def cost_lines(study: Path, settings: Any, rungs: list[int]) -> list[str]:
-    """Before the search begins, or goes on."""
+    """The lines on what the search will cost at most, for when it begins, or goes on."""
     trials, epochs, per_epoch = settings["trials"], settings["flags"]["epochs"], settings["steps_per_epoch"]
     n_fresh = settings["seeds"] * (settings["confirm"] + 1) if settings["confirm"] else 0
     pruned = f", scored after {listed(rungs)} epochs, where {settings['pruner']} ends the worse ones" \
@@ -24,14 +24,15 @@ def cost_lines(study: Path, settings: Any, rungs: list[int]) -> list[str]:
 
 
 def seconds_per_epoch(study: Path) -> float | None:
-    """GPU-seconds, of loading and scoring too, over all trials that have a score."""
+    """The GPU-seconds of an epoch, loading and scoring included, over all trials that have a score; None without
+    one."""
     scored = [record for record in read_records(study).values() if record["rungs"]]
     n_epochs = sum(record["rungs"][-1]["epoch"] for record in scored)
     return gpu_seconds(scored) / n_epochs if scored else None
 
 
 def progress_line(study: Path, n_trials: int) -> str:
-    """E.g. `13 of 64 trials: 5 complete, 7 pruned, 1 failed; best 84.20 (trial 007); 2 h 05 min left`."""
+    """A line such as `13 of 64 trials: 5 complete, 7 pruned, 1 failed; best 84.20 (trial 007); 2 h 05 min left`."""
     records = read_records(study)
     by_state = {state: [name for name, record in records.items() if record["state"] == state]
                 for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING")}

@@ -1,137 +1,30 @@
 """The report of a study, from the files in its folder alone: what was found, the best trials, the budget, pictures.
 
-The importance of parameters is computed by Optuna, and left out where it is not installed.
+The importance of parameters is missing where Optuna is not installed.
 """
 
-import warnings
-from collections import Counter
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, write_text
 from util.search.confirm import BASE, VERDICT, read_outcomes, sentence
-from util.search.folder import accuracy, gpu_seconds, read_records, read_settings
+from util.search.figures import write_figures
+from util.search.folder import gpu_seconds
+from util.search.summary import MIN_TRIALS, StudyReport
 from util.study.comparison import compare
 from util.study.statistics import paired_bootstrap, wilson
 from util.study.tables import NONE, markdown_table, points
 
 N_BEST = 10  # rows of the table of trials
-MIN_TRIALS = 10  # for the importance of parameters
-SHUFFLES = 100  # of the accuracies, for what chance alone gives
 MARKS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "unfinished"}
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A trial that has a score. curve: (epoch, accuracy in percent) at each rung."""
-
-    name: str
-    state: str
-    values: dict[str, Any]
-    curve: list[tuple[int, float]]
-    questions: int
-    record: Any
-
-    @property
-    def last(self) -> tuple[int, float]:
-        return self.curve[-1]
-
-
-class StudyReport:
-    """What is known of a study. Raises UserError where its folder does not hold one with a scored trial."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.settings, self.records = folder, read_settings(folder), read_records(folder)
-        self.confirmed = read_records(folder, "confirm")
-        self.trials = [Trial(name, record["state"], record["values"],
-                             [(rung["epoch"], accuracy(rung)) for rung in record["rungs"]],
-                             record["rungs"][-1]["questions"], record)
-                       for name, record in self.records.items() if record["rungs"]]
-        if not self.trials:
-            raise UserError(f"{folder} has no scored trial yet: start search.py, and draw it later")
-        self.base = self.records[BASE]["values"]
-
-    @property
-    def base_trial(self) -> Trial | None:
-        return next((trial for trial in self.trials if trial.name == BASE), None)
-
-    @property
-    def epochs(self) -> int:
-        return self.settings["flags"]["epochs"]
-
-    @cached_property
-    def ranked(self) -> list[Trial]:
-        """Those that came farthest first, and of these the best."""
-        return sorted(self.trials, key=lambda trial: trial.last, reverse=True)
-
-    @cached_property
-    def shared_epoch(self) -> int:
-        """The last one after which three quarters of the trials were scored: there they can be compared."""
-        n_scored = Counter(epoch for trial in self.trials for epoch, _ in trial.curve)
-        return max(epoch for epoch, n in n_scored.items() if 4 * n >= 3 * len(self.trials))
-
-    @cached_property
-    def comparable(self) -> list[tuple[Trial, float]]:
-        """Trials with their accuracy after `shared_epoch`."""
-        return [(trial, dict(trial.curve)[self.shared_epoch]) for trial in self.trials
-                if self.shared_epoch in dict(trial.curve)]
-
-    def changes(self, values: dict[str, Any]) -> str:
-        """What differs from the base, as flags."""
-        changed = [f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}"
-                   for flag, value in values.items() if value != self.base.get(flag)]
-        return " ".join(changed) or "the base"
-
-    def steps(self, records: dict[str, Any]) -> int:
-        return self.settings["steps_per_epoch"] * sum(record["rungs"][-1]["epoch"] for record in records.values()
-                                                      if record["rungs"])
-
-
-# --- Importance ---
-
-def importance(report: StudyReport) -> dict[str, tuple[float, float]]:
-    """Each parameter's share in reaching the better half of the trials (PED-ANOVA; Watanabe et al. 2023, arXiv
-    2304.10255), largest first, and the share that it stays below in 95 % of shuffles of the accuracies: by chance.
-
-    Empty without Optuna, and with too few trials.
-    """
-    if len(report.comparable) < MIN_TRIALS:
-        return {}
-    try:
-        import optuna
-    except ModuleNotFoundError:
-        return {}
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="minimize")
-    for trial, _ in report.comparable:
-        params, distributions = {}, {}
-        for name, stored in trial.record["params"].items():
-            params[name] = stored["value"]
-            distributions[name] = optuna.distributions.json_to_distribution(stored["distribution"])
-        study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=0.0))
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
-
-    def shares(values) -> dict[str, float]:
-        with warnings.catch_warnings():  # of parameters that few trials have
-            warnings.simplefilter("ignore")
-            return optuna.importance.get_param_importances(study, evaluator=evaluator,
-                                                           target=lambda trial: -values[trial.number])
-
-    values, rng = [value for _, value in report.comparable], np.random.default_rng(0)
-    shuffled = [shares(rng.permutation(values)) for _ in range(SHUFFLES)]
-    return {name: (share, float(np.quantile([other[name] for other in shuffled], 0.95)))
-            for name, share in shares(values).items()}
 
 
 # --- Text ---
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown; the first column left, the last one left if it holds flags, all others right."""
+    """A table in Markdown: columns are aligned right, but for the first one, and the last one if it holds flags."""
     alignment = [":--", *["--:"] * (len(header) - 2), ":--" if header[-1] == "flags" else "--:"]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, alignment, *rows))
 
@@ -147,7 +40,7 @@ def trial_table(report: StudyReport) -> str:
 
 
 def confirmation_table(report: StudyReport, outcomes: dict[str, np.ndarray]) -> str:
-    """Of the runs with fresh seeds, on all of the validation split."""
+    """The table of the runs with fresh seeds, scored on all of the validation split."""
     rows = []
     for name in sorted(outcomes, key=lambda name: -outcomes[name].mean()):
         means, difference = 100 * outcomes[name].mean(1), [NONE, NONE]
@@ -162,7 +55,7 @@ def confirmation_table(report: StudyReport, outcomes: dict[str, np.ndarray]) -> 
 
 
 def confirmation(report: StudyReport) -> list[str]:
-    """The verdict, and the tables that it rests on."""
+    """The paragraphs on the verdict, with the tables that it rests on."""
     if not (report.folder / VERDICT).is_file():
         return ["No configuration has been confirmed with fresh seeds yet, so there is no winner: the best of many "
                 "trials is lucky, and its own accuracy promises too much."]
@@ -183,6 +76,7 @@ def confirmation(report: StudyReport) -> list[str]:
 
 
 def budget(report: StudyReport) -> list[str]:
+    """The lines on what the study has cost so far."""
     states = [record["state"] for record in report.records.values()]
     counts = ", ".join(f"{states.count(state)} {word}" for state, word in MARKS.items() if state in states)
     steps, confirmed = report.steps(report.records), report.steps(report.confirmed)
@@ -223,7 +117,6 @@ def markdown(report: StudyReport, drawn: list[str]) -> str:
 
 def write_report(folder: Path, out: Path) -> list[Path]:
     """Writes report.md and the pictures; returns their paths."""
-    from util.search.figures import write_figures  # late: matplotlib takes a second
     report = StudyReport(folder)
     drawn = write_figures(report, out)
     write_text(out / "report.md", markdown(report, [path.stem for path in drawn]))

@@ -26,9 +26,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import read_json, write_json
-from util.search.folder import STUDY, begin_record, change_record, trial_folder
+from util.search.folder import STUDY, begin_record, change_record, read_settings, trial_folder
 from util.search.locks import claim, waiting_for
 from util.search.space import Space, Values
+from util.training import recipe
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -53,7 +54,7 @@ def make_pruner(name: str, first_rung: int) -> optuna.pruners.BasePruner:
 
 @dataclass
 class Trial:
-    """A trial that this worker holds. values: of the flags that are searched."""
+    """A trial that this worker holds. values: those of the flags that are searched."""
 
     number: int
     folder: Path
@@ -70,7 +71,7 @@ class Trial:
 
 
 class Study:
-    """Opens the study in `folder`, or begins it. settings: what study.json holds. gpus: of a trial of this worker.
+    """Opens the study in `folder`, or begins it. settings: the content of study.json. gpus: those of a trial here.
 
     Raises UserError where the folder holds a study of other settings.
     """
@@ -91,7 +92,7 @@ class Study:
 
     @property
     def precision(self) -> str:
-        """The precision of all trials, which --precision meant on the machine of the first worker."""
+        """The precision of all trials: the one that --precision meant on the machine of the first worker."""
         return read_json(self.folder / STUDY)["precision"]
 
     def take(self) -> Trial | None:
@@ -112,8 +113,8 @@ class Study:
             return self.hold(trial, lock, resumed=False)
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """Seeded by the trial's number: no two workers draw the same, and a study of one worker can be repeated. After
-        the sets that are tried first, which have much in common, some are drawn at random."""
+        """A sampler seeded by the trial's number: no two workers draw the same, and a study of one worker can be
+        repeated. After the sets that are tried first, which have much in common, some are drawn at random."""
         n_first = len(self.space.first_sets()) + min(10, self.n_trials // 4)
         return optuna.samplers.TPESampler(n_startup_trials=n_first, multivariate=True, group=True, constant_liar=True,
                                           seed=number)
@@ -127,7 +128,8 @@ class Study:
         return Trial(trial.number, folder, values, lock, trial, resumed)
 
     def end(self, trial: Trial, state: TrialState, accuracy: float | None = None, **message: str) -> None:
-        """First in the trial's folder, and then in the storage: killed in between, it is done again."""
+        """Ends a trial, first in its folder and then in the storage: a worker that is killed in between does it
+        again."""
         change_record(trial.folder, state=state.name, **message)
         self.optuna.tell(trial.number, accuracy, state)
 
@@ -170,7 +172,7 @@ def run_trial(study: Study, trial: Trial, reach: Callable[[Trial, int], float]) 
 
 def check_settings(folder: Path, settings: dict[str, Any], storage_url: str | None) -> str:
     """The name of the study in the storage. Raises UserError, which names what differs."""
-    found = read_json(folder / STUDY)
+    found = read_settings(folder)
     wanted = {name: value for name, value in settings.items() if name != "precision"}  # the first worker's stays
     other = differences(wanted, {name: found.get(name) for name in wanted})
     if other:
@@ -182,23 +184,23 @@ def check_settings(folder: Path, settings: dict[str, Any], storage_url: str | No
     return found["name"]
 
 
-def differences(settings: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:
-    """Each as words that begin with the flag."""
+def differences(settings: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """One line for each entry that differs, which begins with the flag."""
     lines = []
     for name in settings.keys() | found.keys():
         value, other = settings.get(name), found.get(name)
         if name == "flags":
-            lines += differences(value or {}, other or {}, "train.py's ")
+            lines += [f"train.py's {line}" for line in recipe.differences(value or {}, other or {})]
         elif value != other:
-            lines.append(f"other --{name}" if isinstance(value, dict) else f"{prefix}--{name} {value}, not {other}")
-    return sorted(set(lines))
+            lines.append(f"other --{name}" if isinstance(value, dict) else f"--{name} {value}, not {other}")
+    return sorted(lines)
 
 
 # --- Storage ---
 
 class JournalLock:
-    """The lock that Optuna's journal needs. Optuna's own stays for half a minute where its owner is killed; this one
-    belongs to the operating system."""
+    """A lock of Optuna's kind that the operating system keeps. Optuna's own locks stay for half a minute where their
+    owner is killed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -221,7 +223,7 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turns what a database raises that is lost in the middle of a study into a UserError."""
+    """Turns the errors of a database that is lost in the middle of a study into a UserError."""
     try:
         yield
     except (StorageInternalError, SQLAlchemyError) as error:

@@ -1,7 +1,7 @@
 """Groups runs into methods (runs whose flags differ only in the seed) and computes their differences to the base.
 
-Runs that cannot be compared are left out with the reason. Each difference has a confidence interval and, where
-predictions are available, the p-value of a paired test.
+Runs that cannot be compared are excluded, with the reason. Each difference has a confidence interval and, where it is
+known which answers are correct, the p-value of a paired test.
 """
 
 from collections import Counter
@@ -45,8 +45,10 @@ SCORED_WITH = {"decode": ("--decode", None), "precision": ("--precision", "preci
 
 @dataclass(frozen=True)
 class Method:
-    """Runs of one method, one per seed. Accuracies are percentages, averaged over the seeds. clustered: the interval of
-    Avg where questions of one cluster are correlated; None where clusters are not known."""
+    """The runs of one method, one per seed. Accuracies are percentages, averaged over the seeds.
+
+    clustered: the interval of Avg where questions of one cluster are correlated; None where clusters are not known.
+    """
 
     name: str
     runs: list[Run]
@@ -70,15 +72,15 @@ class Method:
         return 100 * self.correct("Avg") / self.counts["Avg"]
 
     def accuracies(self, column: str) -> np.ndarray:
-        """[seeds]"""
+        """The accuracy of each seed: [seeds]."""
         return np.array([100 * run.correct[column] / self.counts[column] for run in self.runs])
 
     def accuracy(self, column: str) -> float | None:
-        """None where the column has no questions."""
+        """The mean accuracy; None where the column has no questions."""
         return 100 * self.correct(column) / self.counts[column] if self.counts[column] else None
 
     def deviation(self, column: str) -> float | None:
-        """Sample standard deviation over the seeds; None for a single seed."""
+        """The sample standard deviation over the seeds; None for a single seed."""
         return float(self.accuracies(column).std(ddof=1)) if len(self.runs) > 1 and self.counts[column] else None
 
     def interval(self, column: str) -> tuple[float, float]:
@@ -86,15 +88,24 @@ class Method:
         low, high = wilson(self.correct(column), self.counts[column])
         return 100 * low, 100 * high
 
-    def outcomes(self, answers: dict[str, int]) -> np.ndarray:
-        """[seeds, questions]: 1 where the prediction is correct, else 0."""
-        return np.array([[run.predictions[qid] == answer for qid, answer in answers.items()] for run in self.runs], int)
+    @property
+    def has_answers(self) -> bool:
+        """Whether it is known which questions were answered correctly, and not only how many."""
+        return bool(self.runs[0].answers)
+
+    @property
+    def outcomes(self) -> np.ndarray:
+        """1 where the answer is correct, else 0: [seeds, questions]."""
+        return np.array([[answer.correct for answer in run.answers] for run in self.runs], int)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference to the base in percentage points, with its 95 % interval. detectable: the smallest one that a test of
-    these questions would find 4 times of 5, before Holm's adjustment. p, holm (adjusted p): only if paired."""
+    """The difference to the base in percentage points, with its 95 % interval.
+
+    detectable: the smallest difference that a test of these questions would find 4 times of 5, before Holm's
+    adjustment. p, holm (adjusted p): only if paired.
+    """
 
     points: float
     low: float
@@ -105,7 +116,7 @@ class Difference:
 
     @property
     def possible(self) -> float | None:
-        """The largest difference that the interval leaves possible where it includes none; None: a difference found."""
+        """The largest difference that the interval leaves possible, where it includes none; else None."""
         return max(-self.low, self.high) if self.low <= 0 <= self.high else None
 
 
@@ -115,10 +126,9 @@ class Comparison:
 
     methods: list[Method]
     differences: dict[str, Difference]  # by method name
-    left_out: list[str]  # "RUN: reason"
+    excluded: list[str]  # "RUN: reason"
     notes: list[str] = field(default_factory=list)  # "RUN, ...: what to know of it"
-    answers: dict[str, int] | None = None  # the correct ones, by question
-    clusters: np.ndarray | None = None  # of the questions, in the order of answers
+    clusters: np.ndarray | None = None  # of the questions, in the order of outcomes
     clustered: dict[str, Difference] = field(default_factory=dict)  # the differences, with clusters
 
     @property
@@ -135,26 +145,26 @@ class Comparison:
 
 def compare(paths: list[str], base_path: str | None = None) -> Comparison:
     """Compares the runs in the folders. Raises UserError where no run can be used or the base is ambiguous."""
-    runs, left_out = [], []
+    runs, unread = [], []
     for folder in run_folders(paths):
         try:
             runs.append(read_run(folder))
         except UserError as error:
             if base_path is not None and folder.resolve() == Path(base_path).resolve():
                 raise UserError(f"--base: {error}") from error
-            left_out.append(f"{folder}: {error}")
+            unread.append(f"{folder}: {error}")
     if not runs:
-        raise UserError("no run can be drawn. " + "; ".join(left_out))
+        raise UserError("no run can be drawn. " + "; ".join(unread))
     base = find_base(runs, base_path)
-    runs, answers, incomparable = same_questions(runs, base)
+    runs, incomparable = same_questions(runs, base)
     methods, duplicates = group_by_method(runs, base)
-    clusters = known_clusters(runs, answers)
-    comparison = Comparison(methods, differences_to_first(methods, answers) if base else {},
-                            left_out + incomparable + duplicates, collect_notes(methods), answers, clusters)
-    if answers is None or clusters is None:
+    clusters = known_clusters(runs)
+    comparison = Comparison(methods, differences_to_first(methods) if base else {}, unread + incomparable + duplicates,
+                            collect_notes(methods), clusters)
+    if clusters is None:
         return comparison
-    return replace(comparison, methods=[with_clusters(method, answers, clusters) for method in methods],
-                   clustered=differences_to_first(methods, answers, clusters) if base else {})
+    return replace(comparison, methods=[with_clusters(method, clusters) for method in methods],
+                   clustered=differences_to_first(methods, clusters) if base else {})
 
 
 def published() -> Comparison:
@@ -165,11 +175,11 @@ def published() -> Comparison:
         Run("published", {**facts["flags"], **method["changes"]}, method["train_closs"], counts,
             {column: round(percent * counts[column] / 100) for column, percent in method["scores"].items()})])
         for method in facts["methods"]]
-    return Comparison(methods, differences_to_first(methods, None), [], [published_clusters(facts)])
+    return Comparison(methods, differences_to_first(methods), [], [published_clusters(facts)])
 
 
 def published_clusters(facts: dict) -> str:
-    """What clusters would change; how correlated the published outcomes are within them is not known."""
+    """The note on how clusters would widen the published intervals, by how correlated outcomes may be within them."""
     effects = [expected_design_effect(facts["counts"]["Avg"], facts["same_cluster"], icc) for icc in ASSUMED_ICC]
     return ("ScienceQA's questions share lectures, but intervals of published runs take them as independent. Measured: "
             f"two questions share one with probability {facts['same_cluster']} ({facts['same_cluster_source']}). "
@@ -239,45 +249,48 @@ def find_base(runs: list[Run], path: str | None) -> Run | None:
     return candidates[0] if candidates else None
 
 
-def same_questions(runs: list[Run], base: Run | None) -> tuple[list[Run], dict[str, int] | None, list[str]]:
+def same_questions(runs: list[Run], base: Run | None) -> tuple[list[Run], list[str]]:
     """Keeps the runs that were asked the base's questions in the base's way or, without a base, the most frequent way.
 
-    Returns these runs, the correct answers (None if no run saved them), and the reasons why the others are left out.
+    Returns these runs, with answers if any run knows the right options, and the reasons why the others are excluded.
     """
     def asked(run):
-        return run.split, frozenset(run.predictions), frozenset(run.scored_with.items())
+        return run.split, run.questions, frozenset(run.scored_with.items())
 
     most_common = Counter(map(asked, runs)).most_common(1)[0][0]
     reference = base or next(run for run in runs if asked(run) == most_common)
-    answers = next((run.answers for run in [reference, *runs]
-                    if run.answers and run.answers.keys() == reference.predictions.keys()), None)
-    reasons = [why_incomparable(run, reference, answers) for run in runs]
-    return ([run for run, reason in zip(runs, reasons, strict=True) if not reason], answers,
+    right_options = next((run.right_options for run in [reference, *runs]
+                          if run.right_options.keys() == reference.questions), {})
+    reasons = [why_incomparable(run, reference, right_options) for run in runs]
+    return ([run.scored_by(right_options) for run, reason in zip(runs, reasons, strict=True) if not reason],
             [f"{run.folder}: {reason}" for run, reason in zip(runs, reasons, strict=True) if reason])
 
 
-def known_clusters(runs: list[Run], answers: dict[str, int] | None) -> np.ndarray | None:
-    """The clusters of the questions, in the order of answers; None where no run saved them, or where all questions have
-    the same one or one of their own."""
-    names = next((run.clusters for run in runs if run.clusters), None)
-    if answers is None or names is None or len(set(names.values())) in (1, len(names)):
+def known_clusters(runs: list[Run]) -> np.ndarray | None:
+    """The clusters of the questions, in the order of outcomes; None where no run saved them, or where all questions
+    have the same one or one of their own."""
+    by_run = ([answer.cluster for answer in run.answers] for run in runs)
+    names: list = next((names for names in by_run if names and None not in names), [])
+    if len(set(names)) in (0, 1, len(names)):
         return None
-    return np.unique([names[qid] for qid in answers], return_inverse=True)[1]
+    return np.unique(names, return_inverse=True)[1]
 
 
-def with_clusters(method: Method, answers: dict[str, int], clusters: np.ndarray) -> Method:
-    n = effective_size(method.outcomes(answers).mean(0), clusters)
+def with_clusters(method: Method, clusters: np.ndarray) -> Method:
+    """The method with its clustered interval."""
+    n = effective_size(method.outcomes.mean(0), clusters)
     low, high = wilson(method.overall / 100 * n, n)
     return replace(method, clustered=(100 * low, 100 * high))
 
 
-def why_incomparable(run: Run, reference: Run, answers: dict[str, int] | None) -> str | None:
+def why_incomparable(run: Run, reference: Run, right_options: dict[str, int]) -> str | None:
+    """The reason why the run is excluded; None where it can be compared to the reference."""
     if run.split != reference.split:
         return f"of split {run.split}, not {reference.split}: run eval.py with --split {reference.split}"
-    if run.predictions.keys() != reference.predictions.keys():
-        return (f"its {len(run.predictions)} questions are not the others' {len(reference.predictions)}: "
-                "evaluate on the same")
-    if run.answers not in (None, answers):
+    if run.questions != reference.questions:
+        return (f"its {len(run.questions)} questions are not the others' {len(reference.questions)}: evaluate on the "
+                "same")
+    if run.answers and run.right_options != right_options:
         return "its questions have other right answers: evaluate on the same data"
     for name, (words, flag) in SCORED_WITH.items():
         value, expected = run.scored_with.get(name), reference.scored_with.get(name)
@@ -288,7 +301,7 @@ def why_incomparable(run: Run, reference: Run, answers: dict[str, int] | None) -
 
 
 def collect_notes(methods: list[Method]) -> list[str]:
-    """What is true of several runs takes one line."""
+    """The notes on the runs; a note on several of them takes one line."""
     folders: dict[str, list[str]] = {}
     for method in methods:
         for run in method.runs:
@@ -300,30 +313,29 @@ def collect_notes(methods: list[Method]) -> list[str]:
 def group_by_method(runs: list[Run], base: Run | None) -> tuple[list[Method], list[str]]:
     """The methods (the base first, then the order of NAMES), and a line on each run with another's flags and seed."""
     runs_by_seed: dict[str, dict] = {}  # by method name
-    left_out = []
+    duplicates = []
     reference = (base or runs[0]).flags
     for run in runs:
         first = runs_by_seed.setdefault(method_name(run.flags, reference), {}).setdefault(run.flags.get("seed"), run)
         if first is not run:
-            left_out.append(f"{run.folder}: has the flags and the seed of {first.folder}")
+            duplicates.append(f"{run.folder}: has the flags and the seed of {first.folder}")
     base_name = base and method_name(base.flags, reference)
     methods = [Method(name, list(by_seed.values())) for name, by_seed in runs_by_seed.items()]
     methods.sort(key=lambda method: (method.name != base_name, [*NAMES, method.name].index(method.name)))
-    return methods, left_out
+    return methods, duplicates
 
 
-def differences_to_first(methods: list[Method], answers: dict[str, int] | None,
-                         clusters: np.ndarray | None = None) -> dict[str, Difference]:
-    """Of each method to the first one: paired if the correct answers are given, else from the counts alone."""
+def differences_to_first(methods: list[Method], clusters: np.ndarray | None = None) -> dict[str, Difference]:
+    """The difference of each method to the first one: paired where their answers are known, else from the counts."""
     base, *others = methods
-    if answers is None:
+    if not base.has_answers:
         intervals = [newcombe(m.correct("Avg"), m.counts["Avg"], base.correct("Avg"), base.counts["Avg"])
                      for m in others]
         errors = [unpaired_standard_error(m.correct("Avg"), m.counts["Avg"], base.correct("Avg"), base.counts["Avg"])
                   for m in others]
         p_pairs: list[tuple] = [(None, None)] * len(others)
     else:
-        base_outcomes, *outcomes = [method.outcomes(answers) for method in methods]
+        base_outcomes, *outcomes = [method.outcomes for method in methods]
         intervals = [paired_bootstrap(o, base_outcomes, clusters) for o in outcomes]
         errors = [paired_standard_error(o, base_outcomes, clusters) for o in outcomes]
         p_values = [mcnemar(o, base_outcomes, clusters) for o in outcomes]

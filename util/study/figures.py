@@ -87,7 +87,7 @@ def draw_losses_by_step(ax: Axes, methods: list[Method]) -> None:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Of a centred window; at the ends, of the part of it that lies inside."""
+    """The mean over a centred window, at the ends over the part of it that lies inside."""
     half = len(values) // SMOOTHED // 2
     return np.array([values[max(0, i - half):i + half + 1].mean() for i in range(len(values))])
 

@@ -1,21 +1,27 @@
 """Reads finished runs for a comparison. A run that is broken or unfinished, or whose scores are of something else,
 raises UserError with the reason.
+
+What a run answered is read from generations.jsonl. Earlier versions, and other programs, may have left preds.json
+alone, which does not say what is correct.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, AliasChoices, Field
 from typing_extensions import NotRequired, TypedDict
 
-from lavin.mm_adapter import dropout_schedule
+from lavin.mm_adapter import AdapterConfig, AdapterShape, dropout_schedule
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json_lines, read_whole_lines, sha256
+from lavin.runtime.flags import Flag, flags_of
 from lavin.runtime.schema import declared, read_validated, validate
+from util.evaluation.answers import GENERATIONS, Answer, read_answers
 from util.evaluation.scoring import COLUMNS
 from util.lr_sched import LearningRate, check_schedule
 from util.runs import checkpoint_path
+from util.training.settings import EFFECTIVE_BATCH, Optimization
 
 N_LAYERS = 32  # of LLaMA-7B
 FIX = "train or evaluate again"
@@ -34,22 +40,21 @@ def has_all_columns(numbers: dict) -> dict:
 Count = Annotated[int, Field(ge=0)]
 ByColumn = Annotated[dict[str, Count], AfterValidator(has_all_columns)]
 Epoch = Count
+# earlier versions wrote the second name
+SkippedSteps = Annotated[Count, Field(validation_alias=AliasChoices("skipped_steps", "steps_left_out"))]
 
 
-@declared
-class Flags(TypedDict):
-    """Those of train.py that a comparison computes with."""
+def flags_computed_with() -> dict[str, Flag]:
+    """The flags of train.py that a comparison computes with: those of both schedules, and of the effective batch."""
+    found = flags_of(LearningRate, Optimization, AdapterConfig)
+    stated_elsewhere = {name for name, declared in found.items() if declared.stated_as in found}  # --blr, by --lr
+    of_batch = {name for name, declared in found.items() if declared.stated_as == EFFECTIVE_BATCH}
+    names = (flags_of(LearningRate, AdapterConfig).keys() | of_batch) - flags_of(AdapterShape).keys() - stated_elsewhere
+    return {name: found[name] for name in found if name in names}
 
-    lr_schedule: str
-    lr: float
-    min_lr: float
-    epochs: Annotated[int, Field(ge=1, le=10**6)]
-    warmup_epochs: float
-    dropout_prob: float
-    dropout_var: float
-    dropout_lim: float
-    batch_size: Annotated[int, Field(ge=1)]
-    accum_iter: Annotated[int, Field(ge=1)]
+
+Flags: Any = declared(TypedDict("Flags", {  # type: ignore[misc, operator]  # mypy wants the names spelled out
+    name: declared.optional_kind for name, declared in flags_computed_with().items()}))
 
 
 @declared
@@ -63,7 +68,7 @@ class Config(TypedDict):
 class LogLine(TypedDict):
     epoch: Epoch
     train_closs: float | None
-    steps_left_out: NotRequired[Count]
+    skipped_steps: NotRequired[SkippedSteps]
 
 
 @declared
@@ -75,7 +80,7 @@ class MetricsLine(TypedDict):
 
 @declared
 class Scores(TypedDict):
-    """Beside the columns' percentages. Earlier versions did not say what they had scored."""
+    """The entries of scores.json beside the columns' percentages. Earlier versions did not say what they had scored."""
 
     counts: ByColumn
     correct: ByColumn
@@ -89,53 +94,68 @@ class Scores(TypedDict):
     data: NotRequired[str]
 
 
-@declared
-class Generation(TypedDict):
-    qid: str
-    prediction: int
-    answer: int
-    cluster: NotRequired[str]  # earlier versions did not save it
-
-
 # --- Runs ---
 
 @dataclass(frozen=True)
 class Run:
-    """One seed of one method. predictions: none for published runs. answers: the correct ones, and clusters: the names
-    of the questions' clusters; None if not saved."""
+    """One seed of one method.
+
+    answers: sorted by question; empty where it is not known which options are right. predictions: the chosen options by
+    question, where this is all that is known of the answers. Published runs have neither.
+    """
 
     folder: str
-    flags: dict  # train.py's flags, plus "effective batch"
+    flags: dict  # train.py's flags, plus EFFECTIVE_BATCH
     losses: list[float]  # mean training loss of each epoch
     counts: dict[str, int]  # number of questions by column
     correct: dict[str, int]
     split: str = "test"
+    answers: list[Answer] = field(default_factory=list)
     predictions: dict[str, int] = field(default_factory=dict)
-    answers: dict[str, int] | None = None
-    clusters: dict[str, str] | None = None
     n_layers: int = N_LAYERS
     scored_with: dict = field(default_factory=dict)  # decode, precision and data, where scores.json says so
     step_losses: list[tuple[float, float]] = field(default_factory=list)  # (epoch as a fraction, loss)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def questions(self) -> frozenset[str]:
+        """The questions that the run was asked."""
+        return frozenset(self.predictions) | {answer.qid for answer in self.answers}
+
+    @property
+    def right_options(self) -> dict[str, int]:
+        """The right option of each question, as far as the run knows it."""
+        return {answer.qid: answer.answer for answer in self.answers}
+
+    def scored_by(self, right_options: dict[str, int]) -> "Run":
+        """The run with answers in place of mere predictions, by the right options that another run knows."""
+        if self.answers or not right_options:
+            return self
+        return replace(self, predictions={}, answers=[Answer(qid, prediction, right_options[qid])
+                                                      for qid, prediction in sorted(self.predictions.items())])
+
 
 def read_run(folder: Path) -> Run:
+    """The run in a folder of train.py and eval.py. Raises UserError where it cannot be compared, and says why."""
     config: Any = read_validated(folder / "config.json", Config,
                                  "train.py writes it: name the folder of a training run", FIX)
     flags, n_layers = read_flags(config, folder / "config.json")
     log = read_log(folder / "log.txt", flags["epochs"])
     hint = f"run eval.py --adapter_path {folder}"
     scores: Any = read_validated(folder / "scores.json", Scores, hint, FIX)
-    predictions = read_validated(folder / "preds.json", dict[str, int], hint, FIX)
-    check_counts(scores, len(predictions), folder / "scores.json")
+    answers: list[Answer] = []
+    predictions: dict[str, int] = {}
+    if (folder / GENERATIONS).is_file():
+        answers = sorted(read_answers(folder / GENERATIONS, FIX), key=lambda answer: answer.qid)
+    else:
+        predictions = read_validated(folder / "preds.json", dict[str, int], hint, FIX)
+    check_counts(scores, folder / "scores.json")
+    check_answers(scores, answers, predictions, folder, hint)
     check_origin(scores, flags, folder, hint)
-    answers, clusters = read_answers(folder / "generations.jsonl", predictions)
-    if answers and scores["correct"]["Avg"] != sum(predictions[qid] == answer for qid, answer in answers.items()):
-        raise UserError(f"{folder / 'scores.json'} does not count the answers of preds.json: {hint}")
     steps = read_metrics(folder / "metrics.jsonl")
     return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
-                                    for line in log], scores["counts"], scores["correct"], scores["split"], predictions,
-               answers, clusters, n_layers, scored_with(scores), by_fraction(steps), notes(scores, log, steps))
+                                    for line in log], scores["counts"], scores["correct"], scores["split"], answers,
+               predictions, n_layers, scored_with(scores), by_fraction(steps), notes(scores, log, steps))
 
 
 def read_flags(config: dict, path: Path) -> tuple[dict, int]:
@@ -146,7 +166,7 @@ def read_flags(config: dict, path: Path) -> tuple[dict, int]:
         dropout_schedule(n_layers, flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"])
     except ValueError as error:
         raise UserError(f"{path}: {error}: {FIX}") from error
-    flags["effective batch"] = flags["batch_size"] * flags["accum_iter"] * config["world_size"]
+    flags[EFFECTIVE_BATCH] = Optimization.read(flags).effective_batch(config["world_size"])
     return flags, n_layers
 
 
@@ -162,7 +182,7 @@ def read_log(path: Path, epochs: int) -> list[dict]:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """In the order of steps; none where there is no file. A torn line ends them."""
+    """The lines of metrics.jsonl in the order of steps; none where there is no file. A torn line ends them."""
     if not path.is_file():
         return []
     lines: Any = [validate(line, MetricsLine, f"{path}, line {i}", FIX)
@@ -172,23 +192,31 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def by_fraction(steps: list[dict]) -> list[tuple[float, float]]:
-    """(epoch as a fraction, mean loss of the steps up to there), where it is not 0 and not all steps were skipped."""
+    """Pairs of an epoch as a fraction and the mean loss of the steps up to there, where it is not 0 and not all of them
+    were skipped."""
     per_epoch = max((line["step"] for line in steps), default=1)
     return [(line["epoch"] + line["step"] / per_epoch, line["loss"]) for line in steps if line["loss"]]
 
 
 # --- Scores ---
 
-def check_counts(scores: dict, n_predictions: int, path: Path) -> None:
-    """Raises UserError where the percentages contradict the counts, or the counts the number of predictions."""
+def check_counts(scores: dict, path: Path) -> None:
+    """Raises UserError where the percentages contradict the counts."""
     for column in COLUMNS:
         n, correct, percent = scores["counts"][column], scores["correct"][column], scores.get(column)
         is_number = isinstance(percent, int | float)
         if is_number != (n > 0) or (is_number and abs(percent - 100 * correct / n) >= 0.006):
             raise UserError(f"{path} is broken ({column} {percent} is not {correct} of {n}): {FIX}")
-    n = scores["counts"]["Avg"]
-    if not n == n_predictions > 0:
-        raise UserError(f"{path} is broken ({n} questions, {n_predictions} in preds.json): {FIX}")
+
+
+def check_answers(scores: dict, answers: list[Answer], predictions: dict[str, int], folder: Path, hint: str) -> None:
+    """Raises UserError where scores are not of the answers beside them."""
+    path, name = folder / "scores.json", GENERATIONS if (folder / GENERATIONS).is_file() else "preds.json"
+    n, n_found = scores["counts"]["Avg"], len(answers or predictions)
+    if not n == n_found > 0:
+        raise UserError(f"{path} is broken ({n} questions, {n_found} in {name}): {FIX}")
+    if answers and scores["correct"]["Avg"] != sum(answer.correct for answer in answers):
+        raise UserError(f"{path} does not count the answers of {name}: {hint}")
 
 
 def check_origin(scores: dict, flags: dict, folder: Path, hint: str) -> None:
@@ -207,7 +235,7 @@ def check_origin(scores: dict, flags: dict, folder: Path, hint: str) -> None:
 
 
 def scored_with(scores: dict) -> dict:
-    """What must be the same in all runs."""
+    """The conditions of the scores that must be the same in all runs."""
     found = {name: scores[name] for name in ("decode", "precision", "data") if name in scores}
     if "data" in found:
         found["data"] = found["data"][:12]
@@ -217,27 +245,14 @@ def scored_with(scores: dict) -> dict:
 
 
 def notes(scores: dict, log: list[dict], steps: list[dict]) -> list[str]:
-    """What the table says of a run that it compares."""
+    """The sentences that the table has on a run that it compares."""
     lines = []
     if "checkpoint_sha256" not in scores:
         lines.append("scored by an earlier version: which checkpoint, and how, cannot be checked")
     if scores.get("decode") == "score":
         lines.append("scored with --decode score, which compares the options' letters: answers written out may differ")
-    n_skipped = sum(line.get("steps_left_out", 0) for line in log)
-    if n_skipped:
+    skipped_steps = sum(line.get("skipped_steps", 0) for line in log)
+    if skipped_steps:
         of_all = f" of {len(log) * max(line['step'] for line in steps):,}" if steps else ""
-        lines.append(f"{n_skipped:,}{of_all} steps were skipped, since their gradients were not finite")
+        lines.append(f"{skipped_steps:,}{of_all} steps were skipped, since their gradients were not finite")
     return lines
-
-
-def read_answers(path: Path, predictions: dict[str, int]) -> tuple[dict[str, int] | None, dict[str, str] | None]:
-    """The correct answers and the clusters, which eval.py saves together with the generated texts; None where they are
-    not there."""
-    if not path.is_file():
-        return None, None
-    lines: Any = [validate(line, Generation, f"{path}, line {i}", FIX) for i, line in
-                  enumerate(read_json_lines(path), 1)]
-    if {line["qid"]: line["prediction"] for line in lines} != predictions:
-        raise UserError(f"{path} is broken (its predictions are not those of preds.json): {FIX}")
-    clusters = {line["qid"]: line["cluster"] for line in lines if "cluster" in line}
-    return {line["qid"]: line["answer"] for line in lines}, clusters if clusters.keys() == predictions.keys() else None

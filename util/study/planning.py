@@ -10,11 +10,12 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from lavin.runtime.console import format_table
 from lavin.runtime.errors import UserError
 from util.study.comparison import Comparison, Method
-from util.study.statistics import minimum_detectable_difference, standard_error, t_quantile
+from util.study.statistics import minimum_detectable_difference, standard_error
 
 SEEDS = (1, 2, 3, 5, 10, 20, 50)  # the plan's rows
 MANY = 1000  # seeds: more than anybody trains
@@ -26,8 +27,12 @@ DETECTABLE = ("detectable: found 4 times of 5 by a two-sided test at 5 % between
 
 @dataclass(frozen=True)
 class Variances:
-    """In squared points. seeds: between a method's seeds, of their accuracies on endless questions. questions: between
-    questions, of the difference that stays whatever the seed. noise: of one answer of one seed. notes: their source."""
+    """The parts of the variance of a difference, in squared points.
+
+    seeds: the variance between a method's seeds, of their accuracies on endless questions. questions: the one between
+    questions, of the difference that stays whatever the seed. noise: the one of a single answer of one seed. notes: the
+    source of these numbers.
+    """
 
     seeds: float
     questions: float
@@ -38,7 +43,7 @@ class Variances:
 # --- Variances of the runs at hand ---
 
 def measure(comparison: Comparison) -> Variances:
-    """Raises UserError where there is nothing to compare."""
+    """The variances of the runs at hand. Raises UserError where there is nothing to compare."""
     if len(comparison.methods) < 2:
         raise UserError("--plan needs runs of two methods at least: name more runs, or none for the published ones")
     seeds, noise, seeds_note = between_seeds(comparison)
@@ -47,8 +52,8 @@ def measure(comparison: Comparison) -> Variances:
 
 
 def between_seeds(comparison: Comparison) -> tuple[float, float, str]:
-    """Variance between seeds, variance of noise, and their source: the two-way analysis of variance of each method's
-    outcomes (seed by question), pooled over the methods with several seeds."""
+    """The variance between seeds, the variance of noise, and their source: the two-way analysis of variance of each
+    method's outcomes (seed by question), pooled over the methods with several seeds."""
     repeated = [method for method in comparison.methods if len(method.runs) > 1]
     if not repeated:
         return ASSUMED_DEVIATION**2, 0.0, (
@@ -65,10 +70,10 @@ def between_seeds(comparison: Comparison) -> tuple[float, float, str]:
 
 
 def noise_of(method: Method, comparison: Comparison) -> float:
-    """The part of outcomes that neither the seed nor the question explains; 0 where outcomes are not known."""
-    if comparison.answers is None:
+    """The variance of outcomes that neither the seed nor the question explains; 0 where outcomes are not known."""
+    if not method.has_answers:
         return 0.0
-    outcomes = method.outcomes(comparison.answers)
+    outcomes = method.outcomes
     residuals = outcomes - outcomes.mean(0)
     per_seed = [per_question(seed_residuals, comparison.clusters) for seed_residuals in residuals]
     return float(np.mean(per_seed)) * len(outcomes) / (len(outcomes) - 1)
@@ -80,15 +85,15 @@ def per_question(values: np.ndarray, clusters: np.ndarray | None) -> float:
 
 
 def between_questions(comparison: Comparison, noise: float) -> tuple[float, str]:
-    """Variance between questions of the difference to the first method, mean over the others; its source."""
+    """The variance between questions of the difference to the first method (a mean over the others), and its source."""
     base, *others = comparison.methods
-    if comparison.answers is None:
+    if not base.has_answers:
         chances = [method.overall * (100 - method.overall) for method in others]
         return float(np.mean(chances)) + base.overall * (100 - base.overall), (
             "Assumed, as the predictions are not known: methods are right on questions independently of each other. If "
             "they are right on the same ones, fewer questions will do; if questions form clusters, more are needed.")
-    base_mean = base.outcomes(comparison.answers).mean(0)
-    found = [per_question(method.outcomes(comparison.answers).mean(0) - base_mean, comparison.clusters)
+    base_mean = base.outcomes.mean(0)
+    found = [per_question(method.outcomes.mean(0) - base_mean, comparison.clusters)
              - noise / len(method.runs) - noise / len(base.runs) for method in others]
     clustered = "" if comparison.clusters is None else ", clustered by lecture"
     return max(0.0, float(np.mean(found))), (
@@ -100,25 +105,28 @@ def between_questions(comparison: Comparison, noise: float) -> tuple[float, str]
 
 def seeds_detectable(variances: Variances, seeds: int) -> float:
     """The smallest difference that a t-test on the accuracies of two times `seeds` runs finds 4 times of 5, if there
-    are endless questions (Cohen 1988). Infinite for one seed, if seeds differ at all."""
+    are endless questions (Cohen 1988). It is infinite for one seed, if seeds differ at all."""
     if not variances.seeds:
         return 0.0
-    df = 2 * (seeds - 1)
-    return (t_quantile(0.975, df) + t_quantile(0.8, df)) * math.sqrt(2 * variances.seeds / seeds)
+    if seeds == 1:
+        return math.inf
+    quantiles = student_t.ppf([0.975, 0.8], df=2 * (seeds - 1))
+    return float(quantiles.sum()) * math.sqrt(2 * variances.seeds / seeds)
 
 
 def questions_detectable(variances: Variances, seeds: int, n: int) -> float:
-    """As `seeds_detectable`, if seeds do not differ but in noise."""
+    """The same as `seeds_detectable` for n questions, if seeds do not differ but in noise."""
     return minimum_detectable_difference(math.sqrt((variances.questions + 2 * variances.noise / seeds) / n))
 
 
 def detectable(variances: Variances, seeds: int, n: int) -> float:
-    """Points. Adding squares keeps each part's own quantiles, and so errs on the side of more (at 2 seeds most)."""
+    """The smallest difference in points that is found. Adding squares keeps each part's own quantiles, and so errs on
+    the side of more (most at 2 seeds)."""
     return math.hypot(seeds_detectable(variances, seeds), questions_detectable(variances, seeds, n))
 
 
 def questions_needed(variances: Variances, seeds: int, points: float) -> int | None:
-    """The smallest n for which the difference is detectable; None: these seeds do not find it on any number."""
+    """The smallest n for which the difference is detectable; None where these seeds do not find it on any number."""
     left = points**2 - seeds_detectable(variances, seeds) ** 2
     return math.ceil(questions_detectable(variances, seeds, 1) ** 2 / left) if left > 0 else None
 
@@ -137,6 +145,7 @@ def plan(comparison: Comparison, points: float) -> str:
 
 
 def verdict(variances: Variances, n: int, points: float) -> str:
+    """The sentence on what a difference of this size needs."""
     enough = 1 + bisect_left(range(1, MANY), True, key=lambda seeds: detectable(variances, seeds, n) <= points)
     if enough < MANY:
         seeds = f"{enough} seed{'s' * (enough > 1)} a method"

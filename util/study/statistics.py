@@ -1,4 +1,4 @@
-"""Confidence intervals of accuracies and of their differences, and significance tests, in NumPy alone.
+"""Confidence intervals of accuracies and of their differences, and significance tests.
 
 An accuracy is `correct` out of `n` questions. Intervals are (low, high) fractions at the 95 % confidence level.
 Outcomes are arrays [seeds, n] of 0 (wrong) and 1 (correct), with the questions in the same order. Clusters are an array
@@ -9,24 +9,15 @@ question is a cluster of its own, so that all questions are independent.
 import math
 
 import numpy as np
+from scipy.stats import t as student_t
 
 Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 Z_POWER = 0.8416212335729143  # 80 % quantile
 DRAWS = 10_000  # bootstrap samples: the Monte Carlo error of an interval's ends is about 0.02 of its width
 
 
-def t_quantile(probability: float, df: float) -> float:
-    """Of Student's t distribution. With t = sqrt(df) tan(x), the density of x is proportional to cos(x)^(df - 1)."""
-    if df <= 0:
-        return math.inf
-    x = np.linspace(-math.pi / 2, math.pi / 2, 100_001)
-    density = np.cos(x).clip(0) ** (df - 1)
-    cumulative = np.cumsum(density) - density / 2
-    return math.sqrt(df) * math.tan(np.interp(probability * density.sum(), cumulative, x))
-
-
 def sums_by_cluster(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
-    """[..., n] -> [..., G]"""
+    """Adds up values [..., n] within the clusters: [..., G]."""
     if clusters is None:
         return values
     sums = np.zeros((*values.shape[:-1], clusters.max() + 1), values.dtype)
@@ -35,38 +26,44 @@ def sums_by_cluster(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarr
 
 
 def standard_error(values: np.ndarray, clusters: np.ndarray | None = None) -> float:
-    """Of the mean of values [n], whatever their correlation within clusters (Liang & Zeger 1986; for evaluations,
-    Miller 2024, arXiv 2411.00640). The variance has the usual factor G / (G - 1) (Cameron & Miller 2015)."""
+    """The standard error of the mean of values [n], whatever their correlation within clusters (Liang & Zeger 1986; for
+    evaluations, Miller 2024, arXiv 2411.00640). The variance has the usual factor G / (G - 1) (Cameron & Miller 2015).
+    """
     residuals = sums_by_cluster(values - values.mean(), clusters)
     return math.sqrt((residuals**2).sum() * len(residuals) / max(1, len(residuals) - 1)) / len(values)
 
 
 def paired_standard_error(method: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None) -> float:
-    """Standard error of the mean over the questions of their differences, for these seeds."""
+    """The standard error of the mean over the questions of their differences, for these seeds."""
     return standard_error(method.mean(0) - base.mean(0), clusters)
 
 
 def design_effect(values: np.ndarray, clusters: np.ndarray) -> float:
-    """Variance of the mean of values [n], by that of a mean of independent ones (Kish 1965). 1 where all are equal."""
+    """The variance of the mean of values [n], divided by that of a mean of independent values (Kish 1965). It is 1
+    where all values are equal."""
     independent = standard_error(values)
     return (standard_error(values, clusters) / independent) ** 2 if independent else 1.0
 
 
 def expected_design_effect(n: int, same_cluster: float, intraclass_correlation: float) -> float:
-    """Of n equally correlated questions, of which two share a cluster with the given probability (Kish 1965)."""
+    """The design effect of n equally correlated questions, two of which share a cluster with the given probability
+    (Kish 1965)."""
     return 1 + (n - 1) * same_cluster * intraclass_correlation
 
 
 def effective_size(values: np.ndarray, clusters: np.ndarray) -> float:
-    """The number of independent questions that determine the mean of values [n] as well (Korn & Graubard 1998). The
-    quantile of t accounts for few clusters. Clusters that seem to add information are taken not to (at most n)."""
-    t = t_quantile(0.975, clusters.max())
-    return len(values) / max(1.0, design_effect(values, clusters)) * (Z / t) ** 2
+    """The number of independent questions that determine the mean of values [n] as well (Korn & Graubard 1998).
+
+    There are at least two clusters; the quantile of t accounts for few of them. Clusters that seem to add information
+    are taken not to (at most n).
+    """
+    t = student_t.ppf(0.975, clusters.max())
+    return float(len(values) / max(1.0, design_effect(values, clusters)) * (Z / t) ** 2)
 
 
 def wilson(correct: float, n: float) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927). `correct` may be a mean over seeds; n an effective size (Franco et
-    al. 2019), with `correct` in proportion."""
+    """The score interval of a proportion (Wilson 1927). `correct` may be a mean over seeds; n an effective size (Franco
+    et al. 2019), with `correct` in proportion."""
     p, z2 = correct / n, Z * Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half_width = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
@@ -74,14 +71,14 @@ def wilson(correct: float, n: float) -> tuple[float, float]:
 
 
 def newcombe(correct: float, n: int, base_correct: float, base_n: int) -> tuple[float, float]:
-    """Interval of an unpaired difference of proportions, from their Wilson intervals (Newcombe 1998, method 10)."""
+    """The interval of an unpaired difference of proportions, from their Wilson intervals (Newcombe 1998, method 10)."""
     p, q = correct / n, base_correct / base_n
     (p_low, p_high), (q_low, q_high) = wilson(correct, n), wilson(base_correct, base_n)
     return p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
 
 
 def unpaired_standard_error(correct: float, n: int, base_correct: float, base_n: int) -> float:
-    """Standard error of an unpaired difference of proportions."""
+    """The standard error of an unpaired difference of proportions."""
     p, q = correct / n, base_correct / base_n
     return math.sqrt(p * (1 - p) / n + q * (1 - q) / base_n)
 
@@ -92,7 +89,7 @@ def minimum_detectable_difference(standard_error: float) -> float:
 
 
 def mcnemar(method: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None) -> float:
-    """Exact two-sided p-value; null hypothesis: both answer the same questions equally well (McNemar 1947).
+    """The exact two-sided p-value of the null hypothesis that both answer the questions equally well (McNemar 1947).
 
     One seed each: the binomial test on the questions that only one of them answers correctly. Several seeds: its
     extension to the difference of mean outcomes of each question, whose sign is random under the null hypothesis
@@ -111,8 +108,8 @@ def mcnemar(method: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = 
 
 
 def paired_bootstrap(method: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:
-    """Percentile interval of the paired difference (Efron & Tibshirani 1993): both get the same resampled questions, or
-    whole clusters of them (Field & Welsh 2007).
+    """The percentile interval of the paired difference (Efron & Tibshirani 1993). Both get the same resampled
+    questions, or whole clusters of them (Field & Welsh 2007).
 
     Seeds are resampled too, independently for each method; this makes the interval conservative (Owen 2007).
     Clusters with identical outcomes in all runs form one cell of a multinomial distribution, for speed.
@@ -131,7 +128,7 @@ def paired_bootstrap(method: np.ndarray, base: np.ndarray, clusters: np.ndarray 
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """p-values adjusted for multiple comparisons, in the given order (Holm 1979)."""
+    """The p-values adjusted for multiple comparisons, in the given order (Holm 1979)."""
     adjusted, running_max = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         running_max = max(running_max, min(1.0, (len(p_values) - rank) * p_values[i]))

@@ -41,7 +41,7 @@ def latex_table(comparison: Comparison) -> str:
 
 
 def csv_table(comparison: Comparison) -> str:
-    """Percentages and percentage points with four decimals; a cell without a value is empty."""
+    """The table as CSV: percentages and points have four decimals, and a cell without a value is empty."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
     write(["method", "published", "seeds", "n", *COLUMNS, "Avg_low", "Avg_high",
@@ -69,7 +69,7 @@ def p_values(d: Difference | None) -> list[str]:
 
 
 def rounded_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows; the last row has the numbers of questions. Columns without information are left out."""
+    """The header and the rows, the last of which has the numbers of questions, without columns that say nothing."""
     header = ["Method", "seeds", *COLUMNS, "n", "Avg, 95 %", "Avg, clustered", "vs. base", *DIFFERENCE,
               "vs. base, clustered", "detectable, clustered", "p (Holm), clustered", "beats base"]
     rows = [method_cells(method, comparison) for method in comparison.methods]
@@ -90,7 +90,7 @@ def method_cells(method: Method, comparison: Comparison) -> list[str]:
 
 
 def difference_cells(d: Difference | None) -> list[str]:
-    """The columns of DIFFERENCE."""
+    """The cells in the columns of DIFFERENCE."""
     if d is None:
         return [NONE] * len(DIFFERENCE)
     return [f"{points(d.low)} to {points(d.high)}", f"±{d.detectable:.2f}" if d.detectable else NONE, p_value(d.p),
@@ -119,7 +119,7 @@ def p_value(p: float | None) -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """How the numbers were computed, what they do not cover, and which runs were left out."""
+    """The sentences on how the numbers were computed, what they do not cover, and which runs are excluded."""
     published = any(method.published for method in comparison.methods)
     max_seeds = max(len(method.runs) for method in comparison.methods)
     own = [comparison.differences[method.name] for method in comparison.methods
@@ -138,8 +138,8 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append("detectable: the smallest difference to the base that a test on these questions finds 4 times of "
                      "5, before Holm's adjustment. A smaller one that was not found may well be there.")
         lines += verdicts(comparison)
-    if comparison.clusters is not None and comparison.answers is not None:
-        lines.append(cluster_note(comparison, comparison.answers, comparison.clusters))
+    if comparison.clusters is not None:
+        lines.append(cluster_note(comparison, comparison.clusters))
     if max_seeds > 1:
         lines.append("±: standard deviation over the seeds; all else is of their mean. The bootstrap draws seeds as "
                      "well as questions, the test is about the questions alone.")
@@ -152,11 +152,11 @@ def notes(comparison: Comparison) -> list[str]:
     if any(len(method.runs) == 1 for method in comparison.methods):
         lines.append("Methods with one seed: what another seed would give is in no interval and no test.")
     return [*lines, *(f"Note: {note}." for note in comparison.notes),
-            *(f"Left out: {reason}" for reason in comparison.left_out)]
+            *(f"Excluded: {reason}" for reason in comparison.excluded)]
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """Tells "no difference" from "too few to tell", by the intervals of the differences."""
+    """The sentences that tell "no difference" from "too few to tell", by the intervals of the differences."""
     possible = {name: (comparison.clustered.get(name) or difference).possible
                 for name, difference in comparison.differences.items()}
     left = {name: points for name, points in possible.items() if points is not None}
@@ -168,10 +168,10 @@ def verdicts(comparison: Comparison) -> list[str]:
             for words, names in said.items() if names]
 
 
-def cluster_note(comparison: Comparison, answers: dict[str, int], clusters: np.ndarray) -> str:
-    """The clusters, and the design effects measured on them."""
+def cluster_note(comparison: Comparison, clusters: np.ndarray) -> str:
+    """The sentences on the clusters, with the design effects measured on them."""
     sizes = np.bincount(clusters)
-    means = [method.outcomes(answers).mean(0) for method in comparison.methods if not method.published]
+    means = [method.outcomes.mean(0) for method in comparison.methods if not method.published]
     effects = [design_effect(mean, clusters) for mean in means]
     of_differences = [design_effect(mean - means[0], clusters) for mean in means[1:]]
     differences = f", {np.mean(of_differences):.2f} for differences" if comparison.clustered else ""

@@ -1,4 +1,4 @@
-"""What the steps of an epoch gave. A step's numbers are read while the GPU works on the next, so that no step waits."""
+"""The record of an epoch's steps. A step's numbers are read while the GPU works on the next, so that no step waits."""
 
 import time
 from collections.abc import Callable
@@ -11,9 +11,10 @@ MAX_SKIPPED = 10  # steps in a row that are not finite, at which training ends
 
 
 class EpochRecord:
-    """steps: [loss, 1 if the step was made or 0 if skipped, gradient norm] of each step. rates: their learning rates.
+    """The numbers of an epoch's steps.
 
-    skipped: number of steps up to now, of this epoch and the ones before, that were skipped in a row.
+    steps: [loss, 1 if the step was made or 0 if it was skipped, gradient norm] of each step. rates: their learning
+    rates. skipped: the number of steps up to now, of this epoch and the ones before, that were skipped in a row.
     """
 
     def __init__(self, epoch: int, skipped: int = 0, steps: list | None = None, rates: list | None = None,
@@ -28,11 +29,11 @@ class EpochRecord:
         return self.seconds_before + time.perf_counter() - self.start
 
     def start_clock(self) -> None:
-        """When the first step begins, after loading and compiling."""
+        """Begins to count the epoch's seconds: with the first step, after loading and compiling."""
         self.start = time.perf_counter()
 
     def add(self, numbers: torch.Tensor, rate: float) -> None:
-        """numbers: of `optimizer_step`, of the step just launched. Reads those of the step before."""
+        """Takes the numbers of the step just launched, from `optimizer_step`, and reads those of the step before."""
         self.rates.append(rate)
         previous, self._in_flight = self._in_flight, copy_to_host(numbers)
         self._read(previous)
@@ -55,12 +56,13 @@ class EpochRecord:
                 "seconds": self.seconds}
 
     def losses(self, start: int = 0) -> list[float]:
-        """Of the steps from `start` that were made."""
+        """The losses of the steps from `start` that were made."""
         return [loss for loss, stepped, _ in self.steps[start:] if stepped]
 
     def mean_loss(self, start: int = 0) -> float | None:
         losses = self.losses(start)
         return sum(losses) / len(losses) if losses else None
 
-    def n_skipped(self, start: int = 0) -> int:
+    def skipped_steps(self, start: int = 0) -> int:
+        """The number of steps from `start` that were skipped, since their gradients were not finite."""
         return sum(not stepped for _, stepped, _ in self.steps[start:])

@@ -19,8 +19,9 @@ STEPS_PER_LINE = 10
 class Metrics:
     """Adds up the steps' work, and writes lines on rank 0.
 
-    frozen: the model's; peak_flops: of the run's GPUs together, None where it is not known. first_step: since the run's
-    start; what TensorBoard has of later ones is of an interrupted run.
+    frozen: the model's weights that are not trained. peak_flops: the peak of the run's GPUs together; None where it is
+    not known. first_step: the first step of this process, since the run's start; later steps that TensorBoard has are
+    of an interrupted run.
     """
 
     def __init__(self, log_dir: str | None, frozen: FrozenWeights, peak_flops: float | None, first_step: int):
@@ -35,14 +36,14 @@ class Metrics:
         self.work, self.time = [], time.perf_counter()
 
     def add(self, samples: list[Example]) -> None:
-        """A step that was launched."""
+        """Counts the work of a step that was launched."""
         self.work.append((len(samples), sum(len(sample.ids) for sample in samples), step_flops(self.frozen, samples)))
 
     def is_due(self, n_steps: int, steps_per_epoch: int) -> bool:
         return n_steps > self.first_step and (n_steps % STEPS_PER_LINE == 0 or n_steps == steps_per_epoch)
 
     def write(self, folder: Path, record: EpochRecord, memory_gib: float, steps_per_epoch: int) -> None:
-        """A line on the steps that have been read since the last one. Its speed is that of this process's steps."""
+        """Writes a line on the steps that have been read since the last one. Its speed is of this process's steps."""
         n, now, first = len(record.steps), time.perf_counter(), self.first_step
         n_made = n - self.first_made
         done, self.work = self.work[:n_made], self.work[n_made:]
@@ -51,7 +52,7 @@ class Metrics:
         line = {"epoch": record.epoch, "step": n, "loss": record.mean_loss(first), "lr": record.rates[n - 1],
                 "grad_norm": norm if math.isfinite(norm) else None, "samples_per_s": samples, "tokens_per_s": tokens,
                 "mfu": flops / self.peak_flops if self.peak_flops else None, "peak_memory_gib": memory_gib,
-                "steps_skipped": record.n_skipped(first)}
+                "skipped_steps": record.skipped_steps(first)}
         with open(folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.events:
@@ -63,7 +64,7 @@ class Metrics:
 
 
 def summary_writer() -> type:
-    """TensorBoard's. Raises UserError where it is not installed."""
+    """TensorBoard's writer. Raises UserError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

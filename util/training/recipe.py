@@ -9,11 +9,11 @@ from lavin.runtime.device import precision_name
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags, flags_of
 from util.fingerprint import fingerprints
-from util.training.settings import GROUPS, Optimization, TrainSettings
+from util.training.settings import EFFECTIVE_BATCH, GROUPS, Optimization, TrainSettings
 
 TRAIN_FLAGS = flags_of(*GROUPS)
 # entries of a recipe that are no flags, as a message calls them
-DESCRIPTIONS = {"effective_batch": "effective batch (--batch_size x --accum_iter x processes)",
+DESCRIPTIONS = {EFFECTIVE_BATCH: "effective batch (--batch_size x --accum_iter x processes)",
                 "data": "training data of --data_root", "base": "files of --llm_model",
                 "vision": "files of --vision_model"}
 
@@ -27,7 +27,7 @@ def make_recipe(settings: TrainSettings, dtype: torch.dtype, world: int, data) -
     if settings.optimization.loss_norm == "microbatch":
         recipe["batch_size"] = settings.optimization.batch_size  # the loss depends on the size of a micro-batch
     return {**recipe, "precision": precision_name(dtype),
-            "effective_batch": settings.optimization.effective_batch(world), "data": data.fingerprint,
+            EFFECTIVE_BATCH: settings.optimization.effective_batch(world), "data": data.fingerprint,
             **fingerprints(settings.base)}
 
 

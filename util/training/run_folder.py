@@ -15,7 +15,7 @@ from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import atomic_write, read_json, read_json_lines, write_json, write_json_lines
 from lavin.weights.adapters import read_adapters
-from util.runs import LAST, PARTIAL, RESULTS, RUN_FILES, checkpoint_path, checkpoints, user_error_if_malformed
+from util.runs import LAST, PARTIAL_SUFFIX, RESULTS, RUN_FILES, checkpoint_path, checkpoints, user_error_if_malformed
 from util.training.recipe import differences
 from util.training.settings import RunSettings
 
@@ -27,8 +27,11 @@ PROMOTING = ".promoting"  # the same folder while its files are moved to the pla
 
 @dataclass
 class RunFolder:
-    """folder: --output_dir. checkpoint: where training goes on; None: at the start. went_back_to: the epoch of the
-    checkpoint that --resume named. keep_last: number of checkpoints of whole epochs to keep; None: all."""
+    """A run's folder, and the place where its training goes on.
+
+    folder: --output_dir. keep_last: the number of checkpoints of whole epochs to keep; None: all. checkpoint: the one
+    that training goes on from; None: training begins. went_back_to: the epoch of the checkpoint that --resume named.
+    """
 
     folder: Path
     recipe: dict
@@ -41,7 +44,7 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
-        """Where files are written."""
+        """The folder that files are written to."""
         return self.folder / STAGING if self.staged else self.folder
 
     @property
@@ -49,7 +52,8 @@ class RunFolder:
         return self.checkpoint == checkpoint_path(self.folder, self.epochs - 1) and not self.staged
 
     def begin(self, flags: dict) -> None:
-        """When everything is loaded, so that a command that fails before leaves the folder as it was."""
+        """Prepares the folder. This comes when everything is loaded, so that a command that fails before leaves the
+        folder as it was."""
         if self.staged and self.path.exists():
             shutil.rmtree(self.path)
         if not self.checkpoint:
@@ -102,7 +106,7 @@ def open_run(settings: RunSettings, recipe: dict, epochs: int) -> RunFolder:
 
 
 def refusal(folder: Path, recipe: dict) -> str | None:
-    """Why a run of this recipe may not be written to the folder; None: it may."""
+    """The reason why a run of this recipe may not be written to the folder; None where it may."""
     path = folder / "recipe.json"
     trained = [name for name in (*RESULTS, LAST) if (folder / name).exists()]
     trained += [checkpoint.name for checkpoint in checkpoints(folder).values()]
@@ -138,7 +142,7 @@ def find_start(run: RunFolder, resume: str) -> None:
 
 
 def latest_whole_checkpoint(folder: Path) -> Path | None:
-    """Says which later ones are broken."""
+    """The checkpoint that training goes on from; None where none is whole. Prints which later ones are broken."""
     by_epoch, broken, found = checkpoints(folder), [], None
     for path in filter(Path.is_file, (folder / LAST, *reversed(by_epoch.values()))):
         damage = find_damage(path)
@@ -153,7 +157,7 @@ def latest_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint by the checksums inside it; None: nothing."""
+    """The damage of a checkpoint by the checksums inside it; None where it is whole."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -171,7 +175,7 @@ def drop_stale(folder: Path, next_epoch: int) -> None:
         if epoch >= next_epoch:
             path.unlink()
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-    for path in (*map(folder.joinpath, RESULTS), *folder.glob(f"*{PARTIAL}")):
+    for path in (*map(folder.joinpath, RESULTS), *folder.glob(f"*{PARTIAL_SUFFIX}")):
         path.unlink(missing_ok=True)
 
 
@@ -197,12 +201,14 @@ def promote(folder: Path, went_back_to: int | None) -> None:
 
 
 def move_promoted(folder: Path) -> None:
+    """Moves the files of PROMOTING to their places in the run's folder."""
     for path in (folder / PROMOTING).iterdir():
         path.replace(folder / path.name)
     (folder / PROMOTING).rmdir()
 
 
 def recover_promotion(folder: Path) -> None:
+    """Completes `promote` where it was interrupted, or was about to begin: a staged checkpoint is whole."""
     if (folder / PROMOTING).is_dir():
         move_promoted(folder)
         return

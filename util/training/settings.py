@@ -14,6 +14,7 @@ from util.flags import BaseSettings, Execution, check_shared
 from util.lr_sched import LearningRate, check_schedule, derive_learning_rate
 
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
+EFFECTIVE_BATCH = "effective_batch"  # the entry of recipes and studies that --batch_size and --accum_iter make
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Optimization(FlagGroup):
     """The way that each optimizer step is made, beside its learning rate."""
 
     title: ClassVar[str] = "optimization"
-    batch_size: BatchSize = flag(4, "samples per micro-batch on one GPU", Role.RECIPE, stated_as="effective_batch",
+    batch_size: BatchSize = flag(4, "samples per micro-batch on one GPU", Role.RECIPE, stated_as=EFFECTIVE_BATCH,
                                  named=False)
-    accum_iter: BatchSize = flag(1, "micro-batches per optimizer step", Role.RECIPE, stated_as="effective_batch",
+    accum_iter: BatchSize = flag(1, "micro-batches per optimizer step", Role.RECIPE, stated_as=EFFECTIVE_BATCH,
                                  named=False)
     loss_norm: str = flag(
         "batch", "mean over the answer tokens of the optimizer step, or of each micro-batch as published", Role.RECIPE,

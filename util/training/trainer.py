@@ -67,7 +67,7 @@ class Trainer:
         return record
 
     def train(self, record: EpochRecord) -> None:
-        """The epochs from the record's on."""
+        """Trains the epochs from the record's on."""
         self.metrics = Metrics(self.settings.run.log_dir if is_main_process() else None, self.frozen,
                                peak_flops(self.model.device, self.model.dtype,
                                           self.world * distributed.model_parallel_size),
@@ -85,7 +85,7 @@ class Trainer:
                 self.save(record, entry)
                 print_rank0(f"epoch {record.epoch}: loss {entry['train_closs']:.4f}, "
                             f"{entry['samples_per_s']:.1f} samples/s"
-                            + (f", {entry['steps_left_out']} steps left out (not finite)" if entry["steps_left_out"]
+                            + (f", {entry['skipped_steps']} skipped steps (not finite)" if entry["skipped_steps"]
                                else ""))
                 if record.stop and record.epoch + 1 < self.end:
                     self.stop(record)
@@ -98,7 +98,9 @@ class Trainer:
         return islice(batches, first_step, None)
 
     def train_epoch(self, record: EpochRecord) -> None:
-        """The steps that are not in the record yet. Raises Stopped, after saving, where a process was asked to stop."""
+        """Makes the steps that are not in the record yet. Raises Stopped, after saving, where a process was asked to
+        stop.
+        """
         self.model.train()
         first_step = len(record.steps)
         self.metrics.restart(first_step)
@@ -164,7 +166,7 @@ class Trainer:
                               f"{self.run.folder}, goes on")
 
     def save(self, record: EpochRecord, entry: dict | None = None) -> None:
-        """On rank 0. entry: the epoch's line of log.txt; None: in the middle of the epoch."""
+        """Saves a checkpoint, on rank 0. entry: the epoch's line of log.txt; None in the middle of the epoch."""
         self.last_save = time.monotonic()
         if is_main_process():
             state = record.state_dict()
@@ -178,13 +180,14 @@ class Trainer:
 
 
 def dropout_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """Of a step's dropout masks: a run that goes on in the middle of an epoch repeats them without a saved state."""
+    """The seed of a step's dropout masks: a run that goes on in the middle of an epoch repeats them without a saved
+    state."""
     return int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0])
 
 
 def log_entry(record: EpochRecord, n_samples: int, memory_gib: float) -> dict:
-    """A line of log.txt."""
+    """The epoch's line of log.txt."""
     seconds = record.seconds
     return {"epoch": record.epoch, "train_lr": sum(record.rates) / len(record.rates),
-            "train_closs": record.mean_loss(), "steps_left_out": record.n_skipped(),
+            "train_closs": record.mean_loss(), "skipped_steps": record.skipped_steps(),
             "samples_per_s": n_samples / seconds, "seconds": seconds, "peak_memory_gib": memory_gib}

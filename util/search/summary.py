@@ -1,0 +1,124 @@
+"""A study as its folder describes it: its trials, where they can be compared, and which parameters matter.
+
+The report (report.py) and its pictures (figures.py) are made from it. Neither needs the storage, and Optuna is needed
+for the importance of parameters alone.
+"""
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lavin.runtime.errors import UserError
+from util.search.confirm import BASE
+from util.search.folder import accuracy, read_records, read_settings
+
+MIN_TRIALS = 10  # for the importance of parameters
+SHUFFLES = 100  # of the accuracies, for what chance alone gives
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that has a score. curve: (epoch, accuracy in percent) at each rung."""
+
+    name: str
+    state: str
+    values: dict[str, Any]
+    curve: list[tuple[int, float]]
+    questions: int
+    record: Any
+
+    @property
+    def last(self) -> tuple[int, float]:
+        return self.curve[-1]
+
+
+class StudyReport:
+    """The content of a study's folder. Raises UserError where it does not hold a study with a scored trial."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.settings, self.records = folder, read_settings(folder), read_records(folder)
+        self.confirmed = read_records(folder, "confirm")
+        self.trials = [Trial(name, record["state"], record["values"],
+                             [(rung["epoch"], accuracy(rung)) for rung in record["rungs"]],
+                             record["rungs"][-1]["questions"], record)
+                       for name, record in self.records.items() if record["rungs"]]
+        if not self.trials:
+            raise UserError(f"{folder} has no scored trial yet: start search.py, and draw it later")
+        self.base = self.records[BASE]["values"]
+
+    @property
+    def base_trial(self) -> Trial | None:
+        return next((trial for trial in self.trials if trial.name == BASE), None)
+
+    @property
+    def epochs(self) -> int:
+        return self.settings["flags"]["epochs"]
+
+    @cached_property
+    def ranked(self) -> list[Trial]:
+        """All trials with a score: those that came farthest come first, and of these the best."""
+        return sorted(self.trials, key=lambda trial: trial.last, reverse=True)
+
+    @cached_property
+    def shared_epoch(self) -> int:
+        """The last epoch after which three quarters of the trials were scored: there they can be compared."""
+        n_scored = Counter(epoch for trial in self.trials for epoch, _ in trial.curve)
+        return max(epoch for epoch, n in n_scored.items() if 4 * n >= 3 * len(self.trials))
+
+    @cached_property
+    def comparable(self) -> list[tuple[Trial, float]]:
+        """The trials that were scored after `shared_epoch`, with their accuracy there."""
+        return [(trial, dict(trial.curve)[self.shared_epoch]) for trial in self.trials
+                if self.shared_epoch in dict(trial.curve)]
+
+    def changes(self, values: dict[str, Any]) -> str:
+        """The values that differ from the base's, as words of a command line."""
+        changed = [f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}"
+                   for flag, value in values.items() if value != self.base.get(flag)]
+        return " ".join(changed) or "the base"
+
+    def steps(self, records: dict[str, Any]) -> int:
+        """The optimizer steps that all runs of these records made."""
+        return self.settings["steps_per_epoch"] * sum(record["rungs"][-1]["epoch"] for record in records.values()
+                                                      if record["rungs"])
+
+
+# --- Importance ---
+
+def importance(report: StudyReport) -> dict[str, tuple[float, float]]:
+    """Each parameter's share in reaching the better half of the trials (PED-ANOVA; Watanabe et al. 2023, arXiv
+    2304.10255), largest first, and the share that it stays below in 95 % of shuffles of the accuracies: by chance.
+
+    The result is empty where Optuna is not installed, and where there are too few trials.
+    """
+    if len(report.comparable) < MIN_TRIALS:
+        return {}
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        return {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="minimize")
+    for trial, _ in report.comparable:
+        params, distributions = {}, {}
+        for name, stored in trial.record["params"].items():
+            params[name] = stored["value"]
+            distributions[name] = optuna.distributions.json_to_distribution(stored["distribution"])
+        study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=0.0))
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
+
+    def shares(values) -> dict[str, float]:
+        with warnings.catch_warnings():  # Optuna warns of parameters that few trials have
+            warnings.simplefilter("ignore")
+            return optuna.importance.get_param_importances(study, evaluator=evaluator,
+                                                           target=lambda trial: -values[trial.number])
+
+    values, rng = [value for _, value in report.comparable], np.random.default_rng(0)
+    shuffled = [shares(rng.permutation(values)) for _ in range(SHUFFLES)]
+    return {name: (share, float(np.quantile([other[name] for other in shuffled], 0.95)))
+            for name, share in shares(values).items()}
