@@ -267,9 +267,15 @@ class Block(nn.Module):
             branch = branch * (keep / (1 - self.drop_path)).to(x.dtype)[attn_metadata.document_ids]
         return x + branch
 
-    def forward(self, x, rotary, attn_metadata, routing=None):
-        x = self.residual(x, self.attention(self.attention_input(x, routing), rotary, attn_metadata), attn_metadata)
+    def add_attention(self, x, rotary, attn_metadata, routing):
+        return self.residual(x, self.attention(self.attention_input(x, routing), rotary, attn_metadata), attn_metadata)
+
+    def add_feed_forward(self, x, attn_metadata, routing):
         return self.residual(x, self.feed_forward(self.feed_forward_input(x, routing)), attn_metadata)
+
+    def forward(self, x, rotary, attn_metadata, routing=None):
+        x = self.add_attention(x, rotary, attn_metadata, routing)
+        return self.add_feed_forward(x, attn_metadata, routing)
 
 
 def run_block(block, *inputs):

@@ -12,8 +12,8 @@ from torch import nn
 
 from lavin.attention import VarlenMetadata
 from lavin.fast.cuda_graphs import CapturedModule, CapturedPass, copy_and_zero_pad, pad_to_bucket
-from lavin.mm_adapter import Routing
-from lavin.model import MODALITIES, LaVIN
+from lavin.model import LaVIN
+from lavin.routing import MODALITIES, Routing
 
 PREFILL_BUCKET = 64  # prefills of single prompts are padded to a multiple of this many tokens
 IMAGE_BUCKET = 8  # images of a batch of prompts are padded to a multiple of this many
@@ -106,9 +106,8 @@ class CapturedLlama(CapturedModule):
         return type(attn_metadata), attn_metadata.num_docs == 1
 
     def captures_inference(self, x, attn_metadata, routing):
-        """Prefills, with or without a KV cache; not decoding steps, which a session captures, nor the pass that fills
-        the routing cache."""
-        return (isinstance(attn_metadata, VarlenMetadata) and bool(routing.cache and routing.cache[0])
+        """Prefills, with or without a KV cache; not decoding steps, which a session captures."""
+        return (isinstance(attn_metadata, VarlenMetadata) and routing.cache is not None
                 and (attn_metadata.num_docs > 1 or len(x) <= MAX_CAPTURED_TOKENS))
 
 

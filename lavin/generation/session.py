@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from lavin.fast.cuda_graphs import capture, graph_pool
 from lavin.generation.kv_cache import DecodeMetadata, KVCache, PrefillMetadata
-from lavin.mm_adapter import Routing
-from lavin.model import MODALITIES, LaVIN, pack
+from lavin.model import LaVIN, pack
+from lavin.routing import MODALITIES, Routing
 from lavin.runtime.device import to_device
 from lavin.tokenizer import Example
 
@@ -76,7 +76,7 @@ class Session:
 
     def run_step(self) -> None:
         x = self.model.llama.tok_embeddings(self.ids)
-        routing = Routing(self.one_hot, self.model.cached_routing)
+        routing = Routing(self.one_hot, self.model.routing_cache.layers)
         self.logits.copy_(self.model.llama.output(self.model.llama(x, DecodeMetadata(self.cache), routing)))
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
