@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavin.attention import VarlenMetadata
+from lavin.attention import HAS_TRITON, VarlenMetadata
 from lavin.llama import Llama, LlamaConfig
 from lavin.loss import answer_loss
 from lavin.mm_adapter import INIT_DEVICE, AdapterConfig, VisualProjection, adapt_vit, make_adapted_block
@@ -71,6 +71,7 @@ class LaVIN(nn.Module):
         self.adapter = adapter
         # replaced in lavin/fast/speed_up.py and lavin/weights/tensor_parallel.py
         self.answer_loss: Callable = answer_loss
+        self.use_triton = HAS_TRITON  # in attention; set in lavin/fast/speed_up.py
         self.use_cuda_graphs = False  # in decoding; set in lavin/fast/captured_models.py
         self.session: Any = None  # the latest generation session (lavin/generation/generate.py)
         self.llama = Llama(config, make_adapted_block(adapter, config.n_layers, drop_path))
@@ -113,7 +114,7 @@ class LaVIN(nn.Module):
         Every sample's modality token is at position 0, so its first own token is at position 1.
         """
         return VarlenMetadata([1] * MODALITIES + lengths, self.device,
-                              position_offsets=[0] * MODALITIES + [1] * len(lengths))
+                              position_offsets=[0] * MODALITIES + [1] * len(lengths), use_triton=self.use_triton)
 
     def hidden_states(self, batch: Batch):
         """Last hidden states of the samples [N, D], normalised."""
@@ -132,9 +133,10 @@ class LaVIN(nn.Module):
     def prefill(self, batch: Batch, make_metadata=VarlenMetadata):
         """`hidden_states` in inference: the routers read the routing cache, so the modality tokens are left out.
 
-        make_metadata: VarlenMetadata, or what has its arguments.
+        make_metadata: VarlenMetadata, or a function with its arguments.
         """
         x = self.embed(batch)  # first: the GPU works on the images while the host prepares the rest
-        attn_metadata = make_metadata(batch.lengths, self.device, position_offsets=[1] * len(batch.lengths))
+        attn_metadata = make_metadata(batch.lengths, self.device, position_offsets=[1] * len(batch.lengths),
+                                      use_triton=self.use_triton)
         routing = Routing.from_modality(batch.modality[attn_metadata.document_ids], self.routing_cache.refresh(self))
         return self.llama(x, attn_metadata, routing)

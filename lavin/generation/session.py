@@ -77,7 +77,8 @@ class Session:
     def run_step(self) -> None:
         x = self.model.llama.tok_embeddings(self.ids)
         routing = Routing(self.one_hot, self.model.routing_cache.layers)
-        self.logits.copy_(self.model.llama.output(self.model.llama(x, DecodeMetadata(self.cache), routing)))
+        attn_metadata = DecodeMetadata(self.cache, self.model.use_triton)
+        self.logits.copy_(self.model.llama.output(self.model.llama(x, attn_metadata, routing)))
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Adds a token [B] to every sequence; returns the logits [B, V] float32 of the next one."""
