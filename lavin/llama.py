@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lavin.runtime.arithmetic import round_up
+
 # --- Rotary embeddings ---
 
 class RopeScaling:
@@ -149,7 +151,7 @@ class LlamaConfig:
         hidden = int(2 * 4 * self.dim / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
-        return self.multiple_of * -(-hidden // self.multiple_of)
+        return round_up(hidden, self.multiple_of)
 
 
 class RMSNorm(nn.Module):

@@ -14,6 +14,7 @@ from lavin.attention import VarlenMetadata
 from lavin.fast.cuda_graphs import CapturedModule, CapturedPass, copy_and_zero_pad, pad_to_bucket
 from lavin.model import LaVIN
 from lavin.routing import MODALITIES, Routing
+from lavin.runtime.arithmetic import round_up
 
 PREFILL_BUCKET = 64  # prefills of single prompts are padded to a multiple of this many tokens
 IMAGE_BUCKET = 8  # images of a batch of prompts are padded to a multiple of this many
@@ -97,9 +98,9 @@ class CapturedLlama(CapturedModule):
         memory-efficient attention requires; and the KV cache that is filled."""
         num_docs = attn_metadata.num_docs
         single = num_docs == 1  # a size of its own for torch.compile
-        rows = len(x) + -len(x) % PREFILL_BUCKET if single else pad_to_bucket(len(x))
+        rows = round_up(len(x), PREFILL_BUCKET) if single else pad_to_bucket(len(x))
         max_seqlen = max(attn_metadata.max_seqlen, attn_metadata.lengths[-1] + rows - len(x))
-        return (rows, 1 if single else num_docs + -num_docs % 4, min(max_seqlen + -max_seqlen % 256, rows),
+        return (rows, 1 if single else round_up(num_docs, 4), min(round_up(max_seqlen, 256), rows),
                 id(getattr(attn_metadata, "cache", None)))
 
     def kind(self, x, attn_metadata, routing):
