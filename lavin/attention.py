@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lavin.kernels.flash_attention import flash_attention
 from lavin.runtime.device import compute_capability, to_device
 
-has_triton = find_spec("triton") is not None  # with torch's GPU builds; speed_up.py unsets it where it does not work
+HAS_TRITON = find_spec("triton") is not None  # torch's GPU builds bring it
 CAUSAL = 1  # custom_mask_type of _efficient_attention_forward
 
 
@@ -19,9 +19,12 @@ class VarlenMetadata:
     """Document boundaries of a packed row. Each token attends to its own document's tokens up to itself.
 
     lengths: tokens of each document. position_offsets: rotary position of each document's first token (default 0).
+    use_triton: whether attention may use our Triton kernels, where the hardware allows them (LaVIN.use_triton).
     """
 
-    def __init__(self, lengths: list[int], device, position_offsets: list[int] | None = None):
+    def __init__(self, lengths: list[int], device, position_offsets: list[int] | None = None,
+                 use_triton: bool = HAS_TRITON):
+        self.use_triton = use_triton
         self.lengths, self.num_docs, self.max_seqlen = lengths, len(lengths), max(lengths)
         counts = torch.tensor(lengths)
         document_ids = torch.arange(len(lengths)).repeat_interleave(counts)
@@ -34,25 +37,25 @@ class VarlenMetadata:
             [document_ids, doc_positions, doc_positions + offsets[document_ids], F.pad(ends, (1, 0)).int()], device)
 
     def for_layer(self, layer: int):
-        """What one layer needs of the metadata: here the same for all, with a KV cache the layer's part of it."""
+        """The metadata for one layer: here the same for all; with a KV cache, the layer's part of it."""
         return self
 
     def attend(self, query, key, value):
         """[N, H, d], [N, H_kv, d], [N, H_kv, d] -> [N, H, d]."""
-        return select_attention(query.device, query.dtype, query.shape[-1])(query, key, value, self)
+        return select_attention(query.device, query.dtype, query.shape[-1], self.use_triton)(query, key, value, self)
 
 
-def uses_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Our own kernels of attention: from Ampere (8.0) on, in 16 bits."""
-    return (device.type == "cuda" and has_triton and compute_capability(device) >= (8, 0) and dtype != torch.float32
+def uses_triton(device: torch.device, dtype: torch.dtype, head_dim: int, use_triton: bool) -> bool:
+    """Whether attention takes our own kernels: from Ampere (8.0) on, in 16 bits, where `use_triton` allows it."""
+    return (device.type == "cuda" and use_triton and compute_capability(device) >= (8, 0) and dtype != torch.float32
             and head_dim in (16, 32, 64, 128))
 
 
-def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int):
+def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int, use_triton: bool):
     """On a GPU flash attention, or memory-efficient attention where our kernels do not work; elsewhere padded."""
     if device.type != "cuda":
         return padded_attention
-    return flash_varlen_attention if uses_triton(device, dtype, head_dim) else efficient_varlen_attention
+    return flash_varlen_attention if uses_triton(device, dtype, head_dim, use_triton) else efficient_varlen_attention
 
 
 def grouped_sdpa(query, key, value, **options):

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lavin.runtime.arithmetic import round_up
+
 # --- Rotary embeddings ---
 
 class RopeScaling:
@@ -149,7 +151,7 @@ class LlamaConfig:
         hidden = int(2 * 4 * self.dim / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
-        return self.multiple_of * -(-hidden // self.multiple_of)
+        return round_up(hidden, self.multiple_of)
 
 
 class RMSNorm(nn.Module):
@@ -267,9 +269,15 @@ class Block(nn.Module):
             branch = branch * (keep / (1 - self.drop_path)).to(x.dtype)[attn_metadata.document_ids]
         return x + branch
 
-    def forward(self, x, rotary, attn_metadata, routing=None):
-        x = self.residual(x, self.attention(self.attention_input(x, routing), rotary, attn_metadata), attn_metadata)
+    def add_attention(self, x, rotary, attn_metadata, routing):
+        return self.residual(x, self.attention(self.attention_input(x, routing), rotary, attn_metadata), attn_metadata)
+
+    def add_feed_forward(self, x, attn_metadata, routing):
         return self.residual(x, self.feed_forward(self.feed_forward_input(x, routing)), attn_metadata)
+
+    def forward(self, x, rotary, attn_metadata, routing=None):
+        x = self.add_attention(x, rotary, attn_metadata, routing)
+        return self.add_feed_forward(x, attn_metadata, routing)
 
 
 def run_block(block, *inputs):

@@ -4,7 +4,7 @@ Notable:
 - Parameters are stored as the 1x1 convolutions of the published checkpoints, but applied as two matrix products: down
   to z [N, r], then both experts, their mixture, biases and residual at once as `x + u U^T`, with u [N, 2r + 2].
 - The decoder's router reads the two modality tokens, rows 0 and 1 of the packed row. So each layer's mixture depends
-  only on the modality and the parameters, and can be cached for generation (`Routing`).
+  only on the modality and the parameters, and can be cached for generation (lavin/routing.py).
 
 LaVIN: Luo et al. 2023, arXiv 2305.15023; RepAdapter: Luo et al. 2023, arXiv 2302.08106.
 """
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lavin.llama import Block
+from lavin.routing import LayerRouting
 from lavin.runtime.flags import FlagGroup, Role, flag
 from lavin.runtime.schema import Factor, Positive, Probability, Width
 
@@ -147,6 +148,11 @@ class RepAdapterRouter(RepAdapter):
         """Router input h [M, D] -> expert mixture [M, 2], float32."""
         return (self.expert_weights(h.float()) / self.temperature).softmax(-1)
 
+    def routed(self, h) -> tuple:
+        """The part of a forward pass that depends on the router input h [M, D] and the parameters alone: the mixtures
+        [M, 2], and the projections in the dtype of h."""
+        return self.mixture(h), *self.projections(h.dtype)
+
     def up_columns(self) -> list:
         return [dense_weight(self.conv_B), dense_weight(self.conv_D), self.conv_B.bias[:, None],
                 self.conv_D.bias[:, None]]
@@ -156,60 +162,6 @@ class RepAdapterRouter(RepAdapter):
         *down, up = projections or self.projections(x.dtype)
         z, w = self.down_project(x, *down), mixture.to(x.dtype)
         return self.add_up_projection(x, [z * w[:, :1], z * w[:, 1:], w], up)
-
-
-@dataclass
-class Routing:
-    """The expert mixture of every row of a pass, by modality; `routing` of lavin.llama.Llama.
-
-    one_hot [N, 2] float32: each row's modality. A matrix product with it selects mixtures, and its gradient is
-    deterministic, unlike that of indexing.
-    cache: one dict a layer, adapter name -> (mixtures [2, 2], *projections). Missing entries are computed from rows 0
-    and 1, which must then be the two modality tokens, and stored (LaVIN.routing_cache). None: always computed, never
-    stored (training).
-    """
-
-    one_hot: torch.Tensor
-    cache: list[dict] | None = None
-
-    @classmethod
-    def from_modality(cls, modality: torch.Tensor, cache: list[dict] | None = None) -> "Routing":
-        """modality [N]: 0 text, 1 image, for each row."""
-        return cls(F.one_hot(modality, 2).float(), cache)
-
-    def for_layer(self, layer: int):
-        return LayerRouting(self.one_hot, None if self.cache is None else self.cache[layer])
-
-
-def cached_tensors(cache: list[dict]) -> list[torch.Tensor]:
-    return [tensor for layer in cache for adapter in layer.values() for tensor in adapter]
-
-
-def update_routing(cache: list[dict], new: list[dict]) -> list[dict]:
-    """`cache` of Routing with the values of `new`, in the same tensors where these are of the same kind, since captured
-    passes read them; else in new ones."""
-    tensors, new_tensors = cached_tensors(cache), cached_tensors(new)
-    if [(t.dtype, t.device) for t in tensors] != [(t.dtype, t.device) for t in new_tensors]:
-        # copies, since some are parameters where no cast is needed
-        return [{name: tuple(tensor.clone() for tensor in adapter) for name, adapter in layer.items()} for layer in new]
-    torch._foreach_copy_(tensors, new_tensors)
-    return cache
-
-
-@dataclass
-class LayerRouting:
-    """One layer's part of Routing."""
-
-    one_hot: torch.Tensor
-    cache: dict[str, tuple] | None
-
-    def adapter_inputs(self, name: str, adapter: RepAdapterRouter, x) -> tuple:
-        """What an adapter's forward takes besides x [N, D]: its mixture [N, 2] and its projections."""
-        cache = {} if self.cache is None else self.cache
-        if name not in cache:
-            cache[name] = adapter.mixture(x[:2]), *adapter.projections(x.dtype)
-        mixtures, *projections = cache[name]
-        return self.one_hot @ mixtures, projections
 
 
 class AdaptedBlock(Block):
@@ -229,6 +181,15 @@ class AdaptedBlock(Block):
 
     def feed_forward_input(self, x, routing):
         return self.norm_and_adapter(self.ffn_norm, "adapter_mlp", x, routing)
+
+    def route_modality_tokens(self, x, one_hot, rotary, attn_metadata) -> tuple:
+        """The modality tokens x [2, D], of modalities one_hot [2, 2] -> the same behind this layer, and the layer's
+        entries in a RoutingCache."""
+        routed = {"adapter_attn": self.adapter_attn.routed(self.attention_norm(x))}
+        x = self.add_attention(x, rotary, attn_metadata, LayerRouting(one_hot, routed))
+        if self.adapter_mlp is not None:
+            routed["adapter_mlp"] = self.adapter_mlp.routed(self.ffn_norm(x))
+        return self.add_feed_forward(x, attn_metadata, LayerRouting(one_hot, routed)), routed
 
 
 def make_adapted_block(adapter: AdapterConfig, n_layers: int, drop_path: float = 0.0):

@@ -13,23 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavin.attention import VarlenMetadata
+from lavin.attention import HAS_TRITON, VarlenMetadata
 from lavin.llama import Llama, LlamaConfig
 from lavin.loss import answer_loss
-from lavin.mm_adapter import (
-    INIT_DEVICE,
-    AdapterConfig,
-    Routing,
-    VisualProjection,
-    adapt_vit,
-    make_adapted_block,
-    update_routing,
-)
+from lavin.mm_adapter import INIT_DEVICE, AdapterConfig, VisualProjection, adapt_vit, make_adapted_block
+from lavin.routing import MODALITIES, Routing, RoutingCache
 from lavin.runtime.device import stack_on_device, to_device
 from lavin.tokenizer import IMAGE_SLOT, Example
 from lavin.vision import VisionEncoder
-
-MODALITIES = 2  # text, image
 
 
 @dataclass
@@ -80,6 +71,7 @@ class LaVIN(nn.Module):
         self.adapter = adapter
         # replaced in lavin/fast/speed_up.py and lavin/weights/tensor_parallel.py
         self.answer_loss: Callable = answer_loss
+        self.use_triton = HAS_TRITON  # in attention; set in lavin/fast/speed_up.py
         self.use_cuda_graphs = False  # in decoding; set in lavin/fast/captured_models.py
         self.session: Any = None  # the latest generation session (lavin/generation/generate.py)
         self.llama = Llama(config, make_adapted_block(adapter, config.n_layers, drop_path))
@@ -89,12 +81,7 @@ class LaVIN(nn.Module):
         self.adapter_modality_embedding = nn.Embedding(MODALITIES, config.dim, device=INIT_DEVICE)
         for name, parameter in self.named_parameters():
             parameter.requires_grad = "adapter" in name
-        # what `routing_cache` is computed from, as (the dict that holds a tensor, its name), and its latest state
-        self.routing_inputs = [(owner, name) for part in (*self.llama.modules(), self.adapter_modality_embedding)
-                               for owner in (part._parameters, part._buffers) for name, tensor in owner.items()
-                               if tensor is not None and (tensor.requires_grad or owner is part._buffers)]
-        self.routing_state: list[tuple[int, int]] = []
-        self.cached_routing: list[dict] = []
+        self.routing_cache = RoutingCache(self.llama, self.adapter_modality_embedding)
 
     @property
     def device(self):
@@ -103,10 +90,6 @@ class LaVIN(nn.Module):
     @property
     def dtype(self):
         return self.llama.tok_embeddings.weight.dtype
-
-    def train(self, mode: bool = True):
-        """Does nothing in this mode already, since setting it takes 2 ms for 7B. So set no part's mode by itself."""
-        return self if mode == self.training else super().train(mode)
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         self.llama.gradient_checkpointing = self.vision.gradient_checkpointing = on
@@ -131,7 +114,7 @@ class LaVIN(nn.Module):
         Every sample's modality token is at position 0, so its first own token is at position 1.
         """
         return VarlenMetadata([1] * MODALITIES + lengths, self.device,
-                              position_offsets=[0] * MODALITIES + [1] * len(lengths))
+                              position_offsets=[0] * MODALITIES + [1] * len(lengths), use_triton=self.use_triton)
 
     def hidden_states(self, batch: Batch):
         """Last hidden states of the samples [N, D], normalised."""
@@ -150,30 +133,10 @@ class LaVIN(nn.Module):
     def prefill(self, batch: Batch, make_metadata=VarlenMetadata):
         """`hidden_states` in inference: the routers read the routing cache, so the modality tokens are left out.
 
-        make_metadata: VarlenMetadata, or what has its arguments.
+        make_metadata: VarlenMetadata, or a function with its arguments.
         """
         x = self.embed(batch)  # first: the GPU works on the images while the host prepares the rest
-        attn_metadata = make_metadata(batch.lengths, self.device, position_offsets=[1] * len(batch.lengths))
-        routing = Routing.from_modality(batch.modality[attn_metadata.document_ids], self.routing_cache())
+        attn_metadata = make_metadata(batch.lengths, self.device, position_offsets=[1] * len(batch.lengths),
+                                      use_triton=self.use_triton)
+        routing = Routing.from_modality(batch.modality[attn_metadata.document_ids], self.routing_cache.refresh(self))
         return self.llama(x, attn_metadata, routing)
-
-    def routing_cache(self) -> list[dict]:
-        """The complete `cache` of Routing, which depends only on parameters.
-
-        Computed again, into the same tensors, when a parameter has changed by other means than its `.data`.
-        """
-        inputs = (owner[name] for owner, name in self.routing_inputs)
-        state = [(tensor.data_ptr(), tensor._version) for tensor in inputs]
-        if state != self.routing_state:
-            self.cached_routing = update_routing(self.cached_routing, self.compute_routing())
-            self.routing_state = state
-        return self.cached_routing
-
-    @torch.no_grad()
-    def compute_routing(self) -> list[dict]:
-        """The modality tokens alone compute it, by layers that are not compiled: that would take longer."""
-        tokens, token_modality = self.modality_tokens()
-        cache: list[dict] = [{} for _ in self.llama.layers]
-        with torch.compiler.set_stance("force_eager"):
-            self.llama(tokens, self.attn_metadata([]), Routing.from_modality(token_modality, cache))
-        return cache

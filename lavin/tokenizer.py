@@ -16,11 +16,11 @@ import torch
 from pydantic import BeforeValidator
 from typing_extensions import TypedDict
 
-from lavin.gguf import vocabulary as gguf
-from lavin.gguf.file import is_gguf, open_file
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import sha256
 from lavin.runtime.schema import declared, read_validated
+from lavin.weights.gguf import vocabulary as gguf
+from lavin.weights.gguf.file import is_gguf, open_file
 
 CODE = (Path(__file__), Path(gguf.__file__))
 IMAGE_SLOT = -1  # placeholder among token ids for an image embedding
@@ -219,7 +219,7 @@ class GGUFBytePairs(FastTokenizer):
         return gguf.byte_level_bpe(self.vocabulary, tokenizers)
 
 
-def open_gguf(path: Path) -> SentencePiece | FastTokenizer:
+def open_gguf_tokenizer(path: Path) -> SentencePiece | FastTokenizer:
     vocabulary = gguf.read_vocabulary(open_file(path))
     model = (GGUFBytePairs(path, vocabulary) if vocabulary["model"] == "gpt2" else
              SentencePiece(path, gguf.sentencepiece_model(vocabulary)))
@@ -229,7 +229,7 @@ def open_gguf(path: Path) -> SentencePiece | FastTokenizer:
 
 def open_model(path: Path) -> SentencePiece | FastTokenizer:
     if is_gguf(path):
-        return open_gguf(path)
+        return open_gguf_tokenizer(path)
     return (HuggingFaceTokenizer if path.suffix == ".json" else Tiktoken if is_tiktoken(path) else SentencePiece)(path)
 
 

@@ -21,6 +21,7 @@ try:  # packages may be missing or broken, and this program says so
     from packaging.specifiers import SpecifierSet
 
     from lavin.fast.speed_up import choose_fast_paths
+    from lavin.runtime import console
     from lavin.runtime.device import choose_device, choose_dtype, compute_capability
     from lavin.runtime.errors import describe
     from lavin.timm_compat import import_timm
@@ -194,6 +195,8 @@ def of_train_py(argv: list[str]) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
+    if not import_error:
+        console.setup()
     problems: dict[str, None] = {}  # in their order, without repeats
     home = rf"(?<![\w.~-]){re.escape(os.path.expanduser('~'))}(?![\w.-])"  # names a user
     for section in (machine(), packages(), checked(of_train_py(argv))):

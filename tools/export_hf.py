@@ -85,7 +85,7 @@ def hf_name(name: str) -> str:
 @torch.no_grad()
 def merged_tensors(model: LaVIN, modality: int) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of the exported model, one at a time."""
-    config, routing_cache = model.llama.config, model.routing_cache()
+    config, routing_cache = model.llama.config, model.routing_cache.refresh(model)
     heads = {"wq": config.n_heads, "wk": config.kv_heads, "q_norm": 1, "k_norm": 1}
     adapter_of = {"wq": "adapter_attn", "wk": "adapter_attn", "wv": "adapter_attn"}
     if model.adapter.adapter_type == "block":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lavin.fast.speed_up import check_fast_paths, speed_up
+from lavin.fast.speed_up import check_fast_paths, choose_attention, speed_up
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.runtime import distributed
@@ -116,4 +116,6 @@ def load_model(args, trained: Trained | None = None, fast: bool = True) -> tuple
         load_adapters(model, trained.tensors, str(trained.path))
     if fast:
         speed_up(model, args.bits, args.compile, args.cuda_graphs)
+    else:
+        choose_attention(model)
     return model.eval(), tokenizer, trained.path

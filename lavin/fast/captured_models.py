@@ -12,8 +12,9 @@ from torch import nn
 
 from lavin.attention import VarlenMetadata
 from lavin.fast.cuda_graphs import CapturedModule, CapturedPass, copy_and_zero_pad, pad_to_bucket
-from lavin.mm_adapter import Routing
-from lavin.model import MODALITIES, LaVIN
+from lavin.model import LaVIN
+from lavin.routing import MODALITIES, Routing
+from lavin.runtime.arithmetic import round_up
 
 PREFILL_BUCKET = 64  # prefills of single prompts are padded to a multiple of this many tokens
 IMAGE_BUCKET = 8  # images of a batch of prompts are padded to a multiple of this many
@@ -97,18 +98,17 @@ class CapturedLlama(CapturedModule):
         memory-efficient attention requires; and the KV cache that is filled."""
         num_docs = attn_metadata.num_docs
         single = num_docs == 1  # a size of its own for torch.compile
-        rows = len(x) + -len(x) % PREFILL_BUCKET if single else pad_to_bucket(len(x))
+        rows = round_up(len(x), PREFILL_BUCKET) if single else pad_to_bucket(len(x))
         max_seqlen = max(attn_metadata.max_seqlen, attn_metadata.lengths[-1] + rows - len(x))
-        return (rows, 1 if single else num_docs + -num_docs % 4, min(max_seqlen + -max_seqlen % 256, rows),
+        return (rows, 1 if single else round_up(num_docs, 4), min(round_up(max_seqlen, 256), rows),
                 id(getattr(attn_metadata, "cache", None)))
 
     def kind(self, x, attn_metadata, routing):
         return type(attn_metadata), attn_metadata.num_docs == 1
 
     def captures_inference(self, x, attn_metadata, routing):
-        """Prefills, with or without a KV cache; not decoding steps, which a session captures, nor the pass that fills
-        the routing cache."""
-        return (isinstance(attn_metadata, VarlenMetadata) and bool(routing.cache and routing.cache[0])
+        """Prefills, with or without a KV cache; not decoding steps, which a session captures."""
+        return (isinstance(attn_metadata, VarlenMetadata) and routing.cache is not None
                 and (attn_metadata.num_docs > 1 or len(x) <= MAX_CAPTURED_TOKENS))
 
 

@@ -18,6 +18,8 @@ from traceback import clear_frames
 import torch
 from torch import nn
 
+from lavin.runtime.arithmetic import round_up
+
 CAPTURE_STANCE = "eager_on_recompile"  # slow where it comes to that: tests set "fail_on_recompile"
 MAX_GRAPHS = 128  # buckets kept; at 7B each takes 6 MiB outside the shared pool, and half a second to capture
 
@@ -45,8 +47,7 @@ def capture(run: Callable[[], None], device: torch.device, pool=None) -> Callabl
 
 def pad_to_bucket(n: int) -> int:
     """n rounded up, by at most 1/32 from 512 on and to a multiple of 16 below, so that few different sizes occur."""
-    step = max(16, 1 << max(n.bit_length() - 6, 0))
-    return n + -n % step
+    return round_up(n, max(16, 2 ** (n.bit_length() - 6)))
 
 
 class StaticBuffers:

@@ -7,9 +7,12 @@ With fp8, every row of an activation or gradient (a token) and every row of a we
 Weights are quantized once, in both orientations, since the forward and the backward product sum over different
 dimensions.
 
-`weights`: (W [O, K],) in 16 bits; in fp8 (rows of W, their scales, rows of W^T, their scales). `bias`: [O], or None; it
-changes no input gradient.
+`weights`: (W [O, K],) in 16 bits; in fp8 (rows of W, their scales, rows of W^T, their scales), see `is_fp8`. They are
+passed as single tensors, since autograd and torch.compile look into no other objects. `bias`: [O], or None; it changes
+no input gradient.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -30,7 +33,7 @@ class FrozenLinear(nn.Module):
     def __init__(self, weight: torch.Tensor, fp8: bool, bias: torch.Tensor | None = None):
         super().__init__()
         self.bias = frozen(bias)
-        # one attribute each: Dynamo of torch 2.7 loses the entries of a ParameterList
+        # one attribute for each tensor: Dynamo of torch 2.7 loses the entries of a ParameterList
         self.weight, self.scale, self.weight_t, self.scale_t = frozen(weight), None, None, None
         if fp8:
             self.weight, self.scale, self.weight_t, self.scale_t = (
@@ -51,15 +54,20 @@ class FrozenLinear(nn.Module):
         return add_bias(frozen_linear(x, *self.weights), self.bias)
 
 
+def is_fp8(weights: Sequence[torch.Tensor]) -> bool:
+    """Whether a matrix is stored in fp8, as four tensors, or in 16 bits, as one."""
+    return len(weights) == 4
+
+
 def maybe_quantize(x, weights: tuple) -> tuple:
-    """x as a product with these weights takes it: (values, scales) in fp8, else (x, None)."""
-    return quantize_rows(x) if len(weights) > 1 else (x, None)
+    """The factor x of a product with these weights: (values, scales) in fp8, else (x, None)."""
+    return quantize_rows(x) if is_fp8(weights) else (x, None)
 
 
 def matmul(scaled_x: tuple, weights: tuple, dtype):
     """x W^T: [N, K] -> [N, O]. scaled_x: from `maybe_quantize`."""
     x, scale = scaled_x
-    return scaled_matmul(x, scale, weights[0], weights[1], dtype) if len(weights) > 1 else x @ weights[0].t()
+    return scaled_matmul(x, scale, weights[0], weights[1], dtype) if is_fp8(weights) else x @ weights[0].t()
 
 
 def uses_gemv(x) -> bool:
@@ -70,14 +78,14 @@ def uses_gemv(x) -> bool:
 def linear(x, weights: tuple):
     """x W^T: [N, K] -> [N, O], in the dtype of x."""
     if uses_gemv(x):
-        return gemv(x, weights[0], weights[1] if len(weights) > 1 else None)
+        return gemv(x, weights[0], weights[1] if is_fp8(weights) else None)
     return matmul(maybe_quantize(x, weights), weights, x.dtype)
 
 
 def matmul_backward(scaled_grad: tuple, weights: tuple, dtype):
     """Gradient of x, grad_output W: [N, O] -> [N, K]. scaled_grad: grad_output from `maybe_quantize`."""
     grad, scale = scaled_grad
-    return scaled_matmul(grad, scale, weights[2], weights[3], dtype) if len(weights) > 1 else grad @ weights[0]
+    return scaled_matmul(grad, scale, weights[2], weights[3], dtype) if is_fp8(weights) else grad @ weights[0]
 
 
 class FrozenLinearFunction(torch.autograd.Function):
@@ -94,7 +102,7 @@ class FrozenLinearFunction(torch.autograd.Function):
 
 
 class SwiGLUMLPFunction(torch.autograd.Function):
-    """w2 (silu(w1 x) * w3 x). weights: of [w1; w3] in one matrix, then of w2. bias: of [w1; w3]."""
+    """w2 (silu(w1 x) * w3 x). weights: those of [w1; w3] in one matrix, then those of w2. bias: that of [w1; w3]."""
 
     @staticmethod
     def forward(ctx, x, bias, *weights):
@@ -102,7 +110,7 @@ class SwiGLUMLPFunction(torch.autograd.Function):
         w13, w2 = weights[:half], weights[half:]
         gate_up = add_bias(matmul(maybe_quantize(x, w13), w13, x.dtype), bias)  # [N, 2H]
         ctx.save_for_backward(gate_up, *weights)
-        return matmul(swiglu(gate_up, half > 1), w2, x.dtype)
+        return matmul(swiglu(gate_up, is_fp8(w2)), w2, x.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -110,7 +118,7 @@ class SwiGLUMLPFunction(torch.autograd.Function):
         half, dtype = len(weights) // 2, grad_output.dtype
         w13, w2 = weights[:half], weights[half:]
         grad_hidden = matmul_backward(maybe_quantize(grad_output, w2), w2, dtype)  # [N, H]
-        grad_gate_up = swiglu_backward(gate_up, grad_hidden, half > 1)  # already quantized for the next product
+        grad_gate_up = swiglu_backward(gate_up, grad_hidden, is_fp8(w13))  # already quantized for the next product
         return matmul_backward(grad_gate_up, w13, dtype), *[None] * (1 + len(weights))
 
 
@@ -127,7 +135,7 @@ class QKVRopeFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_query, grad_key, grad_value):
         cos, sin, *weights = ctx.saved_tensors
-        grad_qkv = qkv_rope_backward(grad_query, grad_key, grad_value, cos, sin, len(weights) > 1)
+        grad_qkv = qkv_rope_backward(grad_query, grad_key, grad_value, cos, sin, is_fp8(weights))
         return matmul_backward(grad_qkv, weights, grad_query.dtype), *[None] * (5 + len(weights))
 
 

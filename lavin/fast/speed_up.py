@@ -63,12 +63,11 @@ def compile_model(model: LaVIN) -> None:
 
 @cache
 def compiler_error(device: torch.device) -> str | None:
-    """Why Triton or Inductor does not work on this GPU, tried on a small function; None: both do. Then attention does
-    without Triton, too.
+    """Why Triton or Inductor does not work on this GPU, tried on a small function; None where both work.
 
-    What goes wrong on clusters: no kernels for an old GPU, no C compiler, no place to write to.
+    On clusters, the GPU may be too old for their kernels, and a C compiler or a place to write to may be missing.
     """
-    if not attention.has_triton:
+    if not attention.HAS_TRITON:
         return "Triton is not installed"
     x = torch.randn(4, 64, device=device)
     logging.disable(logging.CRITICAL)  # Inductor and Triton would print a thousand lines
@@ -78,7 +77,6 @@ def compiler_error(device: torch.device) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of Dynamo, Inductor, Triton, ptxas, gcc or the file system
-        attention.has_triton = False
         return first_line(error)
     finally:
         logging.disable(logging.NOTSET)
@@ -118,7 +116,7 @@ def choose_fast_paths(device: torch.device, dtype: torch.dtype, head_dim: int, b
     error, gpu = check_fast_paths(device, dtype, bits, compile, cuda_graphs), device.type == "cuda"
     note = f"the model runs without torch.compile and Triton, which do not work on this GPU: {error}" if error else ""
     works = gpu and not error
-    return FastPaths(attention.select_attention(device, dtype, head_dim), fused=works or bits == "fp8",
+    return FastPaths(attention.select_attention(device, dtype, head_dim, works), fused=works or bits == "fp8",
                      compiled=compile == "on" or (compile == "auto" and works),
                      captured=gpu and cuda_graphs != "off", note=note)
 
@@ -129,11 +127,19 @@ def can_speed_up(linear: nn.Module) -> bool:
     return isinstance(linear, nn.Linear) or getattr(linear, "capturable", False)  # lavin/weights/quantization.py
 
 
+def choose_attention(model: LaVIN) -> None:
+    """In place: attention does without our Triton kernels on a GPU where the compiler does not work."""
+    if model.device.type == "cuda":
+        model.use_triton = compiler_error(model.device) is None
+
+
 def speed_up(model: LaVIN, bits: str = "16bit", compile: str = "auto", cuda_graphs: str = "auto") -> LaVIN:
     """In place; returns the model. bits: `fp8` for fp8 matrices. compile, cuda_graphs: `auto`, `on` or `off`.
 
-    Models in 8 bits and tensor-parallel ones stay as they are. Raises UserError as `choose_fast_paths`.
+    Models in 8 bits and tensor-parallel ones stay as they are, but for their attention. Raises UserError as
+    `choose_fast_paths`.
     """
+    choose_attention(model)
     if not can_speed_up(model.llama.layers[0].attention.wq):
         return model
     paths = choose_fast_paths(model.device, model.dtype, model.llama.config.head_dim, bits, compile, cuda_graphs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lavin.attention import VarlenMetadata, grouped_sdpa, uses_triton
+from lavin.attention import HAS_TRITON, VarlenMetadata, grouped_sdpa, uses_triton
 from lavin.kernels.kv_cache import decode_attention, fill_cache
 from lavin.llama import LlamaConfig
 
@@ -25,8 +25,8 @@ class KVCache:
 class PrefillMetadata(VarlenMetadata):
     """Sequences as documents of a packed row, whose keys and values are also written to the cache."""
 
-    def __init__(self, cache: KVCache, lengths: list[int], device, position_offsets: list[int] | None = None):
-        super().__init__(lengths, device, position_offsets)
+    def __init__(self, cache: KVCache, *document_boundaries, **options):
+        super().__init__(*document_boundaries, **options)
         self.cache = cache
 
     def for_layer(self, layer: int):
@@ -46,7 +46,7 @@ class PrefillLayer:
         # no sequence alone fills the cache, whose last position takes what does not fit.
         sequence_ids = self.attn_metadata.document_ids
         positions = self.attn_metadata.doc_positions.clamp(max=self.keys.shape[2] - 1)
-        if uses_triton(key.device, key.dtype, key.shape[-1]):
+        if uses_triton(key.device, key.dtype, key.shape[-1], self.attn_metadata.use_triton):
             fill_cache(self.keys, self.values, key.contiguous(), value.contiguous(), sequence_ids, positions)
         else:
             self.keys[sequence_ids, :, positions] = key
@@ -55,10 +55,10 @@ class PrefillLayer:
 
 
 class DecodeMetadata:
-    """One new token for every sequence of the cache, B rows in all."""
+    """One new token for every sequence of the cache, B rows in all. use_triton: see VarlenMetadata."""
 
-    def __init__(self, cache: KVCache):
-        self.cache = cache
+    def __init__(self, cache: KVCache, use_triton: bool = HAS_TRITON):
+        self.cache, self.use_triton = cache, use_triton
         self.cache_positions = cache.lengths.clone()  # [B]: where the new tokens go
         self.position_ids = self.cache_positions + 1  # the modality token has rotary position 0
         self.document_ids = torch.arange(len(cache.lengths), device=cache.lengths.device)
@@ -81,7 +81,7 @@ class DecodeLayer:
     def attend(self, query, key, value):
         """query [B, H, d], key and value [B, H_kv, d] -> [B, H, d]."""
         positions = self.attn_metadata.cache_positions
-        if uses_triton(key.device, key.dtype, key.shape[-1]):
+        if uses_triton(key.device, key.dtype, key.shape[-1], self.attn_metadata.use_triton):
             return decode_attention(query.contiguous(), key.contiguous(), value.contiguous(), self.keys, self.values,
                                     positions)
         index = self.attn_metadata.document_ids, slice(None), positions

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from lavin.generation.generate import session_for
+from lavin.generation.generate import session_for, set_eval
 from lavin.generation.sampling import refuse_not_finite
 from lavin.model import LaVIN, pack
 from lavin.runtime.device import copy_to_host, to_device
@@ -37,7 +37,7 @@ def score_options(model: LaVIN, batches: Iterable[list[OptionExample]]) -> Itera
 
     The next batch is launched before the scores of the last one are read, so that the GPU never waits for the host.
     """
-    model.eval()
+    set_eval(model)
     in_flight = None
     for questions in batches:
         logits = copy_to_host(next_token_logits(model, [example for example, _ in questions]))

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from lavin.fast.cuda_graphs import capture, graph_pool
 from lavin.generation.kv_cache import DecodeMetadata, KVCache, PrefillMetadata
-from lavin.mm_adapter import Routing
-from lavin.model import MODALITIES, LaVIN, pack
+from lavin.model import LaVIN, pack
+from lavin.routing import MODALITIES, Routing
+from lavin.runtime.arithmetic import round_up
 from lavin.runtime.device import to_device
 from lavin.tokenizer import Example
 
@@ -33,7 +34,7 @@ class Session:
     def __init__(self, model: LaVIN, batch_size: int, capacity: int):
         config, device = model.llama.config, model.device
         # rounded up, and by more for few sequences: a conversation grows, and their cache is small
-        self.capacity = capacity + -capacity % max(64, 512 // batch_size)
+        self.capacity = round_up(capacity, max(64, 512 // batch_size))
         self.model, self.batch_size, self.key = model, batch_size, self.session_key(model)
         self.cache = KVCache(config, batch_size, self.capacity, device, model.dtype)
         self.ids = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -76,8 +77,9 @@ class Session:
 
     def run_step(self) -> None:
         x = self.model.llama.tok_embeddings(self.ids)
-        routing = Routing(self.one_hot, self.model.cached_routing)
-        self.logits.copy_(self.model.llama.output(self.model.llama(x, DecodeMetadata(self.cache), routing)))
+        routing = Routing(self.one_hot, self.model.routing_cache.layers)
+        attn_metadata = DecodeMetadata(self.cache, self.model.use_triton)
+        self.logits.copy_(self.model.llama.output(self.model.llama(x, attn_metadata, routing)))
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Adds a token [B] to every sequence; returns the logits [B, V] float32 of the next one."""

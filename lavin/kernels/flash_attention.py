@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from lavin.runtime.arithmetic import ceil_div
+
 
 @torch.library.custom_op("lavin::flash_attention", mutates_args=())
 def flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor,
@@ -53,7 +55,7 @@ def launch(kernel, query, key, cu_seqlens, max_seqlen, heads, tensors, BLOCK, **
     """Grid: blocks of the longest document x heads x documents; programs beyond a document's end return at once."""
     N, H, D = query.shape
     scale = D ** -0.5 * math.log2(math.e)  # softmax in powers of two
-    grid = (-(-max_seqlen // BLOCK), heads, len(cu_seqlens) - 1)
+    grid = (ceil_div(max_seqlen, BLOCK), heads, len(cu_seqlens) - 1)
     kernel[grid](*tensors, scale, N, H, key.shape[1], D=D, BLOCK=BLOCK, **constants)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lavin.kernels.fp8 import FP8_DTYPE, quantize_rows
+from lavin.runtime.arithmetic import next_power_of_2
 
 
 def empty_output(like: torch.Tensor, width: int, quantize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,10 +21,6 @@ def empty_output(like: torch.Tensor, width: int, quantize: bool) -> tuple[torch.
 def cast_output(x: torch.Tensor, dtype: torch.dtype, quantize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The plain twins' counterpart of `empty_output`: x float32, quantized or cast to dtype."""
     return quantize_rows(x) if quantize else (x.to(dtype), x.new_empty(0, 1, dtype=torch.float32))
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 @torch.library.custom_op("lavin::swiglu", mutates_args=())

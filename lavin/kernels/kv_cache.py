@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from lavin.runtime.arithmetic import ceil_div, next_power_of_2
 from lavin.runtime.device import pdl_options
 
 BLOCK = 128  # positions of the cache a program of decode_attention
@@ -22,7 +23,7 @@ def fill_cache(keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, valu
     from lavin.kernels.kv_cache_triton import fill
     N, H_KV, D = key.shape
     fill[(N,)](keys, values, key, value, sequence_ids, positions, H_KV, keys.shape[2], D=D,
-               BLOCK=1 << (H_KV * D - 1).bit_length(), num_warps=8)
+               BLOCK=next_power_of_2(H_KV * D), num_warps=8)
 
 
 @torch.library.custom_op("lavin::decode_attention", mutates_args=("keys", "values"))
@@ -32,13 +33,13 @@ def decode_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     positions up to them -> [B, H, d]. All contiguous."""
     from lavin.kernels.kv_cache_triton import combine, decode_fwd
     (B, H, D), T, out = query.shape, keys.shape[2], torch.empty_like(query)
-    blocks = -(-T // BLOCK)  # programs a head: a single sequence has too few heads to keep the GPU busy
+    blocks = ceil_div(T, BLOCK)  # programs a head: a single sequence has too few heads to keep the GPU busy
     partial_out = query.new_empty(B, H, blocks, D, dtype=torch.float32)
     lse = query.new_empty(B, H, blocks, dtype=torch.float32)
     scale = D ** -0.5 * math.log2(math.e)  # softmax in powers of two
     decode_fwd[(blocks, H, B)](query, key, value, keys, values, positions, partial_out, lse, scale, T, H, key.shape[1],
                                D=D, BLOCK=BLOCK, num_warps=8, **pdl_options(query.device))
-    combine[(B * H,)](partial_out, lse, out, blocks, D=D, BLOCKS=1 << (blocks - 1).bit_length(), num_warps=1,
+    combine[(B * H,)](partial_out, lse, out, blocks, D=D, BLOCKS=next_power_of_2(blocks), num_warps=1,
                        **pdl_options(query.device))
     return out
 

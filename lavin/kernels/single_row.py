@@ -7,6 +7,7 @@ spares a step eight small kernels, is AdaptedBlock.norm_and_adapter (lavin/mm_ad
 import torch
 
 from lavin.kernels.fused_ops import swiglu
+from lavin.runtime.arithmetic import ceil_div, next_power_of_2
 from lavin.runtime.device import pdl_options
 
 BLOCK_O = 4  # rows of the weight a program
@@ -33,8 +34,8 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> t
     from lavin.kernels.single_row_triton import gemv_fwd
     n_rows, K = weight.shape
     out = x.new_empty(1, n_rows)
-    gemv_fwd[(-(-n_rows // BLOCK_O),)](x, weight, out if scale is None else scale, out, n_rows, K,
-                                       **gemv_options(scale, x.device))
+    gemv_fwd[(ceil_div(n_rows, BLOCK_O),)](x, weight, out if scale is None else scale, out, n_rows, K,
+                                           **gemv_options(scale, x.device))
     return out
 
 
@@ -53,7 +54,7 @@ def gemv_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | Non
     from lavin.kernels.single_row_triton import gemv_swiglu_fwd
     n_rows, K = weight.shape
     out = x.new_empty(1, n_rows // 2)
-    gemv_swiglu_fwd[(-(-n_rows // BLOCK_O),)](
+    gemv_swiglu_fwd[(ceil_div(n_rows, BLOCK_O),)](
         x, weight, out if scale is None else scale, out if bias is None else bias, out, n_rows // 2, K,
         BIASED=bias is not None, **gemv_options(scale, x.device))
     return out
@@ -71,9 +72,9 @@ def norm_adapter(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, one_hot
     bias a [r] and up s U [D, .]: RepAdapter.projections."""
     from lavin.kernels.single_row_triton import norm_adapter_fwd
     out, (R, D), BLOCK = torch.empty_like(x), down.shape, 64  # and STEP: the fastest for 7B on an H100
-    norm_adapter_fwd[(-(-D // BLOCK),)](x, norm_weight, one_hot, mixtures, down, down_bias, up, out, eps, D, R,
-                                        up.shape[1], BLOCK=BLOCK, STEP=2048, ROWS=1 << (R - 1).bit_length(),
-                                        num_warps=8, **pdl_options(x.device))
+    norm_adapter_fwd[(ceil_div(D, BLOCK),)](x, norm_weight, one_hot, mixtures, down, down_bias, up, out, eps, D, R,
+                                            up.shape[1], BLOCK=BLOCK, STEP=2048, ROWS=next_power_of_2(R), num_warps=8,
+                                            **pdl_options(x.device))
     return out
 
 

@@ -6,15 +6,18 @@ import sys
 
 from tqdm import tqdm
 
-for name in ("stdout", "stderr"):
-    if getattr(sys, name) is None:  # closed by the shell: what is said is lost, and no more
-        setattr(sys, name, open(os.devnull, "w"))
-if isinstance(sys.stdout, io.TextIOWrapper):  # a log in ascii or latin-1 must not end a program: it gets a ? instead
-    sys.stdout.reconfigure(errors="replace")
+
+def setup() -> None:
+    """Makes both outputs such that writing to them does not end a program; called once where a program starts."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: the program goes on, and its words are lost
+            setattr(sys, name, open(os.devnull, "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a log in ascii or latin-1 gets a ? for each other character
+        sys.stdout.reconfigure(errors="replace")
 
 
 def summary(doc: str | None) -> str:
-    """The first line of a module's docstring, which python -OO drops: what --help says."""
+    """The first line of a module's docstring, for --help; python -OO drops docstrings."""
     return (doc or "").partition("\n")[0]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lavin.runtime.arithmetic import round_up
 from lavin.runtime.errors import UserError
 
 ALIGNMENT = 16  # bytes, of tensors that are copied together
@@ -125,7 +126,7 @@ def to_device(tensors: list[torch.Tensor], device) -> list[torch.Tensor]:
     """Host to device; to a GPU in one copy, through pinned memory, so that the host does not wait."""
     if torch.device(device).type != "cuda":
         return [tensor.to(device) for tensor in tensors]
-    sizes = [tensor.nbytes + -tensor.nbytes % ALIGNMENT for tensor in tensors]
+    sizes = [round_up(tensor.nbytes, ALIGNMENT) for tensor in tensors]
     pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
 
     def parts(memory: torch.Tensor) -> list[torch.Tensor]:

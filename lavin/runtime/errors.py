@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from lavin.runtime import signals
+from lavin.runtime import console, signals
 from lavin.runtime.console import is_main_process
 from lavin.runtime.signals import UNFINISHED, Stopped
 
@@ -64,6 +64,7 @@ def one_line_errors(numbers: tuple[signal.Signals, ...] = signals.STOP_SIGNALS) 
 
     numbers: of the signals that stop the program; a chat leaves SIGINT out, where Ctrl-C stops an answer.
     """
+    console.setup()
     signals.install(numbers)
     try:
         yield

@@ -4,16 +4,17 @@ A base model is a folder or a GGUF file: `--llama_model_path`/`--llm_model`, or 
 All tensors are read, dequantized, concatenated and permuted on access, one at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lavin.gguf.file import is_gguf
 from lavin.llama import LlamaConfig
 from lavin.runtime.errors import UserError
-from lavin.weights.hugging_face import open_gguf, open_hugging_face
+from lavin.weights.gguf.file import is_gguf
+from lavin.weights.gguf_llama import open_gguf
+from lavin.weights.hugging_face import open_hugging_face
 from lavin.weights.meta import open_meta
 from lavin.weights.tensor_files import hf_weight_files
 
@@ -29,6 +30,58 @@ class BaseWeights:
     source: str
 
 
+# --- Formats ---
+
+@dataclass(frozen=True)
+class Format:
+    """How the base model at a path, a folder or a file, is recognised and read.
+
+    files: all that the weights are read from, and among them those that must be there, even where they are missing;
+    raises UserError where it cannot tell. tokenizers: where a tokenizer of its own may be, the best first.
+    open: path, the tokenizer's vocabulary size -> the fields of BaseWeights; raises UserError for broken files.
+    """
+
+    matches: Callable[[Path], bool]
+    files: Callable[[Path], list[Path]]
+    tokenizers: Callable[[Path], list[Path]]
+    open: Callable[[Path, int], tuple[LlamaConfig, Mapping[str, torch.Tensor], str]]
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Folders of Mistral have params.json too, but no weights of Meta's format."""
+    return (folder / "config.json").is_file() and not all(map(Path.is_file, required_of_meta(folder)))
+
+
+def hugging_face_files(folder: Path) -> list[Path]:
+    return [folder / "config.json", *hf_weight_files(folder)]
+
+
+def required_of_meta(folder: Path) -> list[Path]:
+    return [folder / "params.json", folder / "consolidated.00.pth"]
+
+
+def meta_files(folder: Path) -> list[Path]:
+    return list(dict.fromkeys([*required_of_meta(folder), *sorted(folder.glob("consolidated.*.pth"))]))
+
+
+def tokenizers_in(folder: Path) -> list[Path]:
+    return [folder / "tokenizer.model", folder / "tokenizer.json"]
+
+
+GGUF = Format(matches=is_gguf, files=lambda path: [path], tokenizers=lambda path: [path],
+              open=lambda path, vocab_size: open_gguf(path))
+HUGGING_FACE = Format(matches=is_hugging_face, files=hugging_face_files, tokenizers=tokenizers_in,
+                      open=lambda folder, vocab_size: open_hugging_face(folder))
+META = Format(matches=lambda path: True, files=meta_files, tokenizers=tokenizers_in, open=open_meta)
+FORMATS = (GGUF, HUGGING_FACE, META)  # the first that matches is taken
+
+
+def find_format(path: Path) -> Format:
+    return next(known for known in FORMATS if known.matches(path))
+
+
+# --- The base model that the flags name ---
+
 def base_path(llama_model_path: str, llm_model: str) -> Path:
     """A folder, or a GGUF file."""
     path = Path(llama_model_path, llm_model)
@@ -39,22 +92,11 @@ def is_base(path: Path) -> bool:
     return path.is_dir() or (is_gguf(path) and path.is_file())
 
 
-def is_hugging_face(folder: Path) -> bool:
-    """Folders of Mistral have params.json too, but no weights of Meta's format."""
-    return (folder / "config.json").is_file() and not all(map(Path.is_file, meta_files(folder)))
-
-
-def meta_files(folder: Path) -> list[Path]:
-    return [folder / "params.json", folder / "consolidated.00.pth"]
-
-
 def find_tokenizer(llama_model_path: str, llm_model: str) -> Path:
-    """The GGUF file, or the tokenizer in the model's folder if there is one, or LLaMA's in `llama_model_path`."""
-    folder = base_path(llama_model_path, llm_model)
-    if is_gguf(folder):
-        return folder
-    candidates = [path for path in (folder / "tokenizer.model", folder / "tokenizer.json") if path.is_file()]
-    return candidates[0] if candidates else Path(llama_model_path, "tokenizer.model")
+    """The base model's own tokenizer, or LLaMA's in `llama_model_path`."""
+    path = base_path(llama_model_path, llm_model)
+    own = (candidate for candidate in find_format(path).tokenizers(path) if candidate.is_file())
+    return next(own, Path(llama_model_path, "tokenizer.model"))
 
 
 def find_delta(folder: Path, use_vicuna: bool) -> Path | None:
@@ -64,7 +106,7 @@ def find_delta(folder: Path, use_vicuna: bool) -> Path | None:
     if there is neither.
     """
     delta = folder.with_name(f"vicuna_{folder.name}")
-    if not use_vicuna or (is_hugging_face(folder) and not delta.is_dir()):
+    if not use_vicuna or (find_format(folder) is HUGGING_FACE and not delta.is_dir()):
         return None
     if not delta.is_dir():
         raise UserError(f"--use_vicuna: no folder {delta}: put Vicuna's v0 delta there, or name a folder of Vicuna's "
@@ -75,19 +117,12 @@ def find_delta(folder: Path, use_vicuna: bool) -> Path | None:
 def require_base(llama_model_path: str, llm_model: str, tokenizer_path: str | None = None,
                  use_vicuna: bool = False) -> None:
     """Raises UserError that names the first missing file of a base model. Fast, to be called before slow work."""
-    folder = base_path(llama_model_path, llm_model)
-    required = [Path(tokenizer_path or find_tokenizer(llama_model_path, llm_model))]
-    if is_gguf(folder):
-        required = [folder, *required]
-    elif is_hugging_face(folder):
-        hf_weight_files(folder)
-    else:
-        required = [*meta_files(folder), *required]
-    for path in required:
-        if not path.is_file():
-            raise UserError(f"missing {path}: put LLaMA's {path.name} there, "
+    path = base_path(llama_model_path, llm_model)
+    for file in (*find_format(path).files(path), Path(tokenizer_path or find_tokenizer(llama_model_path, llm_model))):
+        if not file.is_file():
+            raise UserError(f"missing {file}: put LLaMA's {file.name} there, "
                             "or name another place with --llama_model_path and --llm_model")
-    delta = find_delta(folder, use_vicuna)
+    delta = find_delta(path, use_vicuna)
     if delta:
         hf_weight_files(delta)
 
@@ -95,21 +130,17 @@ def require_base(llama_model_path: str, llm_model: str, tokenizer_path: str | No
 def base_files(llama_model_path: str, llm_model: str, tokenizer_path: str | None = None, use_vicuna: bool = False
                ) -> list[Path]:
     """Every file that the base LLaMA and its tokenizer are read from."""
-    folder = base_path(llama_model_path, llm_model)
-    delta = find_delta(folder, use_vicuna)
-    weights = ([folder] if is_gguf(folder) else
-               [folder / "config.json", *hf_weight_files(folder)] if is_hugging_face(folder)
-               else [folder / "params.json", *sorted(folder.glob("consolidated.*.pth"))])
-    files = [Path(tokenizer_path or find_tokenizer(llama_model_path, llm_model)), *weights,
+    path = base_path(llama_model_path, llm_model)
+    delta = find_delta(path, use_vicuna)
+    files = [Path(tokenizer_path or find_tokenizer(llama_model_path, llm_model)), *find_format(path).files(path),
              *(hf_weight_files(delta) if delta else [])]
     return list(dict.fromkeys(files))  # a GGUF file is both
 
 
-def open_base(folder: Path, vocab_size: int, use_vicuna: bool = False) -> BaseWeights:
+def open_base(path: Path, vocab_size: int, use_vicuna: bool = False) -> BaseWeights:
     """vocab_size: the tokenizer's, used where Meta's params.json says -1. Raises UserError for broken files."""
-    base = BaseWeights(*(open_gguf(folder) if is_gguf(folder) else
-                         open_hugging_face(folder) if is_hugging_face(folder) else open_meta(folder, vocab_size)))
-    delta = find_delta(folder, use_vicuna)
+    base = BaseWeights(*find_format(path).open(path, vocab_size))
+    delta = find_delta(path, use_vicuna)
     if is_delta(base):
         raise UserError(f"{base.source} holds a delta, not full weights: name the LLaMA that it belongs to with "
                         "--llm_model and add --use_vicuna, with the delta in a folder vicuna_NAME next to it")

@@ -6,7 +6,7 @@ head, SmolLM3 layers without rotary embeddings, and Mistral's first versions a s
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,8 +14,6 @@ import torch
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
-from lavin.gguf.file import open_file
-from lavin.gguf.weights import META_ORDER, ROPE_FACTORS, GGUFTensors, dequantize, read_config
 from lavin.llama import LinearScaling, Llama3Scaling, LlamaConfig, RopeScaling, YarnScaling
 from lavin.runtime.errors import UserError
 from lavin.runtime.schema import Epsilon, Layers, Positive, Size, Width, declared, read_validated
@@ -230,31 +228,3 @@ def open_hugging_face(folder: Path) -> tuple[LlamaConfig, HuggingFaceLlama, str]
         raise UserError(f"{path} says tie_word_embeddings, and lm_head.weight is not model.embed_tokens.weight: fetch "
                         "both again, or set it to false where the model was trained so")
     return config, HuggingFaceLlama(tensors, config, tied), str(folder)
-
-
-# --- GGUF: metadata as the entries of config.json ---
-
-def open_gguf(path: Path) -> tuple[LlamaConfig, HuggingFaceLlama, str]:
-    """As `open_hugging_face`; tensors are dequantized on access."""
-    file = open_file(path)
-    content: Any = read_config(file)
-    try:
-        config = llama_config(content)
-        if ROPE_FACTORS in file.tensors:
-            config = replace(config, rope_scaling=llama3_scaling(dequantize(file.tensors[ROPE_FACTORS], path), config))
-    except ValueError as error:
-        raise UserError(f"{path} describes no LLaMA that can be loaded ({error}): name another --llm_model") from error
-    meta_order = content["model_type"] in META_ORDER
-    return config, HuggingFaceLlama(GGUFTensors(file), config, content["tie_word_embeddings"], meta_order), str(path)
-
-
-def llama3_scaling(factors: torch.Tensor, config: LlamaConfig) -> Llama3Scaling:
-    """That of Llama 3.1, 3.2 and 3.3. factors [head_dim / 2]: what divides the frequencies; raises ValueError where it
-    is none of these models'."""
-    n = config.head_dim // 2
-    scaling = Llama3Scaling(round(float(factors.max())))
-    frequencies = config.rope_theta ** -(torch.arange(n) / n)
-    expected = frequencies / scaling.scale(frequencies, config.rope_theta)
-    if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
-        raise ValueError(f"its {ROPE_FACTORS} is not Llama 3's, and no other rope scaling is supported")
-    return scaling

@@ -61,8 +61,8 @@ def test_results_are_plotted(tmp_path, environment):
 
 def test_a_name_that_is_no_text_is_printed(tmp_path):
     """A file name in latin-1, on a terminal in UTF-8."""
-    out, _ = python("-c", "import lavin.runtime.console, os; print(os.fsdecode(b'runs/\\xe9t\\xe9'))",
-                    PYTHONIOENCODING="utf-8")
+    code = r"import os; from lavin.runtime import console; console.setup(); print(os.fsdecode(b'runs/\xe9t\xe9'))"
+    out, _ = python("-c", code, PYTHONIOENCODING="utf-8")
     assert out == "runs/?t?\n"
 
 

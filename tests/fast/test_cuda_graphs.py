@@ -20,7 +20,8 @@ from lavin.fast.captured_models import CapturedLlama, CapturedLlamaPass, capture
 from lavin.fast.cuda_graphs import pad_to_bucket
 from lavin.generation.generate import decode, warmup
 from lavin.generation.option_scoring import score_options
-from lavin.model import LaVIN, pack
+from lavin.model import pack
+from lavin.routing import RoutingCache
 from tiny import (
     BATCHES,
     VARIANTS,
@@ -254,12 +255,12 @@ def test_padding_may_reach_beyond_the_cache():
 
 
 def test_routing_is_computed_again_only_where_a_parameter_changed(monkeypatch):
-    computed, compute = [], LaVIN.compute_routing
-    monkeypatch.setattr(LaVIN, "compute_routing", lambda model: computed.append(model) or compute(model))
+    computed, compute = [], RoutingCache.compute
+    monkeypatch.setattr(RoutingCache, "compute", lambda _, model: computed.append(model) or compute(model))
     model = tiny_model()
     for changes in range(3):
         for _ in range(2):
-            model.routing_cache()
+            model.routing_cache.refresh(model)
         assert len(computed) == changes + 1
         randomise_adapters_in_place(model)
 

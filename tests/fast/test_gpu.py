@@ -163,8 +163,8 @@ def test_attention_by_hardware(monkeypatch):
     for capability, dtype, name in (((9, 0), torch.bfloat16, "flash"), ((8, 0), torch.float16, "flash"),
                                     ((8, 0), torch.float32, "efficient"), ((7, 5), torch.float16, "efficient")):
         monkeypatch.setattr(attention, "compute_capability", lambda _, capability=capability: capability)
-        assert attention.select_attention(device, dtype, 16).__name__ == f"{name}_varlen_attention"
-    assert attention.select_attention(device, torch.bfloat16, 24) is attention.efficient_varlen_attention
+        assert attention.select_attention(device, dtype, 16, True).__name__ == f"{name}_varlen_attention"
+    assert attention.select_attention(device, torch.bfloat16, 24, True) is attention.efficient_varlen_attention
 
 
 # --bits, the dtype, and whether the compiler works; fp16: as on a V100 or T4
@@ -184,7 +184,6 @@ def models(request):
     else:
         plain, fast = (tiny_model(llama=shape, dropout_prob=0.0) for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "has_triton", compiler)
         patch.setattr("lavin.fast.cuda_graphs.CAPTURE_STANCE", "fail_on_recompile")
         if dtype == torch.float16:
             patch.setattr(attention, "compute_capability", lambda _: (7, 0))

@@ -1,12 +1,18 @@
 """What a model uses on which hardware, with and without a working compiler."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lavin import attention
+from lavin.attention import padded_attention
 from lavin.fast import speed_up
+from lavin.fast.captured_models import capture_passes
 from lavin.fast.speed_up import choose_fast_paths
+from lavin.generation import kv_cache
 from lavin.kernels import fp8
+from tiny import greedy_logits, loss_and_gradients, mixed_examples, tiny_model
 from user_errors import error_message
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -17,7 +23,6 @@ FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 def hardware(monkeypatch):
     """A function that pretends what a GPU and its compiler are like."""
     def pretend(capability, error=None):
-        monkeypatch.setattr(attention, "has_triton", not error)
         for module in (attention, fp8):
             monkeypatch.setattr(module, "compute_capability", lambda _: capability)
         monkeypatch.setattr(speed_up, "compiler_error", lambda _: error)
@@ -65,12 +70,39 @@ def test_the_compiler_is_tried_once_and_in_silence(monkeypatch, capfd):
         print("a thousand lines of PTX")
         raise RuntimeError("NoTritonConfigsError: ptxas fatal\nand so on")
 
-    monkeypatch.setattr(attention, "has_triton", True)
+    monkeypatch.setattr(attention, "HAS_TRITON", True)
     monkeypatch.setattr(torch, "compile", fail)
     speed_up.compiler_error.cache_clear()
     assert [speed_up.compiler_error(CPU) for _ in range(2)] == ["NoTritonConfigsError: ptxas fatal"] * 2
-    assert len(calls) == 1 and capfd.readouterr() == ("", "") and not attention.has_triton
+    assert len(calls) == 1 and capfd.readouterr() == ("", "")
     speed_up.compiler_error.cache_clear()
-    monkeypatch.setattr(attention, "has_triton", False)
+    monkeypatch.setattr(attention, "HAS_TRITON", False)
     assert speed_up.compiler_error(CPU) == "Triton is not installed"
     speed_up.compiler_error.cache_clear()
+
+
+def test_attention_does_without_triton_where_the_compiler_does_not_work(monkeypatch):
+    for device, error, expected in ((GPU, "no C compiler", False), (GPU, None, True), (CPU, "no C compiler", True)):
+        monkeypatch.setattr(speed_up, "compiler_error", lambda _, error=error: error)
+        model = SimpleNamespace(device=device, use_triton=True)
+        speed_up.choose_attention(model)
+        assert model.use_triton == expected
+
+
+def test_a_models_choice_of_attention_reaches_every_pass(monkeypatch):
+    """Training, the routing cache, prefill and decoding, captured or not."""
+    asked = []
+    monkeypatch.setattr(attention, "select_attention", lambda *args: asked.append(args[3]) or padded_attention)
+    monkeypatch.setattr(kv_cache, "uses_triton", lambda *args: bool(asked.append(args[3])))
+    for captured in (False, True):
+        model = tiny_model()
+        if captured:
+            capture_passes(model)
+        model.use_triton = "as this model says"
+        loss_and_gradients(model, mixed_examples())
+        for _ in range(3):
+            greedy_logits(model, mixed_examples(0), 4)
+        layers, refreshes, answers, steps = 3, 1, 3, 3
+        # a prefill asks when it fills the cache, and again when it attends
+        assert len(asked) == layers * (1 + refreshes + answers * (2 + steps)) and set(asked) == {"as this model says"}
+        asked.clear()

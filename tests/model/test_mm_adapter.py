@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from lavin.attention import VarlenMetadata
 from lavin.llama import Llama
-from lavin.mm_adapter import AdapterConfig, RepAdapter, RepAdapterRouter, Routing, dropout_schedule
+from lavin.mm_adapter import AdapterConfig, RepAdapter, RepAdapterRouter, dropout_schedule
 from lavin.model import pack
+from lavin.routing import Routing
 from reference import adapter, router
 from tiny import VARIANTS, mixed_examples, tiny_config, tiny_model, tiny_vit
 
@@ -116,19 +117,21 @@ def test_fresh_adapters_are_the_identity(adapter_type, visual_type):
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_routing_reads_the_modality_tokens_and_caches_their_mixtures():
+def test_routing_reads_the_modality_tokens_or_a_cache():
     module, p, x = random_adapter(RepAdapterRouter)
-    modality, cache = torch.tensor([0, 1, 1, 0, 1, 0, 0]), [{}, {}]  # a cache for each of two layers
+    modality = torch.tensor([0, 1, 1, 0, 1, 0, 0])
     expected = router(p, "a", x[:2], CONFIG)[modality]
+    cache = [{}, {"a": module.routed(x[:2])}]  # of two layers
     for layer_caches in (None, cache):
         mixture, projections = Routing.from_modality(modality, layer_caches).for_layer(1).adapter_inputs("a", module, x)
         torch.testing.assert_close(mixture, expected)
         torch.testing.assert_close(module(x, mixture, projections), adapter(p, "a", x, CONFIG, expected))
     torch.testing.assert_close(cache[1]["a"][0], router(p, "a", x[:2], CONFIG))
-    assert not cache[0]
     module.expert_weights.weight.data.zero_()  # cached mixtures depend on neither parameters nor hidden states
     cached, _ = Routing.from_modality(modality, cache).for_layer(1).adapter_inputs("a", module, torch.randn(7, 10))
     torch.testing.assert_close(cached, expected)
+    with pytest.raises(KeyError):  # a pass never fills a cache
+        Routing.from_modality(modality, cache).for_layer(0).adapter_inputs("a", module, x)
 
 
 @pytest.mark.parametrize("n, prob, var, lim, expected", [

@@ -101,12 +101,21 @@ def test_mixtures_depend_only_on_modality_and_parameters():
     assert torch.equal(first, other)
     assert first.shape == (6, 2, 2)
     assert (first[:, 0] - first[:, 1]).abs().min() > 1e-3  # text and image differ
-    cache = model.routing_cache()
+    cache = model.routing_cache.refresh(model)
     torch.testing.assert_close(
         torch.stack([layer_cache[name][0] for layer_cache in cache for name in ("adapter_attn", "adapter_mlp")]), first)
     model.adapter_modality_embedding.weight.data[1] += 1
     changed = mixtures(model, mixed_examples())
     assert torch.equal(changed[:, 0], first[:, 0]) and not torch.isclose(changed[:, 1], first[:, 1]).any()
+
+
+def test_train_and_eval_set_every_part():
+    """As PyTorch promises, also where a part's mode was set by itself."""
+    model = tiny_model()
+    for mode in (False, True):
+        model.train(mode)
+        model.vision.train(not mode)
+        assert model.train(mode) is model and {module.training for module in model.modules()} == {mode}
 
 
 def test_no_position_attends_to_the_modality_token():

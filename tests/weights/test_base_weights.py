@@ -11,6 +11,7 @@ from lavin.llama import Llama, LlamaConfig
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import pack
 from lavin.tokenizer import Example, Tokenizer
+from lavin.weights import base as base_module
 from lavin.weights.base import open_base, require_base
 from lavin.weights.hugging_face import HuggingFaceLlama, llama_config
 from lavin.weights.load import frozen_parameters, load_base
@@ -479,3 +480,20 @@ def test_tokenizer_json_without_the_package(bpe_folder, monkeypatch):
 def test_broken_tokenizer_json(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     assert str(tmp_path / "tokenizer.json") in error_message(Tokenizer, tmp_path / "tokenizer.json")
+
+
+def test_a_format_is_one_entry(tmp_path, monkeypatch):
+    """Whoever finds, checks, fingerprints or opens a base model asks FORMATS."""
+    folder = tmp_path / "new"
+    folder.mkdir()
+    opened = (base_module.LlamaConfig(32, 1, 4, 480), {"norm.weight": torch.ones(32)}, "the new format")
+    new = base_module.Format(matches=lambda path: path.name == "new", files=lambda path: [path / "weights.new"],
+                             tokenizers=lambda path: [path / "tokenizer.new"], open=lambda path, vocab_size: opened)
+    monkeypatch.setattr(base_module, "FORMATS", (new, *base_module.FORMATS))
+    assert f"missing {folder / 'weights.new'}" in error_message(require_base, str(tmp_path), "new")
+    (folder / "weights.new").touch()
+    assert f"missing {tmp_path / 'tokenizer.model'}" in error_message(require_base, str(tmp_path), "new")
+    (folder / "tokenizer.new").touch()
+    require_base(str(tmp_path), "new")
+    assert base_module.base_files(str(tmp_path), "new") == [folder / "tokenizer.new", folder / "weights.new"]
+    assert open_base(folder, 480) == base_module.BaseWeights(*opened)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from lavin.runtime.arithmetic import ceil_div
 from util.search.summary import StudyReport, Trial, importance
 from util.study.figures import COLOURS, MARKERS, RC_PARAMS, integer_ticks, plt, save_figure
 
@@ -113,7 +114,7 @@ def parameters(report: StudyReport):
     """The scores by each flag that is searched, one panel a flag, with the trials that use it."""
     flags = list(dict.fromkeys(flag for trial, _ in report.comparable for flag in trial.values))
     columns = min(COLUMNS, len(flags))
-    rows = -(-len(flags) // columns)
+    rows = ceil_div(len(flags), columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, 2.3 * rows + 0.6), sharey=True, squeeze=False)
     for ax, flag in zip(axes.flat, flags, strict=False):
         draw_parameter(ax, report, flag)

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
-from lavin.gguf.file import GGUFFile
 from lavin.runtime.errors import UserError
 from lavin.runtime.schema import Positive, Size, declared, validate
+from lavin.weights.gguf.file import GGUFFile
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 META_ORDER = ("llama",)  # architectures with Meta's rotary order

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
-from lavin.gguf.file import GGUFFile
 from lavin.runtime.errors import UserError
 from lavin.runtime.schema import declared, validate
+from lavin.weights.gguf.file import GGUFFile
 
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
                 r"\s*[\r\n]+|\s+(?!\S)|\s+")
