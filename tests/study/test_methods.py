@@ -12,7 +12,7 @@ from user_errors import error_message
 from util.search.settings import SPACE
 from util.search.space import read_space
 from util.study.comparison import PUBLISHED, method_name
-from util.study.methods import METHODS, WORDED, find_method, named_methods, read_methods, usual_min_lr
+from util.study.methods import METHODS, WORDED, named_methods, read_methods, usual_min_lr
 from util.training.recipe import TRAIN_FLAGS
 
 OTHER_SCRIPTS = {"lite"}  # of the 7B model: not a method, but the base method on other weights
@@ -45,8 +45,7 @@ def test_the_published_figures_are_those_of_the_first_methods():
     assert list(facts["methods"]) == [method.key for method in named_methods()][:8]
     assert not any({"flags", "changes", "name"} & found.keys() for found in facts["methods"].values())
     assert {flag: facts["flags"][flag] for flag in WORDED} == {flag: DEFAULTS[flag] for flag in WORDED}
-    blr = {**DEFAULTS, **find_method({}).flags}["blr"]
-    assert facts["flags"]["lr"] == blr * 32 / 256 and facts["flags"]["epochs"] == DEFAULTS["epochs"]
+    assert facts["flags"]["lr"] == DEFAULTS["blr"] * 32 / 256 and facts["flags"]["epochs"] == DEFAULTS["epochs"]
 
 
 def test_a_search_tries_all_methods_first():
