@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All eight methods: goes on past a failure and names it at the end; finished runs take a moment.
+# All methods of scripts/methods.json: goes on past a failure and names it at the end; finished runs take a moment.
 # METHODS="base step" runs only these; SEEDS="0 1 2" repeats each; JOBS=4 runs four at once, which share the node's GPUS
 # and so need no communication between them (JOBS=1, the default: each on all GPUs); arguments go to every method; the
 # environment is that of scripts/common.sh.
 source "$(dirname "$0")/common.sh"
 JOBS=${JOBS:-1}
 SEEDS=${SEEDS:-0}
-METHODS=${METHODS:-base cyclical step exponential drop_inc drop_dec drop_inc_v2 drop_dec_v2}
+METHODS=${METHODS:-$(python -c 'import json; print(*json.load(open("scripts/methods.json")))')}
 
 check_jobs
 [[ " $SEEDS" =~ ^([[:space:]]+(0|[1-9][0-9]*))+[[:space:]]*$ ]] ||

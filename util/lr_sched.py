@@ -45,21 +45,24 @@ def exponential(epoch: float, epochs: float, lr: float, min_lr: float) -> float:
 class Schedule:
     """A learning-rate schedule.
 
-    formula: the rate at an epoch. display_name: in names of methods; None: the schedule of the base method. min_lr: the
-    published --min_lr; None: the schedule does not use the flag. warms_up: whether a linear warm-up comes first.
+    formula: the rate at an epoch. display_name: in names of methods; None: the schedule of the base method. uses: the
+    flags beside the rate and the epochs that change something; with warmup_epochs, a linear warm-up comes first.
     lowest_lr: the peak rate below which the formula makes no sense.
     """
 
     formula: Callable[[float, float, float, float], float]
     display_name: str | None
-    min_lr: float | None = None
-    warms_up: bool = True
+    uses: tuple[str, ...] = ("warmup_epochs",)
     lowest_lr: float = 0.0
+
+    @property
+    def warms_up(self) -> bool:
+        return "warmup_epochs" in self.uses
 
 
 SCHEDULES = {
-    "cosine": Schedule(cosine, None, min_lr=0.0),
-    "cyclical": Schedule(cyclical, "Cyclical LR", min_lr=5e-5, warms_up=False),
+    "cosine": Schedule(cosine, None, uses=("warmup_epochs", "min_lr")),
+    "cyclical": Schedule(cyclical, "Cyclical LR", uses=("min_lr",)),
     "step": Schedule(step, "Step Decay"),
     "exponential": Schedule(exponential, "Exp. Decay", lowest_lr=EXPONENTIAL_END),
 }
@@ -72,8 +75,9 @@ def schedule_of(name: str) -> Schedule:
     return SCHEDULES[name]
 
 
-def names_with(has: Callable[[Schedule], bool]) -> str:
-    return ", ".join(name for name, schedule in SCHEDULES.items() if has(schedule))
+def schedules_with(flag: str) -> list[str]:
+    """The names of the schedules that use a flag."""
+    return [name for name, schedule in SCHEDULES.items() if flag in schedule.uses]
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,12 @@ class LearningRate(FlagGroup):
     epochs: Count = flag(20, "epochs of the whole schedule", Role.RECIPE)
     warmup_epochs: NonNegative = flag(
         2.0, "linear warm-up; a tenth of --epochs where these are fewer; none with --lr_schedule "
-             + names_with(lambda schedule: not schedule.warms_up), Role.RECIPE)
+             + ", ".join(name for name, schedule in SCHEDULES.items() if not schedule.warms_up), Role.RECIPE)
     blr: Positive = flag(9e-3, "base learning rate: lr = blr * effective batch / 256", Role.RECIPE, stated_as="lr",
                          named=False)
     lr: Positive | None = flag(None, "learning rate, instead of --blr", Role.RECIPE)
     min_lr: NonNegative = flag(
-        0.0, f"lowest learning rate with --lr_schedule {names_with(lambda schedule: schedule.min_lr is not None)}",
-        Role.RECIPE, named=False)
+        0.0, f"lowest learning rate with --lr_schedule {', '.join(schedules_with('min_lr'))}", Role.RECIPE, named=False)
 
 
 def derive_learning_rate(args: Flags, effective_batch: int) -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,20 +14,14 @@ import pytest
 from tiny import ROOT
 from train import get_args_parser
 from util.lr_sched import check_schedule, derive_learning_rate
+from util.study.methods import named_methods
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("slurm/*")])
-METHODS = {  # the published flags of each method
-    "": "--lr_schedule cosine --min_lr 0 --dropout_prob 0.1 --dropout_var 1 --dropout_lim 0.2",
-    "_cyclical": "--lr_schedule cyclical --min_lr 5e-5 --dropout_prob 0.1 --dropout_var 1 --dropout_lim 0.2",
-    "_step": "--lr_schedule step --min_lr 0 --dropout_prob 0.1 --dropout_var 1 --dropout_lim 0.2",
-    "_exponential": "--lr_schedule exponential --min_lr 0 --dropout_prob 0.1 --dropout_var 1 --dropout_lim 0.2",
-    "_drop_inc": "--lr_schedule cosine --min_lr 0 --dropout_prob 0.1 --dropout_var 1.01 --dropout_lim 0.2",
-    "_drop_inc_v2": "--lr_schedule cosine --min_lr 0 --dropout_prob 0.1 --dropout_var 1.03 --dropout_lim 0.2",
-    "_drop_dec": "--lr_schedule cosine --min_lr 0 --dropout_prob 0.2 --dropout_var 0.99 --dropout_lim 0.1",
-    "_drop_dec_v2": "--lr_schedule cosine --min_lr 0 --dropout_prob 0.2 --dropout_var 0.97 --dropout_lim 0.1",
-}
+METHODS = {method.key: method.flags for method in named_methods()}
+BASE = "--lr_schedule cosine --min_lr 0 --dropout_prob 0.1 --dropout_var 1 --dropout_lim 0.2"
 STUB = """#!/usr/bin/env bash
 name=$(basename "$0")
+[[ "$*" != "-c "*scripts/methods.json* ]] || exec "$PYTHON" "$@"
 echo "$name $*" >> "$CALLS"
 case "$name $*" in
     *"${FAIL:-never}"*) exit "${STATUS:-1}" ;;
@@ -65,7 +60,8 @@ class Sandbox:
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen:
         """Start a script as the leader of its own process group, as a terminal does."""
-        env = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "CALLS": str(self.calls), **environment}
+        env = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "CALLS": str(self.calls), "PYTHON": sys.executable,
+               **environment}
         return subprocess.Popen(["bash", *command], cwd=self.folder, env=env, text=True, start_new_session=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -128,16 +124,25 @@ def test_epochs_need_no_other_warmup(sandbox, epochs, warmup):
     assert args.warmup_epochs == warmup
 
 
+def given(words: str) -> dict:
+    """The flags of train.py that are given, by name."""
+    args = get_args_parser().parse_args(words.split())
+    return {flag: getattr(args, flag) for flag in args.given}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_is_trained_with_its_flags_and_evaluated(sandbox, method):
-    train, score = sandbox.run(f"scripts/finetuning_sqa_7b{method}.sh", "--epochs", "5", "--seed", "1")
+    script = f"scripts/finetuning_sqa_7b_{method}.sh".replace("_base", "")
+    train, score = sandbox.run(script, "--epochs", "5", "--seed", "1")
     assert train.startswith("python -m util.launch --standalone --nproc_per_node 4 train.py --llm_model 7B "
                             "--llama_model_path ../data/weights --data_root ../data ")
     assert "--batch_size 2 --accum_iter 4 " in train and "--blr 9e-3" in train  # 2 x 4 x 4 GPUs = 32
-    assert train.endswith(f"{METHODS[method]} --epochs 5 --seed 1")  # the user's flags come last and take precedence
     folder = train.split("--output_dir ")[1].split()[0]
-    assert folder == f"./LaVIN-7B-{method.removeprefix('_') or 'base'}"
+    assert folder == f"./LaVIN-7B-{method}"
     flags = train.split("train.py ")[1]
+    of_method, of_user = flags.split(" --visual_adapter_type router ")[1].split(" --epochs ")
+    assert of_user == "5 --seed 1"  # the user's flags come last and take precedence
+    assert given(of_method) == given(BASE) | METHODS[method]
     assert score == f"python -m util.launch --standalone --nproc_per_node 4 eval.py --split test --trained_with {flags}"
 
 
@@ -149,7 +154,7 @@ def test_each_method_is_trained_with_its_flags_and_evaluated(sandbox, method):
     ("vicuna_13b", "13B", "vicuna", "--temperature 5 --use_vicuna")])
 def test_other_base_models_use_the_base_method(sandbox, script, model, method, flags):
     train, score = sandbox.run(f"scripts/finetuning_sqa_{script}.sh", "--seed", "1")
-    assert f"train.py --llm_model {model} " in train and train.endswith(f"{flags} {METHODS['']} --seed 1")
+    assert f"train.py --llm_model {model} " in train and train.endswith(f"{flags} {BASE} --seed 1")
     assert f"--output_dir ./LaVIN-{model}-{method} " in score
     flags = get_args_parser().parse_args(train.split("train.py ")[1].split())
     assert flags.temperature == (5 if model == "13B" else 10)
@@ -192,7 +197,7 @@ def test_gpus_of_all_nodes_are_counted(sandbox):
 
 def test_empty_variables_count_as_unset(sandbox):
     calls = sandbox.run("scripts/run_all_variants.sh", GPUS="", JOBS="", SEEDS="", MODEL="", OUTPUT_ROOT="")
-    assert sum("nproc_per_node 4 train.py --llm_model 7B" in call for call in calls) == 8
+    assert sum("nproc_per_node 4 train.py --llm_model 7B" in call for call in calls) == len(METHODS)
 
 
 def test_wrong_flags_of_run_all_variants_are_said_once(tmp_path):
@@ -210,9 +215,8 @@ def test_run_all_variants_continues_after_a_failure(sandbox):
              "--output_dir my runs/LaVIN-7B-step ")
     assert check == "python - --epochs 5"
     trained = [call.split("--output_dir ")[-1] for call in calls if "train.py" in call]
-    names = ["base", "cyclical", "step", "exponential", "drop_inc", "drop_dec", "drop_inc_v2", "drop_dec_v2"]
-    assert trained == [f"my runs/LaVIN-7B-{name}-seed0 --epochs 5" for name in names]
-    assert sum("eval.py" in call for call in calls) == 7
+    assert trained == [f"my runs/LaVIN-7B-{name}-seed0 --epochs 5" for name in METHODS]
+    assert sum("eval.py" in call for call in calls) == len(METHODS) - 1
     assert sandbox.errors == "failed: my runs/LaVIN-7B-step-seed0\n"
     assert plot.startswith("python plot_results.py my runs/LaVIN-7B-base-seed0 ") and "step" not in plot
     assert plot.endswith("--out my runs/plots")
@@ -221,7 +225,8 @@ def test_run_all_variants_continues_after_a_failure(sandbox):
 def test_seeds_run_every_method_once_each(sandbox):
     calls = sandbox.run("scripts/run_all_variants.sh", SEEDS="0 1 2", GPUS="1")
     trained = [call for call in calls if "train.py" in call]
-    assert len(trained) == 24 and sum("--seed 2 --output_dir ./LaVIN-7B-" in call for call in trained) == 8
+    assert len(trained) == 3 * len(METHODS)
+    assert sum("--seed 2 --output_dir ./LaVIN-7B-" in call for call in trained) == len(METHODS)
 
 
 def test_methods_can_be_chosen(sandbox):
@@ -234,7 +239,7 @@ def test_methods_can_be_chosen(sandbox):
 def test_jobs_share_the_runs(sandbox, jobs):
     calls = sandbox.run("scripts/run_all_variants.sh", SEEDS=" 0 1", GPUS="1", JOBS=jobs)
     runs = [call.split("--output_dir ")[-1] for call in calls if "train.py" in call]
-    assert len(runs) == len(set(runs)) == 16 and sum("eval.py" in call for call in calls) == 16
+    assert len(runs) == len(set(runs)) == 2 * len(METHODS) == sum("eval.py" in call for call in calls)
 
 
 def devices(calls: list[str]) -> list[str]:
@@ -254,7 +259,7 @@ def test_jobs_share_the_gpus_of_a_node(sandbox, gpus, jobs, visible, shares):
     (sandbox.folder / "bin" / "python").write_text(SHOWING_GPUS)
     environment = {"GPUS": gpus, "JOBS": jobs, **({"CUDA_VISIBLE_DEVICES": visible} if visible else {})}
     calls = sandbox.run("scripts/run_all_variants.sh", **environment)
-    assert len(devices(calls)) == 8 and set(devices(calls)) == set(shares)
+    assert len(devices(calls)) == len(METHODS) and set(devices(calls)) == set(shares)
     n = int(gpus) if jobs == "1" else len(shares[0].split(",")) if shares != ["all"] else 1
     assert all(f"--accum_iter {16 // n} " in call and ("--nproc_per_node" in call) == (n > 1)
                for call in calls if "train.py" in call)

@@ -39,6 +39,30 @@ def write_space(folder, parameters: dict, enqueue=({},)):
     return path
 
 
+def rates(schedule, **changes) -> list[float]:
+    args = SimpleNamespace(**{"lr": 0.01, "epochs": 20, "warmup_epochs": 2, "min_lr": 0, "lr_schedule": schedule,
+                              **changes})
+    return [learning_rate(epoch, args) for epoch in np.arange(0, 20, 0.25)]
+
+
+def in_full(path) -> dict:
+    """A space file without its short forms, read without the search's own code: choices are those of train.py's parser,
+    a schedule uses a flag where the rate changes with it, and methods have the flags of scripts/methods.json."""
+    content = json.loads(path.read_text())
+    choices = {action.dest: action.choices for action in train.get_args_parser()._actions}
+    for flag, parameter in content["parameters"].items():
+        if parameter["kind"] == "categorical":
+            parameter.setdefault("choices", choices[flag])
+        if parameter.get("when") == {"lr_schedule": "uses it"}:
+            other = {"min_lr": 1e-4, "warmup_epochs": 4}[flag]
+            parameter["when"] = {"lr_schedule": [schedule for schedule in SCHEDULES
+                                                 if rates(schedule) != rates(schedule, **{flag: other})]}
+    if content["enqueue"] == "methods":
+        methods = json.loads((ROOT / "scripts" / "methods.json").read_text())
+        content["enqueue"] = [method["flags"] for method in methods.values()]
+    return content
+
+
 # --- Distributions ---
 
 def distribution(parameter: dict):
@@ -51,7 +75,7 @@ def distribution(parameter: dict):
 def test_every_range_of_a_space_is_sampled_as_its_file_says(path):
     """Floats between numbers, and choices; the file is read here without the search's own code."""
     trials = samples(path, 400)
-    for flag, parameter in json.loads(path.read_text())["parameters"].items():
+    for flag, parameter in in_full(path)["parameters"].items():
         values = [trial[flag] for trial in trials if flag in trial]
         if parameter["kind"] == "categorical":
             counts = [values.count(choice) for choice in parameter["choices"]]
@@ -154,17 +178,10 @@ def test_a_condition_on_a_flag_that_is_itself_not_searched_does_not_hold(tmp_pat
 
 def test_flags_of_the_learning_rate_are_searched_with_the_schedules_that_use_them():
     """Judged by the rate itself: it changes with the flag, or it does not."""
-    parameters = json.loads(SPACE.read_text())["parameters"]
-    assert set(parameters["lr_schedule"]["choices"]) == set(SCHEDULES)
-
-    def rates(schedule, **changes) -> list[float]:
-        args = SimpleNamespace(**{"lr": 0.01, "epochs": 20, "warmup_epochs": 2, "min_lr": 0, "lr_schedule": schedule,
-                                  **changes})
-        return [learning_rate(epoch, args) for epoch in np.arange(0, 20, 0.25)]
-
-    for flag, other in (("min_lr", 1e-4), ("warmup_epochs", 4)):
-        assert set(parameters[flag]["when"]["lr_schedule"]) == {
-            schedule for schedule in SCHEDULES if rates(schedule) != rates(schedule, **{flag: other})}
+    parameters, expected = read_space(SPACE, KNOWN).parameters, in_full(SPACE)["parameters"]
+    assert parameters["lr_schedule"]["choices"] == list(SCHEDULES)
+    for flag in ("min_lr", "warmup_epochs"):
+        assert set(parameters[flag]["when"]["lr_schedule"]) == set(expected[flag]["when"]["lr_schedule"]) < {*SCHEDULES}
 
 
 # --- The first trials ---
@@ -191,7 +208,7 @@ def taken(folder, path, trials: int, n: int) -> list[dict]:
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
 def test_the_first_trials_are_the_sets_of_the_file_in_its_order(path, tmp_path):
     """Each with the defaults of all other parameters whose conditions hold."""
-    content = json.loads(path.read_text())
+    content = in_full(path)
     values = taken(tmp_path, path, 20, len(content["enqueue"]) + 2)
     for changes, found in zip(content["enqueue"], values, strict=False):
         expected = dict(changes)

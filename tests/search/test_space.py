@@ -1,4 +1,4 @@
-"""The space of a search: its file, what is sampled from it, and the eight published methods that are tried first."""
+"""The space of a search: its file, what is sampled from it, and the methods that are tried first."""
 
 import json
 import random
@@ -6,6 +6,7 @@ import re
 import shlex
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 import train
 from tiny import ROOT
 from user_errors import error_message
+from util.lr_sched import SCHEDULES, schedules_with
 from util.search import command
 from util.search.settings import SPACE
 from util.search.space import command_line, read_space
+from util.study.methods import named_methods
 
 KNOWN = set(vars(train.get_args_parser().parse_args([])))
 EFFECTIVE_32 = ["--batch_size", "2", "--accum_iter", "16"]
@@ -53,14 +56,9 @@ def published_flags(script) -> list[str]:
     return shlex.split(text)
 
 
-METHODS = ["", "_cyclical", "_step", "_exponential", "_drop_inc", "_drop_dec", "_drop_inc_v2", "_drop_dec_v2"]
-
-
-def test_the_first_eight_trials_are_the_published_methods(space):
-    sets = space.first_sets()
-    assert len(sets) == len(METHODS)
-    for method, values in zip(METHODS, sets, strict=True):
-        script = published_flags(ROOT / "scripts" / f"finetuning_sqa_7b{method}.sh")
+def test_the_first_trials_are_the_published_methods(space):
+    for method, values in zip(named_methods(), space.first_sets(), strict=True):
+        script = published_flags(ROOT / "scripts" / f"finetuning_sqa_7b_{method.key}.sh".replace("_base", ""))
         not_searched = ["--max_seq_len", "512", "--epochs", "20", "--n_prompt", "6", "--prompt_format", "QCM-ALE"]
         expected = vars(train.get_args_parser().parse_args(script))
         found = vars(train.get_args_parser().parse_args([*EFFECTIVE_32, *not_searched, *command_line(values)]))
@@ -86,7 +84,7 @@ def test_no_suggestion_is_refused_and_the_same_trial_gives_the_same(space, seed)
     command.check_train(EFFECTIVE_32, 1, values)
     params = dict(draws.params)
     assert space.suggest(draws) == values and draws.params == params
-    assert ("min_lr" in values) == (values["lr_schedule"] in ("cosine", "cyclical"))
+    assert ("min_lr" in values) == (values["lr_schedule"] in schedules_with("min_lr"))
     assert ("dropout_lim" in values) == (values["dropout_var"] != 1)
 
 
@@ -106,16 +104,52 @@ def test_flags_that_are_given_are_not_searched(space):
     assert min(rising) == 0.25 and max(rising) == 0.4
     # the published sets with another schedule or dropout are left out, and so are those whose limit is now too low
     assert [values["dropout_var"] for values in fixed.first_sets()] == [1]
-    assert len(space.fix({"lr_schedule": "step"}).first_sets()) == 5
+    others = [method for method in named_methods() if method.flags.get("lr_schedule", "step") != "step"]
+    assert len(others) >= 2
+    # the base and the method `step` are the same here
+    assert len(space.fix({"lr_schedule": "step"}).first_sets()) == len(named_methods()) - len(others) - 1
     assert "nothing is left to search" in error_message(make({"dropout_prob": FLOAT}).fix, {"dropout_prob": 0.1})
 
 
-def make(parameters: dict, enqueue=({},)):
+def make(parameters: dict, enqueue: Any = ({},)):
     """As read from a file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "space.json")
-        path.write_text(json.dumps({"parameters": parameters, "enqueue": list(enqueue)}))
+        path.write_text(json.dumps({"parameters": parameters, "enqueue": enqueue}))
         return read_space(path, KNOWN)
+
+
+SCHEDULE = {"lr_schedule": {"kind": "categorical", "default": "cosine"}}
+
+
+def test_choices_and_the_schedules_that_use_a_flag_follow_from_its_declaration():
+    space = make({**SCHEDULE, "min_lr": {**FLOAT, "when": {"lr_schedule": "uses it"}},
+                  "warmup_epochs": {**FLOAT, "when": {"lr_schedule": "uses it", "min_lr": [0]}}})
+    schedule, min_lr, warmup = space.parameters.values()
+    assert schedule["choices"] == list(SCHEDULES)
+    assert min_lr["when"] == {"lr_schedule": schedules_with("min_lr")}
+    assert warmup["when"] == {"lr_schedule": schedules_with("warmup_epochs"), "min_lr": [0]}
+
+
+def test_a_space_in_full_is_the_same_space(space):
+    """So wrote it the versions without short forms, whose studies go on only in the same space."""
+    content = json.loads(SPACE.read_text())
+    content["enqueue"] = [{}, {"lr_schedule": "cyclical", "min_lr": 5e-5}, {"lr_schedule": "step"}]
+    content["parameters"]["lr_schedule"]["choices"] = list(SCHEDULES)
+    content["parameters"]["min_lr"]["when"] = {"lr_schedule": schedules_with("min_lr")}
+    full = make(content["parameters"], content["enqueue"])
+    assert full.parameters == space.parameters and full.enqueue == space.enqueue[:3]
+
+
+def test_methods_stand_for_their_flags():
+    dropout = {flag: {**FLOAT, "high": high, "default": default}
+               for flag, high, default in (("dropout_prob", 0.3, 0.1), ("dropout_var", 2, 1), ("dropout_lim", 1, 0.2))}
+    flags = {method.key: method.flags for method in named_methods()}
+    space = make(dropout, ["base", "drop_dec", {"dropout_prob": 0.3}])
+    assert space.enqueue == [{}, flags["drop_dec"], {"dropout_prob": 0.3}]
+    assert "space.json: enqueue: stpe is no method of scripts/methods.json" in error_message(make, dropout, ["stpe"])
+    in_space = [values for values in flags.values() if values.keys() <= dropout.keys()]
+    assert make(dropout, "methods").enqueue == in_space and 5 <= len(in_space) < len(flags)
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -146,6 +180,14 @@ def check(parameters: dict, enqueue=({},), words=("--epochs", "3")):
     ({"dropout_prob": FLOAT}, [{"dropuot": 1}], "space.json: enqueue: --dropuot is no flag of train.py"),
     ({"dropout_prob": FLOAT}, [{"dropout_prob": 0.4}], "space.json: dropout_prob 0.4 is not in the space"),
     ({"dropout_prob": FLOAT}, [{"epochs": 4}], "space.json: epochs is set where it is not searched"),
+    ({"dropout_prob": FLOAT}, ["step"], "space.json: lr_schedule is set where it is not searched"),
+    ({"dropout_prob": FLOAT}, "steps", "space.json: enqueue: should be a valid list, not 'steps'"),
+    ({**SCHEDULE, "blr": {**FLOAT, "when": {"lr_schedule": "uses it"}}}, [{}],
+     'space.json: blr has a "uses it" that no schedule fulfils'),
+    ({**SCHEDULE, "min_lr": {**FLOAT, "when": {"lr_schedule": "uses"}}}, [{}],
+     "space.json: parameters.min_lr.when.lr_schedule: should be a valid list, not 'uses'"),
+    ({"lr_schedule": {"kind": "categorical", "choices": ["cosine", "linaer"], "default": "cosine"}}, [{}],
+     "space.json: lr_schedule linaer: --lr_schedule invalid choice: 'linaer'"),
     ({"warmup_epochs": {**FLOAT, "high": 5}}, [{}],
      "space.json: warmup_epochs 5: --warmup_epochs 5.0 must lie at or above 0, and below --epochs 3"),
     ({"dropout_prob": {**FLOAT, "high": 1}}, [{}], "space.json: dropout_prob 1: --dropout_prob 1 does not lie in")])

@@ -26,6 +26,7 @@ from util.study.comparison import (
     with_published,
 )
 from util.study.finished_runs import Run, flags_computed_with, read_run
+from util.study.methods import named_methods
 from util.study.statistics import (
     holm,
     mcnemar,
@@ -167,8 +168,8 @@ def test_holm_by_hand():
 def test_published_table_has_the_published_digits():
     data = json.loads(PUBLISHED.read_text())
     rows = [line.split(" | ") for line in markdown_table(published()).splitlines()]
-    for method, row in zip(data["methods"], rows[2:10], strict=True):
-        assert row[0] == "| " + method["name"]
+    assert [row[0] for row in rows[2:10]] == [f"| {method.name}" for method in named_methods()]
+    for method, row in zip(data["methods"].values(), rows[2:10], strict=True):
         assert row[1:10] == [f"{method['scores'][column]:.2f}" for column in COLUMNS]
         assert row[10] == "4,241"
     assert rows[2][11:] == ["87.84 to 89.74", "–", "–", "– |"]
@@ -183,7 +184,7 @@ def test_only_the_published_counts_give_the_published_percentages():
     n = np.arange(1, 4242)
     possible = {}  # numbers of questions that give every method's percentage with a whole number of right answers
     for column in COLUMNS:
-        percent = np.array([method["scores"][column] for method in data["methods"]])[:, None]
+        percent = np.array([method["scores"][column] for method in data["methods"].values()])[:, None]
         matches = abs(np.round(100 * np.round(percent * n / 100) / n, 2) - percent) < 1e-6
         possible[column] = set(n[matches.all(0)].tolist())
     subjects = [(a, b, 4241 - a - b) for a in possible["NAT"] for b in possible["SOC"]

@@ -12,6 +12,7 @@ from lavin.tokenizer import Example
 from tiny_runs import run_flags
 from user_errors import error_message
 from util.data.examples import examples_sha256
+from util.training.recipe import differences
 
 # another value of each flag that changes a run's result; empty: a flag without a value
 CHANGES = {
@@ -92,3 +93,9 @@ def test_the_checksum_of_examples_sees_every_part_of_each():
               examples_sha256({"b": Example([1, 2], 1), "a": Example([1, 5, 6, 7], 2)}),
               examples_sha256({"c": Example([1, 5, 6, 7], 2), "b": Example([1, 2], 1)})]
     assert len(set(values)) == len(values) and checksum() == values[0]
+
+
+def test_a_recipe_of_a_version_without_a_flag_has_its_default():
+    assert differences({"drop_path": 0.0, "clip_grad": None, "data": "a"}, {"data": "a"}) == []
+    assert differences({"data": "a"}, {"drop_path": 0.1, "data": "a"}) == ["--drop_path 0.0, not 0.1"]
+    assert differences({"batch_size": 4}, {}) == ["--batch_size 4, not None"]  # it belongs only to some recipes

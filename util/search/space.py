@@ -3,9 +3,12 @@
 - A parameter may depend on others: `when` names the values of earlier flags with which it is searched at all, and a
   bound may be the value of an earlier flag. Such a parameter is sampled by its place between its bounds, 0 to 1, so
   that its distribution is always the same and no suggestion breaks the bound.
+- `"when": {"lr_schedule": "uses it"}` names the schedules that use the flag, as `util/lr_sched.py` says.
 - `flag` is the parameter's name unless it is given: two parameters may set one flag under different conditions.
-- A set of `enqueue` names the flags that differ from the parameters' defaults. The first one is the base, which the
-  winner is compared to.
+- A categorical parameter without `choices` has all those of its flag.
+- A set of `enqueue` names the flags that differ from the parameters' defaults; a method's key in scripts/methods.json
+  stands for the method's flags. The first set is the base, which the winner is compared to. In place of a list,
+  "methods" stands for all methods of that file that lie in the space.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,19 +16,38 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, WrapValidator
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import CHANGES_RESULTS
 from lavin.runtime.schema import NonBlankText, read_validated, strictly_declared
+from util.lr_sched import schedules_with
+from util.study.methods import METHODS, named_methods
 from util.training.recipe import TRAIN_FLAGS
 
 DIGITS = 4  # significant ones of a sampled number
 FIX = "correct it, or leave --space out"
+USES_IT, ALL_METHODS = "uses it", "methods"  # words of a file that stand for lists
 
 Value = str | int | float
 Values = dict[str, Any]  # by flag
+
+
+def schedules(value: Any, check: Callable[[Any], Any]) -> Any:
+    return value if value == USES_IT else check(value)
+
+
+def flag_sets(value: Any, check: Callable[[Any], Any]) -> Any:
+    """Puts the flags of methods in place of their keys."""
+    if value == ALL_METHODS:
+        return value
+    methods = {method.key: method.flags for method in named_methods()}
+    keys = [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
+    unknown = [key for key in keys if key not in methods]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no method of scripts/{METHODS.name}")
+    return check([methods[entry] if isinstance(entry, str) else entry for entry in value] if keys else value)
 
 
 @strictly_declared
@@ -39,13 +61,13 @@ class Parameter(TypedDict):
     high: NotRequired[float | int | str]
     log: NotRequired[bool]
     choices: NotRequired[Annotated[list[Value], Field(min_length=1)]]
-    when: NotRequired[dict[str, Annotated[list[Value], Field(min_length=1)]]]
+    when: NotRequired[dict[str, Annotated[list[Value], Field(min_length=1), WrapValidator(schedules)]]]
 
 
 @strictly_declared
 class SpaceFile(TypedDict):
     parameters: Annotated[dict[NonBlankText, Parameter], Field(min_length=1)]
-    enqueue: Annotated[list[dict[str, Value]], Field(min_length=1)]
+    enqueue: Annotated[list[dict[str, Value]], Field(min_length=1), WrapValidator(flag_sets)]
 
 
 @dataclass(frozen=True)
@@ -144,12 +166,38 @@ class Space:
 def read_space(path: str | Path, known: set[str]) -> Space:
     """known: names of train.py's flags."""
     content: Any = read_validated(path, SpaceFile, "name it with --space", FIX)
-    for name, parameter in content["parameters"].items():
+    parameters = {name: fill_in(name, parameter, str(path)) for name, parameter in content["parameters"].items()}
+    for name, parameter in parameters.items():
         check_parameter(parameter, f"{path}: {name}")
-    space = Space(content["parameters"], content["enqueue"], str(path))
+    space = Space(parameters, [{}], str(path))
     check_references(space, known)
+    space = replace(space, enqueue=sets_to_try(content["enqueue"], space, known))
     space.first_sets()
     return space
+
+
+def sets_to_try(enqueue: Any, space: Space, known: set[str]) -> list[Values]:
+    """The sets of `enqueue`, or all methods that lie in the space."""
+    if enqueue == ALL_METHODS:
+        return [method.flags for method in named_methods() if space.is_possible(method.flags)]
+    unknown = {flag for values in enqueue for flag in values} - known
+    if unknown:
+        raise UserError(f"{space.source}: enqueue: --{min(unknown)} is no flag of train.py: {FIX}")
+    return enqueue
+
+
+def fill_in(name: str, parameter: Any, source: str) -> Any:
+    """The parameter with what the flag's declaration says of it: its choices, and the schedules that use it."""
+    flag = flag_of(name, parameter)
+    filled = dict(parameter)
+    if parameter["kind"] == "categorical" and flag in TRAIN_FLAGS and TRAIN_FLAGS[flag].choices:
+        filled.setdefault("choices", list(TRAIN_FLAGS[flag].choices or ()))
+    if "when" in parameter:
+        filled["when"] = {other: schedules_with(flag) if (other, allowed) == ("lr_schedule", USES_IT) else allowed
+                          for other, allowed in parameter["when"].items()}
+        if not all(isinstance(allowed, list) and allowed for allowed in filled["when"].values()):
+            raise UserError(f'{source}: {name} has a "{USES_IT}" that no schedule fulfils: {FIX}')
+    return filled
 
 
 # --- One parameter ---
@@ -243,9 +291,6 @@ def check_references(space: Space, known: set[str]) -> None:
             if other not in seen:
                 raise UserError(f"{source} depends on {other}, which comes later or is not there: {FIX}")
         seen.add(flag)
-    unknown = {flag for values in space.enqueue for flag in values} - known
-    if unknown:
-        raise UserError(f"{space.source}: enqueue: --{min(unknown)} is no flag of train.py: {FIX}")
 
 
 def command_line(values: Values) -> list[str]:

@@ -16,6 +16,7 @@ from lavin.runtime.files import read_json
 from util.lr_sched import SCHEDULES, Schedule
 from util.runs import run_folders
 from util.study.finished_runs import Run, read_run
+from util.study.methods import find_method, method_names, named_methods, usual_min_lr
 from util.study.statistics import (
     effective_size,
     expected_design_effect,
@@ -32,11 +33,6 @@ from util.study.statistics import (
 from util.training.recipe import TRAIN_FLAGS
 
 PUBLISHED = Path(__file__).parents[2] / "assets" / "published.json"
-DROPOUT_NAMES = {(0.1, 1.01, 0.2): "Inc. Drop. Prob", (0.2, 0.99, 0.1): "Dec. Drop. Prob",
-                 (0.1, 1.03, 0.2): "Inc. Drop. Prob V2", (0.2, 0.97, 0.1): "Dec. Drop. Prob V2"}
-# in the order of the publication
-NAMES = ["Base", *(schedule.display_name for schedule in SCHEDULES.values() if schedule.display_name),
-         *DROPOUT_NAMES.values()]
 ASSUMED_ICC = (0.01, 0.05, 0.1)  # intraclass correlations of outcomes
 # what the runs were scored with, as reasons say it, and the flag of train.py that may make it differ
 SCORED_WITH = {"decode": ("--decode", None), "precision": ("--precision", "precision"),
@@ -171,10 +167,12 @@ def published() -> Comparison:
     """The published runs. Only percentages were published; each determines its number of correct answers."""
     facts = read_json(PUBLISHED, "it belongs to this code: fetch it again")
     counts = facts["counts"]
-    methods = [Method(method["name"], published=True, runs=[
-        Run("published", {**facts["flags"], **method["changes"]}, method["train_closs"], counts,
-            {column: round(percent * counts[column] / 100) for column, percent in method["scores"].items()})])
-        for method in facts["methods"]]
+    methods = []
+    for named in named_methods():
+        if (found := facts["methods"].get(named.key)) is not None:
+            correct = {column: round(percent * counts[column] / 100) for column, percent in found["scores"].items()}
+            run = Run("published", {**facts["flags"], **named.flags}, found["train_closs"], counts, correct)
+            methods.append(Method(named.name, [run], published=True))
     return Comparison(methods, differences_to_first(methods), [], [published_clusters(facts)])
 
 
@@ -201,7 +199,7 @@ def with_published(comparison: Comparison) -> Comparison:
                         f"of {comparison.counts['Avg']} others: leave it out")
     new_names = {method.name: f"{method.name} (published)" for method in reference.methods}
     methods = comparison.methods + [replace(method, name=new_names[method.name]) for method in reference.methods]
-    order = [comparison.methods[0].name, *NAMES, *(method.name for method in comparison.methods)]
+    order = [comparison.methods[0].name, *method_names(), *(method.name for method in comparison.methods)]
     methods.sort(key=lambda method: order.index(method.name.removesuffix(" (published)")))
     renamed = {new_names[name]: difference for name, difference in reference.differences.items()}
     return replace(comparison, methods=methods, differences=comparison.differences | renamed,
@@ -209,16 +207,25 @@ def with_published(comparison: Comparison) -> Comparison:
 
 
 def method_name(flags: dict, reference: dict) -> str:
-    """E.g. `Base`, `Inc. Drop. Prob V2 + lr 0.002`: schedule, dropout, then other flags that differ from reference."""
+    """E.g. `Base`, `Inc. Drop. Prob V2 + lr 0.002`: the named method, then other flags that differ from reference.
+
+    Flags that no named method has are put into words: the schedule, then the dropout.
+    """
     unknown = Schedule(formula=lambda *_: 0.0, display_name=flags["lr_schedule"])  # of a later version
     schedule = SCHEDULES.get(flags["lr_schedule"], unknown)
-    parts = list(filter(None, [schedule.display_name, dropout_name(flags)])) or ["Base"]
-    if schedule.min_lr not in (None, flags["min_lr"]):
-        parts.append(f"min_lr {flags['min_lr']:g}")
-    unused = set() if schedule.warms_up else {"warmup_epochs"}
+    named = find_method(flags)
+    parts = [named.name] if named else in_parts(flags, schedule)
+    stated = {*(named.flags if named else ()), *({"warmup_epochs"} - {*schedule.uses})}
     parts += [f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}" for flag, value in flags.items()
-              if is_named(flag) and flag not in unused and value != reference.get(flag, value)]
+              if is_named(flag) and flag not in stated and value != reference.get(flag, value)]
     return " + ".join(parts)
+
+
+def in_parts(flags: dict, schedule: Schedule) -> list[str]:
+    parts = list(filter(None, [schedule.display_name, dropout_name(flags)])) or [method_names()[0]]
+    if "min_lr" in schedule.uses and flags["min_lr"] != usual_min_lr(flags["lr_schedule"]):
+        parts.append(f"min_lr {flags['min_lr']:g}")
+    return parts
 
 
 def is_named(flag: str) -> bool:
@@ -227,11 +234,12 @@ def is_named(flag: str) -> bool:
 
 
 def dropout_name(flags: dict) -> str | None:
+    """The name of the method that changes only the dropout, or the numbers; None: the base's dropout."""
     prob, var, lim = flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"]
     if var == 1:
-        return None if prob == 0.1 else f"dropout {prob:g}"
-    direction = "Inc." if var > 1 else "Dec."
-    return DROPOUT_NAMES.get((prob, var, lim), f"{direction} Drop. Prob {prob:g} x {var:g} to {lim:g}")
+        return None if prob == TRAIN_FLAGS["dropout_prob"].default else f"dropout {prob:g}"
+    named = find_method({"dropout_prob": prob, "dropout_var": var, "dropout_lim": lim})
+    return named.name if named else f"{'Inc.' if var > 1 else 'Dec.'} Drop. Prob {prob:g} x {var:g} to {lim:g}"
 
 
 def find_base(runs: list[Run], path: str | None) -> Run | None:
@@ -311,7 +319,8 @@ def collect_notes(methods: list[Method]) -> list[str]:
 
 
 def group_by_method(runs: list[Run], base: Run | None) -> tuple[list[Method], list[str]]:
-    """The methods (the base first, then the order of NAMES), and a line on each run with another's flags and seed."""
+    """The methods (the base first, then the order of scripts/methods.json), and a line on each run that has another
+    one's flags and seed."""
     runs_by_seed: dict[str, dict] = {}  # by method name
     duplicates = []
     reference = (base or runs[0]).flags
@@ -321,7 +330,7 @@ def group_by_method(runs: list[Run], base: Run | None) -> tuple[list[Method], li
             duplicates.append(f"{run.folder}: has the flags and the seed of {first.folder}")
     base_name = base and method_name(base.flags, reference)
     methods = [Method(name, list(by_seed.values())) for name, by_seed in runs_by_seed.items()]
-    methods.sort(key=lambda method: (method.name != base_name, [*NAMES, method.name].index(method.name)))
+    methods.sort(key=lambda method: (method.name != base_name, [*method_names(), method.name].index(method.name)))
     return methods, duplicates
 
 

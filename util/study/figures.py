@@ -23,7 +23,8 @@ from lavin.mm_adapter import dropout_schedule
 from lavin.runtime.files import atomic_write
 from util.evaluation.scoring import COLUMNS
 from util.lr_sched import LearningRate, learning_rate
-from util.study.comparison import NAMES, Comparison, Method
+from util.study.comparison import Comparison, Method
+from util.study.methods import method_names
 
 CATEGORIES = [column for column in COLUMNS if column != "Avg"]
 # Okabe & Ito's palette for all kinds of colour vision, with wine in place of its yellow, which is hardly visible in
@@ -38,9 +39,9 @@ RC_PARAMS = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": Fals
 
 
 def styles(methods: list[Method]) -> dict[str, dict]:
-    """Plot styles by method name. The methods in NAMES always have the same style; others get the next unused ones."""
-    names = dict.fromkeys([*NAMES, *(method.name.removesuffix(" (published)") for method in methods)])
-    style_by_name = dict(zip(names, zip(cycle(COLOURS), cycle(MARKERS), cycle(DASHES), strict=False), strict=False))
+    """Plot styles by method name. Those of scripts/methods.json are fixed; others get the next unused ones."""
+    ordered = dict.fromkeys([*method_names(), *(method.name.removesuffix(" (published)") for method in methods)])
+    style_by_name = dict(zip(ordered, zip(cycle(COLOURS), cycle(MARKERS), cycle(DASHES), strict=False), strict=False))
     mixed = len({method.published for method in methods}) > 1
     result = {}
     for method in methods:

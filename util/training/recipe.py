@@ -32,10 +32,14 @@ def make_recipe(settings: TrainSettings, dtype: torch.dtype, world: int, data) -
 
 
 def differences(recipe: dict, other: dict) -> list[str]:
-    """One line for each entry in which two recipes differ, which begins with the flag."""
+    """One line for each entry in which two recipes differ, which begins with the flag.
+
+    The recipe of a version that lacked a flag has the flag's default.
+    """
     lines = []
+    defaults = {name: declared.default for name, declared in TRAIN_FLAGS.items() if declared.belongs_to_recipe}
     for name in sorted(recipe.keys() | other.keys()):
-        value, other_value = recipe.get(name), other.get(name)
+        value, other_value = ({**defaults, **entries}.get(name) for entries in (recipe, other))
         if value != other_value:
             lines.append(f"other {DESCRIPTIONS[name]}" if isinstance(value, str) and name in DESCRIPTIONS else
                          f"{DESCRIPTIONS.get(name, f'--{name}')} {value}, not {other_value}")
