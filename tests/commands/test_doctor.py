@@ -213,7 +213,7 @@ def test_bits_that_the_gpu_has_not(check, monkeypatch, bits, capability, works):
 
 def test_bits_without_bitsandbytes(check, monkeypatch):
     monkeypatch.delitem(doctor.INSTALLED, "bitsandbytes", raising=False)
-    assert_one(check("--bits", "4bit")[1], "--bits 4bit needs", "pip install -r requirements-lite.txt")
+    assert_one(check("--bits", "4bit")[1], "--bits 4bit needs", "pip install -r requirements/lite.txt")
     assert check("--bits", "fp8")[1] == []
 
 

@@ -368,7 +368,7 @@ def test_missing_file_and_missing_package(vocabulary, model, tmp_path, monkeypat
     assert f"missing {tmp_path / 'm.gguf'}" in error_message(require_base, str(tmp_path), "m.gguf")
     path = write_gguf(tmp_path / "m.gguf", model, vocabulary)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert f"{path} is read by the package gguf: pip install -r requirements-gguf.txt" in error_message(Tokenizer, path)
+    assert f"{path} is read by the package gguf: pip install -r requirements/gguf.txt" in error_message(Tokenizer, path)
 
 
 def test_a_changed_file_is_noticed(vocabulary, model, base, tmp_path):
