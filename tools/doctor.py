@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 import_error: Exception | None = None
 try:  # packages may be missing or broken, and this program says so
     import torch

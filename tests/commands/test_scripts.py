@@ -1,6 +1,7 @@
 """The shell scripts, run with stub commands on PATH that log their arguments."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -439,10 +440,10 @@ def test_demo_uses_runs_of_smollm2_or_of_quickstart_or_of_the_environment(sandbo
 def test_quickstart_smollm2_scores_untuned_tuned_and_with_exchanged_pictures(sandbox):
     sandbox.install()
     calls = sandbox.run("scripts/quickstart_smollm2.sh")
-    names = [call.split()[1] for call in calls if call.split()[1].endswith(".py")]
-    assert names[:3] == ["tools/make_easy_vqa.py", "tools/make_toy_base.py", "eval.py"]
+    names = re.findall(r"^python (?:-m )?(tools\.\w+|\w+\.py) ", "\n".join(calls), re.MULTILINE)
+    assert names[:3] == ["tools.make_easy_vqa", "tools.make_toy_base", "eval.py"]
     assert sorted(names[3:9]) == ["eval.py"] * 3 + ["train.py"] * 3  # two at once
-    assert names[9:] == ["plot_results.py", *["eval.py"] * 3, "tools/topic_scores.py"]
+    assert names[9:] == ["plot_results.py", *["eval.py"] * 3, "tools.topic_scores"]
     trained = [call for call in calls if " train.py " in call]
     runs = [f"runs/smollm2/LaVIN-smollm2.gguf-{name}-seed0" for name in ("base", "cyclical", "drop_dec_v2")]
     assert sorted(call.split("--output_dir ")[-1].split()[0] for call in trained) == runs
@@ -456,10 +457,10 @@ def test_quickstart_smollm2_scores_untuned_tuned_and_with_exchanged_pictures(san
 
 @pytest.mark.parametrize("script, step", [
     *(("quickstart_smollm2.sh", step)
-      for step in ("make_easy_vqa.py", "make_toy_base.py", "eval.py --ckpt_dir", "train.py", "--split shuffled")),
+      for step in ("make_easy_vqa", "make_toy_base", "eval.py --ckpt_dir", "train.py", "--split shuffled")),
     *(("quickstart.sh", step)
-      for step in ("make_mini_scienceqa.py", "make_toy_base.py", "eval.py --ckpt_dir", "train.py")),
-    ("search_quickstart.sh", "make_toy_base.py")])
+      for step in ("make_mini_scienceqa", "make_toy_base", "eval.py --ckpt_dir", "train.py")),
+    ("search_quickstart.sh", "make_toy_base")])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_quickstart_that_is_stopped_leaves_no_process_and_goes_on(sandbox, script, step, number):
     """Also with a step that knows nothing of exit status 75."""

@@ -19,7 +19,6 @@ from test_base_weights import assert_same_logits, load
 from test_export_hf import assert_same_answers
 from tokenizers import ByteLevelBPETokenizer
 
-import export_hf
 from lavin.gguf import weights as module
 from lavin.llama import LinearScaling, Llama3Scaling
 from lavin.mm_adapter import AdapterConfig
@@ -29,6 +28,7 @@ from lavin.weights.base import base_files, open_base, require_base
 from lavin.weights.load import load_base
 from tiny import randomise_adapters
 from tiny_gguf import Q, sentencepiece_vocabulary, write_gguf
+from tools import export_hf
 from user_errors import error_message
 from util.fingerprint import fingerprints
 
