@@ -2,7 +2,7 @@
 
 A study is a folder, S. The same command again is one more worker, on this node or another, and goes on with what killed
 workers left. Flags given after -- have the value given; the others of --space are searched. `python plot_results.py S`
-draws the report. Needs `pip install -r requirements-search.txt`.
+draws the report. Needs `pip install -r requirements/search.txt`.
 """
 
 from lavin.runtime.errors import one_line_errors

@@ -3,8 +3,8 @@
 Ours is warmed up as in demo.py. "cold" is the first token without `warmup`, as in a program that calls `generate`
 directly: of a prompt length bucket's first call, which captures it.
 
-    python benchmarks/chat_latency.py                    # 7B on this GPU
-    python benchmarks/chat_latency.py --size tiny        # a smoke test on a CPU, in seconds
+    python -m benchmarks.chat_latency                    # 7B on this GPU
+    python -m benchmarks.chat_latency --size tiny        # a smoke test on a CPU, in seconds
 """
 
 import argparse
@@ -16,15 +16,13 @@ from importlib.util import find_spec
 
 import torch
 
-from timing import hardware, matmul_peak, peak_gib, print_kernels, report, start_memory  # first: it extends sys.path
-
-# isort: split
+from benchmarks.published_recipe import published_answers
+from benchmarks.random_lavin import random_examples, random_lavin, redrawn
+from benchmarks.timing import hardware, matmul_peak, peak_gib, print_kernels, report, start_memory
 from lavin.fast.captured_models import free_graphs
 from lavin.fast.speed_up import speed_up
 from lavin.generation.generate import decode, warmup
 from lavin.runtime.console import summary
-from published_recipe import published_answers
-from random_lavin import random_examples, random_lavin, redrawn
 
 SKIPPED_TOKENS = 16  # at the start of an answer, excluded from tokens/s
 

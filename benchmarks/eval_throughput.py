@@ -1,7 +1,7 @@
 """Evaluation throughput on ScienceQA: the published recipe and ours, on random weights and samples of real lengths.
 
-    python benchmarks/eval_throughput.py                 # 7B on this GPU
-    python benchmarks/eval_throughput.py --size tiny     # a smoke test on a CPU, in seconds
+    python -m benchmarks.eval_throughput                 # 7B on this GPU
+    python -m benchmarks.eval_throughput --size tiny     # a smoke test on a CPU, in seconds
 
 Random weights never generate `The answer is X.`, which has five tokens in LLaMA's vocabulary. So RandomTokenizer
 decodes any five tokens as that sentence, and our sampler chooses those that a trained model would. Everything else is
@@ -14,22 +14,31 @@ import random
 import time
 import zlib
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
-from timing import hardware, matmul_peak, peak_gib, print_kernels, report, start_memory  # first: it extends sys.path
-
-# isort: split
-import eval as evaluation
+from benchmarks.published_recipe import published_answers
+from benchmarks.random_lavin import (
+    IMAGE_PREFIX,
+    TEXT_PREFIX,
+    image_generator,
+    length_rows,
+    random_examples,
+    random_lavin,
+)
+from benchmarks.timing import hardware, matmul_peak, peak_gib, print_kernels, report, start_memory
 from lavin.fast.speed_up import speed_up
 from lavin.generation import generate
 from lavin.generation.sampling import greedy
 from lavin.runtime.console import summary
 from lavin.tokenizer import IMAGE_SLOT, Example
-from published_recipe import published_answers
-from random_lavin import IMAGE_PREFIX, TEXT_PREFIX, image_generator, length_rows, random_examples, random_lavin
+from util.data.datasets import ScienceQA
+from util.data.settings import DataSettings
+from util.evaluation.answering import answer_questions
+from util.evaluation.answers import Answer
+from util.evaluation.settings import Answering
 
 ANSWER = (4, 5, 6, 7 + ord("A"), 8)  # `The answer is A.`
 
@@ -62,22 +71,26 @@ class RandomTokenizer:
         return "The answer is A." if len(ids) >= 5 else ""
 
 
-def questions(model, n: int, seed: int) -> tuple[SimpleNamespace, dict[str, torch.Tensor]]:
+TestSet = tuple[ScienceQA, dict[str, torch.Tensor]]  # problems, and images by question id
+
+
+def questions(model, n: int, seed: int) -> TestSet:
     """n problems with four choices each, and images, by question id, for 45% of them."""
     rng = random.Random(seed)
     problems = {str(i): {"question": f"{seed} {i}", "choices": list("abcd"), "answer": 0, "hint": "", "lecture": "",
                          "solution": ""} for i in range(n)}
     random_image = image_generator(model, seed)
     images = {qid: random_image() for qid in problems if rng.random() < 0.45}
-    return SimpleNamespace(problems=problems, captions={}), images
+    return ScienceQA(Path(), problems, {}), images
 
 
-def answer_all(model, tokenizer, test_set: tuple, flags, rank: int = 0, world: int = 1) -> dict[str, dict]:
-    """As eval.py; this rank's part of the answers, by question."""
-    data, images = test_set
-    qids = list(data.problems)[rank::world]
-    return {qid: answer for batch in evaluation.answer_questions(model, tokenizer, data, images, flags, qids)
-            for qid, answer in batch.items()}
+def answer_all(model, tokenizer, test_set: TestSet, answering: Answering, rank: int = 0, world: int = 1
+               ) -> list[Answer]:
+    """Answers this rank's part of the questions by the code of eval.py."""
+    problems, images = test_set
+    qids = list(problems.problems)[rank::world]
+    batches = answer_questions(model, tokenizer, problems, images, qids, DataSettings(), answering)
+    return [answer for batch in batches for answer in batch]
 
 
 def main(args) -> None:
@@ -108,18 +121,17 @@ def main(args) -> None:
             model = speed_up(random_lavin(args.size, device, bf16), bits).eval()
             tokenizer = RandomTokenizer(model.llama.config.vocab_size)
             for decode in ("generate", "score"):
-                flags = argparse.Namespace(prompt_format="QCM-ALE", max_seq_len=512, max_batch_size=args.batch, seed=0,
-                                           generation_temperature=0.0, top_p=0.75, decode=decode)
-                answer_all(model, tokenizer, questions(model, 2 * args.batch, 0), flags)  # compiles
+                answering = Answering(decode=decode, max_batch_size=args.batch)
+                answer_all(model, tokenizer, questions(model, 2 * args.batch, 0), answering)  # compiles
                 start_memory(device)
                 test_set = questions(model, args.questions, 1)
                 start = time.perf_counter()
-                answer_all(model, tokenizer, test_set, flags)
+                answer_all(model, tokenizer, test_set, answering)
                 seconds = time.perf_counter() - start
                 add(f"ours, {bits.replace('16bit', 'bf16')}, --decode {decode}", args.questions, seconds)
                 if args.profile:
                     four_batches = questions(model, 4 * args.batch, 2)
-                    print_kernels(partial(answer_all, model, tokenizer, four_batches, flags), device)
+                    print_kernels(partial(answer_all, model, tokenizer, four_batches, answering), device)
     print(report(rows))
 
 

@@ -1,7 +1,7 @@
 """Scaling on one host: training and evaluation on 1, 2 and 4 GPUs, and one model sharded over 2 and 4.
 
-    python benchmarks/scaling.py                                            # 7B on this host's GPUs
-    python benchmarks/scaling.py --size tiny --device cpu --processes 1 2   # a smoke test
+    python -m benchmarks.scaling                                            # 7B on this host's GPUs
+    python -m benchmarks.scaling --size tiny --device cpu --processes 1 2   # a smoke test
 
 Each row is a separate torchrun. All processes generate the same frozen weights, adapters and samples, and there is no
 dropout, so all rows should give the same losses and answers, up to rounding. "losses differ" is the largest relative
@@ -21,11 +21,10 @@ from pathlib import Path
 
 import torch
 
-from timing import peak_gib, report, start_memory, step_seconds  # first: it extends sys.path
-
-# isort: split
 import train  # noqa: F401, sets CUDA's environment variables
-from eval_throughput import RandomTokenizer, answer_all, questions
+from benchmarks.eval_throughput import RandomTokenizer, answer_all, questions
+from benchmarks.random_lavin import SIZES, random_examples, redrawn
+from benchmarks.timing import peak_gib, report, start_memory, step_seconds
 from lavin.fast.speed_up import speed_up
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
@@ -34,8 +33,9 @@ from lavin.runtime.console import is_main_process, summary
 from lavin.runtime.device import choose_device
 from lavin.timm_compat import timm
 from lavin.weights.load import frozen_parameters, load_frozen
-from random_lavin import SIZES, random_examples, redrawn
 from util.data.batches import balanced_parts
+from util.evaluation.answers import predictions_of
+from util.evaluation.settings import Answering
 from util.training.accumulation import accumulate_gradients, count_answer_tokens, with_loss_weights
 from util.training.optimizer import make_optimizer, optimizer_step
 from util.training.throughput import frozen_weights, step_flops
@@ -114,17 +114,16 @@ def measure_training(args, model, rank: int, world: int) -> dict:
 def measure_evaluation(args, model) -> dict:
     """Questions/s of all processes together, and the prediction for every question."""
     tokenizer = RandomTokenizer(model.llama.config.vocab_size)
-    flags = argparse.Namespace(prompt_format="QCM-ALE", max_seq_len=512, max_batch_size=64, seed=0, top_p=0.75,
-                               generation_temperature=0.0, decode="score")
-    predictions = {}
+    answering = Answering(decode="score")
+    predictions: dict[str, int] = {}
     for seed, n in ((1, 128), (0, args.questions)):  # the first compiles
         test_set = questions(model, n, seed)
         distributed.all_gather_object(None)  # a barrier
         start = time.perf_counter()
-        local_answers = answer_all(model.eval(), tokenizer, test_set, flags, *distributed.init()[:2])
+        local_answers = answer_all(model.eval(), tokenizer, test_set, answering, *distributed.init()[:2])
         gathered = distributed.gather_data_parallel(local_answers)
         seconds = time.perf_counter() - start
-        predictions = {qid: answer["prediction"] for answers in gathered for qid, answer in answers.items()}
+        predictions = predictions_of(answer for answers in gathered for answer in answers)
     return {"rate": args.questions / seconds, "predictions": predictions}
 
 
@@ -148,7 +147,7 @@ def measure(args, processes: int, shared: int) -> dict:
                  if name != "processes" and value is not None]
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                         "--nproc_per_node", str(processes),
-                        __file__, *flags, f"--out={out}", f"--shared={shared}"], check=True)
+                        "-m", "benchmarks.scaling", *flags, f"--out={out}", f"--shared={shared}"], check=True)
         return torch.load(out)
 
 

@@ -1,15 +1,12 @@
 """Shared by the benchmarks: timing with CUDA events, peak matmul rate, peak memory, the printed table."""
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder
 from lavin.runtime.console import format_table
 
 

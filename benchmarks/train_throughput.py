@@ -1,7 +1,7 @@
 """Training throughput: the published recipe and ours, on random weights and samples of real lengths.
 
-    python benchmarks/train_throughput.py                # 7B on this GPU
-    python benchmarks/train_throughput.py --size tiny    # a smoke test on a CPU, in seconds
+    python -m benchmarks.train_throughput                # 7B on this GPU
+    python -m benchmarks.train_throughput --size tiny    # a smoke test on a CPU, in seconds
 """
 
 import argparse
@@ -11,7 +11,10 @@ from functools import partial
 
 import torch
 
-from timing import (  # first: it extends sys.path
+import train  # noqa: F401, sets CUDA's environment variables
+from benchmarks.published_recipe import published_loss
+from benchmarks.random_lavin import random_examples, random_lavin, redrawn
+from benchmarks.timing import (
     hardware,
     matmul_peak,
     peak_gib,
@@ -20,13 +23,8 @@ from timing import (  # first: it extends sys.path
     start_memory,
     step_seconds,
 )
-
-# isort: split
-import train  # noqa: F401, sets CUDA's environment variables
 from lavin.fast.speed_up import speed_up
 from lavin.runtime.console import summary
-from published_recipe import published_loss
-from random_lavin import random_examples, random_lavin, redrawn
 from util.training.accumulation import accumulate_gradients, count_answer_tokens, with_loss_weights
 from util.training.optimizer import make_optimizer, make_scaler, optimizer_step
 from util.training.throughput import frozen_weights, step_flops

@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 python=.venv/bin/python
 "$python" -c '' 2> /dev/null || python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit("Python 3.10 or newer is needed; name one with PYTHON=...") if sys.version_info < (3, 10) else None'
-exec "$python" tools/doctor.py "$@"
+exec "$python" -m tools.doctor "$@"

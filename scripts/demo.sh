@@ -20,5 +20,5 @@ if [ -z "$named" ] && ! has_runs "$OUTPUT_ROOT"; then
     echo "no finished runs in $OUTPUT_ROOT: run 'bash scripts/quickstart.sh' first, or name others with OUTPUT_ROOT and MODEL" >&2
     exit 1
 fi
-source scripts/environment.sh requirements-demo.txt
+source scripts/environment.sh requirements/demo.txt
 exec python demo.py --runs "$OUTPUT_ROOT" --llama_model_path "$WEIGHTS" --llm_model "$MODEL" --data_root "$DATA_ROOT" "$@"

@@ -1,8 +1,8 @@
 # Sourced: makes .venv with the packages of a requirements file, once, and puts it first on PATH.
-#   source scripts/environment.sh requirements.txt
+#   source scripts/environment.sh requirements.txt    # or requirements/demo.txt, or another file of that folder
 # PyTorch is the newest that this machine's GPUs and driver can run. On a login node without GPUs, name it:
-#   TORCH_CONSTRAINTS=requirements-v100.txt
-# or requirements-cuda12.txt, requirements-cuda11.txt (each says what for); empty: the newest of all
+#   TORCH_CONSTRAINTS=requirements/constraints/v100.txt
+# or cuda12.txt or cuda11.txt of that folder (each says what for). TORCH_CONSTRAINTS= (empty) gives the newest of all.
 export OMP_WAIT_POLICY=passive # else threads spin while they wait: two trainings on two cores take 2.6 times as long
 has_pip() { .venv/bin/python -c 'import pip._internal.cli.main' 2> /dev/null; }
 
@@ -23,12 +23,19 @@ list_gpus() {
 # constraints_for CAPABILITY DRIVER: 70 535 for a V100 with driver 535
 constraints_for() {
     if (($2 < 525)); then
-        echo requirements-cuda11.txt
+        echo requirements/constraints/cuda11.txt
     elif (($1 < 75)); then
-        echo requirements-v100.txt
+        echo requirements/constraints/v100.txt
     elif (($2 < 580)); then
-        echo requirements-cuda12.txt
+        echo requirements/constraints/cuda12.txt
     fi
+}
+
+refuse_constraints() {
+    local folder=requirements/constraints
+    local moved=$folder/${constraints#requirements-} # where earlier versions had requirements-v100.txt
+    [ ! -f "$moved" ] || give_up "TORCH_CONSTRAINTS=$constraints is no file: it is now $moved"
+    give_up "TORCH_CONSTRAINTS=$constraints is no file: take $folder/v100.txt, or cuda12.txt or cuda11.txt of that folder"
 }
 
 # sets $constraints, a file of pip constraints or none, and $why
@@ -36,8 +43,7 @@ choose_torch() {
     local gpus major minor driver
     constraints=${TORCH_CONSTRAINTS-} why="named by TORCH_CONSTRAINTS"
     if [ -n "${TORCH_CONSTRAINTS+given}" ]; then
-        [ -z "$constraints" ] || [ -f "$constraints" ] ||
-            give_up "TORCH_CONSTRAINTS=$constraints is no file: choose requirements-v100.txt, requirements-cuda12.txt or requirements-cuda11.txt"
+        [ -z "$constraints" ] || [ -f "$constraints" ] || refuse_constraints
         return
     fi
     gpus=$(list_gpus)
@@ -64,8 +70,8 @@ install_environment() {
         .venv/bin/python -m ensurepip &> /dev/null || true
         has_pip || give_up ".venv is half made: remove it (rm -r .venv), and start again"
     fi
-    stamp=.venv/$requirements.installed
-    wanted=$(cat requirements*.txt ${constraints:+"$constraints"})
+    stamp=.venv/${requirements//\//-}.installed # of requirements/demo.txt: .venv/requirements-demo.txt.installed
+    wanted=$(cat requirements.txt requirements/*.txt ${constraints:+"$constraints"})
     # The stamp ends with the constraints: those of a login node are corrected on a node with older GPUs. Without any,
     # all of them will do, since pip does not replace what it finds.
     if [[ ! -f $stamp || $(< "$stamp") != "$wanted"* ]]; then

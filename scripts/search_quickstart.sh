@@ -3,7 +3,7 @@
 # base again with fresh seeds. What exists is used again; results go to runs/search.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh requirements-search.txt
+source scripts/environment.sh requirements/search.txt
 source scripts/toy.sh
 export STUDY=runs/search
 exec bash scripts/search_sqa_7b.sh --space scripts/search_quickstart.json --trials 10 --questions 120 --confirm 1 \

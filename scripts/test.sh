@@ -3,7 +3,7 @@
 # (-n 0: in one process).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh requirements-test.txt
+source scripts/environment.sh requirements/test.txt
 ruff check .
 mypy
 # without reordering, the slowest file stays first (tests/conftest.py), and the other process takes the rest meanwhile

@@ -5,9 +5,9 @@ source scripts/signals.sh
 forward_signals
 trap go_on_later EXIT
 # what is looked for is written last
-[ -f "$DATA_ROOT/problems.json" ] || run python tools/make_mini_scienceqa.py --out "$DATA_ROOT"
+[ -f "$DATA_ROOT/problems.json" ] || run python -m tools.make_mini_scienceqa --out "$DATA_ROOT"
 [ -f "$WEIGHTS/$MODEL/consolidated.00.pth" ] ||
-    run python tools/make_toy_base.py --data_root "$DATA_ROOT" --out "$WEIGHTS/$MODEL"
+    run python -m tools.make_toy_base --data_root "$DATA_ROOT" --out "$WEIGHTS/$MODEL"
 FLAGS=(--vision_model "$WEIGHTS/$MODEL/vit" --device cpu --batch_size 8 --accum_iter 1 --epochs 2 --warmup_epochs 0.3)
 # so small a model gains little from a second thread: two runs at once take two thirds of the time
 export JOBS=2 OMP_NUM_THREADS=$((($(nproc) + 1) / 2))

@@ -112,25 +112,29 @@ def test_a_folder_says_in_one_line_what_it_holds(path):
     assert re.fullmatch(r'"""[^\n]+\."""\n', path.read_text())
 
 
-SCRIPTS = [path for folder in ("tools", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))
-           if "__main__" in path.read_text()]
+PROGRAMS = {file.stem for name in ("benchmarks", "tools", "tests/faults") for file in (ROOT / name).glob("[!_]*.py")}
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_extend_sys_path_before_they_import_the_project(path):
-    """Else they start only where pytest, with its own paths, starts them. benchmarks/timing.py does it for the rest."""
-    project = {*PACKAGES, *(file.stem for file in ROOT.glob("*.py"))}
-    project |= {file.stem for file in path.parent.glob("*.py")
-                if re.search(rf"^(from|import) ({'|'.join(project)})\b", file.read_text(), re.M)}
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Expr) and ast.unparse(node).startswith("sys.path.insert"):
-            return
-        modules = [node.module] if isinstance(node, ast.ImportFrom) else \
-            [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        first = next((module for module in modules if module.split(".")[0] in project), None)
-        if first:
-            assert first == "timing", f"{first} is imported first"
-            return
+def changes_sys_path(node: ast.AST) -> bool:
+    """Whether the node is sys.path.insert(...), sys.path[:0] = ..., sys.path += ... or their like."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else \
+        [node.func] if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else []
+    return any(re.match(r"sys\.path(\[.*\]|\.\w+)?$", ast.unparse(target)) for target in targets)
+
+
+def imported_modules(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+
+
+def test_files_are_imported_by_their_package_path():
+    """`from tools.output import ...`, and not `from output import ...` after a change of sys.path: a module has one
+    name, whoever starts it."""
+    paths = [path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith(".")]
+    wrong = [f"{path}:{node.lineno}" for path in paths for node in ast.walk(ast.parse(path.read_text()))
+             if changes_sys_path(node) or PROGRAMS & {name.split(".")[0] for name in imported_modules(node)}]
+    assert ROOT / "tools" / "output.py" in paths and "output" in PROGRAMS and wrong == []
 
 
 def test_the_promised_python_is_one_number():

@@ -1,6 +1,6 @@
 """Writes all_data.json, for instruction tuning, from the files of Alpaca and LLaVA-Instruct.
 
-    python tools/data_processing.py [--data_root ../data] [--out ../data/all_data.json]
+    python -m tools.data_processing [--data_root ../data] [--out ../data/all_data.json]
 
 Reads those of alpaca_data.json, complex_reasoning_77k.json, detail_23k.json and conversation_58k.json that exist.
 Writes their records under `all`, as published: `instruction` (the whole prompt), `answer`, `image` (None, or the name
@@ -10,11 +10,8 @@ reported, counted and left out.
 Alpaca: Taori et al. 2023; LLaVA-Instruct: Liu et al. 2023, arXiv 2304.08485.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import parse_json, read_text, write_json

@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 import_error: Exception | None = None
 try:  # packages may be missing or broken, and this program says so
     import torch
@@ -41,10 +40,10 @@ except Exception as error:  # of many types: a library of CUDA that is gone, a t
 OPTIONAL = ("torchvision", "triton", "tokenizers", "transformers", "bitsandbytes", "gguf", "tensorboard", "gradio")
 FIX = "bash scripts/quickstart.sh makes .venv with all packages, or pip install -r requirements.txt"
 INSTALLED = {found.name.lower(): found.version for found in metadata.distributions() if found.name}
-BITSANDBYTES = ", and bitsandbytes (pip install -r requirements-lite.txt)"
+BITSANDBYTES = ", and bitsandbytes (pip install -r requirements/lite.txt)"
 LEAST = {"fp8": (8, 9), "8bit": (7, 5), "4bit": (6, 0)}  # compute capability: of lavin/kernels/fp8.py, bitsandbytes
-BUILDS = ("; for older GPUs or drivers: pip install -r requirements.txt -c requirements-v100.txt (or "
-          "requirements-cuda12.txt, requirements-cuda11.txt)")
+BUILDS = ("; for older GPUs or drivers: pip install -r requirements.txt -c requirements/constraints/v100.txt (or "
+          "cuda12.txt or cuda11.txt of that folder)")
 GPU_QUERY = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
 
 

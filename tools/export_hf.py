@@ -1,7 +1,7 @@
 """Exports a run as a plain Hugging Face model: merges the adapters into the frozen weights, for one modality.
 
-    python tools/export_hf.py --adapter_path RUN --out FOLDER [--precision fp16]
-    python tools/export_hf.py --adapter_path RUN --out FOLDER --modality image [--pictures FILE ...]
+    python -m tools.export_hf --adapter_path RUN --out FOLDER [--precision fp16]
+    python -m tools.export_hf --adapter_path RUN --out FOLDER --modality image [--pictures FILE ...]
 
 In each layer, the router's mixture (w0, w1) depends only on the modality. For one modality, an adapter is therefore the
 affine map `y = x + s U (A x + a) + s (w0 b + w1 e)`, U = w0 B + w1 E, and the linear layer W that follows it becomes
@@ -19,13 +19,11 @@ features) and the prompt, to which it then adds none.
 
 import copy
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.llama import LlamaConfig
 from lavin.mm_adapter import RepAdapterRouter
 from lavin.model import LaVIN, pack
@@ -35,7 +33,7 @@ from lavin.runtime.files import atomic_write, write_json
 from lavin.runtime.flags import Parser
 from lavin.tokenizer import Example, FastTokenizer, Tokenizer
 from lavin.weights.hugging_face import HF_NAMES, rope_entry
-from output import make_folder, save_tensors
+from tools.output import make_folder, save_tensors
 from util.data.images import IMAGE_ERRORS, load_image
 from util.flags import SHARED
 from util.trained_model import load_model

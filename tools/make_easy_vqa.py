@@ -1,6 +1,6 @@
 """Lays easy-VQA (package easy-vqa, MIT) out as ScienceQA: a fixed subset, three types of question, shuffled options.
 
-    python tools/make_easy_vqa.py [--out data/easy_vqa] [--seed 0]
+    python -m tools.make_easy_vqa [--out data/easy_vqa] [--seed 0]
 
 Writes problems.json, pid_splits.json, captions.json and images/{split}/{id}/image.png. The topic is the type of
 question. Each picture, of one coloured shape, is asked about once; test has pictures of the package's own test split
@@ -11,7 +11,6 @@ Split `shuffled` is test with each picture at another question.
 
 import json
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -21,12 +20,11 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.flags import Parser, parse_as
 from lavin.runtime.schema import Seed
-from make_mini_scienceqa import split_evenly
-from output import make_folder, write_scienceqa
+from tools.make_mini_scienceqa import split_evenly
+from tools.output import make_folder, write_scienceqa
 from util.data.prompts import OPTIONS
 
 SIZES = {"train": 960, "val": 200, "test": 400, "pretrain": 2300}
@@ -47,7 +45,7 @@ class Question(NamedTuple):
 def package_data() -> Path:
     spec = find_spec("easy_vqa")
     if spec is None or not spec.origin:
-        raise UserError("the package easy-vqa is missing: pip install -r requirements-smollm2.txt")
+        raise UserError("the package easy-vqa is missing: pip install -r requirements/smollm2.txt")
     return Path(spec.origin).parent / "data"
 
 

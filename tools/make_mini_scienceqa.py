@@ -1,24 +1,21 @@
 """Writes the mini ScienceQA: invented problems in ScienceQA's layout, with images that are needed for the answer.
 
-    python tools/make_mini_scienceqa.py [--out data/mini] [--seed 0]
+    python -m tools.make_mini_scienceqa [--out data/mini] [--seed 0]
 
 Writes problems.json, pid_splits.json, captions.json and images/{split}/{id}/image.png, as in ScienceQA (Lu et al. 2022,
 arXiv 2209.09513). The same seed gives the same problems and pixels. No problem is in two splits.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from mini_pictures import Canvas
-from mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Problem, Skill, make_problem
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.runtime.errors import one_line_errors
 from lavin.runtime.flags import Parser, parse_as
 from lavin.runtime.schema import Seed
-from output import make_folder, write_scienceqa
+from tools.mini_pictures import Canvas
+from tools.mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Problem, Skill, make_problem
+from tools.output import make_folder, write_scienceqa
 
 SIZES = {"train": 2000, "val": 120, "test": 400}
 IMAGE_FRACTION = 0.45  # of problems that have an image

@@ -1,13 +1,12 @@
 """Builds the toy base from a data set: a tokenizer, a small LLaMA in Meta's format, a small ViT in timm's.
 
-    python tools/make_toy_base.py [--data_root data/mini] [--out weights/toy] [--seed 0] [--vit_only] [--split train]
+    python -m tools.make_toy_base [--data_root data/mini] [--out weights/toy] [--seed 0] [--vit_only] [--split train]
 
 The LLaMA learns which option is right, from problems in a prompt format that fine-tuning does not use and with captions
 instead of images. The ViT learns which caption belongs to an image. Fine-tuning then freezes both.
 """
 
 import io
-import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +17,6 @@ from sentencepiece import SentencePieceTrainer
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.attention import VarlenMetadata
 from lavin.llama import Llama, LlamaConfig
 from lavin.runtime.errors import UserError, one_line_errors
@@ -28,7 +26,7 @@ from lavin.runtime.schema import Seed
 from lavin.timm_compat import timm
 from lavin.tokenizer import Tokenizer
 from lavin.vision import VisionEncoder
-from output import make_folder, save_tensors
+from tools.output import make_folder, save_tensors
 from util.data.datasets import load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import OPTIONS, build_prompt

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-import mini_pictures as pictures
+from tools import mini_pictures as pictures
 
 NAMES = ("Ana", "Ben", "Cora", "Dan", "Emma", "Finn", "Gina", "Hugo", "Ines", "Jack", "Kate", "Leo", "Mia", "Noah",
          "Olga", "Paul")

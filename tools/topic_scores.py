@@ -1,13 +1,11 @@
 """Accuracy by topic of the problems: a table with a row for each results folder of eval.py.
 
-    python tools/topic_scores.py --data_root data/easy_vqa runs/smollm2/untuned ...
+    python -m tools.topic_scores --data_root data/easy_vqa runs/smollm2/untuned ...
 """
 
-import sys
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from lavin.runtime.console import format_table
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import read_json

@@ -28,7 +28,7 @@ class BaseSettings(FlagGroup):
         "vit_large_patch14_clip_quickgelu_224.openai",
         "image encoder: OpenAI's ViT-L-14.pt, a Hugging Face or timm folder or file, or a timm model name",
         Role.MODEL, stated_as="vision")
-    bits: str = flag("16bit", "LLaMA's frozen matrices; 4bit and 8bit: pip install -r requirements-lite.txt",
+    bits: str = flag("16bit", "LLaMA's frozen matrices; 4bit and 8bit: pip install -r requirements/lite.txt",
                      Role.MODEL, choices=("16bit", "8bit", "4bit", "fp8"), reloadable=True)
     use_vicuna: bool = flag(
         False, "Vicuna: adds its v0 delta, in folder vicuna_NAME next to --llm_model NAME; full weights need no delta",

@@ -57,7 +57,8 @@ def unsupported_gpu(device) -> str | None:
     if torch.version.hip or any(runs_on(architecture, capability) for architecture in architectures):
         return None
     fix = "pip install --upgrade torch" if capability >= (7, 5) else \
-        "pip install -r requirements.txt -c requirements-v100.txt" if capability >= (5, 0) else "take --device cpu"
+        "pip install -r requirements.txt -c requirements/constraints/v100.txt" if capability >= (5, 0) else \
+        "take --device cpu"
     return (f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (compute capability "
             f"{capability[0]}.{capability[1]}; it has {', '.join(architectures)}): {fix}")
 
@@ -72,8 +73,8 @@ def unusable_gpu() -> str | None:
         return (f"this machine has a GPU, and torch {torch.__version__} is built for CPUs only: pip install "
                 "--force-reinstall torch, or leave the GPU alone with --device cpu")
     return (f"this machine has a GPU that torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use: "
-            "for drivers before 580, pip install -r requirements.txt -c requirements-cuda12.txt (before 525: "
-            "requirements-cuda11.txt); to leave the GPU alone, --device cpu")
+            "for drivers before 580, pip install -r requirements.txt -c requirements/constraints/cuda12.txt "
+            "(before 525: requirements/constraints/cuda11.txt); to leave the GPU alone, --device cpu")
 
 
 def choose_device(name: str | None, local_rank: int) -> torch.device:

@@ -70,7 +70,7 @@ def quantize_model(model: LaVIN, bits: str) -> None:
         from lavin.weights.quantization import quantize_linears  # here, since bitsandbytes is optional
     except ImportError as error:
         raise UserError(f"--bits {bits} needs bitsandbytes ({first_line(error)}): "
-                        "pip install -r requirements-lite.txt, or leave it at 16bit") from error
+                        "pip install -r requirements/lite.txt, or leave it at 16bit") from error
     quantize_linears(model, bits)
 
 

@@ -1,6 +1,6 @@
 """LaVIN-lite: the linear layers of LLaMA's blocks in 4 or 8 bits.
 
-Needs bitsandbytes (requirements-lite.txt); importing this file without it raises ImportError.
+Needs bitsandbytes (requirements/lite.txt); importing this file without it raises ImportError.
 
 - Linear layers are replaced while the model is on the meta device, and each weight is quantized as it is loaded
   (lavin/weights/load.py), so that neither host nor device ever holds the whole model in 16 bits.

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import demo
-from conftest import write_scienceqa
 from eval import get_args_parser
 from lavin.fast.captured_models import capture_passes
 from lavin.generation.generate import generate, stream
 from lavin.model import pack
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import flags_of
+from tests.conftest import write_scienceqa
 from tiny import tiny_example, tiny_model
 from tiny_runs import load_checkpoint, write_run
 from util.chat import chatbot

@@ -1,4 +1,4 @@
-"""The web page in headless Chromium. Needs requirements-demo.txt, playwright, and Chromium."""
+"""The web page in headless Chromium. Needs requirements/demo.txt, playwright, and Chromium."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""The page as its own program in surroundings that it did not choose. Needs requirements-demo.txt, no browser."""
+"""The page as its own program in surroundings that it did not choose. Needs requirements/demo.txt, no browser."""
 
 import os
 import subprocess

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import doctor
 from lavin.attention import efficient_varlen_attention, padded_attention
 from lavin.fast.speed_up import FastPaths
 from lavin.runtime.errors import UserError
 from tiny import ROOT
+from tools import doctor
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def on_gpu(monkeypatch, capability=(7, 0), paths=None):
     """As on a machine with a GPU. paths: what choose_fast_paths answers."""
     monkeypatch.setattr(doctor, "choose_device", lambda name, local_rank: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    for module in ("doctor", "lavin.runtime.device", "lavin.kernels.fp8"):
+    for module in ("tools.doctor", "lavin.runtime.device", "lavin.kernels.fp8"):
         monkeypatch.setattr(f"{module}.compute_capability", lambda device: capability)
     paths = paths or FastPaths(efficient_varlen_attention, fused=True, compiled=True, captured=True)
     monkeypatch.setattr(doctor, "choose_fast_paths", lambda *args: paths)
@@ -153,7 +153,7 @@ def test_captions_are_needed_with_their_flag_only(check, world):
 
 
 def test_missing_instructions(check):
-    assert_one(check("--do_pretrain")[1], "all_data.json", "tools/data_processing.py")
+    assert_one(check("--do_pretrain")[1], "all_data.json", "python -m tools.data_processing")
 
 
 @pytest.mark.parametrize("name", ["tiny/consolidated.00.pth", "tiny/params.json", "tokenizer.model"])
@@ -213,7 +213,7 @@ def test_bits_that_the_gpu_has_not(check, monkeypatch, bits, capability, works):
 
 def test_bits_without_bitsandbytes(check, monkeypatch):
     monkeypatch.delitem(doctor.INSTALLED, "bitsandbytes", raising=False)
-    assert_one(check("--bits", "4bit")[1], "--bits 4bit needs", "pip install -r requirements-lite.txt")
+    assert_one(check("--bits", "4bit")[1], "--bits 4bit needs", "pip install -r requirements/lite.txt")
     assert check("--bits", "fp8")[1] == []
 
 
@@ -266,8 +266,7 @@ class NoTorch:
         if name == "torch":
             raise ImportError("libtorch_cpu.so: cannot open shared object file")
 sys.meta_path.insert(0, NoTorch())
-sys.path.insert(0, "tools")
-import doctor
+from tools import doctor
 sys.exit(doctor.main([]))
 """
 
@@ -282,7 +281,7 @@ def test_torch_that_cannot_be_imported():
 @pytest.fixture
 def project(tmp_path):
     """The project without .venv, and a Python without packages on PATH."""
-    for name in ("scripts/check.sh", "tools/doctor.py", "requirements.txt"):
+    for name in ("scripts/check.sh", "tools/__init__.py", "tools/doctor.py", "requirements.txt"):
         (tmp_path / "a folder" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / "a folder" / name)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)

@@ -12,7 +12,7 @@ import pytest
 
 from tiny import ROOT
 
-V100, CUDA12, CUDA11 = "requirements-v100.txt", "requirements-cuda12.txt", "requirements-cuda11.txt"
+V100, CUDA12, CUDA11 = (f"requirements/constraints/{name}.txt" for name in ("v100", "cuda12", "cuda11"))
 CHOICES = [  # what nvidia-smi says -> the constraints
     ("7.0, 535.54.03", V100), ("6.0, 580.65.06", V100), ("5.0, 525.60.13", V100),
     ("7.0, 470.82.01", CUDA11), ("8.0, 450.36.06", CUDA11), ("9.0, 524.99", CUDA11),
@@ -33,8 +33,8 @@ class Project:
         for name in ("scripts", ".venv/bin", "bin"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "scripts" / "environment.sh", folder / "scripts")
-        for path in ROOT.glob("requirements*.txt"):
-            shutil.copy(path, folder)
+        shutil.copy(ROOT / "requirements.txt", folder)
+        shutil.copytree(ROOT / "requirements", folder / "requirements", dirs_exist_ok=True)
         if python:
             self.stub(folder / ".venv" / "bin" / "python", python)
 
@@ -76,7 +76,7 @@ def test_the_oldest_gpu_and_the_driver_choose(project, answer, constraints):
 def test_the_choice_is_told_in_one_line(project):
     project.gpus("9.0, 535.54.03\n7.0, 535.54.03")
     project.install()
-    assert project.output.startswith("GPU of compute capability 7.0, driver 535: PyTorch by requirements-v100.txt\n")
+    assert project.output.startswith(f"GPU of compute capability 7.0, driver 535: PyTorch by {V100}\n")
 
 
 @pytest.mark.parametrize("answer, status", [(BROKEN, 9), ("No devices were found", 6)])
@@ -115,16 +115,23 @@ def test_the_choice_by_hand_wins(project):
     assert f"named by TORCH_CONSTRAINTS: PyTorch by {V100}\n" in project.output
     (project.folder / ".venv" / "requirements.txt.installed").unlink()
     assert project.install(TORCH_CONSTRAINTS="")[0].endswith("-r requirements.txt")
-    assert project.install(code=1, TORCH_CONSTRAINTS="requirements-v10.txt") == []
-    assert project.errors == ("TORCH_CONSTRAINTS=requirements-v10.txt is no file: choose requirements-v100.txt, "
-                              "requirements-cuda12.txt or requirements-cuda11.txt\n")
+    assert project.install(code=1, TORCH_CONSTRAINTS="requirements/v10.txt") == []
+    assert project.errors == (f"TORCH_CONSTRAINTS=requirements/v10.txt is no file: take {V100}, or cuda12.txt or "
+                              "cuda11.txt of that folder\n")
+
+
+@pytest.mark.parametrize("new", [V100, CUDA12, CUDA11])
+def test_a_name_of_an_earlier_version_is_answered_with_the_new_one(project, new):
+    old = f"requirements-{Path(new).name}"
+    assert project.install(code=1, TORCH_CONSTRAINTS=old) == []
+    assert project.errors == f"TORCH_CONSTRAINTS={old} is no file: it is now {new}\n"
 
 
 def test_nothing_is_installed_again_where_nothing_changed(project):
     project.gpus("7.0, 535.54.03")
     assert len(project.install()) == 1
     assert project.install() == [] and project.output == f"{project.folder}/.venv/bin/python\n"
-    assert len(project.install(requirements="requirements-demo.txt")) == 1  # has a stamp of its own
+    assert len(project.install(requirements="requirements/demo.txt")) == 1  # has a stamp of its own
     with open(project.folder / "requirements.txt", "a") as file:
         file.write("another\n")
     assert len(project.install()) == 1

@@ -146,6 +146,7 @@ def project(tmp_path) -> Path:
     (tmp_path / "a folder" / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "environment.sh", tmp_path / "a folder" / "scripts")
     (tmp_path / "a folder" / "requirements.txt").touch()
+    shutil.copytree(ROOT / "requirements", tmp_path / "a folder" / "requirements")
     return tmp_path / "a folder"
 
 
@@ -221,8 +222,6 @@ def test_scripts_take_a_checkpoint_by_its_flag(tmp_path):
     sandbox = Sandbox(tmp_path)
     score, = sandbox.run("scripts/eval_mme_benchmark.sh", *PUBLISHED_MME.split(), GPUS="1")
     assert score.startswith("python eval_mme.py --mme_root ../data/mme ") and score.count("--adapter_path") == 1
-    (tmp_path / "requirements-demo.txt").touch()
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    shutil.copy(tmp_path / "bin" / "python", tmp_path / ".venv" / "bin" / "python")
+    sandbox.install()
     for flag in (["--adapter_path", "a.pth"], ["--adapter_path=a.pth"], ["--cli", "--runs", "b"]):
         assert sandbox.run("scripts/demo.sh", *flag)[-1].endswith(" ".join(flag))  # without runs of the quickstart

@@ -9,20 +9,20 @@ import sys
 import pytest
 import torch
 
-import make_toy_base
 from killed import contents, killed_after
 from lavin.runtime.errors import UserError
-from make_mini_scienceqa import write_mini_scienceqa
-from output import make_folder, save_tensors, write_scienceqa
 from tiny import ROOT
 from tiny_runs import write_run
+from tools import make_toy_base
+from tools.make_mini_scienceqa import write_mini_scienceqa
+from tools.output import make_folder, save_tensors, write_scienceqa
 from util.data.datasets import load_scienceqa
 
 
 def errors(tool: str, *arguments: str, code: int = 1) -> str:
     """What a tool that fails prints to stderr, without its progress bars."""
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments], capture_output=True,
-                          text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", f"tools.{tool}", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
     assert done.returncode == code, done.stderr
     return done.stderr
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lavin.runtime.errors import UserError
-from topic_scores import topic_table
+from tools.topic_scores import topic_table
 
 PROBLEMS = {"1": {"topic": "colour"}, "2": {"topic": "colour"}, "3": {"topic": "shape"}, "4": {"topic": "colour"}}
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from lavin.tokenizer import Tokenizer
-from make_toy_base import train_tokenizer
 from tiny import ROOT
+from tools.make_toy_base import train_tokenizer
 from user_errors import change_json, error_message
 from util.data import cache, images
 from util.data.batches import load_examples

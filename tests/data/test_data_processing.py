@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-import data_processing
 import reference
 import train
 from lavin.mm_adapter import AdapterConfig
@@ -17,6 +16,7 @@ from lavin.runtime.errors import UserError
 from lavin.tokenizer import IMAGE_SLOT
 from lavin.weights.load import load_base
 from tiny import IMAGE_SIZE, ROOT
+from tools import data_processing
 from util.data.batches import load_examples, load_training_data
 from util.data.images import load_image
 from util.data.instructions import Instructions, LazyImage, decode_images
@@ -55,7 +55,7 @@ def write(root: Path, **changes) -> Path:
 
 def process(root: Path) -> str:
     """Run data_processing.py in a subprocess; returns its output."""
-    done = subprocess.run([sys.executable, "tools/data_processing.py", "--data_root", str(root)], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "tools.data_processing", "--data_root", str(root)], cwd=ROOT,
                           capture_output=True, text=True)
     return done.stdout + done.stderr
 

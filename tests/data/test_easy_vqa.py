@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 import pytest
 from scipy.stats import chisquare
 
-from make_easy_vqa import ANSWERS, SIZES, Question, facts, make_problems, write_easy_vqa
+from tools.make_easy_vqa import ANSWERS, SIZES, Question, facts, make_problems, write_easy_vqa
 from util.data.datasets import load_scienceqa
 
 easy_vqa = pytest.importorskip("easy_vqa")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from make_mini_scienceqa import SIZES, make_problems, new_problems, write_mini_scienceqa
-from mini_pictures import Canvas
-from mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Skill, make_problem
+from tools.make_mini_scienceqa import SIZES, make_problems, new_problems, write_mini_scienceqa
+from tools.mini_pictures import Canvas
+from tools.mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Skill, make_problem
 
 SMALL = {"train": 80, "val": 40, "test": 40}
 FIELDS = {"question": str, "choices": list, "answer": int, "hint": str, "image": (str, type(None)), "task": str,

@@ -222,7 +222,7 @@ def instruction_args(root, **changes):
 def test_error_names_record_and_field(tmp_path, content, words):
     (tmp_path / "all_data.json").write_text(json.dumps(content))
     message = error_message(load_training_data, instruction_args(tmp_path), None)
-    assert message.startswith(f"{tmp_path / 'all_data.json'}: {words}") and "tools/data_processing.py" in message
+    assert message.startswith(f"{tmp_path / 'all_data.json'}: {words}") and "python -m tools.data_processing" in message
 
 
 def test_instructions_have_a_fingerprint_and_become_examples_by_record(tmp_path, tokenizer, capsys):

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
-import make_toy_base
 from killed import killed_after
 from lavin.mm_adapter import AdapterConfig
 from lavin.tokenizer import Tokenizer
 from lavin.weights.load import load_base
-from make_mini_scienceqa import write_mini_scienceqa
+from tools import make_toy_base
+from tools.make_mini_scienceqa import write_mini_scienceqa
 from util.data.datasets import load_scienceqa
 
 

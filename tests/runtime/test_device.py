@@ -43,7 +43,7 @@ def test_a_gpu_without_kernels_is_refused_with_the_command_that_helps(gpu):
     gpu((7, 0), CUDA_13)
     message = error_message(device.choose_device, "cuda", 0)
     assert "no kernels for Tesla V100-SXM2-32GB (compute capability 7.0" in message and "\n" not in message
-    assert message.endswith("pip install -r requirements.txt -c requirements-v100.txt")
+    assert message.endswith("pip install -r requirements.txt -c requirements/constraints/v100.txt")
     gpu((10, 0), CUDA_12)
     assert error_message(device.choose_device, None, 0).endswith("pip install --upgrade torch")
 
@@ -58,7 +58,8 @@ def gpus_without_torch(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-@pytest.mark.parametrize("built_for, words", [("13.0", "requirements-cuda12.txt"), (None, "built for CPUs only")])
+@pytest.mark.parametrize("built_for, words", [("13.0", "requirements/constraints/cuda12.txt"),
+                                              (None, "built for CPUs only")])
 def test_a_gpu_that_torch_cannot_use_is_not_left_alone_in_silence(gpus_without_torch, monkeypatch, built_for, words):
     monkeypatch.setattr(torch.version, "cuda", built_for)
     message = error_message(device.choose_device, None, 0)

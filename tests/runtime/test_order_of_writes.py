@@ -15,7 +15,6 @@ import torch
 
 import eval as evaluation
 import eval_mme
-import export_hf
 import train
 from forked import in_child
 from killed import stop_after
@@ -23,6 +22,7 @@ from lavin.runtime import signals
 from lavin.runtime.files import atomic_write, write_json, write_json_lines, write_text
 from states import State, watched
 from tiny_runs import run_flags, write_run
+from tools import export_hf
 from util.search.confirm import FreshRun, train_and_score
 from util.training.trainer import Trainer
 

@@ -55,7 +55,7 @@ def test_the_report_needs_neither_storage_nor_optuna(study, tmp_path, monkeypatc
         patched.setitem(sys.modules, "optuna", None)
         patched.setattr(figures, "save_figure", lambda *_: None)
         text = write_and_read(study, tmp_path / "without")
-    assert "The importance of the parameters is left out: pip install -r requirements-search.txt." in text
+    assert "The importance of the parameters is left out: pip install -r requirements/search.txt." in text
     assert "importance.png" not in text
     text = write_and_read(study, tmp_path / "with")
     for name in ("history", "learning_curves", "rates", "parameters", "importance"):

@@ -249,7 +249,7 @@ def test_mistakes_are_told_before_anything_is_begun(flags, tmp_path, own, more, 
 
 def test_without_optuna_the_search_says_what_to_install(flags, monkeypatch):
     monkeypatch.setitem(sys.modules, "util.search.study", None)
-    assert error_message(run_search, flags).endswith("pip install -r requirements-search.txt")
+    assert error_message(run_search, flags).endswith("pip install -r requirements/search.txt")
 
 
 def test_machine_flags_reach_eval():

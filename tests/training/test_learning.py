@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
-import make_mini_scienceqa
-import make_toy_base
 import train
 from tiny import ROOT
+from tools import make_mini_scienceqa, make_toy_base
 
 
 def quickstart_flags(weights: Path) -> list[str]:

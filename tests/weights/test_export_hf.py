@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import export_hf
 import reference
 from lavin.generation.generate import generate
 from lavin.mm_adapter import AdapterConfig
@@ -19,6 +18,7 @@ from lavin.weights.adapters import save_adapters
 from lavin.weights.load import load_base
 from tiny import randomise_adapters
 from tiny_weights import HF_VARIANTS, write_hugging_face, write_tiktoken
+from tools import export_hf
 from util.data.images import load_image
 
 ADAPTER = {"adapter_dim": 4, "adapter_scale": 0.7, "temperature": 2.0, "hidden_proj": 8}

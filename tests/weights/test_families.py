@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import export_hf
 from lavin.fast.captured_models import capture_passes
 from lavin.fast.speed_up import compile_model, fuse
 from lavin.generation.generate import decode
@@ -23,6 +22,7 @@ from lavin.weights.hugging_face import Config, HuggingFaceLlama, llama_config
 from lavin.weights.load import frozen_parameters, load_base
 from tiny import loss_and_gradients, mixed_examples, randomise_adapters, tiny_model
 from tiny_runs import run_workers
+from tools import export_hf
 from user_errors import error_message
 
 CPU = torch.device("cpu")

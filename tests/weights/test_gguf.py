@@ -19,7 +19,6 @@ from test_base_weights import assert_same_logits, load
 from test_export_hf import assert_same_answers
 from tokenizers import ByteLevelBPETokenizer
 
-import export_hf
 from lavin.llama import LinearScaling, Llama3Scaling
 from lavin.mm_adapter import AdapterConfig
 from lavin.tokenizer import Tokenizer
@@ -29,6 +28,7 @@ from lavin.weights.gguf import weights as module
 from lavin.weights.load import load_base
 from tiny import randomise_adapters
 from tiny_gguf import Q, sentencepiece_vocabulary, write_gguf
+from tools import export_hf
 from user_errors import error_message
 from util.fingerprint import fingerprints
 
@@ -368,7 +368,7 @@ def test_missing_file_and_missing_package(vocabulary, model, tmp_path, monkeypat
     assert f"missing {tmp_path / 'm.gguf'}" in error_message(require_base, str(tmp_path), "m.gguf")
     path = write_gguf(tmp_path / "m.gguf", model, vocabulary)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert f"{path} is read by the package gguf: pip install -r requirements-gguf.txt" in error_message(Tokenizer, path)
+    assert f"{path} is read by the package gguf: pip install -r requirements/gguf.txt" in error_message(Tokenizer, path)
 
 
 def test_a_changed_file_is_noticed(vocabulary, model, base, tmp_path):

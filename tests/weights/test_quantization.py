@@ -191,5 +191,5 @@ def test_memory_of_real_sizes(quantization, size, bits, num_quantized):
 def test_error_without_bitsandbytes_says_what_to_install(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "lavin.weights.quantization", raising=False)
-    with pytest.raises(UserError, match="--bits 8bit needs bitsandbytes .*requirements-lite.txt"):
+    with pytest.raises(UserError, match="--bits 8bit needs bitsandbytes .*requirements/lite.txt"):
         load_base(str(base.weights), "tiny", str(base.vision), AdapterConfig(), CPU, torch.float32, bits="8bit")

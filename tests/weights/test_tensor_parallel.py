@@ -14,7 +14,6 @@ import torch
 import demo
 import eval as evaluation
 import train
-from conftest import write_base
 from lavin.fast.speed_up import speed_up
 from lavin.generation.generate import decode
 from lavin.generation.kv_cache import KVCache
@@ -26,6 +25,7 @@ from lavin.runtime.errors import UserError
 from lavin.weights.base import open_base
 from lavin.weights.load import load_base
 from lavin.weights.meta import MetaShards
+from tests.conftest import write_base
 from tiny import mixed_examples, randomise_adapters, tiny_config, tiny_vit
 from tiny_runs import NO_SCALING, load_checkpoint, read_log, run_flags, run_workers, train_run, write_run
 from tiny_weights import write_shards
@@ -55,7 +55,7 @@ WORKER = """
 import sys, torch
 sys.path[:0] = {path!r}
 import eval, train
-from conftest import Base
+from tests.conftest import Base
 from lavin.runtime import distributed
 from pathlib import Path
 from test_tensor_parallel import losses_gradients_answers

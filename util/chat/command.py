@@ -51,7 +51,7 @@ def choose_interface(args: Flags):
     try:
         from util.chat.web import serve
     except ImportError as error:
-        raise UserError("the page needs Gradio: pip install -r requirements-demo.txt, or take --cli") from error
+        raise UserError("the page needs Gradio: pip install -r requirements/demo.txt, or take --cli") from error
     return lambda bot, settings: serve(bot, settings, args.data_root, args.port, args.share, args.server_name,
                                        args.auth)
 

@@ -22,7 +22,7 @@ from lavin.tokenizer import Example, Tokenizer
 from util.data.examples import tokenized
 from util.data.images import IMAGE_ERRORS, image_fault, load_image, require_equal_ranks
 
-HINT = "make it with tools/data_processing.py, or name it with --data_path"
+HINT = "make it with python -m tools.data_processing, or name it with --data_path"
 
 
 @declared

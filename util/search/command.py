@@ -134,7 +134,7 @@ def main(args) -> None:
     try:
         from util.search.study import Study, storage_errors
     except ModuleNotFoundError as error:
-        raise UserError(f"{error}: pip install -r requirements-search.txt") from error
+        raise UserError(f"{error}: pip install -r requirements/search.txt") from error
     trained = train_parser().parse_args(args.train)
     of_run = [name for name, declared in TRAIN_FLAGS.items() if declared.role is Role.RUN]  # which the search sets
     refused = [name for name in (*of_run, "do_pretrain") if name in trained.given]

@@ -92,7 +92,7 @@ def budget(report: StudyReport) -> list[str]:
 
 def why_no_importance(report: StudyReport) -> str:
     few = len(report.comparable) < MIN_TRIALS
-    return f"it takes at least {MIN_TRIALS} trials" if few else "pip install -r requirements-search.txt"
+    return f"it takes at least {MIN_TRIALS} trials" if few else "pip install -r requirements/search.txt"
 
 
 PICTURES = {"history": "Every trial's accuracy at its last score, and the best finished one so far",

@@ -1,4 +1,4 @@
-"""Opens GGUF files memory-mapped, with llama.cpp's own package gguf (requirements-gguf.txt), imported when needed.
+"""Opens GGUF files memory-mapped, with llama.cpp's own package gguf (requirements/gguf.txt), imported when needed.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -44,7 +44,7 @@ def read_file(path: Path, size: int, mtime_ns: int) -> GGUFFile:
     try:
         import gguf
     except ImportError as error:
-        raise UserError(f"{path} is read by the package gguf: pip install -r requirements-gguf.txt") from error
+        raise UserError(f"{path} is read by the package gguf: pip install -r requirements/gguf.txt") from error
     try:
         reader = gguf.GGUFReader(path, "c")  # torch takes no array that cannot be written to; c: not to the file
         metadata = {key: field.contents() for key, field in reader.fields.items()}

@@ -1,4 +1,4 @@
-"""Bad inputs for faults.py: a small world of files, the commands that read them, and the ways in which each is wrong.
+"""Bad inputs for inputs.py: a small world of files, the commands that read them, and the ways in which each is wrong.
 
 The world is a folder, and all paths in it are relative, so that a copy of it gives the same results.
 """
@@ -24,15 +24,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-import timing
-
-sys.path.extend(f"{Path(timing.__file__).parents[1]}/{name}" for name in ("tools", "tests"))
 import eval as evaluation
-import make_toy_base
 from lavin.llama import Llama, LlamaConfig
 from lavin.runtime.files import write_json
 from lavin.timm_compat import timm
-from make_mini_scienceqa import write_mini_scienceqa
+from tests.tiny_weights import write_hugging_face
+from tools import make_toy_base
+from tools.make_mini_scienceqa import write_mini_scienceqa
 from util.data.datasets import load_scienceqa
 from util.runs import last_checkpoint
 
@@ -79,7 +77,6 @@ def build_world(root: Path) -> None:
     data = root / "data"
     write_mini_scienceqa(data, SIZES, 0)
     vocab_size = write_base(root, data)
-    from tiny_weights import write_hugging_face  # type: ignore[import-not-found]  # tests/ is no part of the program
     write_hugging_face(root / "weights" / "hf", root / "weights" / "tokenizer.model", max_shard_size="40KB",
                        vocab_size=vocab_size)
     picture = next(data.glob("images/train/*/image.png")).read_bytes()
@@ -143,8 +140,8 @@ def train_mid() -> None:
 
 def call(module: str, argv) -> None:
     """A command in this process."""
-    sys.argv = [f"{module}.py", *argv]
-    if module == "data_processing":  # it parses its flags itself
+    sys.argv = [f"{module.rpartition('.')[2]}.py", *argv]
+    if module == "tools.data_processing":  # it parses its flags itself
         import_module(module).main()
     else:
         import_module(module).main(import_module(module).get_args_parser().parse_args(list(argv)))
@@ -197,8 +194,9 @@ COMMANDS: dict[str, tuple[str, tuple, Callable[[str], str]]] = {  # module, flag
     "mme again": ("eval_mme", EVAL[:2] + EVAL[4:], scores("run", *MME)),
     "plot": ("plot_results", ("run",), table),
     "chat": ("demo", CHAT, last_answer),
-    "export": ("export_hf", ("--adapter_path", "run", "--out", "exported"), content("exported/model.safetensors")),
-    "prepare": ("data_processing", ("--data_root", "data", "--out", "prepared.json"), content("prepared.json")),
+    "export": ("tools.export_hf", ("--adapter_path", "run", "--out", "exported"),
+               content("exported/model.safetensors")),
+    "prepare": ("tools.data_processing", ("--data_root", "data", "--out", "prepared.json"), content("prepared.json")),
 }
 
 

@@ -1,4 +1,4 @@
-"""What machines do to runs, for faults.py: kills, stop signals, full disks, read-only folders, frozen processes.
+"""What machines do to runs: kills, stop signals, full disks, read-only folders, frozen processes.
 
 A run that was interrupted is started again by the same command, and must end with the same bytes as an unbroken one.
 Both work in folders of the same names under other parents, with relative paths, since checkpoints name their folder.
@@ -27,17 +27,16 @@ from typing import Any
 
 import torch
 
-import timing
-from fault_cases import LLAMA, VIT, write_base
-from make_mini_scienceqa import write_mini_scienceqa
+from tests.faults.cases import LLAMA, VIT, write_base
+from tools.make_mini_scienceqa import write_mini_scienceqa
 from util.runs import checkpoints
 
-ROOT = Path(timing.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEADER = ["fault", "cases", "as it should", "same bytes", "longest s", "remark"]
 TORCHRUN = ("-m", "util.launch", "--standalone", "--nproc_per_node", "2")
 # a line of metrics.jsonl for every step tells how many steps are repeated
-EVERY_STEP = ("import runpy, sys; sys.path.insert(0, {root!r}); from util.training import metrics; "
-              "metrics.STEPS_PER_LINE = 1; sys.argv[0] = {path!r}; runpy.run_path({path!r}, run_name='__main__')")
+EVERY_STEP = ("import runpy, sys; from util.training import metrics; metrics.STEPS_PER_LINE = 1; "
+              "sys.argv[0] = {path!r}; runpy.run_path({path!r}, run_name='__main__')")
 SIZES = {"train": 96, "val": 2, "test": 6}
 STEPS_PER_EPOCH = SIZES["train"] // 4
 GPU_LLAMA = {**LLAMA, "dim": 256, "n_layers": 4, "n_kv_heads": 4}  # heads of 64, for the kernels
@@ -207,7 +206,7 @@ def bench_kills(device: str, n: int, jobs: int) -> tuple[list[list], list[str]]:
         machine = build(Path(root), device)
         reference, seconds = unbroken(machine)
         path = machine.train[0]
-        command = ("-c", EVERY_STEP.format(root=str(ROOT), path=path), *machine.train[1:])
+        command = ("-c", EVERY_STEP.format(path=path), *machine.train[1:])
 
         def kill(job: int) -> Interrupted:
             twin = replace(machine, root=machine.folder(f"job{job}"), rng=Random(job))
@@ -300,7 +299,7 @@ WRITERS = (
            "scored", ("scored/preds.json", "scored/scores.json", "scored/generations.jsonl")),
     Writer("plot", (f"{ROOT}/plot_results.py", "trained", "--out", "plots"), "plots",
            ("plots/table.csv", "plots/table.md")),
-    Writer("export", (f"{ROOT}/tools/export_hf.py", "--adapter_path", "trained", "--out", "exported"), "exported",
+    Writer("export", ("-m", "tools.export_hf", "--adapter_path", "trained", "--out", "exported"), "exported",
            ("exported/model.safetensors", "exported/config.json")))
 
 

@@ -1,8 +1,8 @@
 """Proves what a search promises: no kill loses, repeats or strands a trial or changes what is found, and equal
 configurations have no winner.
 
-    python benchmarks/search_proof.py kills [--trials 64] [--workers 4] [--kills 20]
-    python benchmarks/search_proof.py simulate [--studies 200]
+    python -m tests.faults.search_proof kills [--trials 64] [--workers 4] [--kills 20]
+    python -m tests.faults.search_proof simulate [--studies 200]
 
 Exit status 1 where a promise is broken.
 """
@@ -23,19 +23,19 @@ from random import Random
 import numpy as np
 import torch
 
-import timing
-from fault_machine import write_base, write_mini_scienceqa  # writes the small world
 from lavin.runtime.console import format_table, summary
 from lavin.runtime.errors import one_line_errors
 from lavin.runtime.files import read_json_lines
 from lavin.weights.adapters import read_adapters
+from tests.faults.cases import write_base
+from tools.make_mini_scienceqa import write_mini_scienceqa
 from util.runs import last_checkpoint
 from util.search.confirm import verdict
 from util.search.folder import accuracy, read_records, read_settings
 from util.search.space import command_line
 from util.study.statistics import mcnemar, paired_bootstrap
 
-ROOT = Path(timing.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZES = {"train": 64, "val": 200, "test": 6}
 TRAIN = ("--llama_model_path", "weights", "--llm_model", "tiny", "--vision_model", "vit", "--data_root", "data",
          "--device", "cpu", "--batch_size", "4", "--accum_iter", "8", "--epochs", "9", "--max_seq_len", "500",

@@ -1,12 +1,8 @@
-"""Repeats the fault bench: bad inputs, what a machine does to a run, and random kills.
+"""Runs the commands on bad inputs (cases.py): each must end in one line, or leave the result as it is without it.
 
-    python benchmarks/faults.py [inputs] [machine] [kills] [--device cuda] [--n 20]
-
-Each bad input must end in one line, or leave the result as it is without it. After each fault of the machine and each
-kill, the same command must end with the same bytes. Exit status 1 where something does not.
+Every case is a forked process that works in a fresh copy of the world, with limits of time and memory.
 """
 
-import argparse
 import gc
 import json
 import os
@@ -22,17 +18,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-os.environ["LAVIN_CACHE"] = ""  # no case gets what another has read
-os.environ["HF_HUB_OFFLINE"] = "1"  # names of models that do not exist are not asked for on the network
-
 import torch
 
-import timing  # noqa: F401, first: it extends sys.path
-import fault_cases
-import fault_machine
-from fault_cases import COMMANDS, Case
-from lavin.runtime.console import format_table, summary
-from lavin.runtime.errors import UserError, describe, one_line_errors
+from lavin.runtime.errors import UserError, describe
+from tests.faults.cases import COMMANDS, Case, all_cases, build_world, call, train_mid, train_runs
 
 LINE, SAME, CHANGED, TRACEBACK, CRASH = OUTCOMES = "one line", "same result", "changed result", "traceback", "crash"
 LIMIT_SECONDS = 20  # of a case; the slowest takes three
@@ -88,7 +77,7 @@ def run_case(case: Case) -> Callable[[], str]:
     """Runs the command in the current folder."""
     module, argv, result = COMMANDS[case.command]
     case.change()
-    fault_cases.call(module, [*argv, *case.argv])
+    call(module, [*argv, *case.argv])
     sys.stdout.flush()
     return lambda: result(Path("stdout").read_text(errors="replace"))
 
@@ -178,8 +167,8 @@ def preload() -> None:
 
     import demo  # noqa: F401
     import eval_mme  # noqa: F401
-    import export_hf  # type: ignore[import-not-found]  # noqa: F401
     import plot_results  # noqa: F401
+    import tools.export_hf  # noqa: F401
     import train  # noqa: F401
     import util.chat.terminal  # noqa: F401
     import util.study.figures
@@ -194,7 +183,7 @@ def prepare(scratch: Path) -> tuple[Path, dict[str, str]]:
     preload()
     world = scratch / "world"
     world.mkdir()
-    for function in (lambda: fault_cases.build_world(world), fault_cases.train_runs, fault_cases.train_mid):
+    for function in (lambda: build_world(world), train_runs, train_mid):
         in_process(function, world)
     whole = [Case("reference", command, command) for command in COMMANDS]
     outcomes = {case.command: outcome for case, outcome in run_all(world, scratch, whole, {}, 2)}
@@ -210,7 +199,7 @@ def bench_inputs(match: str = "", processes: int = 2) -> tuple[list[list], list[
     with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
         world, references = prepare(Path(scratch))
         os.chdir(world)
-        cases = sorted((case for case in fault_cases.all_cases() if match in f"{case.kind}: {case.name}"),
+        cases = sorted((case for case in all_cases() if match in f"{case.kind}: {case.name}"),
                        key=lambda case: case.kind)
         for kind, group in groupby(cases, key=lambda case: case.kind):
             outcomes, n_known = [], len(wrong)
@@ -225,36 +214,3 @@ def bench_inputs(match: str = "", processes: int = 2) -> tuple[list[list], list[
 
 def short(outcome: Outcome) -> str:
     return " ".join(outcome.words.split())[:200]
-
-
-# --- All ---
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=summary(__doc__))
-    parser.add_argument("what", nargs="*", choices=["inputs", "machine", "kills", []], default=[], help="default: all")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the runs")
-    parser.add_argument("--n", default=20, type=int, help="kills")
-    parser.add_argument("--jobs", default=1, type=int, help="runs that are killed side by side")
-    parser.add_argument("--match", default="", help="only the inputs and faults whose names contain this")
-    return parser
-
-
-def main(args) -> int:
-    """Returns the number of wrong cases."""
-    benches = {"inputs": lambda: bench_inputs(args.match),
-               "machine": lambda: fault_machine.bench_machine(args.device, args.match),
-               "kills": lambda: fault_machine.bench_kills(args.device, args.n, args.jobs)}
-    headers = {"inputs": ["inputs", "cases", *OUTCOMES]}
-    n_wrong = 0
-    for what in args.what or benches:
-        rows, wrong = benches[what]()
-        total = [["all", *map(sum, zip(*(row[1:] for row in rows), strict=True))]] if what == "inputs" else []
-        print("\n" + format_table(headers.get(what, fault_machine.HEADER), rows + total), *wrong, "", sep="\n",
-              flush=True)
-        n_wrong += len(wrong)
-    return n_wrong
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        sys.exit(main(get_args_parser().parse_args()) > 0)

@@ -1,0 +1,80 @@
+"""The fault bench notices wrong answers to faults, and the search proof notices broken promises."""
+
+import argparse
+import json
+import os
+import signal
+from functools import partial
+
+import pytest
+
+from tests.faults import cases, inputs
+from util.search.folder import add_rung, begin_record, change_record
+
+
+def fail(error: BaseException):
+    raise error
+
+
+def wait_for_a_writer() -> None:
+    os.mkfifo("pipe")
+    open("pipe")
+
+
+ALPACA = "data/alpaca_data.json"
+FAULT_CASES: dict[str, list] = {
+    inputs.LINE: [partial(cases.instead, ALPACA, os.mkdir), partial(cases.cut, ALPACA, 0.5)],
+    inputs.SAME: [partial(cases.write, "data/other.json", b"x")],
+    inputs.CHANGED: [partial(cases.set_json, ALPACA, (1, "output"), "South.")],
+    inputs.TRACEBACK: [partial(fail, error) for error in (KeyError("x"), SystemExit(1), OSError(2, "two\nlines"))],
+    inputs.CRASH: [lambda: os.kill(os.getpid(), signal.SIGKILL), wait_for_a_writer,
+                   partial(fail, MemoryError())]}
+
+
+def test_faults_are_classified(tmp_path, monkeypatch):
+    """Real cases of a command, and deliberate bugs."""
+    monkeypatch.setattr(inputs, "LIMIT_SECONDS", 1)
+    (tmp_path / "world" / "data").mkdir(parents=True)
+    (tmp_path / "world" / ALPACA).write_text(json.dumps([{"instruction": f"Name {i}.", "output": "North."}
+                                                         for i in range(3)]))
+    bad = [cases.Case(kind, str(i), "prepare", change)
+           for kind, changes in FAULT_CASES.items() for i, change in enumerate(changes)]
+    run = partial(inputs.run_all, tmp_path / "world", tmp_path)
+    (_, whole), = run([cases.Case("reference", "", "prepare")], {}, 1)
+    for case, outcome in run(bad, {"prepare": whole.words}, 2):
+        assert outcome.kind == case.kind, outcome
+        assert outcome.wrong == (case.kind not in (inputs.LINE, inputs.SAME))
+    assert inputs.row("x", [whole, outcome])[:2] == ["x", 2]
+
+
+def test_search_proof_counts_what_was_found(monkeypatch):
+    """With a verdict that always finds something, the promise is broken."""
+    pytest.importorskip("optuna")
+    from tests.faults import search_proof
+    flags = argparse.Namespace(studies=2, seed=0)
+    (_, holds, share), *_, (_, _, found) = search_proof.prove_simulation(flags)
+    assert holds and share == "100.0% of 2"
+    monkeypatch.setattr(search_proof, "verdict", lambda rows: argparse.Namespace(found=True))
+    assert search_proof.prove_simulation(flags)[0][1:] == (False, "0.0% of 2")
+
+
+def write_finished_trial(study, number: int, right: int) -> None:
+    """The trial answers the first `right` of 100 questions rightly."""
+    folder = study / "trials" / f"{number:03d}"
+    begin_record(folder, 1, values={})
+    add_rung(folder, 9, {"correct": {"Avg": right}, "counts": {"Avg": 100}})
+    change_record(folder, state="COMPLETE")
+    (folder / "rungs" / "9").mkdir(parents=True)
+    (folder / "rungs" / "9" / "generations.jsonl").write_text("".join(json.dumps(
+        {"qid": str(i), "prediction": int(i < right), "answer": 1}) + "\n" for i in range(100)))
+
+
+def test_search_proof_compares_the_best_of_both_studies(tmp_path):
+    pytest.importorskip("optuna")
+    from tests.faults import search_proof
+    for study, scores in {"killed": (50, 60), "similar": (62, 40), "better": (50, 80)}.items():
+        for number, right in enumerate(scores):
+            write_finished_trial(tmp_path / study, number, right)
+    _, same, words = search_proof.same_best(tmp_path / "killed", tmp_path / "similar")
+    assert same and words.startswith("60.0 and 62.0 % of 100 questions: -2.0 points")
+    assert not search_proof.same_best(tmp_path / "killed", tmp_path / "better")[1]
