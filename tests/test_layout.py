@@ -122,7 +122,7 @@ def changes_sys_path(node: ast.AST) -> bool:
     return any(re.match(r"sys\.path(\[.*\]|\.\w+)?$", ast.unparse(target)) for target in targets)
 
 
-def imported_modules(node: ast.AST) -> list[str]:
+def modules_in(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
@@ -133,7 +133,7 @@ def test_files_are_imported_by_their_package_path():
     name, whoever starts it."""
     paths = [path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith(".")]
     wrong = [f"{path}:{node.lineno}" for path in paths for node in ast.walk(ast.parse(path.read_text()))
-             if changes_sys_path(node) or PROGRAMS & {name.split(".")[0] for name in imported_modules(node)}]
+             if changes_sys_path(node) or PROGRAMS & {name.split(".")[0] for name in modules_in(node)}]
     assert ROOT / "tools" / "output.py" in paths and "output" in PROGRAMS and wrong == []
 
 
