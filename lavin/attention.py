@@ -52,7 +52,7 @@ def uses_triton(device: torch.device, dtype: torch.dtype, head_dim: int, use_tri
 
 
 def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int, use_triton: bool):
-    """On a GPU flash attention, or memory-efficient attention where our kernels do not work; elsewhere padded."""
+    """A GPU takes flash attention, or memory-efficient attention where our kernels do not work; others take padded."""
     if device.type != "cuda":
         return padded_attention
     return flash_varlen_attention if uses_triton(device, dtype, head_dim, use_triton) else efficient_varlen_attention
@@ -66,7 +66,7 @@ def grouped_sdpa(query, key, value, **options):
 
 
 def reference_attention(query, key, value, attn_metadata: VarlenMetadata):
-    """One document at a time: what the others are tested against."""
+    """Attends one document at a time; the other implementations are tested against it."""
     documents = zip(*(x.split(attn_metadata.lengths) for x in (query, key, value)), strict=True)
     outputs = []
     for q, k, v in documents:  # [T, H, d], [T, H_kv, d]

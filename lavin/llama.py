@@ -111,7 +111,7 @@ class LlamaConfig:
     biases: tuple[str, ...] = ()  # linear layers of a block that have one; of wq, wk, wv and of w1, w3 all or none
     qk_norm: bool = False  # a norm of each head of query and key
     nope_layers: tuple[int, ...] = ()  # layers without rotary embeddings
-    max_context: int | None = None  # tokens from which on the model would need what this decoder does not have
+    max_context: int | None = None  # with more tokens, the model would need a feature that this decoder lacks
     max_position_embeddings: int = 2048  # tokens that it was trained to read
 
     @classmethod
@@ -221,7 +221,7 @@ class Attention(nn.Module):
         return (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
 
     def query_key_value(self, x, rotary):
-        """What attention reads, from x [N, D]."""
+        """Query [N, H, d], key and value [N, H_kv, d] for attention, from x [N, D]."""
         query, key, value = self.project(x)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -301,7 +301,7 @@ class Llama(nn.Module):
     def forward(self, x, attn_metadata, routing=None):
         """Embedded tokens [N, D] -> normalised last hidden states [N, D]; `output` turns those into logits.
 
-        attn_metadata: a VarlenMetadata, or what has the same methods and position_ids. routing: see Block; its
+        attn_metadata: a VarlenMetadata, or an object with the same methods and position_ids. routing: see Block; its
         `.for_layer(i)` is passed to layer i.
         """
         rotary = rotary_by_layer(self.config, attn_metadata.position_ids)

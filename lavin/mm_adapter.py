@@ -27,8 +27,8 @@ INIT_DEVICE = "cpu"  # adapters are initialised here even while the frozen model
 
 @dataclass(frozen=True)
 class AdapterShape(FlagGroup):
-    """What defines the trained parameters and how they are used. A default is what checkpoints without the field were
-    trained with."""
+    """Shapes of the trained parameters, and numbers that change how they are used. Checkpoints without a field were
+    trained with its default."""
 
     title: ClassVar[str] = "adapters"
     adapter_type: str = flag("attn", "adapters in LLaMA: before attention, or also before the feed-forward layer",
@@ -89,7 +89,8 @@ class RepAdapter(nn.Module):
         rank = config.adapter_dim
         if dim % GROUPS or rank % GROUPS:
             raise ValueError(f"--adapter_dim {rank} and the width {dim} must be multiples of {GROUPS}")
-        # tensors, so that layers with different numbers share one compiled program, and captured passes see a change
+        # they are tensors, so that layers with different numbers share one compiled program, and captured passes see a
+        # change
         self.register_buffer("dropout", number(dropout), persistent=False)
         self.register_buffer("scale", number(config.adapter_scale), persistent=False)
         self.conv_A = nn.Conv1d(dim, rank, 1, device=INIT_DEVICE)
@@ -117,7 +118,7 @@ class RepAdapter(nn.Module):
 
     @staticmethod
     def add_up_projection(x, u_columns: list, up):
-        """x + s u U^T; u_columns: of u [N, 2r + 2], up: s U [D, .]."""
+        """x + s u U^T; u_columns: the columns of u [N, 2r + 2], up: s U [D, .]."""
         u = torch.cat(u_columns, 1)
         return x + F.linear(F.pad(u, (0, up.shape[1] - u.shape[1])), up)
 

@@ -27,10 +27,10 @@ from lavin.vision import VisionEncoder
 class Batch:
     """Samples concatenated to N tokens.
 
-    ids [N]: token ids, 0 in image slots. lengths: tokens of each of the B samples. modality [B]: 0 text, 1 image.
-    images [I, 3, S, S] uint8: of the samples that have one, in order. image_slots [I * n_prompt]: rows of the image
-    embeddings. logit_indices [M]: rows whose next token is predicted. targets [M]: those next tokens.
-    loss_weights [M] float32: of each target in the loss.
+    ids [N]: token ids, 0 in image slots. lengths: the number of tokens of each of the B samples. modality [B]: 0 text,
+    1 image. images [I, 3, S, S] uint8: the images of the samples that have one, in order. image_slots [I * n_prompt]:
+    rows of the image embeddings. logit_indices [M]: rows whose next token is predicted. targets [M]: those next tokens.
+    loss_weights [M] float32: the weight of each target in the loss.
     """
 
     ids: torch.Tensor
@@ -109,7 +109,7 @@ class LaVIN(nn.Module):
                 torch.arange(MODALITIES, device=self.device))
 
     def attn_metadata(self, lengths: list[int]):
-        """For a packed row of two modality tokens and samples of these lengths.
+        """The metadata of a packed row: two modality tokens, then samples of these lengths.
 
         Every sample's modality token is at position 0, so its first own token is at position 1.
         """

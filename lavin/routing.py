@@ -74,6 +74,7 @@ class RoutingCache:
         return [(tensor.data_ptr(), tensor._version) for part in self.sources
                 for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None]
 
+    @torch.no_grad()
     def refresh(self, model) -> list[LayerEntries]:
         """Computes the entries of a LaVIN again where its adapters have changed. Returns `layers`."""
         versions = self.versions()
@@ -83,7 +84,6 @@ class RoutingCache:
         return self.layers
 
     @staticmethod
-    @torch.no_grad()
     def compute(model) -> list[LayerEntries]:
         """The modality tokens alone go through the layers, one by one and not compiled: that would take longer."""
         x, modality = model.modality_tokens()

@@ -59,7 +59,7 @@ class Example:
 
 
 class SentencePiece:
-    """LLaMA's `tokenizer.model`. content: of the file, where it is not all of it."""
+    """LLaMA's `tokenizer.model`. content: the model, where the file at `path` holds more than it."""
 
     library = f"sentencepiece {sentencepiece.__version__}"
     bos_id: int | None
@@ -128,7 +128,7 @@ class HuggingFaceTokenizer(FastTokenizer):
         return model
 
     def leaves_bos_out(self, path: Path) -> bool:
-        """As for Qwen's models: `"bos_token": null`. The BOS of their config.json is not used in training."""
+        """Whether the file says `"bos_token": null`, as Qwen's do, whose training does not use config.json's BOS."""
         config = read_config(path.with_name("tokenizer_config.json"))
         return "bos_token" in config and config["bos_token"] is None
 
@@ -247,7 +247,7 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> list:
-        """Of all that ids depend on: the file, BOS and EOS, the library and this code."""
+        """The identity of everything that ids depend on: the file, BOS and EOS, the library and this code."""
         content = gguf.sha256(gguf.read_vocabulary(open_file(self.path))) if is_gguf(self.path) else sha256(self.path)
         return [content, self.bos_id, self.eos_id, self.model.library, *map(sha256, CODE)]
 

@@ -53,7 +53,7 @@ class CapturedVision(CapturedModule):
         return images.shape
 
     def captures_inference(self, images):
-        """Those of prompts, always."""
+        """The images of prompts always pass through a graph."""
         return True
 
 
@@ -107,14 +107,14 @@ class CapturedLlama(CapturedModule):
         return type(attn_metadata), attn_metadata.num_docs == 1
 
     def captures_inference(self, x, attn_metadata, routing):
-        """Prefills, with or without a KV cache; not decoding steps, which a session captures."""
+        """Prefills are captured here, with or without a KV cache; decoding steps are captured by their session."""
         return (isinstance(attn_metadata, VarlenMetadata) and routing.cache is not None
                 and (attn_metadata.num_docs > 1 or len(x) <= MAX_CAPTURED_TOKENS))
 
 
 def capture_passes(model: LaVIN) -> None:
-    """In place: passes of LLaMA and the ViT in training and in prefill, and decoding steps, are captured and replayed.
-    """
+    """Changes a model in place, so that passes of LLaMA and the ViT in training and in prefill, and decoding steps, are
+    captured and replayed."""
     model.use_cuda_graphs = True
     CapturedLlama(model.llama, model.device)
     CapturedVision(model.vision, model.device)

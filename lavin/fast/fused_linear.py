@@ -65,7 +65,7 @@ def maybe_quantize(x, weights: tuple) -> tuple:
 
 
 def matmul(scaled_x: tuple, weights: tuple, dtype):
-    """x W^T: [N, K] -> [N, O]. scaled_x: from `maybe_quantize`."""
+    """x W^T: [N, K] -> [N, O]. scaled_x: x as `maybe_quantize` returns it."""
     x, scale = scaled_x
     return scaled_matmul(x, scale, weights[0], weights[1], dtype) if is_fp8(weights) else x @ weights[0].t()
 
@@ -83,7 +83,7 @@ def linear(x, weights: tuple):
 
 
 def matmul_backward(scaled_grad: tuple, weights: tuple, dtype):
-    """Gradient of x, grad_output W: [N, O] -> [N, K]. scaled_grad: grad_output from `maybe_quantize`."""
+    """Gradient of x, grad_output W: [N, O] -> [N, K]. scaled_grad: grad_output as `maybe_quantize` returns it."""
     grad, scale = scaled_grad
     return scaled_matmul(grad, scale, weights[2], weights[3], dtype) if is_fp8(weights) else grad @ weights[0]
 
@@ -162,7 +162,7 @@ def qkv_rope(x, cos, sin, heads, kv_heads, bias, *weights):
 class FusedAttention(Attention):
     @classmethod
     def convert(cls, attention: Attention, fp8: bool) -> None:
-        """In place: wq, wk and wv become one matrix, wqkv."""
+        """Converts in place: wq, wk and wv become one matrix, wqkv."""
         attention.heads = attention.wq.out_features // attention.head_dim
         attention.kv_heads = attention.wk.out_features // attention.head_dim
         attention.wqkv = FrozenLinear.join([attention.wq, attention.wk, attention.wv], fp8)
@@ -182,7 +182,7 @@ class FusedAttention(Attention):
 class FusedFeedForward(FeedForward):
     @classmethod
     def convert(cls, feed_forward: FeedForward, fp8: bool) -> None:
-        """In place: w1 (gate) and w3 (up) become one matrix, w13."""
+        """Converts in place: w1 (gate) and w3 (up) become one matrix, w13."""
         feed_forward.w13 = FrozenLinear.join([feed_forward.w1, feed_forward.w3], fp8)
         del feed_forward.w1, feed_forward.w3
         feed_forward.w2 = FrozenLinear(feed_forward.w2.weight, fp8, feed_forward.w2.bias)

@@ -25,7 +25,7 @@ from lavin.runtime.errors import UserError, first_line
 
 
 def fuse(model: LaVIN, fp8: bool = False) -> None:
-    """In place: the matrices of LLaMA's layers become fused ones, but for those in 4 bits; norms and adapters too. The
+    """Fuses a model in place: the matrices of LLaMA's layers, but for those in 4 bits, and norms with adapters. The
     output matrix and the ViT stay as they are."""
     for block in model.llama.layers:
         if isinstance(block.attention.wq, nn.Linear):
@@ -45,7 +45,7 @@ def allow_in_cache(functions: Iterable[Callable]) -> None:
 
 
 def compile_model(model: LaVIN) -> None:
-    """In place: the layers of LLaMA and the ViT, and the loss, are compiled with dynamic shapes."""
+    """Compiles a model in place: the layers of LLaMA and the ViT, and the loss, with dynamic shapes."""
     # torch 2.11 cannot trace into these autograd functions with dynamic shapes; AOTAutograd can handle what they call
     functions = fused_linear.frozen_linear, fused_linear.swiglu_mlp, fused_linear.qkv_rope
     for function in functions:
@@ -85,8 +85,9 @@ def compiler_error(device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class FastPaths:
-    """What a model on a device uses. attention: of lavin/attention.py. fused: fused matrices with Triton kernels.
-    captured: training passes and decoding in CUDA graphs. note: a line on what does not work here, if anything."""
+    """The faster parts that a model on a device takes. attention: a function of lavin/attention.py. fused: matrices
+    with Triton kernels. captured: training passes and decoding in CUDA graphs. note: a line that names a part that does
+    not work here."""
 
     attention: Callable
     fused: bool
@@ -128,13 +129,14 @@ def can_speed_up(linear: nn.Module) -> bool:
 
 
 def choose_attention(model: LaVIN) -> None:
-    """In place: attention does without our Triton kernels on a GPU where the compiler does not work."""
+    """Sets the model's use_triton: attention does without our kernels on a GPU where the compiler does not work."""
     if model.device.type == "cuda":
         model.use_triton = compiler_error(model.device) is None
 
 
 def speed_up(model: LaVIN, bits: str = "16bit", compile: str = "auto", cuda_graphs: str = "auto") -> LaVIN:
-    """In place; returns the model. bits: `fp8` for fp8 matrices. compile, cuda_graphs: `auto`, `on` or `off`.
+    """Changes the model in place and returns it. bits: `fp8` for fp8 matrices. compile, cuda_graphs: `auto`, `on` or
+    `off`.
 
     Models in 8 bits and tensor-parallel ones stay as they are, but for their attention. Raises UserError as
     `choose_fast_paths`.

@@ -46,7 +46,7 @@ class Session:
 
     @staticmethod
     def session_key(model: LaVIN) -> tuple:
-        """What must be equal for a session to be reused; parameter values may differ."""
+        """A session is reused while this is equal; parameter values may differ."""
         return model.device, model.dtype
 
     def fits(self, model: LaVIN, batch_size: int, capacity: int) -> bool:

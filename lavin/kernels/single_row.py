@@ -16,7 +16,7 @@ SHAPE, FP8_SHAPE = (2048, 8), (512, 2)
 
 
 def gemv_options(scale: torch.Tensor | None, device: torch.device) -> dict:
-    """Of both products' kernels."""
+    """The options that the kernels of both products are launched with."""
     BLOCK_K, num_warps = SHAPE if scale is None else FP8_SHAPE
     return {"BLOCK_O": BLOCK_O, "BLOCK_K": BLOCK_K, "SCALED": scale is not None, "num_warps": num_warps,
             **pdl_options(device)}

@@ -1,1 +1,1 @@
-"""What all other folders use and is independent of the model: errors, files, devices, processes, terminal output."""
+"""Tools that all other folders use and that know nothing of the model: errors, files, devices, processes, output."""

@@ -1,4 +1,21 @@
-"""Errors that a user can fix: one line that names the file or the flag and says what to do, without a traceback."""
+"""How a program ends: one line that names the file or the flag and says what to do, and an exit status.
+
+Exit statuses (scripts/signals.sh, slurm/ and util/launch.py tell 75 from the others):
+    0   all is done.
+    1   an error that a user can fix (UserError), or a bug, which keeps its traceback.
+    2   a mistake on the command line (UsageError).
+    75  UNFINISHED: the process was stopped, and the same command goes on.
+
+Of several processes, one speaks. All that meet the same error, or the same signal, would say the same line:
+- rank 0 says it and ends at once; torchrun then ends the others.
+- the others wait SECONDS_FOR_RANK_0 before they say an error, so that they speak only where rank 0 has not met it;
+  where they were stopped, they end in silence.
+- a process whose main thread cannot end (it waits for the GPU, or for a dead process) is ended by a thread: after a
+  stop signal by that of signals.py, where rank 0 speaks; where another process is frozen by that of heartbeat.py, where
+  the first of the processes that still answer speaks.
+- torchrun quotes the message of the process that failed first in its last lines (report_to_torchrun); util/launch.py
+  leaves these out where all were only stopped.
+"""
 
 import errno
 import json
@@ -16,13 +33,13 @@ from lavin.runtime import console, signals
 from lavin.runtime.console import is_main_process
 from lavin.runtime.signals import UNFINISHED, Stopped
 
-# what torch's RuntimeErrors say when the host's memory, or a disk or pipe that it writes to, has no space left
+# words of torch's RuntimeErrors when the host's memory, or a disk or pipe that it writes to, has no space left
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
 
 NO_SPACE = ": free some space, and the same command goes on"
 FIXES = {errno.ENOSPC: NO_SPACE, errno.EDQUOT: NO_SPACE, errno.EFBIG: ": raise the limit of file sizes (ulimit -f)"}
 
-SECONDS_FOR_RANK_0 = 10  # in which it says what all processes would say, and the launcher stops the others
+SECONDS_FOR_RANK_0 = 10  # time for it to speak for all processes, and for the launcher to stop the others
 
 
 class UserError(Exception):

@@ -177,7 +177,7 @@ def sampled_sha256(paths: list[Path]) -> str:
 
 
 def value_sha256(value) -> str:
-    """The checksum of a nested value of dicts, lists, plain values and tensors on any device; dicts in any order."""
+    """The digest of a nested value of dicts, in any order, lists, plain values, and tensors on any device."""
     digest = hashlib.sha256()
 
     def update(part) -> None:
@@ -200,12 +200,12 @@ def value_sha256(value) -> str:
 
 
 def json_sha256(value) -> str:
-    """The checksum of a value that JSON can hold; dicts in any order."""
+    """The digest of a value that JSON can hold; the order of its dicts does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def json_list_sha256(items: Iterable) -> str:
-    """Equals json_sha256(list(items)), and holds one item in memory at a time."""
+    """The same as json_sha256(list(items)), with one item in memory at a time."""
     digest = hashlib.sha256(b"[")
     for i, item in enumerate(items):
         digest.update(f"{', ' if i else ''}{json.dumps(item, sort_keys=True)}".encode())

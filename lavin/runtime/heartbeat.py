@@ -1,7 +1,7 @@
 """Notices a process that has stopped answering (frozen, or its machine is gone), and ends the run with its name.
 
 A thread of every process writes a counter to torchrun's store and reads those of the others. It does not depend on the
-main thread, so a slow download or a long compilation does not count as frozen.
+main thread, so a slow download or a long compilation does not count as frozen. errors.py says which process speaks.
 """
 
 import os
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lavin.runtime.errors import report_to_torchrun
 
 INTERVAL_SECONDS, LIMIT_SECONDS = 10, 120
-GONE = b"gone"  # of a process that has finished
+GONE = b"gone"  # the beat of a process that has finished
 
 _stopping = threading.Event()
 _thread: threading.Thread | None = None

@@ -2,7 +2,8 @@
 
 A signal raises Stopped in the main thread. Inside `deferred()` it only sets `requested`, and the code there stops by
 itself, at a place where it can save. A process that is still there after its grace period, because its main thread
-waits for the GPU or for a dead process, is ended by a thread.
+waits for the GPU or for a dead process, is ended by a thread. errors.py says which process speaks, and lists the exit
+statuses.
 """
 
 import os

@@ -46,7 +46,7 @@ class OptimizerState(TypedDict):
 
 @declared
 class Checkpoint(TypedDict):
-    """What train.py saves."""
+    """The content of a checkpoint of train.py."""
 
     model: AdapterTensors
     adapter_config: AdapterSettings

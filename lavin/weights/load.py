@@ -27,8 +27,9 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
               max_seq_len: int | None = None) -> tuple[LaVIN, Tokenizer]:
     """The frozen base with freshly initialised adapters, on `device`.
 
-    dtype: of the frozen parameters. bits: of the linear layers in LLaMA's blocks. max_seq_len: the tokens that it will
-    get. Raises UserError for files that are missing, broken, or of another model, and for what the base cannot do.
+    dtype: the frozen parameters'. bits: those of the linear layers in LLaMA's blocks. max_seq_len: the most tokens that
+    it will be given. Raises UserError for files that are missing, broken, or of another model, and for flags that the
+    base does not support.
     """
     tokenizer = Tokenizer(tokenizer_path or find_tokenizer(llama_model_path, llm_model))
     base = open_base(base_path(llama_model_path, llm_model), tokenizer.n_words, use_vicuna)
@@ -65,7 +66,7 @@ def check_length(config: LlamaConfig, max_seq_len: int | None) -> None:
 
 
 def quantize_model(model: LaVIN, bits: str) -> None:
-    """In place, on a model without weights. Raises UserError if bitsandbytes is not installed."""
+    """Converts a model without weights in place. Raises UserError if bitsandbytes is not installed."""
     try:
         from lavin.weights.quantization import quantize_linears  # here, since bitsandbytes is optional
     except ImportError as error:

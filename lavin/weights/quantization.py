@@ -88,7 +88,7 @@ QUANTIZED_LINEARS = {"4bit": Linear4bit, "8bit": Linear8bit}
 
 
 def quantize_linears(model: LaVIN, bits: str) -> None:
-    """In place: replaces every linear layer of LLaMA's blocks by an empty quantized one; its `load` fills it."""
+    """Replaces every linear layer of LLaMA's blocks, in place, by an empty quantized one, which its `load` fills."""
     for block in model.llama.layers:
         for parent in (block.attention, block.feed_forward):
             for name, child in list(parent.named_children()):

@@ -44,7 +44,7 @@ def to_parallel_layer(module: nn.Module, cls: type, dim: int, **attributes) -> N
 
 
 def shard_model(model: LaVIN) -> None:
-    """In place, on a model on meta. Raises UserError if its sizes are not divisible by the group size."""
+    """Converts a model on meta in place. Raises UserError if its sizes are not divisible by the group size."""
     size, config = distributed.model_parallel_size, model.llama.config
     for what, number in {"heads": config.n_heads, "key and value heads": config.kv_heads, "pieces": config.vocab_size,
                          "hidden units": config.hidden_dim, "dimensions": config.dim}.items():

@@ -63,7 +63,7 @@ def read_vocabulary(file: GGUFFile) -> Vocabulary:
 
 
 def bos_id(vocabulary: Vocabulary) -> int | None:
-    """None where text does not begin with BOS. Files without the flag: as llama.cpp."""
+    """The token that text begins with, or None. A file without the flag is read as llama.cpp reads it."""
     default = vocabulary["model"] == "llama" or vocabulary.get("pre") == "llama-bpe"
     return vocabulary.get("bos_token_id") if vocabulary.get("add_bos_token", default) else None
 
@@ -73,7 +73,7 @@ def sha256(vocabulary: Vocabulary) -> str:
 
 
 def special_ids(vocabulary: Vocabulary) -> set[int]:
-    """Of the tokens that no text becomes; BOS and EOS are among them, whatever their types."""
+    """The ids of tokens that no text becomes; BOS and EOS are among them, whatever their types."""
     control = {token for token, kind in enumerate(vocabulary["token_type"]) if kind == CONTROL}
     return control | {vocabulary.get("bos_token_id", vocabulary["eos_token_id"]), vocabulary["eos_token_id"]}
 
