@@ -1,8 +1,8 @@
 """The methods that have a name: scripts/methods.json is the one place where they are listed.
 
 - The first method is the base; the others follow in the order of tables and figures.
-- The file holds the flags in which a method differs from the base, which has the defaults of train.py. The flags that
-  train a method are in its script, scripts/finetuning_sqa_7b_KEY.sh, where users edit them.
+- The file holds the flags in which a method differs from the base, which has the defaults of train.py, and those that
+  the base does not use. All flags are in the method's script, scripts/finetuning_sqa_7b_KEY.sh, where users edit them.
 - A method that changes nothing but the schedule needs no name: it has the schedule's (`util/lr_sched.py`).
 """
 
