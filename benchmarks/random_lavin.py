@@ -30,7 +30,7 @@ TEXT_PREFIX, IMAGE_PREFIX = 5, 3  # tokens of "Image: N/A" and "Image: " in LLaM
 def random_lavin(size: str, device, dtype, dropout: float = 0.1, bits: str = "16bit") -> LaVIN:
     """LaVIN with random weights, loaded one at a time as those of files; the adapters' up-projections are not zero.
 
-    device: `meta` for shapes and dtypes alone. bits: `4bit` and `8bit` need bitsandbytes.
+    bits: `4bit` and `8bit` need bitsandbytes.
     """
     config, vit = SIZES[size]
     with torch.device("meta"):

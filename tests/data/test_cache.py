@@ -1,6 +1,5 @@
 """The node's cache: a second load decodes and tokenizes nothing; whatever is wrong with it, the data are right."""
 
-import argparse
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from util.data.batches import load_examples
 from util.data.datasets import load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import build_prompt
+from util.data.settings import TrainingData
 
 
 @pytest.fixture
@@ -86,10 +86,10 @@ def test_pictures_are_mapped_from_the_file_and_what_is_written_to_them_stays_in_
 
 
 def examples(data, tokenizer_file, **changes) -> dict:
-    args = argparse.Namespace(**{"prompt_format": "QCM-ALE", "n_prompt": 6, "max_seq_len": 200, "num_workers": 2,
-                                 "skip_bad": False, **changes})
+    changes = {"n_prompt": 6, "max_seq_len": 200, **changes}
+    n_prompt, settings = changes.pop("n_prompt"), TrainingData(**changes)
     return {qid: (list(example.ids), example.answer_start, example.image is not None)
-            for qid, example in load_examples(data, args, Tokenizer(tokenizer_file), 8).items()}
+            for qid, example in load_examples(data, settings, Tokenizer(tokenizer_file), 8, n_prompt, 2).items()}
 
 
 def test_entries_have_the_permissions_of_other_files(folder, scienceqa):

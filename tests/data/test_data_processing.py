@@ -20,6 +20,7 @@ from tools import data_processing
 from util.data.batches import load_examples, load_training_data
 from util.data.images import load_image
 from util.data.instructions import Instructions, LazyImage, decode_images
+from util.data.settings import TrainingData
 
 
 def human_and_gpt(*texts: str) -> list[dict]:
@@ -66,13 +67,12 @@ def root(tmp_path):
     return tmp_path
 
 
-def parse_args(root: Path, *flags: str):
-    return train.get_args_parser().parse_args(["--data_root", str(root), "--do_pretrain", "--max_seq_len", "100",
-                                               *flags])
+def settings(root: Path, **changes) -> TrainingData:
+    return TrainingData(data_root=str(root), do_pretrain=True, max_seq_len=100, **changes)
 
 
-def load(args, tokenizer):
-    return load_examples(load_training_data(args, None), args, tokenizer, 16)
+def load(settings: TrainingData, tokenizer):
+    return load_examples(load_training_data(settings), settings, tokenizer, 16, n_prompt=6, threads=4)
 
 
 def test_each_question_becomes_one_record(root):
@@ -129,7 +129,7 @@ def test_missing_and_broken_files_raise_one_line_errors(tmp_path):
 
 
 def test_examples_have_prompt_answer_and_an_undecoded_image(root, tokenizer):
-    by_record = load(parse_args(root), tokenizer)
+    by_record = load(settings(root), tokenizer)
     assert list(by_record) == [f"record {i}" for i in range(6)]
     examples = list(by_record.values())
     for example, (prompt, answer, image) in zip(examples, EXPECTED, strict=True):
@@ -153,17 +153,17 @@ def test_bad_images_are_named_or_skipped(root, tokenizer):
                               ("is missing", path.unlink)):
         break_file()
         with pytest.raises(UserError, match=f"COCO_train2014_2.jpg {fault}.*; 1 of 2 are so"):
-            load(parse_args(root), tokenizer)
-        assert list(load(parse_args(root, "--skip_bad"), tokenizer)) == [f"record {i}" for i in (0, 1, 2, 4, 5)]
+            load(settings(root), tokenizer)
+        assert list(load(settings(root, skip_bad=True), tokenizer)) == [f"record {i}" for i in (0, 1, 2, 4, 5)]
 
 
 def test_other_files_are_refused(root):
     for name in ("alpaca_data.json", "none.json"):  # the published command names alpaca_data.json
         with pytest.raises(UserError, match=f"{name}.* with --data_path"):
-            load_training_data(parse_args(root, "--data_path", str(root / name)), None)
+            load_training_data(settings(root, data_path=str(root / name)))
     (root / "all_data.json").write_text('{"all": [{"instruction": "x"}]}')
-    with pytest.raises(UserError, match="all_data.json: record 0: answer: is missing .*data_processing.py"):
-        load_training_data(parse_args(root), None)
+    with pytest.raises(UserError, match="all_data.json: record 0: answer: is missing .*-m tools.data_processing"):
+        load_training_data(settings(root))
 
 
 def test_training_on_texts_and_images(base, root, tmp_path, tokenizer):

@@ -1,6 +1,5 @@
 """Reading ScienceQA's files, and the one-line errors for faulty ones."""
 
-import argparse
 import json
 
 import numpy as np
@@ -14,6 +13,7 @@ from user_errors import error_message
 from util.data.batches import load_examples
 from util.data.datasets import load_scienceqa
 from util.data.images import image_to_tensor, load_images, to_rgb
+from util.data.settings import TrainingData
 
 
 def test_split_is_loaded_in_order_with_captions(scienceqa):
@@ -144,8 +144,8 @@ def test_empty_split_is_an_error(scienceqa_copy):
 def test_example_has_prompt_answer_image_and_caption(scienceqa, tokenizer):
     data = load_scienceqa(scienceqa, "train", scienceqa / "captions.json")
     image = load_images(data, IMAGE_SIZE, 1, False)["101"]
-    args = argparse.Namespace(prompt_format="QCM-A", n_prompt=6, max_seq_len=512, num_workers=1, skip_bad=False)
-    example = load_examples(data, args, tokenizer, IMAGE_SIZE)["101"]
+    settings = TrainingData(prompt_format="QCM-A")
+    example = load_examples(data, settings, tokenizer, IMAGE_SIZE, n_prompt=6, threads=1)["101"]
     text = tokenizer.decode([i for i in example.ids if i >= 0])
     assert "Context: The walk began in the north. A pond seen from above.\n" in text
     assert text.endswith("Response:The answer is B.") and torch.equal(example.image, image)

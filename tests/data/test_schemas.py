@@ -1,6 +1,5 @@
 """What files must hold: every fault is one line that names file, record and field, before anything is loaded."""
 
-import argparse
 import copy
 import gzip
 import json
@@ -19,6 +18,7 @@ from util.data.batches import load_examples, load_training_data
 from util.data.datasets import Problem, ScienceQA, load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import PROMPT_FORMATS, build_prompt
+from util.data.settings import TrainingData
 from util.evaluation.scoring import score
 
 # --- JSON ---
@@ -208,9 +208,12 @@ def test_fingerprint_does_not_depend_on_path_key_order_or_unused_entries(science
 RECORDS = [{"instruction": f"Name pond {i}.", "answer": "The north pond.", "image": None, "qid": i} for i in range(3)]
 
 
-def instruction_args(root, **changes):
-    return argparse.Namespace(**{"do_pretrain": True, "data_root": str(root), "data_path": "", "num_workers": 2,
-                                 "skip_bad": False, "n_prompt": 6, "max_seq_len": 100, **changes})
+def instruction_settings(root, **changes) -> TrainingData:
+    return TrainingData(**{"do_pretrain": True, "data_root": str(root), "max_seq_len": 100, **changes})
+
+
+def examples_of(data, settings: TrainingData, tokenizer, image_size: int = 8) -> dict:
+    return load_examples(data, settings, tokenizer, image_size, n_prompt=6, threads=2)
 
 
 @pytest.mark.parametrize("content, words", [
@@ -221,7 +224,7 @@ def instruction_args(root, **changes):
         ("image", 7), ("image", ["1.jpg"]), ("image", ""), ("image", "../1.jpg"), ("image", False)]]])
 def test_error_names_record_and_field(tmp_path, content, words):
     (tmp_path / "all_data.json").write_text(json.dumps(content))
-    message = error_message(load_training_data, instruction_args(tmp_path), None)
+    message = error_message(load_training_data, instruction_settings(tmp_path))
     assert message.startswith(f"{tmp_path / 'all_data.json'}: {words}") and "python -m tools.data_processing" in message
 
 
@@ -229,39 +232,40 @@ def test_instructions_have_a_fingerprint_and_become_examples_by_record(tmp_path,
     def load(records, root):
         root.mkdir()
         (root / "all_data.json").write_text(json.dumps({"all": records}))
-        return load_training_data(instruction_args(root), None)
+        return load_training_data(instruction_settings(root))
     data = load(RECORDS, tmp_path / "a")
     assert load([dict(reversed({**r, "qid": 0}.items())) for r in RECORDS], tmp_path / "b").fingerprint == \
         data.fingerprint != load(RECORDS[::-1], tmp_path / "c").fingerprint
-    assert list(load_examples(data, instruction_args(tmp_path), tokenizer, 8)) == ["record 0", "record 1", "record 2"]
+    assert list(examples_of(data, instruction_settings(tmp_path), tokenizer)) == [f"record {i}" for i in range(3)]
     assert capsys.readouterr().out == "3 records, 0 with a picture, 0 dropped for a bad picture\n"
 
 
 # --- Training examples ---
 
-def scienceqa_args(root, **changes):
-    return instruction_args(root, **{"do_pretrain": False, "prompt_format": "QCM-ALE", "max_seq_len": 160, **changes})
+def scienceqa_settings(root, **changes) -> TrainingData:
+    return TrainingData(**{"data_root": str(root), "max_seq_len": 160, **changes})
 
 
 def test_problems_become_examples_by_question_in_the_splits_order(scienceqa, tokenizer, capsys):
-    args = scienceqa_args(scienceqa)
-    data = load_training_data(args, None)
-    examples = load_examples(data, args, tokenizer, IMAGE_SIZE)
+    settings = scienceqa_settings(scienceqa)
+    data = load_training_data(settings)
+    examples = examples_of(data, settings, tokenizer, IMAGE_SIZE)
     assert list(examples) == list(data.problems)
     assert all((examples[qid].image is None) == (p["image"] is None) for qid, p in data.problems.items())
     assert capsys.readouterr().out == "12 problems, 6 with a picture, 0 dropped for a bad picture\n"
 
 
 def test_truncated_answers_are_counted_and_none_left_is_an_error(scienceqa, tokenizer, capsys):
-    lengths = [example.answer_start for example in load_examples(
-        load_training_data(scienceqa_args(scienceqa), None), scienceqa_args(scienceqa), tokenizer, 8).values()]
+    settings = scienceqa_settings(scienceqa)
+    lengths = [example.answer_start for example in examples_of(load_training_data(settings), settings, tokenizer
+                                                               ).values()]
     for limit, n in ((max(lengths), sum(length + 1 >= max(lengths) for length in lengths)), (40, 12)):
-        args = scienceqa_args(scienceqa, max_seq_len=limit)
+        settings = scienceqa_settings(scienceqa, max_seq_len=limit)
         if n == 12:
             assert "--max_seq_len 40 leaves no answer" in error_message(
-                load_examples, load_training_data(args, None), args, tokenizer, 8)
+                examples_of, load_training_data(settings), settings, tokenizer)
         else:
-            load_examples(load_training_data(args, None), args, tokenizer, 8)
+            examples_of(load_training_data(settings), settings, tokenizer)
             assert f"{n} whose answer lies beyond --max_seq_len {limit}" in capsys.readouterr().out
 
 

@@ -87,6 +87,12 @@ def test_wilson_equals_scipy(correct, n):
     assert wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
+@pytest.mark.parametrize("n", range(1, 60))
+def test_wilson_holds_the_proportion_itself(n):
+    """Without any rounding error, which would be an error bar of negative length."""
+    assert wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1
+
+
 def test_newcombe_equals_the_published_example():
     assert newcombe(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)  # Newcombe 1998, table II, example (a)
     low, high = newcombe(48, 80, 56, 70)

@@ -67,7 +67,8 @@ def wilson(correct: float, n: float) -> tuple[float, float]:
     p, z2 = correct / n, Z * Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half_width = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half_width), min(1.0, centre + half_width)
+    # rounding would leave 0 of 3 outside its own interval, and matplotlib refuses negative error bars
+    return max(0.0, min(p, centre - half_width)), min(1.0, max(p, centre + half_width))
 
 
 def newcombe(correct: float, n: int, base_correct: float, base_n: int) -> tuple[float, float]:
