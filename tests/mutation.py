@@ -15,14 +15,13 @@ import importlib
 import json
 import multiprocessing
 import os
-import queue
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import pytest
@@ -113,28 +112,30 @@ def noticed_by(project: Path, mutant: dict, near: bool) -> str | None:
         source.write_text(intact, encoding="utf-8")
 
 
+def try_out(folder: Path, mutant: dict, near: bool) -> tuple[str | None, float]:
+    """`noticed_by` in this process's own copy of the project, which lies in `folder`; and the seconds that it took."""
+    start, project = time.monotonic(), folder / f"project{os.getpid()}"
+    if not project.exists():
+        copy_project(project)
+    return noticed_by(project, mutant, near), time.monotonic() - start
+
+
 def main(args) -> None:
     for library in LIBRARIES:
         importlib.import_module(library)
     mutants = dict(enumerate(json.loads(args.mutants.read_text(encoding="utf-8"))))
-    chosen = args.only or list(mutants)
-    survivors = []
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.jobs) as pool:
-        projects: queue.Queue[Path] = queue.Queue()
-        for i in range(args.jobs):
-            projects.put(copy_project(Path(temporary, f"project{i}")))
-        for number in chosen:
-            find_source(projects.queue[0], mutants[number]["old"])  # a fault that no longer fits is said at once
-
-        def try_out(number: int) -> None:
-            project, start = projects.get(), time.monotonic()
-            test = noticed_by(project, mutants[number], args.near)
-            projects.put(project)
+    chosen, survivors = args.only or list(mutants), []
+    for number in chosen:
+        find_source(ROOT, mutants[number]["old"])  # a fault that no longer fits is said at once
+    # processes, since a fork of a process with several threads may wait for ever for a lock that another thread held
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(args.jobs, CONTEXT) as pool:
+        tried = {pool.submit(try_out, Path(folder), mutants[number], args.near): number for number in chosen}
+        for done in tqdm(as_completed(tried), total=len(chosen), unit="fault"):
+            number, (test, seconds) = tried[done], done.result()
             if test is None:
                 survivors.append(number)
             verdict = f"noticed by {test}" if test else "SURVIVED"
-            tqdm.write(f"{number:3d} {verdict} ({time.monotonic() - start:.0f} s): {mutants[number]['what']}")
-        list(tqdm(pool.map(try_out, chosen), total=len(chosen), unit="fault"))
+            tqdm.write(f"{number:3d} {verdict} ({seconds:.0f} s): {mutants[number]['what']}")
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults noticed; survivors: {sorted(survivors) or 'none'}")
 
 
