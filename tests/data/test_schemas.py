@@ -19,6 +19,7 @@ from util.data.datasets import Problem, ScienceQA, load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import PROMPT_FORMATS, build_prompt
 from util.data.settings import TrainingData
+from util.evaluation.answers import Answer
 from util.evaluation.scoring import score
 
 # --- JSON ---
@@ -119,7 +120,7 @@ def test_any_value_in_any_field_works_to_the_end_or_is_refused_in_one_line(field
     assert checked == parsed
     for text in build_prompt(checked, prompt_format):
         text.encode()
-    assert score({"1": checked}, {"1": checked["answer"]})["Avg"] == 100
+    assert score({"1": checked}, [Answer("1", checked["answer"], checked["answer"])])["Avg"] == 100
 
 
 @pytest.mark.parametrize("splits, words", [
