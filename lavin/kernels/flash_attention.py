@@ -1,7 +1,7 @@
 """Variable-length causal flash attention as a custom operator with a backward pass (Dao 2023, arXiv 2307.08691).
 
-GPU only; the kernels are in flash_attention_triton.py and made for many short documents. The plain twin is
-lavin.attention.reference_attention.
+It runs on GPUs only; the kernels are in flash_attention_triton.py and made for many short documents. The reference
+implementation is lavin.attention.reference_attention.
 """
 
 import math

@@ -1,8 +1,8 @@
 """SwiGLU, and the backward pass of q/k/v with rotary embeddings: one pass over memory each, fp8 output if asked.
 
-On GPUs these are Triton kernels (fused_ops_triton.py), elsewhere their plain twins. They are custom operators, so
-torch.compile calls them without tracing into them. Each returns (output, scales): scales [N, 1] where `quantize` is
-set, else empty [0, 1].
+On GPUs these are Triton kernels (fused_ops_triton.py), elsewhere their reference implementations in PyTorch. They are
+custom operators, so torch.compile calls them without tracing into them. Each returns (output, scales): scales [N, 1]
+where `quantize` is set, else empty [0, 1].
 """
 
 import torch
@@ -19,7 +19,7 @@ def empty_output(like: torch.Tensor, width: int, quantize: bool) -> tuple[torch.
 
 
 def cast_output(x: torch.Tensor, dtype: torch.dtype, quantize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain twins' counterpart of `empty_output`: x float32, quantized or cast to dtype."""
+    """The counterpart of `empty_output` in the reference implementations: x float32, quantized or cast to dtype."""
     return quantize_rows(x) if quantize else (x.to(dtype), x.new_empty(0, 1, dtype=torch.float32))
 
 

@@ -1,7 +1,8 @@
 """Filling the KV cache, and attention of one new token a sequence over it, as custom operators.
 
-GPU only; the kernels are in kv_cache_triton.py, and their plain twins in lavin/generation/kv_cache.py. Attention is
-split over the positions (flash decoding, Dao et al. 2023, https://pytorch.org/blog/flash-decoding/).
+They run on GPUs only; the kernels are in kv_cache_triton.py, and their reference implementations in
+lavin/generation/kv_cache.py. Attention is split over the positions (flash decoding, Dao et al. 2023,
+https://pytorch.org/blog/flash-decoding/).
 
 keys, values [B, H_kv, T, d]: a layer's part of the cache.
 """

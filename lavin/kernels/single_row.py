@@ -1,7 +1,7 @@
 """Operators on one row, for a decoding step of a single sequence, which does little but read the weights.
 
-On GPUs these are Triton kernels (single_row_triton.py). `gemv` has its plain twin here; that of `norm_adapter`, which
-spares a step eight small kernels, is AdaptedBlock.norm_and_adapter (lavin/mm_adapter.py).
+On GPUs these are Triton kernels (single_row_triton.py). The reference implementation of `gemv` is here; that of
+`norm_adapter`, which spares a step eight small kernels, is AdaptedBlock.norm_and_adapter (lavin/mm_adapter.py).
 """
 
 import torch
