@@ -60,7 +60,7 @@ SHARED = (BaseSettings, AdapterShape, DataSettings, Execution)
 def inherit(args: Flags, trained: dict) -> None:
     """Sets the shared flags that the command line left out to the values of a training run, all but those of execution.
 
-    trained: the run's flags, checked by `Parser.check`.
+    trained: the run's flags, checked by `check_flags`.
     """
     for name, declared in flags_of(*SHARED).items():
         if declared.role is not Role.EXECUTION and name not in args.given and name in trained:

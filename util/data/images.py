@@ -1,5 +1,7 @@
 """Pictures as the model takes them: RGB, upright, opaque, resized. Training, eval, MME and the chat open theirs here.
 
+Pixels stay whole numbers: the ViT normalises them (lavin/vision.py).
+
 The images of a ScienceQA split are all decoded before the first step, once a node (util/data/cache.py): a bad file is
 reported at the start, not an hour later, and no step waits for decoding. (Instruction tuning has too many:
 util/data/instructions.py.)

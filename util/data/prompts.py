@@ -1,4 +1,5 @@
-"""Prompts: ScienceQA's prompt and answer formats `INPUT-OUTPUT` (Lu et al. 2022, arXiv 2209.09513), and instructions.
+"""Prompts and answers as text: ScienceQA's formats `INPUT-OUTPUT` (Lu et al. 2022, arXiv 2209.09513), the option that a
+text names, and instructions.
 
 Letters: Q question, C context, M multiple options, L lecture, E explanation (the field `solution`), A answer.
 """

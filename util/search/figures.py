@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from lavin.runtime.arithmetic import ceil_div
 from util.search.summary import StudyReport, Trial, importance
-from util.study.figures import COLOURS, MARKERS, RC_PARAMS, integer_ticks, plt, save_figure
+from util.study.figures import (  # its imports of matplotlib follow its choice of a backend
+    COLOURS,
+    MARKERS,
+    RC_PARAMS,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    integer_ticks,
+    plt,
+    save_figure,
+)
 
 FINISHED, PRUNED, BASE, BEST = "#0072B2", "#999999", "#000000", "#D55E00"
 UNFINISHED_MARKERS = ["v", "s", "D", "^"]  # by the epochs that trials reached

@@ -13,10 +13,9 @@ import numpy as np
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
-from util.lr_sched import SCHEDULES, Schedule
 from util.runs import run_folders
 from util.study.finished_runs import Run, read_run
-from util.study.methods import find_method, method_names, named_methods, usual_min_lr
+from util.study.methods import method_name, method_names, named_methods
 from util.study.statistics import (
     effective_size,
     expected_design_effect,
@@ -30,7 +29,6 @@ from util.study.statistics import (
     unpaired_standard_error,
     wilson,
 )
-from util.training.recipe import TRAIN_FLAGS
 
 PUBLISHED = Path(__file__).parents[2] / "assets" / "published.json"
 ASSUMED_ICC = (0.01, 0.05, 0.1)  # intraclass correlations of outcomes
@@ -204,42 +202,6 @@ def with_published(comparison: Comparison) -> Comparison:
     renamed = {new_names[name]: difference for name, difference in reference.differences.items()}
     return replace(comparison, methods=methods, differences=comparison.differences | renamed,
                    notes=comparison.notes + reference.notes)
-
-
-def method_name(flags: dict, reference: dict) -> str:
-    """E.g. `Base`, `Inc. Drop. Prob V2 + lr 0.002`: the named method, then other flags that differ from reference.
-
-    Flags that no named method has are put into words: the schedule, then the dropout.
-    """
-    unknown = Schedule(formula=lambda *_: 0.0, display_name=flags["lr_schedule"])  # of a later version
-    schedule = SCHEDULES.get(flags["lr_schedule"], unknown)
-    named = find_method(flags)
-    parts = [named.name] if named else in_parts(flags, schedule)
-    stated = {*(named.flags if named else ()), *({"warmup_epochs"} - {*schedule.uses})}
-    parts += [f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}" for flag, value in flags.items()
-              if is_named(flag) and flag not in stated and value != reference.get(flag, value)]
-    return " + ".join(parts)
-
-
-def in_parts(flags: dict, schedule: Schedule) -> list[str]:
-    parts = list(filter(None, [schedule.display_name, dropout_name(flags)])) or [method_names()[0]]
-    if "min_lr" in schedule.uses and flags["min_lr"] != usual_min_lr(flags["lr_schedule"]):
-        parts.append(f"min_lr {flags['min_lr']:g}")
-    return parts
-
-
-def is_named(flag: str) -> bool:
-    """Whether a method is named by a flag in which it differs; entries that are no flags of this version are."""
-    return flag not in TRAIN_FLAGS or TRAIN_FLAGS[flag].named
-
-
-def dropout_name(flags: dict) -> str | None:
-    """The name of the method that changes only the dropout, or the numbers; None: the base's dropout."""
-    prob, var, lim = flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"]
-    if var == 1:
-        return None if prob == TRAIN_FLAGS["dropout_prob"].default else f"dropout {prob:g}"
-    named = find_method({"dropout_prob": prob, "dropout_var": var, "dropout_lim": lim})
-    return named.name if named else f"{'Inc.' if var > 1 else 'Dec.'} Drop. Prob {prob:g} x {var:g} to {lim:g}"
 
 
 def find_base(runs: list[Run], path: str | None) -> Run | None:

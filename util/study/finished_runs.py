@@ -45,7 +45,8 @@ SkippedSteps = Annotated[Count, Field(validation_alias=AliasChoices("skipped_ste
 
 
 def flags_computed_with() -> dict[str, Flag]:
-    """The flags of train.py that a comparison computes with: those of both schedules, and of the effective batch."""
+    """The flags of train.py that a comparison computes with: the learning rate's, the dropout's, and those of which the
+    effective batch is the product."""
     found = flags_of(LearningRate, Optimization, AdapterConfig)
     stated_elsewhere = {name for name, declared in found.items() if declared.stated_as in found}  # --blr, by --lr
     of_batch = {name for name, declared in found.items() if declared.stated_as == EFFECTIVE_BATCH}

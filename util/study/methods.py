@@ -1,4 +1,4 @@
-"""The methods that have a name: scripts/methods.json is the one place where they are listed.
+"""Methods and their names: which runs count as one method, and scripts/methods.json, which lists those with a name.
 
 - The first method is the base; the others follow in the order of tables and figures.
 - The file holds the flags in which a method differs from the base, which has the defaults of train.py, and those that
@@ -15,7 +15,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.schema import NonBlankText, PlainName, read_validated, strictly_declared
-from util.lr_sched import SCHEDULES
+from util.lr_sched import SCHEDULES, Schedule
 from util.training.recipe import TRAIN_FLAGS
 
 METHODS = Path(__file__).parents[2] / "scripts" / "methods.json"
@@ -65,6 +65,46 @@ def usual_min_lr(schedule: str) -> float:
     return next((method.flags["min_lr"] for method in named_methods()
                  if method.flags.get("lr_schedule") == schedule and "min_lr" in method.flags),
                 TRAIN_FLAGS["min_lr"].default)
+
+
+def method_name(flags: dict, reference: dict) -> str:
+    """The name of a run's method, such as `Inc. Drop. Prob V2 + lr 0.002`: runs with one name are seeds of one method.
+
+    It begins with the method of the file whose flags the run has or, where there is none, with its schedule and its
+    dropout in words. All other flags follow in which the run differs from the reference, the flags of the base.
+    """
+    unknown = Schedule(formula=lambda *_: 0.0, display_name=flags["lr_schedule"])  # of a later version
+    schedule = SCHEDULES.get(flags["lr_schedule"], unknown)
+    named = find_method(flags)
+    parts = [named.name] if named else words_for(flags, schedule)
+    stated = {*named.flags} if named else set()
+    if not schedule.warms_up:
+        stated.add("warmup_epochs")  # the flag changes nothing
+    parts += [f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}" for flag, value in flags.items()
+              if is_named(flag) and flag not in stated and value != reference.get(flag, value)]
+    return " + ".join(parts)
+
+
+def words_for(flags: dict, schedule: Schedule) -> list[str]:
+    """The schedule, the dropout and the lowest rate, as far as they are not the base's."""
+    parts = list(filter(None, [schedule.display_name, dropout_name(flags)])) or [method_names()[0]]
+    if "min_lr" in schedule.uses and flags["min_lr"] != usual_min_lr(flags["lr_schedule"]):
+        parts.append(f"min_lr {flags['min_lr']:g}")
+    return parts
+
+
+def is_named(flag: str) -> bool:
+    """Whether a method's name mentions a flag in which it differs. Entries that are no flags here are mentioned."""
+    return flag not in TRAIN_FLAGS or TRAIN_FLAGS[flag].named
+
+
+def dropout_name(flags: dict) -> str | None:
+    """The name of the method that changes only the dropout, or the numbers; None: the base's dropout."""
+    prob, var, lim = flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"]
+    if var == 1:
+        return None if prob == TRAIN_FLAGS["dropout_prob"].default else f"dropout {prob:g}"
+    named = find_method({"dropout_prob": prob, "dropout_var": var, "dropout_lim": lim})
+    return named.name if named else f"{'Inc.' if var > 1 else 'Dec.'} Drop. Prob {prob:g} x {var:g} to {lim:g}"
 
 
 def read_methods(path: Path) -> tuple[NamedMethod, ...]:

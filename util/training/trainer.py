@@ -124,6 +124,7 @@ class Trainer:
         rate = adjust_learning_rate(self.optimizer, record.epoch + fraction, self.settings.schedule)
         threads = self.settings.execution.num_workers
         micro_batches = [decode_images([self.examples[i] for i in batch], threads) for batch in local_batches]
+        # of all ranks, whose shares have the sizes of these slices (balanced_parts)
         n_micro_batches = sum(math.ceil(len(global_batch[r::self.world]) / chosen.batch_size)
                               for r in range(self.world))
         weighted_examples = with_loss_weights(micro_batches, count_answer_tokens(samples), chosen.loss_norm,
