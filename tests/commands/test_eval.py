@@ -26,8 +26,7 @@ from user_errors import error_message
 from util.data.datasets import load_scienceqa
 from util.data.prompts import fit_prompt
 from util.evaluation import answering, evaluate, mme, scienceqa
-from util.evaluation.results import PARTIAL_SUFFIX
-from util.runs import lock_folder
+from util.runs import PARTIAL_SUFFIX, lock_folder
 
 RESULTS = ("generations.jsonl", "preds.json", "scores.json")
 

@@ -11,7 +11,8 @@ from lavin.runtime import distributed
 from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.files import write_json
 from lavin.runtime.flags import Flags
-from util.evaluation.results import answer_all, drop_partial, results_folder, scored_before
+from util.evaluation.partial_answers import answer_all, drop_partial
+from util.evaluation.results import results_folder, scored_before
 from util.runs import locked
 from util.trained_model import Trained, load_model
 

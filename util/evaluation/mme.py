@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ class MMETask:
     scores_file = "mme_scores.json"
 
     def identity(self) -> dict[str, Any]:
-        return {**model_identity(self.base, self.trained, self.tokenizer_path), **self.answering.sampling,
+        answering = replace(self.answering, decode="generate").identity()  # yes and no are always written
+        del answering["decode"]
+        return {**model_identity(self.base, self.trained, self.tokenizer_path), **answering,
                 "data": json_sha256([[pair.name, *pair.questions, *pair.answers] for pair in self.pairs])}
 
     def prepare(self, model) -> list[str]:

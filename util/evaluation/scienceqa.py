@@ -45,8 +45,7 @@ class ScienceQATask:
         """All that determines the scores, except whether pictures that --skip_bad leaves out are there."""
         return {**model_identity(self.base, self.trained, self.tokenizer_path),
                 "prompt_format": self.data.prompt_format, "max_seq_len": self.data.max_seq_len,
-                "decode": self.answering.decode,
-                **(self.answering.sampling if self.answering.decode == "generate" else {}), "split": self.split,
+                **self.answering.identity(), "split": self.split,
                 "data": self.problems.fingerprint}
 
     def prepare(self, model) -> list[str]:

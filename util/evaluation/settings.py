@@ -2,10 +2,10 @@
 
 import argparse
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lavin.runtime.errors import UserError
-from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
+from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag, flags_of
 from lavin.runtime.schema import Count, FileName, Fraction, NonNegative, PathText, Seed, Text
 from util.flags import SHARED
 from util.training.resume import finished_run
@@ -36,6 +36,9 @@ class Questions(FlagGroup):
         None, "answer this many of the split's questions, always the same ones (default: all)", Role.DATA)
 
 
+SAMPLING = ("generation_temperature", "top_p", "seed")  # flags without effect on greedy answers and compared options
+
+
 @dataclass(frozen=True)
 class Answering(FlagGroup):
     """The way that answers are chosen."""
@@ -49,12 +52,11 @@ class Answering(FlagGroup):
     top_p: Fraction = flag(0.75, "nucleus of sampling, used when the temperature is not 0", Role.RECIPE)
     seed: Seed = flag(0, "sampling seed", Role.RECIPE)
 
-    @property
-    def sampling(self) -> dict[str, float]:
-        """The flags that determine sampled answers; none with greedy decoding."""
-        if not self.generation_temperature:
-            return {}
-        return {"generation_temperature": self.generation_temperature, "top_p": self.top_p, "seed": self.seed}
+    def identity(self) -> dict[str, Any]:
+        """The flags that determine the answers: all of role RECIPE, but those of sampling where nothing is sampled."""
+        samples = self.decode == "generate" and self.generation_temperature > 0
+        return {name: getattr(self, name) for name, declared in flags_of(type(self)).items()
+                if declared.role is Role.RECIPE and (samples or name not in SAMPLING)}
 
 
 @dataclass(frozen=True)
