@@ -56,21 +56,22 @@ def find_source(project: Path, text: str) -> Path:
 
 
 def ordered_tests(project: Path, source: Path, near: bool) -> list[str]:
-    """All test files but the slowest, or those near the changed file, which import it or lie in a folder of its name.
+    """All test files but the slowest, or those near the changed file, which import it or lie in a folder of its part.
 
-    Those that have its name, too, come first, then the others that import it, then those of its folder.
+    Those that have its name, too, come first, then the others that import it, then those of its part.
     """
-    module = ".".join(source.relative_to(project).with_suffix("").parts)
-    imports = re.compile(rf"^(from|import) {re.escape(module)}\b", re.MULTILINE)
+    parts = source.relative_to(project).with_suffix("").parts
+    package, module = re.escape(".".join(parts[:-1])), re.escape(".".join(parts))
+    imports = re.compile(rf"^(from|import) {module}\b|^from {package} import .*\b{source.stem}\b", re.MULTILINE)
 
     def distance(test: Path) -> int:
         is_named_so = source.stem in (test.stem.removeprefix("test_"), test.parent.name.removesuffix("ing"))
         if imports.search(test.read_text(encoding="utf-8")):
             return 0 if is_named_so else 1
-        return 2 if test.parent.name == source.parent.name else 3
+        return 2 if test.parent.name in parts else 3
     tests = sorted((project / "tests").rglob("test_*.py"), key=lambda test: (distance(test), test))
-    return [name for name in (str(test.relative_to(project)) for test in tests if distance(test) < 3 or not near)
-            if name != SLOWEST]
+    nearest = [test for test in tests if distance(test) < 3] if near else []
+    return [name for test in nearest or tests if (name := str(test.relative_to(project))) != SLOWEST]
 
 
 def first_failure(project: Path, tests: list[str]) -> str | None:
