@@ -14,6 +14,7 @@ from PIL import Image
 from lavin.llama import Llama, LlamaConfig
 from lavin.runtime import signals
 from lavin.runtime.distributed import LAUNCHER_VARIABLES
+from lavin.timm_compat import import_timm
 from lavin.tokenizer import Tokenizer
 from tiny import IMAGE_SIZE, perturb_weights, problem, tiny_vit
 
@@ -23,6 +24,7 @@ for number in signals.STOP_SIGNALS:
 # the same examples in every run, and no deadline: chance and a busy machine are no faults of the code
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")
+import_timm()  # first: transformers, which some tests ask, would import a torchvision that is made for another torch
 torch.set_num_threads(1)  # with models this small, synchronizing threads costs more than it saves
 
 

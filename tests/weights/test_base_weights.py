@@ -25,6 +25,17 @@ def load(weights, name, vision, **changes):
     return load_base(str(weights), str(name), str(vision), AdapterConfig(), CPU, torch.float32, **changes)[0].eval()
 
 
+def test_the_base_in_llama_model_path_comes_before_a_folder_here(base, tmp_path, monkeypatch):
+    """--llm_model names a path only where --llama_model_path has no such base."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    require_base(str(base.weights), "tiny")  # the folder here is empty
+    assert load(base.weights, "tiny", base.vision).llama.config.dim == 32
+    shutil.copytree(base.weights / "tiny", tmp_path / "elsewhere")
+    assert load(base.weights, tmp_path / "elsewhere", base.vision).llama.config.dim == 32
+    assert load(base.weights, "elsewhere", base.vision).llama.config.dim == 32
+
+
 # --- Meta ---
 
 @pytest.mark.parametrize("embedding_dim", [1, 0])  # LLaMA 1 and 2; Llama 3

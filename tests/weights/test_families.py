@@ -375,7 +375,10 @@ PUBLISHED = {
                              "rope_theta": 1e6}, 128),
     "Llama 2 with linear scaling": ("llama", {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}, 128),
     "YaRN Llama 2 64k": ("llama", {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096,
-                                   "rope_theta": 1e4}, 128)}
+                                   "rope_theta": 1e4}, 128),
+    "made up: a ramp that ends beyond the last pair": (
+        "llama", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 131072,
+                  "rope_theta": 1e4}, 64)}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

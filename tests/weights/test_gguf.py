@@ -306,6 +306,12 @@ def test_metadata_of_another_model(base, vocabulary, model, tmp_path, changes, w
     assert words in message and str(path) in message
 
 
+def test_texts_longer_than_the_sliding_window_are_refused(base, vocabulary, model, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", model, vocabulary, **{"attention.sliding_window": 64})
+    load("nowhere", path, base.vision, max_seq_len=64)
+    assert "--max_seq_len 65: beyond 64 tokens" in error_message(load, "nowhere", path, base.vision, max_seq_len=65)
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"model": "bert"}, "model: should be 'gpt2' or 'llama', not 'bert'"), ({"model": None}, "model: is missing"),
     ({"tokens": None}, "tokens: is missing"), ({"eos_token_id": None}, "eos_token_id: is missing"),
