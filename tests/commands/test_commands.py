@@ -144,6 +144,18 @@ def test_unparsed_answers_become_the_most_likely_option(finished, scienceqa, bas
         assert losses[line["prediction"]] == pytest.approx(min(losses), abs=1e-5)
 
 
+@pytest.mark.parametrize("prompt_format, limit", [("QCM-ALE", 64), ("QCM-LEA", 90), ("QCM-A", 64)])
+def test_answers_that_come_after_the_solution_have_room_for_it(tokenizer, monkeypatch, prompt_format, limit):
+    """64 tokens where the answer comes first, else as many as --max_seq_len allows."""
+    limits = []
+    monkeypatch.setattr(answering, "generate", lambda model, tokenizer, examples, max_new_tokens, *rest: limits.append(
+        max_new_tokens) or ["The answer is A."] * len(examples))
+    batch = [answering.EvalQuestion("1", "Which pond?\nResponse:", tokenizer.example("Which pond?\nResponse:"), 3, 0)]
+    answering.generate_batch(None, tokenizer, batch, DataSettings(prompt_format=prompt_format, max_seq_len=90),
+                             Answering())
+    assert limits == [limit]
+
+
 def test_drafts_are_what_all_answers_begin_with(tokenizer):
     assert tokenizer.decode(answering.first_tokens(tokenizer, "Which pond?\nResponse:")).strip() == "The answer is"
 

@@ -36,6 +36,17 @@ def test_the_base_in_llama_model_path_comes_before_a_folder_here(base, tmp_path,
     assert load(base.weights, "elsewhere", base.vision).llama.config.dim == 32
 
 
+def test_a_tokenizer_that_is_named_is_taken_in_place_of_the_bases_own(base, tmp_path):
+    """Wherever the base has one: beside it, or in its folder."""
+    named = tmp_path / "named.model"
+    shutil.copy(base.weights / "tokenizer.model", named)
+    shutil.copytree(base.weights, tmp_path / "weights")
+    (tmp_path / "weights" / "tiny" / "tokenizer.model").write_text("broken")
+    (tmp_path / "weights" / "tokenizer.model").write_text("broken")
+    assert load(tmp_path / "weights", "tiny", base.vision, tokenizer_path=str(named)).llama.config.dim == 32
+    assert "tokenizer.model" in error_message(load, tmp_path / "weights", "tiny", base.vision)
+
+
 # --- Meta ---
 
 @pytest.mark.parametrize("embedding_dim", [1, 0])  # LLaMA 1 and 2; Llama 3

@@ -368,7 +368,8 @@ ADAPTER_FAULTS = faults({
     ({"model": {"a": None}}, "model.a: is no tensor but None"),
     ({"model": {"a.b": TENSOR.long()}}, "model.a.b: is a tensor of torch.int64"),
     ({"model": {"a": TENSOR / 0}}, "model.a: holds numbers that are not finite, so its training diverged"),
-    ({"model": {"a": TENSOR.half() - float("inf")}}, "model.a: holds numbers that are not finite")])
+    ({"model": {"a": TENSOR.half() - float("inf")}}, "model.a: holds numbers that are not finite"),
+    ({"model": {"a": torch.tensor([1.0, float("nan"), 2.0])}}, "model.a: holds numbers that are not finite")])
 def test_error_names_the_entry_of_the_checkpoint(checkpoint, tmp_path, changes, words):
     path = tmp_path / "checkpoint-0.pth"
     torch.save({**checkpoint, **changes}, path)
