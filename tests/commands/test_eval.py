@@ -204,8 +204,9 @@ def test_trained_with_takes_the_flags_of_train(base, scienceqa, finished, tmp_pa
     assert capsys.readouterr().out.startswith("scored before")
     run_eval("--trained_with", "--resume", finished)
     assert capsys.readouterr().out.startswith("scored before")
-    assert refusal("--trained_with", *flags, "--epochs", "20") == \
-        f"{finished} is unfinished (2 of 20 epochs): train it first"
+    for epochs in (3, 20):
+        assert refusal("--trained_with", *flags, "--epochs", epochs) == \
+            f"{finished} is unfinished (2 of {epochs} epochs): train it first"
     assert "nowhere is unfinished (0 of 20 epochs)" in refusal("--trained_with", "--output_dir", "nowhere")
     assert "leave one out" in refusal("--adapter_path", finished, "--trained_with")
     with pytest.raises(UsageError, match="--no_flag"):

@@ -97,10 +97,11 @@ def test_mme_draws_for_each_question_and_seed_by_itself(run, mme, tmp_path, monk
     """No question gets with one seed what another question gets with another seed."""
     monkeypatch.setattr(mme_evaluation, "is_decided", lambda text: False)  # longer texts, which tell draws apart
     texts = []
-    for name, seed in (("0", 0), ("again", 0), ("1", 1), ("2", 2)):
+    for name, seed, batch_size in (("0", 0, 64), ("again", 0, 2), ("1", 1, 64), ("2", 2, 64)):
         eval_mme.main(eval_mme.get_args_parser().parse_args([
             "--adapter_path", str(run), "--mme_root", str(mme), "--device", "cpu", "--generation_temperature", "3",
-            "--top_p", "1", "--seed", str(seed), "--output_dir", str(tmp_path / name)]))
+            "--top_p", "1", "--seed", str(seed), "--max_batch_size", str(batch_size), "--output_dir",
+            str(tmp_path / name)]))
         lines = map(json.loads, (tmp_path / name / "mme_answers.jsonl").read_text().splitlines())
         texts.append([line["text"] for line in lines])
     assert texts[0] == texts[1]

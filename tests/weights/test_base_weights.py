@@ -17,6 +17,8 @@ from lavin.weights.hugging_face import HuggingFaceLlama, llama_config
 from lavin.weights.load import frozen_parameters, load_base
 from tiny_weights import HF_VARIANTS, LLAMA_3, write_hugging_face, write_shards
 from user_errors import error_message
+from util.fingerprint import fingerprints
+from util.flags import BaseSettings
 
 CPU = torch.device("cpu")
 
@@ -45,6 +47,24 @@ def test_a_tokenizer_that_is_named_is_taken_in_place_of_the_bases_own(base, tmp_
     (tmp_path / "weights" / "tokenizer.model").write_text("broken")
     assert load(tmp_path / "weights", "tiny", base.vision, tokenizer_path=str(named)).llama.config.dim == 32
     assert "tokenizer.model" in error_message(load, tmp_path / "weights", "tiny", base.vision)
+
+
+def test_every_file_of_the_frozen_models_is_in_their_fingerprints(base, tmp_path):
+    """The vision model's config.json too, which says how pixels are normalised."""
+    shutil.copytree(base.weights, tmp_path / "weights")
+    shutil.copytree(base.vision, tmp_path / "vit")
+    settings = BaseSettings(llm_model="tiny", llama_model_path=str(tmp_path / "weights"),
+                            vision_model=str(tmp_path / "vit"))
+    before = fingerprints(settings)
+    assert before == fingerprints(BaseSettings(llm_model="tiny", llama_model_path=str(base.weights),
+                                               vision_model=str(base.vision)))
+    for path, changed in {"vit/config.json": "vision", "vit/model.safetensors": "vision",
+                          "weights/tiny/params.json": "base", "weights/tokenizer.model": "base",
+                          "weights/tiny/consolidated.00.pth": "base"}.items():
+        content = (tmp_path / path).read_bytes()
+        (tmp_path / path).write_bytes(content + b" ")
+        assert {name for name, digest in fingerprints(settings).items() if digest != before[name]} == {changed}, path
+        (tmp_path / path).write_bytes(content)
 
 
 # --- Meta ---
