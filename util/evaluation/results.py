@@ -22,8 +22,8 @@ def config_file(folder: Path) -> Path | None:
 
 
 def final_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint after a run's last epoch; None: unfinished. Of a folder that does not say how many epochs there
-    are to be, the latest one."""
+    """The checkpoint after a run's last epoch; None: unfinished. Where the folder does not say how many epochs
+    there are to be, it is the latest one."""
     path, by_epoch = config_file(folder), checkpoints(folder)
     epochs = 0
     if path:

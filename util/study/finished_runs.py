@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, AliasChoices, Field
+from pydantic import AfterValidator, AliasChoices, Field, NonNegativeInt
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.mm_adapter import AdapterConfig, AdapterShape, dropout_schedule
@@ -37,11 +37,10 @@ def has_all_columns(numbers: dict) -> dict:
     return numbers
 
 
-Count = Annotated[int, Field(ge=0)]
-ByColumn = Annotated[dict[str, Count], AfterValidator(has_all_columns)]
-Epoch = Count
+ByColumn = Annotated[dict[str, NonNegativeInt], AfterValidator(has_all_columns)]
+Epoch = NonNegativeInt
 # earlier versions wrote the second name
-SkippedSteps = Annotated[Count, Field(validation_alias=AliasChoices("skipped_steps", "steps_left_out"))]
+SkippedSteps = Annotated[NonNegativeInt, Field(validation_alias=AliasChoices("skipped_steps", "steps_left_out"))]
 
 
 def flags_computed_with() -> dict[str, Flag]:
