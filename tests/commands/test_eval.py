@@ -336,6 +336,9 @@ def test_mme_answers_are_kept_too(base, tmp_path, monkeypatch):
     (folder / "a.txt").write_text("Is it green?\tNo\nIs it red?\tYes\n")
     run_mme()
     assert len(asked) == 6
+    (folder / "a.txt").write_text("Is it green?\tYes\nIs it red?\tNo\n")  # the right answers were corrected
+    run_mme()
+    assert len(asked) == 9
 
 
 # --- Models that fail, prompts that are too long, flags ---

@@ -10,7 +10,7 @@ from PIL import Image
 from lavin.runtime.errors import UserError
 from tiny import IMAGE_SIZE
 from user_errors import error_message
-from util.data.batches import load_examples
+from util.data.batches import load_examples, load_training_data
 from util.data.datasets import load_scienceqa
 from util.data.images import image_to_tensor, load_images, to_rgb
 from util.data.settings import TrainingData
@@ -23,6 +23,17 @@ def test_split_is_loaded_in_order_with_captions(scienceqa):
     assert load_scienceqa(scienceqa, "test").captions == {}
     assert data.picture_path("113") == scienceqa / "images" / "test" / "113" / "image.png"
     assert not data.picture_path("112")
+
+
+def test_captions_are_read_where_use_caption_asks_for_them(scienceqa, tmp_path):
+    def caption(**settings) -> str | None:
+        return load_training_data(TrainingData(data_root=str(scienceqa), **settings)).captions.get("101")
+
+    other = tmp_path / "other.json"
+    other.write_text('{"captions": {"101": "A walk."}}')
+    assert caption() is caption(caption_file=str(other)) is None
+    assert caption(use_caption=True) == "A pond seen from above."
+    assert caption(use_caption=True, caption_file=str(other)) == "A walk."
 
 
 def test_images_are_resized_with_bicubic_interpolation_ignoring_aspect_ratio(scienceqa):

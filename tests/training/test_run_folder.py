@@ -133,6 +133,17 @@ def test_stopping_after_an_epoch_changes_nothing_about_the_run(flags, unbroken, 
     assert same_tensors(folder, unbroken)
 
 
+def test_a_run_that_trains_on_drops_the_results_of_its_former_checkpoint(flags, tmp_path):
+    folder = tmp_path / "run"
+    run(*in_folder(flags, folder, "--stop_after_epoch", "1"))
+    results = [folder / name for name in ("preds.json", "generations.jsonl", "scores.json", "mme_answers.jsonl",
+                                          "mme_scores.json", "answers.0.partial.jsonl", "mme_answers.1.partial.jsonl")]
+    for path in results:
+        path.write_text("{}")
+    run(*in_folder(flags, folder, "--stop_after_epoch", "2"))
+    assert not [path.name for path in results if path.exists()]
+
+
 @pytest.mark.parametrize("steps", [2, 5, 9])
 def test_a_killed_run_goes_on_from_its_last_save(flags, unbroken, tmp_path, monkeypatch, steps):
     """With a checkpoint after each step."""
