@@ -18,6 +18,7 @@ from lavin.runtime.errors import UsageError
 from lavin.runtime.flags import FlagGroup, Parser, Role, check_flags, flag, flags_of
 from lavin.runtime.schema import PathText
 from user_errors import error_message
+from util.flags import inherit
 
 COMMANDS = {module.__name__: module.get_args_parser for module in (
     train, evaluation, eval_mme, demo, search, plot_results)}
@@ -109,3 +110,14 @@ def test_a_flag_of_a_file_that_could_not_be_given_is_named():
     for wrong in ({"share": 1.0}, {"count": "3"}, {"fast": 1}, {"kind": "c"}, {"count": True}, {"place": None}):
         assert f"a.json: --{next(iter(wrong))} cannot be" in error_message(
             check_flags, wrong, flags_of(Group), "a.json")
+
+
+def test_a_command_that_loads_a_run_takes_its_model_and_data_and_chooses_the_machine_anew():
+    of_run = {"llm_model": "tiny", "bits": "fp8", "use_caption": True, "prompt_format": "QCM-A", "max_seq_len": 77}
+    of_its_machine = {"device": "cuda:3", "precision": "fp16", "compile": "off", "cuda_graphs": "on",
+                      "model_parallel_size": 2, "num_workers": 9, "cpu_load": True}
+    args = evaluation.get_args_parser().parse_args(["--max_seq_len", "99"])
+    before = vars(args).copy()
+    inherit(args, {**of_run, **of_its_machine})
+    assert {name: getattr(args, name) for name in of_run} == {**of_run, "max_seq_len": 99}
+    assert {name: getattr(args, name) for name in of_its_machine} == {name: before[name] for name in of_its_machine}
