@@ -58,6 +58,15 @@ def test_a_run_of_a_method_has_its_name():
         assert method_name({**DEFAULTS, **method.flags}, DEFAULTS) == method.name
 
 
+@pytest.mark.parametrize("flag, value, is_named", [
+    ("precision", "fp16", True), ("bits", "fp8", True), ("adapter_dim", 4, True), ("prompt_format", "QCM-A", True),
+    ("loss_norm", "microbatch", True), ("seed", 7, False), ("compile", "off", False), ("num_workers", 9, False),
+    ("device", "cuda:3", False), ("output_dir", "elsewhere", False), ("save_every", 9, False)])
+def test_a_name_mentions_what_changes_the_training_and_nothing_else(flag, value, is_named):
+    name = method_name({**DEFAULTS, flag: value}, DEFAULTS)
+    assert name == named_methods()[0].name + (f" + {flag} {value}" if is_named else "")
+
+
 def test_a_schedule_has_the_min_lr_of_its_method():
     assert [usual_min_lr(schedule) for schedule in ("cyclical", "cosine", "step")] == [5e-5, 0, 0]
 
