@@ -333,6 +333,20 @@ def test_terminal_chat(runs, monkeypatch, capsys):
         at = printed.index(part, at) + len(part)
 
 
+def test_compare_asks_the_last_question_as_it_was_asked(runs, monkeypatch, capsys):
+    """After the turns before it, without its own answer; and with all flags of sampling."""
+    lines = iter([QUESTION, "And the second?", "/compare 2 3", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    asked, answer = [], Chatbot.answer
+    monkeypatch.setattr(Chatbot, "answer", lambda self, run, turns, question, settings: asked.append(
+        (len(turns), question.text, settings)) or answer(self, run, turns, question, settings))
+    demo.main(demo.get_args_parser().parse_args(["--runs", str(runs), "--device", "cpu", "--cli", "--max_new_tokens",
+                                                 "3", "--generation_temperature", "0.5", "--top_p", "0.25"]))
+    capsys.readouterr()
+    settings = Settings(3, 0.5, 0.25)
+    assert asked == [(0, QUESTION, settings), *[(1, "And the second?", settings)] * 3]
+
+
 class Typed(io.TextIOWrapper):
     """Standard input with these bytes."""
 

@@ -169,6 +169,16 @@ def test_compare(page, bot):
     assert answers == [one_line(expected(bot, run).text) for run in names]
 
 
+def test_compared_variants_sample_with_one_seed(bot, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(bot, "answer", lambda run, turns, question, settings: seeds.append(settings.seed) or iter(()))
+    from gradio import Request
+
+    from util.chat.web import Page
+    list(Page(bot).answer_several(list(bot.runs), 9, False, 0.7, 0.9, Question(QUESTION), Request(session_hash="one")))
+    assert len(seeds) == 3 and len(set(seeds)) == 1
+
+
 def test_an_example_fills_the_question(page, scienceqa):
     page.locator(".gallery-item:visible").first.click()
     page.wait_for_function("document.querySelector('textarea[data-testid=textbox]').value.startsWith('Which pond did')")

@@ -99,6 +99,23 @@ def test_fp8_model_is_close_to_the_exact_one(heads):
     assert dtypes == {torch.float8_e4m3fn, torch.float32}
 
 
+@pytest.mark.parametrize("fp8, tolerance", [(False, 1e-6), (True, 0.05)])
+def test_fused_layers_add_their_biases(fp8, tolerance):
+    """The outputs for an input of zeros, of which a matrix makes zeros in any precision."""
+    model = tiny_model(llama={"dim": 64, "n_heads": 4, "biases": ("wq", "wk", "wv", "wo", "w1", "w2", "w3")})
+    attention, feed_forward = model.llama.layers[0].attention, model.llama.layers[0].feed_forward
+    biases = {name: part.bias.data.normal_() for owner in (attention, feed_forward)
+              for name, part in owner.named_children() if isinstance(part, torch.nn.Linear)}
+    zeros = torch.zeros(20, 64)
+    expected = feed_forward(zeros)
+    fuse(model, fp8)
+    assert torch.equal(attention.wo(zeros)[0], biases["wo"])
+    assert torch.equal(attention.wqkv(zeros)[0], torch.cat([biases[name] for name in ("wq", "wk", "wv")]))
+    for x in (zeros, zeros.clone().requires_grad_()):
+        assert (feed_forward(x) - expected).norm() <= tolerance * expected.norm()
+    assert (expected - biases["w2"]).norm() > 0.2 * expected.norm()  # w1's and w3's have their part in it
+
+
 def test_answer_loss_equals_cross_entropy(monkeypatch):
     """Value and gradient, computed in several chunks."""
     monkeypatch.setattr("lavin.loss.CHUNK_TOKENS", 4)

@@ -294,6 +294,20 @@ def test_without_arguments_the_published_runs_are_plotted(tmp_path, monkeypatch,
     assert "88.82" in capsys.readouterr().out
 
 
+def test_own_runs_beside_the_published_ones_keep_the_published_files(tmp_path, monkeypatch):
+    """Those have names of their own, as assets/ and README have them."""
+    monkeypatch.setattr(figures, "FIGURES", {"dropout": FIGURES["dropout"]})
+    facts = published()
+    counts, correct = facts.counts, facts.methods[0].runs[0].correct
+    n, k = counts["Avg"], correct["Avg"]
+    scores = {column: 100 * correct[column] / counts[column] for column in correct}
+    write_run(tmp_path / "base", "1" * k + "0" * (n - k), files={
+        "scores.json": {**scores, "counts": counts, "correct": correct, "split": "test"}})
+    run_command(tmp_path / "base", "--published", "--out", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "dropout.png", "dropout.svg", "table.csv", "table.md", "table.tex"]
+
+
 def test_interrupted_save_keeps_the_earlier_file(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_text("old")
