@@ -1,13 +1,17 @@
 """Tokenizers of four formats, and the token layout of one example: BOS, image prefix, prompt, answer, EOS.
 
 Text never becomes BOS, EOS or another special token, whatever it looks like: `</s>` in a question is four characters.
+
+A prompt and its answer are two segments: no token spans both, so that generation begins with the very ids that training
+has before the answer. A segment behind another one gets no space that SentencePiece puts before a text.
 """
 
 import base64
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +28,8 @@ from lavin.weights.gguf.file import is_gguf, open_file
 
 CODE = (Path(__file__), Path(gguf.__file__))
 IMAGE_SLOT = -1  # placeholder among token ids for an image embedding
+# how prompt and answer become ids: a checkpoint states it, and one that does not had both tokenized as one text
+TOKENIZATION = "prompt and answer apart"
 
 # Llama 3's, 3.1's, 3.2's and 3.3's; behind their tokens come BOS, EOS, and others that are of no use here
 LLAMA3_TOKENS, LLAMA3_SPECIAL_TOKENS = 128_000, 256
@@ -72,6 +78,9 @@ class SentencePiece:
         self.n_words, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
         if min(self.model.bos_id(), self.eos_id) < 0:
             raise UserError(f"{path} has no BOS or no EOS token: take the tokenizer.model of the base model")
+        # protocol buffers that follow each other are merged: this sets normalizer_spec.add_dummy_prefix
+        continuing = self.model.serialized_model_proto() + gguf.field(3, gguf.field(3, False))
+        self.encode_continuation = sentencepiece.SentencePieceProcessor(model_proto=continuing).encode
         self.encode, self.decode = self.model.encode, self.model.decode
 
 
@@ -101,6 +110,10 @@ class FastTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that follows another one."""
+        return self.encode(text)
+
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
 
@@ -114,18 +127,26 @@ class HuggingFaceTokenizer(FastTokenizer):
         self.bos_id = None if self.leaves_bos_out(path) else self.special_id(path, "bos")
         self.eos_id = self.special_id(path, "eos")
         special = [self.model.id_to_token(token) for token in (self.bos_id, self.eos_id) if token is not None]
-        self.model.add_special_tokens(special)  # some files declare theirs as words
+        for model in (self.model, self.continuing):
+            model.add_special_tokens(special)  # some files declare theirs as words
+            model.encode_special_tokens = True  # as the text that they look like
+            model.no_truncation()  # both may be left in the file by what it was trained with
+            model.no_padding()
 
     def read(self, path: Path, tokenizers):
-        model = tokenizers.Tokenizer.from_file(str(path))
-        for token in json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []):
+        text = path.read_text(encoding="utf-8")
+        model, content = tokenizers.Tokenizer.from_str(text), json.loads(text)
+        for token in content.get("added_tokens", []):
             if model.token_to_id(token["content"]) != token["id"]:  # the library closes gaps
                 raise UserError(f"{path}: the added token {token['content']} cannot have the id {token['id']}: take "
                                 "the model's tokenizer.model")
-        model.encode_special_tokens = True  # as the text that they look like
-        model.no_truncation()  # both may be left in the file by what it was trained with
-        model.no_padding()
+        changed = {name: without_prefix(content.get(name)) for name in ("normalizer", "pre_tokenizer")}
+        is_same = all(content.get(name) == part for name, part in changed.items())
+        self.continuing = model if is_same else tokenizers.Tokenizer.from_str(json.dumps({**content, **changed}))
         return model
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return self.continuing.encode(text, add_special_tokens=False).ids
 
     def leaves_bos_out(self, path: Path) -> bool:
         """Whether the file says `"bos_token": null`, as Qwen's do, whose training does not use config.json's BOS."""
@@ -143,6 +164,19 @@ class HuggingFaceTokenizer(FastTokenizer):
                 raise UserError(f"{config_path}: {key}: {path.name} has no token {value!r}: fetch both again")
         raise UserError(f"{path}: neither tokenizer_config.json nor config.json in its folder names a {name.upper()} "
                         "token: copy them there")
+
+
+def without_prefix(part: Any) -> Any:
+    """A normalizer or pre-tokenizer of tokenizer.json, changed so that it puts no space before a text."""
+    if part is None:
+        return None
+    if part["type"] == "Prepend":
+        return {"type": "Sequence", "normalizers": []}
+    parts = {key: [without_prefix(inner) for inner in part[key]] for key in ("normalizers", "pretokenizers")
+             if key in part}
+    scheme = {"prepend_scheme": "never"} if part["type"] == "Metaspace" else {}
+    prefix = {"add_prefix_space": False} if part.get("add_prefix_space") else {}
+    return {**part, **parts, **scheme, **prefix}
 
 
 def read_config(path: Path) -> Any:
@@ -258,27 +292,34 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
 
+    def encode_segments(self, texts: Iterable[str]) -> list[list[int]]:
+        """The ids of texts that follow each other, such as a prompt and its answer. Those of a text do not depend on
+        the texts behind it."""
+        segments: list[list[int]] = []
+        for text in texts:
+            segments.append((self.model.encode_continuation if any(segments) else self.model.encode)(text))
+        return segments
+
+    def joins(self, prompt: str, answer: str) -> bool:
+        """Whether both would have other ids if they were tokenized as one text, as earlier versions did."""
+        return self.encode(prompt + answer) != list(chain(*self.encode_segments([prompt, answer])))
+
     def prefix(self, n_slots: int) -> list[int]:
         """`[BOS] [Image: ]` and n_slots image slots, or `[BOS] [Image: N/A]` without any."""
         return self.encode("Image: " if n_slots else "Image: N/A", bos=True) + [IMAGE_SLOT] * n_slots
 
     def example(self, prompt: str, answer: str | None = None, image: torch.Tensor | None = None,
-                n_prompt: int = 6, max_seq_len: int | None = None) -> Example:
+                n_prompt: int = 6, max_seq_len: int | None = None, history: Sequence[str] = ()) -> Example:
         """`[BOS] [Image: ] [n_prompt slots] prompt answer [EOS]`, or `[BOS] [Image: N/A] prompt answer [EOS]`.
 
-        Prompt and answer are tokenized together. Truncated so that it fits max_seq_len with its modality token. Without
-        an answer the example ends with the prompt, for generation.
+        Truncated so that it fits max_seq_len with its modality token. Without an answer the example ends with the
+        prompt, for generation. history: the segments of a conversation before the prompt.
         """
         prefix = self.prefix(0 if image is None else n_prompt)
-        text = self.encode(prompt)
-        if answer is None:
-            ids, start = text, len(text)
-        else:
-            ids = self.encode(prompt + answer, eos=True)
-            # a token that spans both belongs to the answer
-            start = next((i for i, (a, b) in enumerate(zip(text, ids, strict=False)) if a != b), len(text))
-        ids = [*prefix, *ids]
+        *before, answer_ids = self.encode_segments([*history, prompt, answer or ""])
+        start = len(prefix) + sum(map(len, before))
+        ids = [*prefix, *chain(*before), *answer_ids, *([] if answer is None else [self.eos_id])]
         limit = len(ids) if max_seq_len is None else max_seq_len - 1
         if limit <= len(prefix):
             raise UserError(f"--max_seq_len {max_seq_len} leaves no room for text behind the image: raise it")
-        return Example(ids[:limit], min(len(prefix) + start, limit), image)
+        return Example(ids[:limit], min(start, limit), image)

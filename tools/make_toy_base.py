@@ -60,11 +60,12 @@ def train_tokenizer(data, path: Path) -> Tokenizer:
 def lesson(data, qid: str, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
     """One problem as token ids and their loss weights; the caption replaces the image features."""
     prompt, answer = build_prompt(data.problems[qid], "CQM-ALE")
-    prompt_ids = tokenizer.encode(prompt)
+    prompt_ids, answer_ids = tokenizer.encode_segments([prompt, answer])
+    _, first_ids = tokenizer.encode_segments([prompt, "The answer is"])
     input_ids = tokenizer.encode(f"Image: {data.captions.get(qid, 'N/A')}", bos=True) + prompt_ids
-    answer_ids = tokenizer.encode(prompt + answer, eos=True)[len(prompt_ids):]
+    answer_ids.append(tokenizer.eos_id)
     weights = [1.0] * len(answer_ids)
-    weights[len(tokenizer.encode(f"{prompt}The answer is")) - len(prompt_ids)] = LETTER_WEIGHT
+    weights[len(first_ids)] = LETTER_WEIGHT
     return input_ids + answer_ids, [0.0] * len(input_ids) + weights
 
 

@@ -15,10 +15,11 @@ from lavin.runtime.console import print_rank0
 from lavin.runtime.device import choose_device, choose_dtype
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags, check_flags, flags_of
-from lavin.tokenizer import Tokenizer
+from lavin.tokenizer import TOKENIZATION, Tokenizer
 from lavin.weights.adapters import load_adapters, read_adapters
 from lavin.weights.base import require_base
 from lavin.weights.load import load_base
+from util.data.prompts import RESPONSE, answer_text
 from util.fingerprint import fingerprints
 from util.flags import SHARED, BaseSettings, check_shared, inherit
 from util.runs import last_checkpoint
@@ -29,7 +30,7 @@ class Trained:
     """A training run's model, as far as it is known before the base model is loaded.
 
     path: the checkpoint's; None: the untuned base, with `tensors` of no adapters. image_statistics: those that the
-    checkpoint was trained with, where it says so.
+    checkpoint was trained with, where it says so. tokenization: TOKENIZATION, where it says so.
     """
 
     path: Path | None
@@ -38,6 +39,7 @@ class Trained:
     device: torch.device
     dtype: torch.dtype
     image_statistics: dict[str, list[float]] = field(default_factory=dict)
+    tokenization: str | None = None
 
 
 # --- What a checkpoint was trained on ---
@@ -54,6 +56,17 @@ def warn_of_other_base(path: Path, checkpoint: dict, found: dict[str, str]) -> N
         if trained_on != found[name] and is_sha256(trained_on) == is_sha256(found[name]):
             print_rank0(f"warning: {path} was trained on other files of {flag} than these: if they hold another model "
                         "or tokenizer, its answers say nothing about the training")
+
+
+def warn_of_other_tokenization(path: Path, tokenization: str | None, tokenizer: Tokenizer) -> None:
+    """Says so where a checkpoint has seen other ids where an answer begins than those that it gets now.
+
+    tokenization: what the checkpoint states.
+    """
+    if tokenization != TOKENIZATION and tokenizer.joins(RESPONSE, answer_text(0)):
+        print_rank0(f"warning: {path} was trained by an earlier version, which tokenized prompt and answer together: "
+                    f"with this tokenizer a token joined `{RESPONSE}` and the answer, which is no longer so, so that "
+                    "its answers may be worse than after a new training")
 
 
 def image_statistics(model: LaVIN) -> dict[str, list[float]]:
@@ -98,7 +111,8 @@ def read_trained(args: Flags) -> Trained:
     dtype = choose_dtype(args.precision, device)
     check_fast_paths(device, dtype, args.bits, args.compile, args.cuda_graphs)
     return Trained(path, checkpoint["model"], AdapterConfig.read(adapter or vars(args)), device, dtype,
-                   {name: checkpoint[name] for name in ("image_mean", "image_std") if name in checkpoint})
+                   {name: checkpoint[name] for name in ("image_mean", "image_std") if name in checkpoint},
+                   checkpoint.get("tokenization"))
 
 
 def load_model(args, trained: Trained | None = None, fast: bool = True) -> tuple[LaVIN, Tokenizer, Path | None]:
@@ -112,6 +126,7 @@ def load_model(args, trained: Trained | None = None, fast: bool = True) -> tuple
                                  trained.device, trained.dtype, tokenizer_path=args.tokenizer_path,
                                  use_vicuna=args.use_vicuna, bits=args.bits, max_seq_len=args.max_seq_len)
     if trained.path:
+        warn_of_other_tokenization(trained.path, trained.tokenization, tokenizer)
         check_image_statistics(model, trained.image_statistics, str(trained.path))
         load_adapters(model, trained.tensors, str(trained.path))
     if fast:

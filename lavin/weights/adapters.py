@@ -56,6 +56,7 @@ class Checkpoint(TypedDict):
     scaler: NotRequired[dict[str, Any]]
     base: NotRequired[str]  # fingerprint of the base model's files, as in recipe.json
     vision: NotRequired[str]
+    tokenization: NotRequired[str]  # lavin.tokenizer.TOKENIZATION
     image_mean: NotRequired[Channels]  # by which pixels were normalised
     image_std: NotRequired[Channels]
 

@@ -193,10 +193,10 @@ def test_switched_adapters_answer_as_their_run(bot, runs):
         assert len({answer.text for answer in answers.values()}) == 3
 
 
-def letter_probabilities(run, prompt: str) -> torch.Tensor:
+def letter_probabilities(run, prompt: str, reason: str = "") -> torch.Tensor:
     """Of A, B and C where an answer names one, from one forward pass."""
     model, tokenizer = load_run_model(run)
-    a, b, c = (tokenizer.example(prompt, f"The answer is {letter}.") for letter in "ABC")
+    a, b, c = (tokenizer.example(prompt, f"{reason}The answer is {letter}.") for letter in "ABC")
     at = next(i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=True)) if x != y)  # the token of the letter
     with torch.no_grad():
         logits = model.llama.output(model.hidden_states(pack([a])))[at - 1]
@@ -211,7 +211,7 @@ def test_probabilities_follow_the_reason_that_was_written(bot, runs, monkeypatch
     monkeypatch.setattr("util.chat.chatbot.stream", lambda *arguments: iter([text]))
     *_, answer = bot.answer("scaled", [], Question(QUESTION, options=("north", "south", "old")), Settings())
     torch.testing.assert_close(torch.tensor(answer.probabilities),
-                               letter_probabilities(runs / "scaled", answer.prompt + reason))
+                               letter_probabilities(runs / "scaled", answer.prompt, reason))
 
 
 def test_probabilities_equal_the_full_forward_pass(bot, runs):

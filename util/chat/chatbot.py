@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 
@@ -159,6 +160,14 @@ def make_prompt(question: Question, prompt_format: str) -> str:
     return build_prompt(problem, prompt_format)[0]
 
 
+def segments(turns: list[Turn], prompt: str) -> list[str]:
+    """A conversation as texts that are tokenized apart: prompts and answers in turn, and a prompt at the end. The
+    newline behind an answer begins the next prompt, so that the answer keeps the ids that were generated."""
+    prompts = [turn.prompt for turn in turns] + [prompt]
+    later = zip((turn.answer for turn in turns), (f"\n{text}" for text in prompts[1:]), strict=True)
+    return [prompts[0], *chain(*later)]
+
+
 def fit(tokenizer: Tokenizer, turns: list[Turn], prompt: str, image: torch.Tensor | None, n_prompt: int,
         max_seq_len: int, answer_tokens: int) -> tuple[Example, int]:
     """The conversation as one example, and how many of its oldest turns were dropped to leave room for `answer_tokens`.
@@ -166,8 +175,8 @@ def fit(tokenizer: Tokenizer, turns: list[Turn], prompt: str, image: torch.Tenso
     If the question alone leaves fewer tokens than that, the answer gets what is left. Raises UserError if none is left.
     """
     for dropped in range(len(turns) + 1):
-        history = "".join(f"{turn.prompt}{turn.answer}\n" for turn in turns[dropped:])
-        example = tokenizer.example(history + prompt, None, image, n_prompt)
+        *history, last = segments(turns[dropped:], prompt)
+        example = tokenizer.example(last, None, image, n_prompt, history=history)
         tokens_left = max_seq_len - 1 - len(example.ids)  # 1: the modality token
         if tokens_left >= answer_tokens:
             break
@@ -239,12 +248,14 @@ class Chatbot:
             answer = replace(answer, text=text)
             yield answer
         if question.options:
-            reason = given_reason(answer.text)  # else they would contradict an answer that follows from it
-            yield replace(answer, probabilities=self.probabilities(prompt + reason, question))
+            yield replace(answer, probabilities=self.probabilities(prompt, given_reason(answer.text), question))
 
-    def probabilities(self, prompt: str, question: Question) -> tuple[float, ...]:
-        """The probability of each option, by the token in which their answers differ: eval.py goes by the same."""
-        answers = [answer_text(i) for i in range(len(question.options))]
+    def probabilities(self, prompt: str, reason: str, question: Question) -> tuple[float, ...]:
+        """The probability of each option, by the token in which their answers differ: eval.py goes by the same.
+
+        reason: what the model has written before; without it, they would contradict an answer that follows from it.
+        """
+        answers = [reason + answer_text(i) for i in range(len(question.options))]
         scored = option_example(self.tokenizer, prompt, answers, image=question.image,
                                 n_prompt=self.model.adapter.n_prompt)
         return tuple(torch.tensor(next(score_options(self.model, [[scored]]))[0]).exp().tolist())

@@ -6,11 +6,13 @@ from lavin.runtime import distributed
 from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags
+from lavin.weights.adapters import read_adapters
 from util.chat.address import check_address
 from util.chat.chatbot import Chatbot, Settings, find_runs, read_trained_format
 from util.chat.distributed_chatbot import DistributedChatbot
 from util.chat.settings import SMOLLM2_RUNS
-from util.trained_model import load_model
+from util.runs import last_checkpoint
+from util.trained_model import load_model, warn_of_other_tokenization
 
 
 def default_runs() -> str:
@@ -34,6 +36,9 @@ def load_chatbot(args: Flags) -> Chatbot:
         print_rank0(line)
     args.adapter_path = str(next(iter(runs.values())))
     model, tokenizer, _ = load_model(args)
+    for run in list(runs.values())[1:]:
+        path = last_checkpoint(str(run))
+        warn_of_other_tokenization(path, read_adapters(path).get("tokenization"), tokenizer)
     cls = Chatbot if distributed.model_parallel_size == 1 else DistributedChatbot
     bot = cls(model, tokenizer, runs, args.max_seq_len)
     if model.device.type == "cuda":

@@ -4,7 +4,7 @@ As Python's integers, the ids of ScienceQA's 12,726 problems would take 150 MB i
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from lavin.runtime.console import progress_bar
 from lavin.runtime.files import json_list_sha256, sha256
-from lavin.tokenizer import Example, Tokenizer
+from lavin.tokenizer import IMAGE_SLOT, Example, Tokenizer
 from util.data.cache import Arrays, cached
 
 
@@ -40,6 +40,16 @@ def packed(examples: Iterable[Example]) -> Arrays:
         answer_starts.append(example.answer_start)
     return {"ids": torch.from_numpy(np.array(ids, np.int32)), "ends": torch.tensor(ends),
             "answer_starts": torch.tensor(answer_starts)}
+
+
+def any_joined(tokenizer: Tokenizer, examples: Iterable[Example]) -> bool:
+    """Whether an example had other ids in earlier versions, which tokenized prompt and answer as one text: it is tried
+    with a few tokens at the end of the prompt and at the beginning of the answer."""
+    def text(ids: Sequence[int]) -> str:
+        return tokenizer.decode([i for i in ids if i != IMAGE_SLOT])
+
+    return any(tokenizer.joins(text(example.ids[max(0, start - 8):start]), text(example.ids[start:start + 8]))
+               for example in examples for start in [example.answer_start])
 
 
 def examples_sha256(examples: Mapping[str, Example]) -> str:

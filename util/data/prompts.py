@@ -12,6 +12,7 @@ PROMPT_FORMATS = tuple(f"{order}-{output}" for order in ("CQM", "QCM")
                        for output in ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE", "AEL")) + (
     "QCML-A", "QCME-A", "QCMLE-A", "QCLM-A", "QCEM-A", "QCLEM-A", "QCML-AE")
 PREFIX_TOKENS = 16  # at most, of the modality token, BOS and "Image: N/A"
+RESPONSE = "Response:"  # the end of every prompt
 ANSWER = re.compile(r"The answer is ([A-Z])\.")
 
 
@@ -45,7 +46,7 @@ def build_prompt(problem: dict, prompt_format: str, caption: str = "") -> tuple[
             lines.append(parts[letter])
         elif because not in lines:  # L and E share one line
             lines.append(because)
-    prompt = tidy("\n".join(line for line in lines if line != "BECAUSE:") + "\nResponse:")
+    prompt = tidy("\n".join(line for line in lines if line != "BECAUSE:") + f"\n{RESPONSE}")
     return prompt, build_answer(problem, output)
 
 
@@ -76,7 +77,7 @@ def fit_prompt(tokenizer, prompt: str, image, n_prompt: int, max_seq_len: int) -
 
 def instruction_prompt(instruction: str, input: str = "") -> str:
     """The prompt for instruction tuning (Alpaca and LLaVA-Instruct), the chat and MME."""
-    return tidy(f"Instruction: {instruction} {input}") + "\nResponse:"
+    return tidy(f"Instruction: {instruction} {input}") + f"\n{RESPONSE}"
 
 
 def answer_text(index: int) -> str:

@@ -49,7 +49,7 @@ def train(settings: TrainSettings, rank: int, world: int, device: torch.device) 
     examples = load_examples(data, settings.data, tokenizer, model.vision.image_size, settings.adapter.n_prompt,
                              settings.execution.num_workers)
     trainer = Trainer(settings, model, examples, run, rank, world)
-    record = trainer.restore()
+    record = trainer.restore(tokenizer)
     begin(run, settings, device, world, model.llama.config.n_layers, record)
     print_rank0(f"{sum(p.numel() for p in trainer.parameters):,} trained parameters, {dtype} on {device}, effective "
                 f"batch {trainer.effective_batch}, lr {settings.schedule.lr:.3g}, {settings.schedule.lr_schedule}")

@@ -1,5 +1,6 @@
 """Goes on from a checkpoint: with the run's flags (`--resume RUN`), weights, optimizer, and place in the epoch."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,13 +80,20 @@ def finished_run(words: list[str]) -> str:
     return trained.output_dir
 
 
-def restore(model, optimizer, scaler, path: Path, examples_sha256: str) -> EpochRecord:
-    """Loads a checkpoint; returns the record of the epoch to go on with. Raises UserError if it does not fit."""
+def restore(model, optimizer, scaler, path: Path, examples_sha256: str, any_joined: Callable[[], bool]) -> EpochRecord:
+    """Loads a checkpoint; returns the record of the epoch to go on with. Raises UserError if it does not fit.
+
+    any_joined: see util.data.examples.
+    """
     checkpoint = read_adapters(path)
     source = f"checkpoint {path}"
     if not {"sha256", "optimizer", "examples"} <= checkpoint.keys():
         raise UserError(f"{source} is not as train.py writes it: name another")
-    if checkpoint.get("examples") != examples_sha256:
+    if checkpoint["examples"] != examples_sha256:
+        if "tokenization" not in checkpoint and any_joined():
+            raise UserError(f"{source} was trained by an earlier version, which tokenized prompt and answer together: "
+                            "with this tokenizer its examples had other ids, so it cannot go on here: train it anew "
+                            "with --overwrite, or into another --output_dir")
         raise UserError(f"{source} was trained on other examples: the tokenizer, or the pictures that --skip_bad "
                         "leaves out, have changed since")
     load_adapters(model, checkpoint["model"], source)

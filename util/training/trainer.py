@@ -3,6 +3,7 @@
 import gc
 import math
 import time
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from lavin.runtime import distributed, signals
 from lavin.runtime.console import is_main_process, print_rank0, progress_bar
 from lavin.runtime.errors import UserError
+from lavin.tokenizer import TOKENIZATION, Tokenizer
 from lavin.weights.adapters import pack_adapters
 from util.data.batches import epoch_batches, steps_per_epoch
-from util.data.examples import examples_sha256
+from util.data.examples import any_joined, examples_sha256
 from util.data.instructions import decode_images
 from util.lr_sched import adjust_learning_rate
 from util.trained_model import image_statistics
@@ -57,11 +59,12 @@ class Trainer:
         self.max_tokens = math.inf
         self.last_save = time.monotonic()
 
-    def restore(self) -> EpochRecord:
-        """The record of the epoch to begin or to go on with."""
+    def restore(self, tokenizer: Tokenizer) -> EpochRecord:
+        """The record of the epoch to begin or to go on with. tokenizer: that of the examples."""
         if not self.run.checkpoint:
             return EpochRecord(0)
-        record = restore(self.model, self.optimizer, self.scaler, self.run.checkpoint, self.examples_sha256)
+        record = restore(self.model, self.optimizer, self.scaler, self.run.checkpoint, self.examples_sha256,
+                         partial(any_joined, tokenizer, self.examples))
         print_rank0(f"{self.run.folder} goes on from {self.run.checkpoint.name}: epoch {record.epoch}, step "
                     f"{len(record.steps)} of {self.n_steps}")
         return record
@@ -176,7 +179,7 @@ class Trainer:
                 self.model, epoch=record.epoch, flags=self.settings.flags, optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(), skipped=record.skipped, record=None if entry else state,
                 examples=self.examples_sha256, went_back_to=self.run.went_back_to, base=self.run.recipe["base"],
-                vision=self.run.recipe["vision"], **image_statistics(self.model))
+                vision=self.run.recipe["vision"], tokenization=TOKENIZATION, **image_statistics(self.model))
             self.run.save(content, record.epoch, entry)
 
 
