@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from lavin.tokenizer import Tokenizer
+from lavin.tokenizer import Example, Tokenizer
 from tiny import ROOT
 from tools.make_toy_base import train_tokenizer
 from user_errors import change_json, error_message
@@ -131,6 +131,16 @@ def test_other_texts_pictures_and_tokenizers_have_other_ids(folder, scienceqa_co
     other = tmp_path / "tokenizer.model"
     train_tokenizer(load_scienceqa(scienceqa_copy, "train"), other)
     assert all(example[0] != plain[qid][0] for qid, example in ids(tokenizer=other).items())
+
+
+def test_ids_of_other_code_are_not_used(folder, scienceqa, tokenizer_file, monkeypatch, tmp_path):
+    """Such as those of the versions that tokenized prompt and answer as one text."""
+    data = load_scienceqa(scienceqa, "train")
+    examples(data, tokenizer_file)
+    (tmp_path / "tokenizer.py").write_text("# changed")
+    monkeypatch.setattr("lavin.tokenizer.CODE", (tmp_path / "tokenizer.py",))
+    monkeypatch.setattr(Tokenizer, "example", lambda *_: Example([1, 2, 3], 2))
+    assert {tuple(ids) for ids, _, _ in examples(data, tokenizer_file).values()} == {(1, 2, 3)}
 
 
 # --- Changed pictures ---

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import regex
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from test_base_weights import assert_same_logits, load
@@ -66,8 +66,9 @@ def read_by_transformers(path):
 
 
 def tokenizer_of_transformers(path):
+    """Special tokens are read as the text that they look like, as ours are."""
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, split_special_tokens=True)
     return lambda text: tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -172,6 +173,7 @@ def of_sentencepiece(tmp_path_factory, model, vocabulary):
     return Tokenizer(path), tokenizer_of_transformers(path)
 
 
+@example(text="a <s>b</s> <unk>")
 @ASKED
 @given(text=TEXTS)
 def test_sentencepiece_ids(of_sentencepiece, tokenizer_file, text):
@@ -195,7 +197,8 @@ def qwen2_of_transformers(byte_pairs):
     """Of its own class: from a GGUF file, transformers leaves out the model's normalizer."""
     from transformers import Qwen2Tokenizer
     tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(byte_pairs["tokens"])},
-                               merges=[tuple(merge.split(" ")) for merge in byte_pairs["merges"]])
+                               merges=[tuple(merge.split(" ")) for merge in byte_pairs["merges"]],
+                               split_special_tokens=True)
     return lambda text: tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -207,6 +210,7 @@ def smollm_by_llama_cpp(gpt2):
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2", "smollm"])
+@example(text="a <s>b</s> <unk><|endoftext|>")
 @ASKED
 @given(text=TEXTS)
 def test_byte_level_ids(by_pre_tokenizer, pre, text):

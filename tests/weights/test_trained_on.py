@@ -6,11 +6,17 @@ import shutil
 import pytest
 import torch
 
+import demo
 import eval as evaluation
 import train
 from lavin.runtime.errors import UserError
+from lavin.runtime.files import value_sha256
+from lavin.tokenizer import TOKENIZATION, Example, Tokenizer
 from tiny_runs import load_checkpoint, run_flags, write_run
+from tiny_tokenizers import qwen, write_json
+from user_errors import error_message
 from util.chat.chatbot import Chatbot, find_runs
+from util.chat.command import load_chatbot
 from util.fingerprint import fingerprints
 from util.trained_model import image_statistics, load_model, read_trained, warn_of_other_base
 
@@ -132,3 +138,86 @@ def test_numbers_are_compared_as_numbers(run):
     change_checkpoint(run, image_mean=torch.tensor([0.485, 0.456, 0.406]).tolist())
     model, *_ = load_model(args_of(run))
     assert image_statistics(model)["image_mean"] == [0.485, 0.456, 0.406]
+
+
+# --- Prompt and answer, which earlier versions tokenized together ---
+
+TOGETHER = "was trained by an earlier version, which tokenized prompt and answer together"
+
+
+def without_statement(path) -> None:
+    """The checkpoint as an earlier version wrote it."""
+    content = {name: value for name, value in load_checkpoint(path).items() if name not in ("tokenization", "sha256")}
+    torch.save({**content, "sha256": value_sha256(content)}, path)
+
+
+def use_joining_tokenizer(copy) -> None:
+    """With a token `:The`, and with fewer tokens than the base has."""
+    tokenizer, path = Tokenizer(write_json(copy.weights / "tiny", qwen())), copy.weights / "tiny" / "params.json"
+    assert tokenizer.joins("Response:", "The answer is A.")
+    n_words = Tokenizer(copy.weights / "tokenizer.model").n_words
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": n_words}))
+
+
+def example_of_earlier_versions(self, prompt, answer=None, image=None, n_prompt=6, max_seq_len=None, history=()):
+    prefix, together = self.prefix(0 if image is None else n_prompt), self.encode(prompt + (answer or ""))
+    alone = self.encode(prompt)
+    ids = [*prefix, *together, *([] if answer is None else [self.eos_id])][:max_seq_len and max_seq_len - 1]
+    start = next((i for i, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b), len(alone))
+    return Example(ids, min(len(prefix) + start, len(ids)), image)
+
+
+def begin_with_earlier_version(flags, folder, monkeypatch, tmp_path) -> None:
+    """Trains one of two epochs."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "example", example_of_earlier_versions)
+        patch.setenv("LAVIN_CACHE", str(tmp_path / "cache"))  # its key is that of this version's code
+        train.main(train.get_args_parser().parse_args([*flags, "--stop_after_epoch", "1"]))
+    assert load_checkpoint(folder / "checkpoint-0.pth")["tokenization"] == TOKENIZATION
+    without_statement(folder / "checkpoint-0.pth")
+
+
+def two_epochs(copy, scienceqa, folder) -> list[str]:
+    return run_flags(copy, scienceqa, folder, "--epochs", "2", "--warmup_epochs", "0")
+
+
+def test_a_run_of_llama_that_an_earlier_version_began_goes_on(copy, scienceqa, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    flags = two_epochs(copy, scienceqa, folder)
+    begin_with_earlier_version(flags, folder, monkeypatch, tmp_path)
+    train.main(train.get_args_parser().parse_args(flags))
+    load_model(args_of(folder))
+    assert (folder / "checkpoint-1.pth").exists() and "earlier version" not in capsys.readouterr().out
+
+
+def test_a_run_whose_ids_have_changed_says_why_it_cannot_go_on(copy, scienceqa, tmp_path, monkeypatch):
+    use_joining_tokenizer(copy)
+    folder = tmp_path / "run"
+    flags = two_epochs(copy, scienceqa, folder)
+    begin_with_earlier_version(flags, folder, monkeypatch, tmp_path)
+
+    def resume() -> None:
+        train.main(train.get_args_parser().parse_args(flags))
+    message = error_message(resume)
+    assert f"checkpoint-0.pth {TOGETHER}" in message and "--overwrite" in message
+    monkeypatch.setattr("util.training.trainer.any_joined", lambda *_: False)
+    assert "other examples" in error_message(resume)  # whatever else has changed
+
+
+@pytest.mark.parametrize("joining, states, told", [
+    (True, False, True), (True, True, False), (False, False, False), (False, True, False)])
+def test_a_run_of_an_earlier_version_is_told_where_its_ids_have_changed(copy, tmp_path, capsys, joining, states, told):
+    if joining:
+        use_joining_tokenizer(copy)
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for i, name in enumerate("ab"):
+        write_run(runs / name, copy, i)
+        if states:
+            change_checkpoint(runs / name, tokenization=TOKENIZATION)
+    load_model(args_of(runs / "a"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if TOGETHER in line]
+    assert len(lines) == told and all(f"{runs / 'a' / 'checkpoint-3.pth'}" in line for line in lines)
+    load_chatbot(demo.get_args_parser().parse_args(["--runs", str(runs), "--device", "cpu"]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if TOGETHER in line]
+    assert [name for name in "ab" for line in lines if f"{runs / name}/" in line] == list("ab") * told
