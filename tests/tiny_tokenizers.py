@@ -1,4 +1,5 @@
-"""Small tokenizer files of each kind that LaVIN reads, whose byte-level ones have a token that joins `:` and a word."""
+"""Small tokenizer files of each kind that LaVIN reads, of which some byte-level ones have tokens such as `:The` and
+`.\\n`, which join what is tokenized apart."""
 
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 LINES = ["Question: Which pond is deeper?\nContext: N/A\nOptions: (A) one (B) two\nResponse:The answer is A.",
          "BECAUSE: it is. 1 12 123 don't I'LL  x\n\n\ty 水は漢字 é ü",
          "Instruction: Is it a pond?\nResponse:Yes, it is.",
-         *(f"The answer is {letter}." for letter in "ABCDE")]
+         *(f"The answer is {letter}.\n" for letter in "ABCDE")]
 QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
               r"\s+(?!\S)|\s+")
 NO_MODEL = SimpleNamespace(state_dict=dict, config=SimpleNamespace(

@@ -37,7 +37,7 @@ PROMPTS = [*(build_prompt(problem, prompt_format, caption)[0] for prompt_format 
            instruction_prompt("Name three ponds.", "Of the north:\n\n- "), "no usual ending", "ends in a blank ", "é"]
 ANSWERS = st.builds("".join, st.tuples(
     st.sampled_from(["The", "A", "a", "7", "12", " ", "  The", "\n", "\n\nThe", "🙂", "水", "é", "\u0301", "'s", ":(",
-                     "."]),
+                     ".", "</s>", "<s> <unk>"]),
     st.text(st.sampled_from("ab The12 \n\r\tépond.,:水🙂\u0301"), max_size=12)))
 
 
