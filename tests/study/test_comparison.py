@@ -1,16 +1,14 @@
-"""Statistics against hand-computed cases and scipy; reading, naming, grouping and comparing runs; the tables."""
+"""Reading, naming, grouping and comparing runs; the tables."""
 
 import csv
 import hashlib
 import io
-import itertools
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, sem
 
 from lavin.runtime.errors import UserError
 from util.evaluation.answers import Answer
@@ -27,16 +25,7 @@ from util.study.comparison import (
 )
 from util.study.finished_runs import Run, flags_computed_with, read_run
 from util.study.methods import named_methods
-from util.study.statistics import (
-    holm,
-    mcnemar,
-    minimum_detectable_difference,
-    newcombe,
-    paired_bootstrap,
-    paired_standard_error,
-    unpaired_standard_error,
-    wilson,
-)
+from util.study.statistics import contrast, newcombe, seed_variance, tango
 from util.study.tables import csv_table, latex_table, markdown_table, text_table, verdicts
 
 FLAGS = {"llm_model": "toy", "lr_schedule": "cosine", "lr": 0.01, "blr": 0.08, "min_lr": 0.0, "epochs": 2,
@@ -78,96 +67,6 @@ def write_run(folder: Path, right="1111000011", split="test", losses=(1.0, 0.5),
     return str(folder)
 
 
-# Statistics
-
-
-@pytest.mark.parametrize("correct, n", [(0, 10), (10, 10), (3, 7), (3767, 4241), (1, 300)])
-def test_wilson_equals_scipy(correct, n):
-    expected = binomtest(correct, n).proportion_ci(method="wilson")
-    assert wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-@pytest.mark.parametrize("n", range(1, 60))
-def test_wilson_holds_the_proportion_itself(n):
-    """Without any rounding error, which would be an error bar of negative length."""
-    assert wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1
-
-
-def test_newcombe_equals_the_published_example():
-    assert newcombe(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)  # Newcombe 1998, table II, example (a)
-    low, high = newcombe(48, 80, 56, 70)
-    assert (low, high) == pytest.approx((-0.3339, -0.0524), abs=5e-5)
-
-
-def right_answers(only_method: int, only_base: int, both: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays [1, questions] of a method and a base, with the number of questions that one or both answered rightly."""
-    method = [1] * only_method + [0] * only_base + [1] * both
-    base = [0] * only_method + [1] * only_base + [1] * both
-    return np.array([method]), np.array([base])
-
-
-def test_mcnemar_by_hand():
-    assert mcnemar(*right_answers(1, 5)) == 2 * (1 + 6) / 2**6
-    assert mcnemar(*right_answers(0, 0)) == 1
-    assert mcnemar(*right_answers(3, 3)) == 1
-
-
-@pytest.mark.parametrize("only_method, only_base", [(0, 9), (12, 4), (70, 45), (150, 300), (400, 0)])
-def test_mcnemar_equals_scipys_binomial_test(only_method, only_base):
-    expected = binomtest(only_method, only_method + only_base).pvalue
-    assert mcnemar(*right_answers(only_method, only_base)) == pytest.approx(expected, rel=1e-9)
-
-
-def test_mcnemar_over_seeds_equals_enumerating_all_sign_flips():
-    rng = np.random.default_rng(1)
-    method, base = (rng.random((3, 12)) < 0.8).astype(int), (rng.random((2, 12)) < 0.5).astype(int)
-    differences = method.mean(0) - base.mean(0)
-    sums = np.array(list(itertools.product([1, -1], repeat=12))) @ differences
-    expected = np.mean(abs(sums) >= abs(differences.sum()) - 1e-9)
-    assert expected < 0.5
-    assert mcnemar(method, base) == pytest.approx(expected, rel=1e-12)
-
-
-def test_bootstrap_resamples_questions():
-    method, base = right_answers(40, 20, both=140)
-    rng = np.random.default_rng(5)
-    means = [np.mean((method - base)[0, rng.integers(200, size=200)]) for _ in range(4000)]
-    assert paired_bootstrap(method, base) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.011)
-    assert paired_bootstrap(method, base) == paired_bootstrap(method, base)
-    assert paired_bootstrap(method, method) == (0, 0)
-
-
-def test_bootstrap_resamples_seeds():
-    right, wrong = np.ones(50, int), np.zeros(50, int)
-    assert paired_bootstrap(np.stack([right, wrong]), right[None]) == (-1, 0)
-    assert paired_bootstrap(right[None], np.stack([right, wrong])) == (0, 1)
-
-
-def test_standard_errors():
-    method, base = right_answers(40, 20, both=140)
-    differences = (method - base)[0]
-    assert paired_standard_error(method, base) == pytest.approx(sem(differences))
-    assert unpaired_standard_error(56, 70, 48, 80) == pytest.approx(np.sqrt(0.8 * 0.2 / 70 + 0.6 * 0.4 / 80))
-    assert paired_standard_error(method, method) == 0
-
-
-def test_a_detectable_difference_is_found_four_times_of_five():
-    """Of 400 simulated studies of 2,000 questions with the exact test, which is a little conservative."""
-    rng, n, discordant = np.random.default_rng(0), 2000, 0.1
-    true = minimum_detectable_difference(np.sqrt(discordant / n))
-    found = 0
-    for _ in range(400):
-        signs = rng.choice([1, 0, -1], n, p=[(discordant + true) / 2, 1 - discordant, (discordant - true) / 2])
-        found += mcnemar((signs > 0)[None].astype(int), (signs < 0)[None].astype(int)) < 0.05
-    assert 0.72 < found / 400 < 0.84
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.7, 0.6]) == [1, 1]
-    assert holm([]) == []
-
-
 # Published results
 
 
@@ -178,8 +77,8 @@ def test_published_table_has_the_published_digits():
     for method, row in zip(data["methods"].values(), rows[2:10], strict=True):
         assert row[1:10] == [f"{method['scores'][column]:.2f}" for column in COLUMNS]
         assert row[10] == "4,241"
-    assert rows[2][11:] == ["87.84 to 89.74", "–", "–", "– |"]
-    assert rows[3][11:] == ["85.04 to 87.12", "−2.71", "−4.12 to −1.30", "±2.01 |"]
+    assert rows[2][11:] == ["87.84 to 89.74", "–", "– |"]
+    assert rows[3][11:] == ["85.04 to 87.12", "−2.71", "−4.12 to −1.30 |"]
     assert " | ".join(rows[10][:10]) == (
         "| questions | 2,252 | 889 | 1,100 | 2,046 | 2,017 | 1,435 | 2,724 | 1,517 | 4,241")
     assert "without predictions" in markdown_table(published())
@@ -462,7 +361,6 @@ def test_seeds_are_averaged_with_a_standard_deviation(tmp_path):
     assert "s2again: has the flags and the seed of" in comparison.excluded[0]
     assert step.accuracy("Avg") == pytest.approx(70) and step.deviation("Avg") == pytest.approx(10)
     assert step.accuracy("IMG") is None and step.deviation("IMG") is None and base.deviation("Avg") is None
-    assert step.interval("Avg") == pytest.approx([100 * end for end in wilson(7, 10)])
     assert "70.00 ± 10.00" in text_table(comparison) and "seeds" in text_table(comparison).splitlines()[0]
 
 
@@ -477,8 +375,33 @@ def test_differences_are_paired_by_question(tmp_path):
     assert to_step.points == pytest.approx(50) and to_inc.points == 0
     assert (to_step.p, to_step.holm) == (2 / 2**5, 2 * 2 / 2**5)  # discordant questions: 0 and 5
     assert (to_inc.p, to_inc.holm) == (1, 1)  # discordant questions: 1 and 1
-    expected = paired_bootstrap(*(np.array([[int(digit) for digit in right]]) for right in (step, base)))
+    expected = tango(*(np.array([int(digit) for digit in right]) for right in (step, base)))
     assert (to_step.low, to_step.high) == pytest.approx([100 * end for end in expected])
+    assert not to_step.is_of_methods and "one run against another" in text_table(comparison)
+    assert "they do not tell whether one method is better" in text_table(comparison) and verdicts(comparison) == []
+
+
+def test_several_seeds_compare_methods_by_one_estimate(tmp_path):
+    rights = {"base": ("1111100000", "1111000000", "1111110000"), "step": ("1111111100", "1101111000"),
+              "inc": ("1111110011",)}
+    for name, flags in (("base", {}), ("step", STEP), ("inc", INCREASING)):
+        for seed, right in enumerate(rights[name]):
+            write_run(tmp_path / f"{name}{seed}", right, seed=seed, **flags)
+    comparison = compare([str(tmp_path)])
+    rows = [np.array([[int(digit) for digit in right] for right in rights[name]]) for name in ("base", "step", "inc")]
+    assert list(comparison.differences) == ["Step Decay", "Inc. Drop. Prob"]
+    for difference, method in zip(comparison.differences.values(), rows[1:], strict=True):
+        estimate = contrast([rows[0], method], (-1, 1), None, seed_variance(rows))  # the seeds of all methods
+        assert difference.is_of_methods
+        assert (difference.low, difference.high) == pytest.approx([100 * end for end in estimate.interval()])
+        assert difference.p == estimate.p and difference.detectable == 100 * estimate.detectable(2)
+        assert difference.points == pytest.approx(100 * (method.mean() - rows[0].mean()))
+    assert max(d.holm for d in comparison.differences.values()) == pytest.approx(
+        min(1, max(2 * min(d.p for d in comparison.differences.values()),
+                   max(d.p for d in comparison.differences.values()))))
+    text = text_table(comparison)
+    assert "count questions and seeds as samples" in text and "those with one seed have it from the others" in text
+    assert "one run against another" not in text
 
 
 def test_without_right_answers_differences_are_unpaired(tmp_path):
@@ -518,14 +441,15 @@ def test_csv_has_one_number_per_cell(tmp_path):
     write_run(tmp_path / "base", "1111100000")
     write_run(tmp_path / "step0", "1111111110", **STEP)
     write_run(tmp_path / "step1", "1111111000", seed=1, **STEP)
-    base, step = csv.DictReader(io.StringIO(csv_table(compare([str(tmp_path)]))))
+    comparison = compare([str(tmp_path)])
+    base, step = csv.DictReader(io.StringIO(csv_table(comparison)))
     assert (base["method"], base["seeds"], base["n"], base["Avg"], base["IMG"], base["difference"]) == (
         "Base", "1", "10", "50.0000", "", "")
     assert (step["Avg"], step["Avg_sd"], step["difference"]) == ("80.0000", f"{2 * np.sqrt(2) * 5:.4f}", "30.0000")
-    low, high = wilson(8, 10)
-    assert (step["Avg_low"], step["Avg_high"]) == (f"{100 * low:.4f}", f"{100 * high:.4f}")
-    # the questions' differences, summed over seeds, are 2, 2, 1, 1: of 16 sign flips, 2 are as extreme
-    assert step["p_mcnemar"] == step["p_holm"] == f"{2 * (0.5**4):.6g}"
+    methods, difference = comparison.methods, comparison.differences["Step Decay"]
+    assert [step["Avg_low"], step["Avg_high"]] == [f"{end:.4f}" for end in methods[1].interval("Avg")]
+    assert step["p"] == step["p_holm"] == f"{difference.p:.6g}"
+    assert step["difference_detectable"] == f"{difference.detectable:.4f}" and base["difference_detectable"] == ""
 
 
 def test_latex_is_escaped_and_has_equal_rows(tmp_path):
@@ -554,29 +478,36 @@ def test_with_published(tmp_path):
     assert comparison.differences["Step Decay"].points == 0 and comparison.differences["Step Decay"].p == 1
     assert comparison.differences["Step Decay (published)"].p is None
     text = text_table(comparison)
-    assert "exact McNemar" in text and "without predictions" in text and "questions share lectures" in text
+    assert "exact McNemar" in text and "come without predictions" in text and "questions share lectures" in text
 
 
 # What is told of differences that were not found
 
 
 def test_no_difference_is_told_from_too_few_to_tell():
-    methods = [Method(name, [Run("", FLAGS, [], {"Avg": 1}, {"Avg": 1})]) for name in "abcd"]
-    differences = {"b": Difference(0.1, -0.3, 0.5, 0.6), "c": Difference(-0.5, -3.25, 2.25, 4),
-                   "d": Difference(3, 1, 5, 3)}
-    plain = Comparison(methods, differences, [])
-    none, too_few = verdicts(plain)
+    methods = [Method(name, [Run("", FLAGS, [], {"Avg": 1}, {"Avg": 1})]) for name in "abcdef"]
+    differences = {"b": Difference(0.1, -0.3, 0.5, 0.4, 0.9, 0.6), "c": Difference(-0.5, -3.25, 2.25, 0.6, 0.9, 4),
+                   "d": Difference(3, 1, 5, 0.01, 0.049, 3), "e": Difference(3, 0.1, 5.9, 0.04, 0.051, 3),
+                   "f": Difference(3, 1, 5, 0.001, 0.001)}  # of two runs, which say nothing about methods
+    differ, none, too_few = verdicts(Comparison(methods, differences, []))
+    assert differ.startswith("Differs from the base: d (+3.00). In brackets, the difference in points")
     assert none.startswith("No difference above 1 point: b (0.50). In brackets, the largest difference that the int")
-    assert too_few.startswith("Too few questions or seeds to tell: c (3.25).")
-    clustered = Comparison(methods, differences, [], clustered={**differences, "b": Difference(0.1, -1.3, 1.5, 2)})
-    (too_few,) = verdicts(clustered)
-    assert too_few.startswith("Too few questions or seeds to tell: b (1.50), c (3.25).")
-    assert "clustered interval" in too_few
+    assert too_few.startswith("Too few questions or seeds to tell: c (3.25), e (5.90).")
+
+
+def test_a_few_equal_answers_do_not_show_that_there_is_no_difference(tmp_path):
+    for name, flags in (("base", {}), ("step", STEP)):
+        for seed in range(3):
+            write_run(tmp_path / f"{name}{seed}", "11111111", seed=seed, **flags)
+    comparison = compare([str(tmp_path)])
+    difference = comparison.differences["Step Decay"]
+    assert difference.points == 0 and 30 < difference.high < 40
+    assert [line.split(":")[0] for line in verdicts(comparison)] == ["Too few questions or seeds to tell"]
 
 
 def test_the_published_table_says_what_it_is_worth():
     text = markdown_table(published())
-    assert "Too few questions or seeds to tell: Dec. Drop. Prob (2.58), Inc. Drop. Prob V2 (2.74), Dec. Drop." in text
-    assert "Methods with one seed: what another seed would give is in no interval" in text
+    assert "are of these runs, unpaired (Newcombe's interval) and untested. Another seed may give others" in text
+    assert verdicts(published()) == []  # one seed each
     assert "with probability 0.0102" in text and round(114 / (150 * 149 / 2), 4) == 0.0102
     assert "design effect 1.4, 3.2 or 5.3" in text  # 1 + 4240 * 0.0102 * 0.01, 0.05, 0.1

@@ -6,14 +6,12 @@ name the winner; the test split is scored once, for the winner and the base. All
 
 import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, write_json
@@ -22,7 +20,8 @@ from util.search.folder import RECORD, accuracy, add_rung, begin_record, change_
 from util.search.locks import claim, waiting_for
 from util.search.runner import Runner
 from util.search.space import Values
-from util.study.statistics import mcnemar, paired_bootstrap
+from util.study.comparison import clusters_of
+from util.study.statistics import Estimate, contrast, seed_variance, tango
 from util.study.tables import points
 
 VERDICT = "verdict.json"
@@ -92,59 +91,74 @@ def train_and_score(runner: Runner, epochs: int, run: FreshRun, lock: int) -> No
 class Verdict:
     """The best configuration by its mean over fresh seeds, and how it compares to the base, in points on validation.
 
-    p_seeds: Dunnett's test of whether any configuration is better than the base, from the spread between the seeds;
-    None with one seed. p_questions: McNemar's test of the winner, times the number of configurations. found: both lie
-    below 5 %, and so the error of finding something among equal configurations does.
+    low, high: the interval, adjusted for the number of configurations. p: the one-sided p-value that the winner is
+    better, times the number of configurations (Bonferroni); None with one seed, which names no winner. found: p lies
+    below 5 %.
     """
 
     winner: str
     n_configurations: int
     seeds: int
+    questions: int
     difference: float
     low: float
     high: float
-    p_seeds: float | None
-    p_questions: float
+    p: float | None
     found: bool
 
 
-def verdict(outcomes: dict[str, np.ndarray]) -> Verdict:
-    """The verdict on the outcomes [seeds, questions] of each configuration (1: correct); the base is among them."""
-    base, others = outcomes[BASE], {name: rows for name, rows in outcomes.items() if name != BASE}
-    winner = max(others, key=lambda name: others[name].mean())
-    difference = 100 * float(others[winner].mean() - base.mean())
-    low, high = paired_bootstrap(others[winner], base)
-    p_seeds = dunnett(np.array([rows.mean(1) for rows in (base, *others.values())])) if len(base) > 1 else None
-    p_questions = min(1.0, len(others) * mcnemar(others[winner], base))
-    found = difference > 0 and p_questions < LEVEL and (p_seeds is None or p_seeds < LEVEL)
-    return Verdict(winner, len(others), len(base), difference, 100 * low, 100 * high, p_seeds, p_questions, found)
+@dataclass(frozen=True)
+class Confirmation:
+    """The outcomes [seeds, questions] of each configuration on the same validation questions (1: correct), the base
+    among them, and the questions' clusters, where they are known."""
+
+    outcomes: dict[str, np.ndarray]
+    clusters: np.ndarray | None = None
+
+    @property
+    def base(self) -> np.ndarray:
+        return self.outcomes[BASE]
+
+    @property
+    def n_configurations(self) -> int:
+        """The number of configurations beside the base."""
+        return len(self.outcomes) - 1
+
+    def estimate(self, name: str) -> Estimate | None:
+        """The difference of a configuration to the base; None with one seed."""
+        between = seed_variance(list(self.outcomes.values()), self.clusters)
+        if between is None:
+            return None
+        return contrast([self.base, self.outcomes[name]], (-1, 1), self.clusters, between)
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """The interval of the difference to the base, so that all configurations' hold theirs together at 95 %; with
+        one seed, the interval of the difference between the two runs."""
+        estimate = self.estimate(name)
+        if estimate is None:
+            return tango(self.outcomes[name][0], self.base[0], self.clusters)
+        return estimate.interval(self.n_configurations)
 
 
-def dunnett(values: np.ndarray) -> float:
-    """The one-sided p-value of the largest difference to the first row, over all others (Dunnett 1955): is any better?
-
-    values: [1 + k, n], normal with one variance.
-    """
-    base, *others = values
-    if not np.ptp(values, axis=1).any():  # the test divides by the spread between seeds
-        return float(max(row[0] for row in others) <= base[0])
-    with warnings.catch_warnings():  # scipy warns of a configuration that scores the same with all seeds
-        warnings.simplefilter("ignore", RuntimeWarning)
-        found = scipy.stats.dunnett(*others, control=base, alternative="greater",
-                                    random_state=0)  # fixed, so that the same runs give the same verdict
-    return float(found.pvalue.min().clip(0, 1))  # its integrals are numerical
+def verdict(found: Confirmation) -> Verdict:
+    winner = max((name for name in found.outcomes if name != BASE), key=lambda name: found.outcomes[name].mean())
+    difference = 100 * float(found.outcomes[winner].mean() - found.base.mean())
+    (low, high), estimate = found.interval(winner), found.estimate(winner)
+    p = min(1.0, found.n_configurations * estimate.p_greater) if estimate else None
+    seeds, questions = found.base.shape
+    return Verdict(winner, found.n_configurations, seeds, questions, difference, 100 * low, 100 * high, p,
+                   p is not None and p < LEVEL)
 
 
-def read_outcomes(runs: list[tuple[str, Path]]) -> dict[str, np.ndarray]:
-    """The outcomes on the validation split by configuration: [seeds, questions], 1 where the answer is correct.
-
-    runs: the configuration and the folder of each run.
-    """
+def read_confirmation(runs: list[tuple[str, Path]]) -> Confirmation:
+    """The outcomes on the validation split. runs: the configuration and the folder of each run."""
     rows: dict[str, list] = {}
+    names: list[str | None] = []
     for configuration, folder in runs:
         answers = sorted(read_answers(folder / "val" / GENERATIONS), key=lambda answer: answer.qid)
         rows.setdefault(configuration, []).append([answer.correct for answer in answers])
-    return {name: np.array(row, int) for name, row in rows.items()}
+        names = [answer.cluster for answer in answers]
+    return Confirmation({name: np.array(row, int) for name, row in rows.items()}, clusters_of(names))
 
 
 def finish(study: Path, runner: Runner, runs: list[FreshRun], epochs: int) -> None:
@@ -152,8 +166,8 @@ def finish(study: Path, runner: Runner, runs: list[FreshRun], epochs: int) -> No
     wait."""
     with waiting_for(study / ".locks" / "verdict") as lock:
         if not (study / VERDICT).is_file():
-            outcomes = read_outcomes([(run.configuration, run.folder) for run in runs])
-            write_json(study / VERDICT, asdict(verdict(outcomes)))
+            found = read_confirmation([(run.configuration, run.folder) for run in runs])
+            write_json(study / VERDICT, asdict(verdict(found)))
         winner: Any = read_json(study / VERDICT)["winner"]
         for run in runs:
             if run.configuration in (BASE, winner):
@@ -163,14 +177,15 @@ def finish(study: Path, runner: Runner, runs: list[FreshRun], epochs: int) -> No
 def sentence(verdict: Any) -> str:
     """The verdict in words."""
     seeds = f"{verdict['seeds']} fresh seed{'s' * (verdict['seeds'] > 1)}"
-    tests = " and ".join(f"p = {p:.3f} over {what}" for p, what in ((verdict["p_seeds"], "seeds"),
-                                                                  (verdict["p_questions"], "questions"))
-                         if p is not None)
-    interval = f"95 % interval {points(verdict['low'])} to {points(verdict['high'])}"
     n = verdict["n_configurations"]
     adjusted = f", adjusted for {n} configurations" if n > 1 else ""
-    numbers = f"{points(verdict['difference'])} points on validation with {seeds} ({interval}; {tests}{adjusted})"
+    test = "" if verdict["p"] is None else f"; p = {verdict['p']:.3f}"
+    numbers = (f"{points(verdict['difference'])} points on {verdict['questions']:,} validation questions with {seeds} "
+               f"(95 % interval {points(verdict['low'])} to {points(verdict['high'])}{test}{adjusted})")
     if verdict["found"]:
         return f"Trial {verdict['winner']} is better than the base: {numbers}."
+    if verdict["p"] is None:
+        return ("No winner is named, since one fresh seed each tells nothing about configurations: give --seeds 3. The "
+                f"best run, of trial {verdict['winner']}, differs from the base's by {numbers}.")
     return (f"Nothing better than the base was found. The best of the others, trial {verdict['winner']}, differs by "
             f"{numbers}.")

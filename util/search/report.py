@@ -6,15 +6,13 @@ The importance of parameters is missing where Optuna is not installed.
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lavin.runtime.files import read_json, write_text
-from util.search.confirm import BASE, VERDICT, read_outcomes, sentence
+from util.search.confirm import BASE, VERDICT, Confirmation, read_confirmation, sentence
 from util.search.figures import write_figures
 from util.search.folder import gpu_seconds
 from util.search.summary import MIN_TRIALS, StudyReport
 from util.study.comparison import compare
-from util.study.statistics import paired_bootstrap, wilson
+from util.study.statistics import wilson
 from util.study.tables import NONE, markdown_table, points
 
 N_BEST = 10  # rows of the table of trials
@@ -39,15 +37,14 @@ def trial_table(report: StudyReport) -> str:
     return table(["trial", "state", "epochs", "accuracy", "95 %", "flags"], rows)
 
 
-def confirmation_table(report: StudyReport, outcomes: dict[str, np.ndarray]) -> str:
+def confirmation_table(report: StudyReport, found: Confirmation) -> str:
     """The table of the runs with fresh seeds, scored on all of the validation split."""
     rows = []
-    for name in sorted(outcomes, key=lambda name: -outcomes[name].mean()):
-        means, difference = 100 * outcomes[name].mean(1), [NONE, NONE]
+    for name, outcomes in sorted(found.outcomes.items(), key=lambda item: -item[1].mean()):
+        means, difference = 100 * outcomes.mean(1), [NONE, NONE]
         if name != BASE:
-            low, high = paired_bootstrap(outcomes[name], outcomes[BASE])
-            difference = [points(means.mean() - 100 * outcomes[BASE].mean()),
-                          f"{points(100 * low)} to {points(100 * high)}"]
+            low, high = (points(100 * end) for end in found.interval(name))
+            difference = [points(means.mean() - 100 * found.base.mean()), f"{low} to {high}"]
         deviation = f" ± {means.std(ddof=1):.2f}" if len(means) > 1 else ""
         rows.append([name, f"{means.mean():.2f}{deviation}", *difference,
                      f"`{report.changes(report.records[name]['values'])}`"])
@@ -61,11 +58,11 @@ def confirmation(report: StudyReport) -> list[str]:
                 "trials is lucky, and its own accuracy promises too much."]
     verdict: Any = read_json(report.folder / VERDICT)
     folders = {name: report.folder / "confirm" / name for name in report.confirmed}
-    outcomes = read_outcomes([(record["configuration"], folders[name]) for name, record in report.confirmed.items()])
-    n = next(iter(outcomes.values())).shape[1]
+    found = read_confirmation([(record["configuration"], folders[name]) for name, record in report.confirmed.items()])
+    n = found.base.shape[1]
     text = [sentence(verdict), f"Accuracy in % of all {n:,} validation questions, mean over {verdict['seeds']} fresh "
-            "seeds ± their standard deviation; intervals by paired bootstrap over questions and seeds:",
-            confirmation_table(report, outcomes)]
+            "seeds ± their standard deviation; the intervals count questions and seeds as samples, and hold together:",
+            confirmation_table(report, found)]
     tested = [str(folders[name]) for name, record in report.confirmed.items()
               if record["configuration"] in (BASE, verdict["winner"]) and (folders[name] / "scores.json").is_file()]
     if tested:

@@ -1,7 +1,7 @@
 """Groups runs into methods (runs whose flags differ only in the seed) and computes their differences to the base.
 
-Runs that cannot be compared are excluded, with the reason. Each difference has a confidence interval and, where it is
-known which answers are correct, the p-value of a paired test.
+Runs that cannot be compared are excluded, with the reason. Differences between methods with several seeds come from
+one estimate, which counts questions and seeds as samples; those between single runs are of these runs alone.
 """
 
 from collections import Counter
@@ -17,16 +17,14 @@ from util.runs import run_folders
 from util.study.finished_runs import Run, read_run
 from util.study.methods import method_name, method_names, named_methods
 from util.study.statistics import (
-    effective_size,
+    accuracy_interval,
+    contrast,
     expected_design_effect,
     holm,
     mcnemar,
-    minimum_detectable_difference,
     newcombe,
-    paired_bootstrap,
-    paired_standard_error,
-    probability_of_superiority,
-    unpaired_standard_error,
+    seed_variance,
+    tango,
     wilson,
 )
 
@@ -41,13 +39,13 @@ SCORED_WITH = {"decode": ("--decode", None), "precision": ("--precision", "preci
 class Method:
     """The runs of one method, one per seed. Accuracies are percentages, averaged over the seeds.
 
-    clustered: the interval of Avg where questions of one cluster are correlated; None where clusters are not known.
+    average_interval: the interval of Avg by what is known of all compared runs; None where only counts are known.
     """
 
     name: str
     runs: list[Run]
     published: bool = False
-    clustered: tuple[float, float] | None = None
+    average_interval: tuple[float, float] | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -78,7 +76,10 @@ class Method:
         return float(self.accuracies(column).std(ddof=1)) if len(self.runs) > 1 and self.counts[column] else None
 
     def interval(self, column: str) -> tuple[float, float]:
-        """Wilson's confidence interval of the mean over the seeds: the uncertainty from the sample of questions."""
+        """The confidence interval of the mean over the seeds; Wilson's, from the number of questions alone, for all
+        columns but Avg."""
+        if column == "Avg" and self.average_interval:
+            return self.average_interval
         low, high = wilson(self.correct(column), self.counts[column])
         return 100 * low, 100 * high
 
@@ -97,21 +98,26 @@ class Method:
 class Difference:
     """The difference to the base in percentage points, with its 95 % interval.
 
-    detectable: the smallest difference that a test of these questions would find 4 times of 5, before Holm's
-    adjustment. p, holm (adjusted p): only if paired.
+    p, holm (p adjusted for the other differences): None where it is not known which answers are correct. detectable:
+    the smallest true difference that is found with a power of 80 %, after the adjustment; None where this is a
+    difference between single runs, which says nothing about their methods.
     """
 
     points: float
     low: float
     high: float
-    detectable: float
     p: float | None = None
     holm: float | None = None
+    detectable: float | None = None
 
     @property
-    def possible(self) -> float | None:
-        """The largest difference that the interval leaves possible, where it includes none; else None."""
-        return max(-self.low, self.high) if self.low <= 0 <= self.high else None
+    def is_of_methods(self) -> bool:
+        return self.detectable is not None
+
+    @property
+    def largest(self) -> float:
+        """The largest absolute difference that the interval leaves possible."""
+        return max(-self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -123,18 +129,10 @@ class Comparison:
     excluded: list[str]  # "RUN: reason"
     notes: list[str] = field(default_factory=list)  # "RUN, ...: what to know of it"
     clusters: np.ndarray | None = None  # of the questions, in the order of outcomes
-    clustered: dict[str, Difference] = field(default_factory=dict)  # the differences, with clusters
 
     @property
     def counts(self) -> dict[str, int]:
         return self.methods[0].counts
-
-    def superiority(self, method: Method) -> tuple[float, float, float] | None:
-        """The probability that a new run scores above one of the base, and its interval; None without several seeds."""
-        base = self.methods[0]
-        if method.name not in self.differences or len(method.runs) == 1 or len(base.runs) == 1:
-            return None
-        return probability_of_superiority(method.accuracies("Avg"), base.accuracies("Avg"))
 
 
 def compare(paths: list[str], base_path: str | None = None) -> Comparison:
@@ -153,12 +151,8 @@ def compare(paths: list[str], base_path: str | None = None) -> Comparison:
     runs, incomparable = same_questions(runs, base)
     methods, duplicates = group_by_method(runs, base)
     clusters = known_clusters(runs)
-    comparison = Comparison(methods, differences_to_first(methods) if base else {}, unread + incomparable + duplicates,
-                            collect_notes(methods), clusters)
-    if clusters is None:
-        return comparison
-    return replace(comparison, methods=[with_clusters(method, clusters) for method in methods],
-                   clustered=differences_to_first(methods, clusters) if base else {})
+    return Comparison(with_intervals(methods, clusters), differences_to_first(methods, clusters) if base else {},
+                      unread + incomparable + duplicates, collect_notes(methods), clusters)
 
 
 def published() -> Comparison:
@@ -240,17 +234,24 @@ def known_clusters(runs: list[Run]) -> np.ndarray | None:
     """The clusters of the questions, in the order of outcomes; None where no run saved them, or where all questions
     have the same one or one of their own."""
     by_run = ([answer.cluster for answer in run.answers] for run in runs)
-    names: list = next((names for names in by_run if names and None not in names), [])
-    if len(set(names)) in (0, 1, len(names)):
+    return next((found for names in by_run if (found := clusters_of(names)) is not None), None)
+
+
+def clusters_of(names: list[str | None]) -> np.ndarray | None:
+    """The clusters of these names, as numbers; None where one is missing, or where they say nothing."""
+    if None in names or len(set(names)) in (0, 1, len(names)):
         return None
-    return np.unique(names, return_inverse=True)[1]
+    return np.unique(np.array(names), return_inverse=True)[1]
 
 
-def with_clusters(method: Method, clusters: np.ndarray) -> Method:
-    """The method with its clustered interval."""
-    n = effective_size(method.outcomes.mean(0), clusters)
-    low, high = wilson(method.overall / 100 * n, n)
-    return replace(method, clustered=(100 * low, 100 * high))
+def with_intervals(methods: list[Method], clusters: np.ndarray | None) -> list[Method]:
+    """The methods with the intervals of their accuracies, where their answers are known."""
+    if not methods[0].has_answers:
+        return methods
+    between = seed_variance([method.outcomes for method in methods], clusters)
+    intervals = [accuracy_interval(method.outcomes, clusters, between) for method in methods]
+    return [replace(method, average_interval=(100 * low, 100 * high))
+            for method, (low, high) in zip(methods, intervals, strict=True)]
 
 
 def why_incomparable(run: Run, reference: Run, right_options: dict[str, int]) -> str | None:
@@ -297,20 +298,37 @@ def group_by_method(runs: list[Run], base: Run | None) -> tuple[list[Method], li
 
 
 def differences_to_first(methods: list[Method], clusters: np.ndarray | None = None) -> dict[str, Difference]:
-    """The difference of each method to the first one: paired where their answers are known, else from the counts."""
+    """The difference of each method to the first one."""
     base, *others = methods
     if not base.has_answers:
-        intervals = [newcombe(m.correct("Avg"), m.counts["Avg"], base.correct("Avg"), base.counts["Avg"])
-                     for m in others]
-        errors = [unpaired_standard_error(m.correct("Avg"), m.counts["Avg"], base.correct("Avg"), base.counts["Avg"])
-                  for m in others]
-        p_pairs: list[tuple] = [(None, None)] * len(others)
+        found = [from_counts(method, base) for method in others]
+    elif any(len(method.runs) > 1 for method in methods):
+        found = between_methods([method.outcomes for method in methods], clusters)
     else:
-        base_outcomes, *outcomes = [method.outcomes for method in methods]
-        intervals = [paired_bootstrap(o, base_outcomes, clusters) for o in outcomes]
-        errors = [paired_standard_error(o, base_outcomes, clusters) for o in outcomes]
-        p_values = [mcnemar(o, base_outcomes, clusters) for o in outcomes]
-        p_pairs = list(zip(p_values, holm(p_values), strict=True))
-    return {method.name: Difference(method.overall - base.overall, 100 * low, 100 * high,
-                                    100 * minimum_detectable_difference(error), *p_pair)
-            for method, (low, high), error, p_pair in zip(others, intervals, errors, p_pairs, strict=True)}
+        found = [between_runs(method.outcomes[0], base.outcomes[0], clusters) for method in others]
+    if base.has_answers:
+        adjusted = holm([difference.p for difference in found if difference.p is not None])
+        found = [replace(difference, holm=p) for difference, p in zip(found, adjusted, strict=True)]
+    return {method.name: replace(difference, points=method.overall - base.overall)
+            for method, difference in zip(others, found, strict=True)}
+
+
+def from_counts(method: Method, base: Method) -> Difference:
+    """An unpaired difference, where it is known how many answers are correct, but not which."""
+    low, high = newcombe(method.correct("Avg"), method.counts["Avg"], base.correct("Avg"), base.counts["Avg"])
+    return Difference(0, 100 * low, 100 * high)
+
+
+def between_runs(run: np.ndarray, base: np.ndarray, clusters: np.ndarray | None) -> Difference:
+    low, high = tango(run, base, clusters)
+    return Difference(0, 100 * low, 100 * high, mcnemar(run, base, clusters))
+
+
+def between_methods(outcomes: list[np.ndarray], clusters: np.ndarray | None) -> list[Difference]:
+    """The differences to the first method's outcomes. The variance between seeds is that of all methods."""
+    between = seed_variance(outcomes, clusters)
+    assert between is not None
+    estimates = [contrast([outcomes[0], rows], (-1, 1), clusters, between) for rows in outcomes[1:]]
+    intervals = [estimate.interval() for estimate in estimates]
+    return [Difference(0, 100 * low, 100 * high, estimate.p, detectable=100 * estimate.detectable(len(estimates)))
+            for (low, high), estimate in zip(intervals, estimates, strict=True)]

@@ -107,9 +107,6 @@ def draw_accuracy(ax: Axes, methods: list[Method], cut: bool) -> None:
     for y, method in enumerate(methods):
         mean, style = method.overall, style_by_name[method.name]
         error = {"xerr": distances(mean, method.interval("Avg")), "capsize": 2.5}
-        if method.clustered:
-            ax.errorbar(mean, y, xerr=distances(mean, method.clustered), capsize=4, fmt="none", elinewidth=0.6,
-                        ecolor=style["color"] if cut else "black")
         if cut:
             ax.errorbar(mean, y, **error, **{**style, "linestyle": "none"})
             if len(method.runs) > 1:
@@ -119,13 +116,12 @@ def draw_accuracy(ax: Axes, methods: list[Method], cut: bool) -> None:
             ax.errorbar(mean, y, **error, color="black")
         ax.annotate(f"{mean:.2f}", (1, y), xycoords=ax.get_yaxis_transform(), xytext=(4, 0), textcoords="offset points",
                     va="center", fontsize=8)
-    thin = " (thin: clustered)" if any(method.clustered for method in methods) else ""
-    ax.set(title=f"Overall accuracy, 95 % intervals{thin}", xlabel="accuracy (%)", ylim=(len(methods) - 0.4, -0.6),
+    ax.set(title="Overall accuracy, 95 % intervals", xlabel="accuracy (%)", ylim=(len(methods) - 0.4, -0.6),
            yticks=range(len(methods)), yticklabels=[wrap(method.name) for method in methods])
     ax.grid(axis="y", visible=False)
     if cut:
         ax.axvline(methods[0].overall, color="grey", linewidth=0.8, linestyle="--", zorder=0)
-        intervals = [ends for method in methods for ends in (method.interval("Avg"), method.clustered) if ends]
+        intervals = [method.interval("Avg") for method in methods]
         cut_axis(ax, "x", [low for low, _ in intervals], [high for _, high in intervals])
     else:
         ax.set_xlim(0, 100)

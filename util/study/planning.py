@@ -1,43 +1,44 @@
-"""How many seeds and questions a comparison of two methods needs to find a difference of given size.
+"""How many seeds and questions a comparison needs to find a difference of given size.
 
-The variance of a difference between two methods' mean accuracies over S seeds each, on the same n questions, is
-2 seeds / S + (questions + 2 noise / S) / n (Miller 2024, arXiv 2411.00640, on power analysis, with a term for seeds).
-It is measured on the runs at hand; what they cannot show is assumed, which the plan says.
+The plan asks what `util.study.statistics.contrast` would find, with more seeds or questions than the runs at hand have
+(Miller 2024, arXiv 2411.00640, on power analysis, with a term for seeds). The variances are measured on these runs;
+what they cannot show is assumed, which the plan says.
 """
 
 import math
-from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.stats import chi2
 
 from lavin.runtime.console import format_table
 from lavin.runtime.errors import UserError
-from util.study.comparison import Comparison, Method
-from util.study.statistics import minimum_detectable_difference, standard_error
+from util.study.comparison import Comparison
+from util.study.statistics import Estimate, seed_variance, standard_error, two_way
 
-SEEDS = (1, 2, 3, 5, 10, 20, 50)  # the plan's rows
+SEEDS = (2, 3, 5, 10, 20, 50)  # the plan's rows
 MANY = 1000  # seeds: more than anybody trains
+MOST_QUESTIONS = 10**9
 ASSUMED_DEVIATION = 0.5  # points, between seeds of one method
 NONE = "–"
-DETECTABLE = ("detectable: found 4 times of 5 by a two-sided test at 5 % between two methods with as many seeds each, "
-              "on the same questions. –: on no number of questions; one seed may just be a lucky one.")
 
 
 @dataclass(frozen=True)
 class Variances:
-    """The parts of the variance of a difference, in squared points.
+    """The parts of the variance of a difference between two methods, in squared points.
 
     seeds: the variance between a method's seeds, of their accuracies on endless questions. questions: the one between
-    questions, of the difference that stays whatever the seed. noise: the one of a single answer of one seed. notes: the
-    source of these numbers.
+    questions, of the difference that stays whatever the seed. noise: the one of a single answer of one seed. methods:
+    their number, of which one is the base. cluster_size: questions in a cluster, on average. notes: the source of these
+    numbers.
     """
 
     seeds: float
     questions: float
     noise: float
-    notes: tuple[str, ...]
+    methods: int = 2
+    cluster_size: float = 1.0
+    notes: tuple[str, ...] = ()
 
 
 # --- Variances of the runs at hand ---
@@ -48,39 +49,35 @@ def measure(comparison: Comparison) -> Variances:
         raise UserError("--plan needs runs of two methods at least: name more runs, or none for the published ones")
     seeds, noise, seeds_note = between_seeds(comparison)
     questions, questions_note = between_questions(comparison, noise)
-    return Variances(seeds, questions, noise, (seeds_note, questions_note))
+    n = comparison.counts["Avg"]
+    cluster_size = 1.0 if comparison.clusters is None else n / (comparison.clusters.max() + 1)
+    return Variances(seeds, questions, noise, len(comparison.methods), cluster_size, (seeds_note, questions_note))
 
 
 def between_seeds(comparison: Comparison) -> tuple[float, float, str]:
-    """The variance between seeds, the variance of noise, and their source: the two-way analysis of variance of each
-    method's outcomes (seed by question), pooled over the methods with several seeds."""
+    """The variance between seeds, the variance of noise, and their source."""
     repeated = [method for method in comparison.methods if len(method.runs) > 1]
     if not repeated:
         return ASSUMED_DEVIATION**2, 0.0, (
             f"Assumed: a standard deviation of {ASSUMED_DEVIATION:g} points between a method's seeds, and that more "
             "seeds average out nothing else. Runs of several seeds would measure both.")
-    freedom = np.array([len(method.runs) - 1 for method in repeated])
-    noises = [noise_of(method, comparison) for method in repeated]
-    of_accuracies = [method.accuracies("Avg").var(ddof=1) for method in repeated]
-    noise = float(np.average(noises, weights=freedom))
-    seeds = max(0.0, float(np.average(of_accuracies, weights=freedom)) - noise / comparison.counts["Avg"])
-    return seeds, noise, (f"Measured, on {sum(freedom) + len(repeated)} runs of {len(repeated)} "
-                          f"method{'s' * (len(repeated) > 1)}: a standard deviation of {math.sqrt(seeds):.2f} points "
-                          "between seeds, beside the noise of single answers.")
-
-
-def noise_of(method: Method, comparison: Comparison) -> float:
-    """The variance of outcomes that neither the seed nor the question explains; 0 where outcomes are not known."""
-    if not method.has_answers:
-        return 0.0
-    outcomes = method.outcomes
-    residuals = outcomes - outcomes.mean(0)
-    per_seed = [per_question(seed_residuals, comparison.clusters) for seed_residuals in residuals]
-    return float(np.mean(per_seed)) * len(outcomes) / (len(outcomes) - 1)
+    freedom = sum(len(method.runs) - 1 for method in repeated)
+    of_accuracies = sum((len(method.runs) - 1) * method.accuracies("Avg").var(ddof=1) for method in repeated) / freedom
+    found = seed_variance([method.outcomes for method in repeated], comparison.clusters) if (
+        repeated[0].has_answers) else None
+    noise = 1e4 * found.answers if found else 0.0
+    low, high = np.sqrt(freedom * of_accuracies / chi2.ppf([0.975, 0.025], freedom))
+    return max(0.0, of_accuracies - noise), noise * comparison.counts["Avg"], (
+        f"Measured, on {freedom + len(repeated)} runs of {len(repeated)} method{'s' * (len(repeated) > 1)}: accuracies "
+        f"of a method's seeds have a standard deviation of {math.sqrt(of_accuracies):.2f} points (95 % interval "
+        f"{low:.2f} to {high:.2f}); the plan takes it as known.")
 
 
 def per_question(values: np.ndarray, clusters: np.ndarray | None) -> float:
-    """The variance that n independent questions with the same standard error would have. values [n]: fractions."""
+    """The variance, in squared points, that n independent questions with the same standard error would have.
+
+    values [n]: fractions.
+    """
     return 1e4 * len(values) * standard_error(values, clusters) ** 2
 
 
@@ -103,32 +100,35 @@ def between_questions(comparison: Comparison, noise: float) -> tuple[float, str]
 
 # --- What they allow ---
 
-def seeds_detectable(variances: Variances, seeds: int) -> float:
-    """The smallest difference that a t-test on the accuracies of two times `seeds` runs finds 4 times of 5, if there
-    are endless questions (Cohen 1988). It is infinite for one seed, if seeds differ at all."""
-    if not variances.seeds:
-        return 0.0
-    if seeds == 1:
-        return math.inf
-    quantiles = student_t.ppf([0.975, 0.8], df=2 * (seeds - 1))
-    return float(quantiles.sum()) * math.sqrt(2 * variances.seeds / seeds)
-
-
-def questions_detectable(variances: Variances, seeds: int, n: int) -> float:
-    """The same as `seeds_detectable` for n questions, if seeds do not differ but in noise."""
-    return minimum_detectable_difference(math.sqrt((variances.questions + 2 * variances.noise / seeds) / n))
-
-
 def detectable(variances: Variances, seeds: int, n: int) -> float:
-    """The smallest difference in points that is found. Adding squares keeps each part's own quantiles, and so errs on
-    the side of more (most at 2 seeds)."""
-    return math.hypot(seeds_detectable(variances, seeds), questions_detectable(variances, seeds, n))
+    """The smallest true difference, in points, between a method and the base that is found with a power of 80 %.
+
+    All methods have as many seeds and the same n questions; 5 % hold for all differences to the base together, as by p
+    (Holm). It is infinite for one seed, which may be a lucky one.
+    """
+    freedom, n_clusters = variances.methods * (seeds - 1), n / variances.cluster_size
+    if freedom == 0 or n_clusters < 2:
+        return math.inf
+    noise = 2 * variances.noise / (seeds * n)  # counted by questions and by seeds
+    found = two_way(variances.questions / n + noise, n_clusters - 1, 2 * variances.seeds / seeds + noise, noise,
+                    freedom)
+    return Estimate(0.0, *found).detectable(variances.methods - 1)
 
 
 def questions_needed(variances: Variances, seeds: int, points: float) -> int | None:
     """The smallest n for which the difference is detectable; None where these seeds do not find it on any number."""
-    left = points**2 - seeds_detectable(variances, seeds) ** 2
-    return math.ceil(questions_detectable(variances, seeds, 1) ** 2 / left) if left > 0 else None
+    if detectable(variances, seeds, MOST_QUESTIONS) > points:
+        return None
+    too_few, enough = 1, MOST_QUESTIONS
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if detectable(variances, seeds, middle) <= points else (middle, enough)
+    return enough
+
+
+def seeds_needed(variances: Variances, n: int, points: float) -> int | None:
+    """The smallest number of seeds for which the difference is detectable with n questions; None where it is none."""
+    return next((seeds for seeds in range(2, MANY) if detectable(variances, seeds, n) <= points), None)
 
 
 # --- In words ---
@@ -136,18 +136,26 @@ def questions_needed(variances: Variances, seeds: int, points: float) -> int | N
 def plan(comparison: Comparison, points: float) -> str:
     """The plan as text: a table by number of seeds, what it says of these questions, and where its numbers are from."""
     variances, n = measure(comparison), comparison.counts["Avg"]
-    header = ["seeds a method", f"detectable with {n:,} questions", f"questions for {points:g} points"]
+    header = ["seeds a method", f"detectable with {n:,} questions", f"questions for {in_points(points)}"]
     rows = []
     for seeds in SEEDS:
         found, needed = detectable(variances, seeds, n), questions_needed(variances, seeds, points)
         rows.append([seeds, f"±{found:.2f}" if math.isfinite(found) else NONE, f"{needed:,}" if needed else NONE])
-    return "\n".join([format_table(header, rows), "", verdict(variances, n, points), *variances.notes, DETECTABLE])
+    k = variances.methods - 1
+    return "\n".join([format_table(header, rows), "", verdict(variances, n, points), *variances.notes, (
+        f"detectable: found with a power of 80 % between the base and one of {k} other method{'s' * (k > 1)} with as "
+        "many seeds each, on the same questions, by p (Holm) below 0.05. –: on no number of questions. One seed tells "
+        "nothing about a method, since it may just be a lucky one.")])
 
 
 def verdict(variances: Variances, n: int, points: float) -> str:
     """The sentence on what a difference of this size needs."""
-    enough = 1 + bisect_left(range(1, MANY), True, key=lambda seeds: detectable(variances, seeds, n) <= points)
-    if enough < MANY:
-        seeds = f"{enough} seed{'s' * (enough > 1)} a method"
-        return f"A difference of {points:g} points needs {seeds} with {n:,} questions."
-    return f"No number of seeds finds a difference of {points:g} points with {n:,} questions: it needs more of these."
+    enough = seeds_needed(variances, n, points)
+    if enough:
+        return f"A difference of {in_points(points)} needs {enough} seeds a method with {n:,} questions."
+    return (f"No number of seeds finds a difference of {in_points(points)} with {n:,} questions: it needs more of "
+            "these.")
+
+
+def in_points(number: float) -> str:
+    return f"{number:g} point{'s' * (number != 1)}"

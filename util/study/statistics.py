@@ -1,20 +1,28 @@
 """Confidence intervals of accuracies and of their differences, and significance tests.
 
-An accuracy is `correct` out of `n` questions. Intervals are (low, high) fractions at the 95 % confidence level.
-Outcomes are arrays [seeds, n] of 0 (wrong) and 1 (correct), with the questions in the same order. Clusters are an array
-[n] of each question's cluster, 0 to G - 1, for questions whose outcomes are correlated within G clusters; None: each
-question is a cluster of its own, so that all questions are independent.
+Several seeds a method: `contrast` is the one estimator of a difference between methods, whose interval, p-value and
+detectable difference agree with one another. One seed a method: `tango` and `mcnemar` compare two runs, and say nothing
+about their methods. Counts without answers: `wilson` and `newcombe`.
+
+Intervals are (low, high) fractions at the 95 % confidence level. Outcomes are arrays [seeds, n] (a run's: [n]) of 0
+(wrong) and 1 (correct), with the questions in the same order. Clusters are an array [n] of each question's cluster, 0
+to G - 1, for questions whose outcomes are correlated within G clusters; None: each question is a cluster of its own, so
+that all questions are independent.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import t as student_t
 
 Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
-Z_POWER = 0.8416212335729143  # 80 % quantile
-DRAWS = 10_000  # bootstrap samples: the Monte Carlo error of an interval's ends is about 0.02 of its width
+POWER = 0.8  # the probability with which a detectable difference is found (Cohen 1988)
 
+
+# --- Clusters ---
 
 def sums_by_cluster(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
     """Adds up values [..., n] within the clusters: [..., G]."""
@@ -33,12 +41,7 @@ def standard_error(values: np.ndarray, clusters: np.ndarray | None = None) -> fl
     return math.sqrt((residuals**2).sum() * len(residuals) / max(1, len(residuals) - 1)) / len(values)
 
 
-def paired_standard_error(method: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None) -> float:
-    """The standard error of the mean over the questions of their differences, for these seeds."""
-    return standard_error(method.mean(0) - base.mean(0), clusters)
-
-
-def design_effect(values: np.ndarray, clusters: np.ndarray) -> float:
+def design_effect(values: np.ndarray, clusters: np.ndarray | None) -> float:
     """The variance of the mean of values [n], divided by that of a mean of independent values (Kish 1965). It is 1
     where all values are equal."""
     independent = standard_error(values)
@@ -51,22 +54,171 @@ def expected_design_effect(n: int, same_cluster: float, intraclass_correlation: 
     return 1 + (n - 1) * same_cluster * intraclass_correlation
 
 
-def effective_size(values: np.ndarray, clusters: np.ndarray) -> float:
-    """The number of independent questions that determine the mean of values [n] as well (Korn & Graubard 1998).
+# --- Several seeds a method ---
 
-    There are at least two clusters; the quantile of t accounts for few of them. Clusters that seem to add information
-    are taken not to (at most n).
+@dataclass(frozen=True)
+class SeedVariance:
+    """The variance between the seeds of a method, pooled over methods.
+
+    accuracies: the variance of the seeds' accuracies. answers: the part of it that stems from single answers, which
+    vary with the seed, and so from the number of questions. freedom: the degrees of freedom.
     """
-    t = student_t.ppf(0.975, clusters.max())
-    return float(len(values) / max(1.0, design_effect(values, clusters)) * (Z / t) ** 2)
 
+    accuracies: float
+    answers: float
+    freedom: int
+
+
+def seed_variance(outcomes: Sequence[np.ndarray], clusters: np.ndarray | None = None) -> SeedVariance | None:
+    """The variance between seeds, pooled over the methods' outcomes; None where no method has several seeds."""
+    freedom = sum(len(rows) - 1 for rows in outcomes)
+    if freedom == 0:
+        return None
+    deviations = [row - rows.mean(0) for rows in outcomes for row in rows]  # 0 for a method with one seed
+    return SeedVariance(sum(float(row.mean()) ** 2 for row in deviations) / freedom,
+                        sum(standard_error(row, clusters) ** 2 for row in deviations) / freedom, freedom)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate whose error follows Student's t distribution with these degrees of freedom.
+
+    centre: the middle of the interval, a little nearer to 0 than the observed value where questions are few.
+    """
+
+    centre: float
+    variance: float
+    freedom: float
+
+    @property
+    def standard_error(self) -> float:
+        return math.sqrt(self.variance)
+
+    def interval(self, tests: int = 1) -> tuple[float, float]:
+        """The interval; for several tests, all of them hold their values at 95 % together (Bonferroni)."""
+        half_width = student_t.ppf(1 - 0.025 / tests, self.freedom) * self.standard_error
+        return max(-1.0, self.centre - half_width), min(1.0, self.centre + half_width)
+
+    @property
+    def p(self) -> float:
+        """The two-sided p-value of the null hypothesis that the true value is 0."""
+        return float(2 * student_t.sf(abs(self.centre) / self.standard_error, self.freedom))
+
+    @property
+    def p_greater(self) -> float:
+        """The one-sided p-value: small where the true value lies above 0."""
+        return float(student_t.sf(self.centre / self.standard_error, self.freedom))
+
+    def detectable(self, tests: int = 1) -> float:
+        """The smallest true value that is found with a power of 80 %, at 5 % over several tests (Bonferroni)."""
+        quantiles = student_t.ppf([1 - 0.025 / tests, POWER], self.freedom)
+        return float(quantiles.sum()) * self.standard_error
+
+
+def two_way(questions: float, questions_freedom: float, seeds: float, answers: float, seeds_freedom: float
+            ) -> tuple[float, float]:
+    """The variance of a difference between methods, and its degrees of freedom (Satterthwaite 1946).
+
+    questions, seeds: its variance over the sample of questions, and over that of seeds; answers: what both count.
+    Two-way clustering (Cameron, Gelbach & Miller 2011), no less than either of the two.
+    """
+    variance = max(questions + seeds - answers, questions, seeds)
+    return variance, variance**2 / (questions**2 / questions_freedom + seeds**2 / seeds_freedom)
+
+
+def contrast(outcomes: Sequence[np.ndarray], weights: Sequence[float], clusters: np.ndarray | None,
+             between: SeedVariance) -> Estimate:
+    """The sum of methods' accuracies times weights that add up to 0: (-1, 1) for the difference of two methods.
+
+    The interval counts questions, their clusters and seeds as samples. Two imaginary questions, answered in favour of
+    either side, keep it honest where nearly all answers agree (Bonett & Price 2012, for one seed). between: from
+    `seed_variance`, of these methods or more.
+    """
+    differences = sum(weight * rows.mean(0) for weight, rows in zip(weights, outcomes, strict=True))
+    largest = sum(weight for weight in weights if weight > 0)
+    values = np.append(differences, [largest, -largest])
+    if clusters is not None:
+        clusters = np.append(clusters, clusters.max() + np.array([1, 2]))
+    n_clusters = len(values) if clusters is None else clusters.max() + 1
+    per_run = sum(weight**2 / len(rows) for weight, rows in zip(weights, outcomes, strict=True))
+    variance, freedom = two_way(standard_error(values, clusters) ** 2, n_clusters - 1,
+                                per_run * between.accuracies, per_run * between.answers, between.freedom)
+    return Estimate(float(values.mean()), variance, freedom)
+
+
+def accuracy_interval(outcomes: np.ndarray, clusters: np.ndarray | None, between: SeedVariance | None
+                      ) -> tuple[float, float]:
+    """The interval of a method's accuracy: Wilson's, with the number of independent answers that determine it as well
+    (Korn & Graubard 1998; Franco et al. 2019), at most the number of questions.
+
+    between: from `seed_variance`; None for one seed a method, whose interval is of this run.
+    """
+    mean = outcomes.mean(0)
+    n, p = len(mean), float(mean.mean())
+    independent = p * (1 - p) / (n - 1) if n > 1 else 0.0
+    if independent == 0 or (clusters is None and between is None):
+        return wilson(n * p, n)
+    seeds, answers, freedom = (
+        (between.accuracies / len(outcomes), between.answers / len(outcomes), between.freedom) if between
+        else (0.0, 0.0, math.inf))
+    n_clusters = n if clusters is None else clusters.max() + 1
+    questions = max(1e-30, standard_error(mean, clusters) ** 2)  # degrees of freedom divide by it
+    variance, freedom = two_way(questions, n_clusters - 1, seeds, answers, freedom)
+    size = n * min(1.0, independent / variance) * (Z / student_t.ppf(0.975, freedom)) ** 2
+    return wilson(size * p, size)
+
+
+# --- Two runs ---
+
+def mcnemar(run: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None) -> float:
+    """The exact two-sided p-value of the null hypothesis that two runs answer such questions equally well.
+
+    The binomial test on the questions that only one of them answers correctly (McNemar 1947). With clusters, the sum of
+    each has a random sign under the null hypothesis (Canay, Romano & Shaikh 2017).
+    """
+    differences = sums_by_cluster(run.astype(int) - base.astype(int), clusters)
+    sizes, counts = np.unique(abs(differences[differences != 0]), return_counts=True)
+    pmf = np.ones(1)  # of the sum of the positive differences, under random signs
+    for size, count in zip(sizes, counts.tolist(), strict=True):
+        binomial = np.zeros(size * count + 1)
+        binomial[::size] = [math.comb(count, k) / 2**count for k in range(count + 1)]
+        pmf = np.convolve(pmf, binomial)
+    signed_sums = 2 * np.arange(len(pmf)) - (len(pmf) - 1)
+    return min(1.0, float(pmf[abs(signed_sums) >= abs(differences.sum())].sum()))
+
+
+def tango(run: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:
+    """The score interval of the difference between two runs' accuracies on the same questions (Tango 1998).
+
+    With clusters, all counts are divided by the design effect of the answers' differences, if it is above 1.
+    """
+    differences = run.astype(int) - base.astype(int)
+    scale = 1 / max(1.0, design_effect(differences, clusters))
+    n, wins, losses = scale * len(differences), scale * (differences > 0).sum(), scale * (differences < 0).sum()
+
+    def score(difference: float) -> float:
+        """The standardized distance of the observed difference from a hypothetical one. Of the shares of wins and
+        losses, the latter is the larger root of Tango's quadratic equation."""
+        b = -wins - losses + (2 * n - wins + losses) * difference
+        q = (math.sqrt(max(0.0, b * b + 8 * n * losses * difference * (1 - difference))) - b) / (4 * n)
+        variance = n * (2 * q + difference * (1 - difference))
+        distance = wins - losses - n * difference
+        return distance / math.sqrt(max(variance, 1e-300)) if distance else 0.0
+
+    observed = (wins - losses) / n
+    low = -1.0 if observed <= -1 else brentq(lambda d: score(d) - Z, -1 + 1e-12, observed)
+    high = 1.0 if observed >= 1 else brentq(lambda d: score(d) + Z, observed, 1 - 1e-12)
+    return float(low), float(high)
+
+
+# --- Counts without answers ---
 
 def wilson(correct: float, n: float) -> tuple[float, float]:
     """The score interval of a proportion (Wilson 1927). `correct` may be a mean over seeds; n an effective size (Franco
     et al. 2019), with `correct` in proportion."""
     p, z2 = correct / n, Z * Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half_width = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    half_width = Z * math.sqrt(max(0.0, p * (1 - p)) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     # rounding would leave 0 of 3 outside its own interval, and matplotlib refuses negative error bars
     return max(0.0, min(p, centre - half_width)), min(1.0, max(p, centre + half_width))
 
@@ -78,56 +230,6 @@ def newcombe(correct: float, n: int, base_correct: float, base_n: int) -> tuple[
     return p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
 
 
-def unpaired_standard_error(correct: float, n: int, base_correct: float, base_n: int) -> float:
-    """The standard error of an unpaired difference of proportions."""
-    p, q = correct / n, base_correct / base_n
-    return math.sqrt(p * (1 - p) / n + q * (1 - q) / base_n)
-
-
-def minimum_detectable_difference(standard_error: float) -> float:
-    """The smallest true difference that a two-sided test at 5 % finds 4 times of 5 (power 0.8; Cohen 1988)."""
-    return (Z + Z_POWER) * standard_error
-
-
-def mcnemar(method: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None) -> float:
-    """The exact two-sided p-value of the null hypothesis that both answer the questions equally well (McNemar 1947).
-
-    One seed each: the binomial test on the questions that only one of them answers correctly. Several seeds: its
-    extension to the difference of mean outcomes of each question, whose sign is random under the null hypothesis
-    (Fisher's randomization test, 1935). Clusters: one sign for the sum of each (Canay, Romano & Shaikh 2017).
-    """
-    differences = len(base) * method.sum(0, dtype=int) - len(method) * base.sum(0, dtype=int)  # scaled to integers
-    differences = sums_by_cluster(differences, clusters)
-    sizes, counts = np.unique(abs(differences[differences != 0]), return_counts=True)
-    pmf = np.ones(1)  # of the sum of the positive differences, under random signs
-    for size, count in zip(sizes, counts.tolist(), strict=True):
-        binomial = np.zeros(size * count + 1)
-        binomial[::size] = [math.comb(count, k) / 2**count for k in range(count + 1)]
-        pmf = np.convolve(pmf, binomial)
-    signed_sums = 2 * np.arange(len(pmf)) - (len(pmf) - 1)
-    return min(1.0, float(pmf[abs(signed_sums) >= abs(differences.sum())].sum()))
-
-
-def paired_bootstrap(method: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:
-    """The percentile interval of the paired difference (Efron & Tibshirani 1993). Both get the same resampled
-    questions, or whole clusters of them (Field & Welsh 2007).
-
-    Seeds are resampled too, independently for each method; this makes the interval conservative (Owen 2007).
-    Clusters with identical outcomes in all runs form one cell of a multinomial distribution, for speed.
-    """
-    rng = np.random.default_rng(0)  # fixed, so that the same runs give the same table
-    sums = sums_by_cluster(np.concatenate([method, base, np.ones_like(base[:1])]), clusters)  # last row: sizes
-    patterns, counts = np.unique(sums, axis=1, return_counts=True)
-    drawn = rng.multinomial(counts.sum(), counts / counts.sum(), DRAWS) @ patterns.T
-    accuracies = drawn[:, :-1] / drawn[:, -1:]  # [DRAWS, seeds of both]
-    means = []
-    for by_seed in np.split(accuracies, [len(method)], axis=1):
-        seeds = rng.integers(by_seed.shape[1], size=by_seed.shape)
-        means.append(np.take_along_axis(by_seed, seeds, 1).mean(1))
-    low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
-    return float(low), float(high)
-
-
 def holm(p_values: list[float]) -> list[float]:
     """The p-values adjusted for multiple comparisons, in the given order (Holm 1979)."""
     adjusted, running_max = [0.0] * len(p_values), 0.0
@@ -135,19 +237,3 @@ def holm(p_values: list[float]) -> list[float]:
         running_max = max(running_max, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = running_max
     return adjusted
-
-
-def probability_of_superiority(method: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
-    """The probability that a new run of the method scores above a new run of the base (equal scores: half), and its
-    interval. Both arguments are accuracies [seeds].
-
-    The Mann-Whitney statistic, by which Bouthillier et al. (2021, arXiv 2103.03098) compare algorithms over seeds, with
-    Newcombe's score interval (2006, Statistics in Medicine 25: 559, method 5), which is also made for few seeds and a
-    statistic of 0 or 1. It is read off a grid.
-    """
-    above, equal = np.greater.outer(method, base), np.equal.outer(method, base)
-    estimate = float((above + equal / 2).mean())
-    theta = np.linspace(0, 1, 20_001)
-    per_pair = 1 + ((len(method) + len(base)) / 2 - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-    inside = theta[(theta - estimate) ** 2 <= Z * Z * theta * (1 - theta) * per_pair / above.size]
-    return estimate, min(estimate, float(inside[0])), max(estimate, float(inside[-1]))
