@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -28,12 +29,13 @@ from lavin.runtime.errors import one_line_errors
 from lavin.runtime.files import read_json_lines
 from lavin.weights.adapters import read_adapters
 from tests.faults.cases import write_base
+from tests.simulated_studies import World
 from tools.make_mini_scienceqa import write_mini_scienceqa
 from util.runs import last_checkpoint
-from util.search.confirm import verdict
+from util.search.confirm import Confirmation, verdict
 from util.search.folder import accuracy, read_records, read_settings
 from util.search.space import command_line
-from util.study.statistics import mcnemar, paired_bootstrap
+from util.study.statistics import mcnemar, tango
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"train": 64, "val": 200, "test": 6}
@@ -110,22 +112,22 @@ def repeated_runs(root: Path, records: dict) -> tuple[int, int]:
 
 
 def best_trial(study: Path) -> tuple[float, np.ndarray]:
-    """Of the finished ones: its accuracy in percent, and which answers were right: [1, questions]."""
+    """The accuracy in percent of the best finished trial, and which answers were right: [questions]."""
     scores = {name: accuracy(record["rungs"][-1]) for name, record in read_records(study).items()
               if record["state"] == "COMPLETE"}
     best = max(scores, key=lambda name: scores[name])
     answers = {answer["qid"]: answer["prediction"] == answer["answer"] for answer in
                read_json_lines(study / "trials" / best / "rungs" / str(EPOCHS) / "generations.jsonl")}
-    return scores[best], np.array([[answers[qid] for qid in sorted(answers)]], int)
+    return scores[best], np.array([answers[qid] for qid in sorted(answers)], int)
 
 
 def same_best(killed: Path, unkilled: Path) -> tuple[str, bool, str]:
     """Noise: what the questions alone allow. (The studies differ by more: by which worker asked for a trial first.)"""
     (score, right), (other_score, other_right) = best_trial(killed), best_trial(unkilled)
-    low, high = (100 * bound for bound in paired_bootstrap(right, other_right))
+    low, high = (100 * bound for bound in tango(right, other_right))
     p = mcnemar(right, other_right)
     return ("the same best as without kills, within noise", p >= 0.05,
-            f"{score:.1f} and {other_score:.1f} % of {right.shape[1]} questions: {score - other_score:+.1f} points "
+            f"{score:.1f} and {other_score:.1f} % of {len(right)} questions: {score - other_score:+.1f} points "
             f"[{low:+.1f}, {high:+.1f}], McNemar's p {p:.2f}")
 
 
@@ -157,38 +159,43 @@ def prove_kills(args) -> Checks:
 
 # --- Equal configurations ---
 
-N_VALIDATION, N_SEARCH = 4241, 1000  # questions
-SPREAD = 0.4  # between seeds, in points of accuracy: a standard deviation
+N_SEARCH = 1000  # of the validation questions, on which trials are scored
 TRIALS, BEST, SEEDS = 64, 3, 3
+WORLD = World(SEEDS, deviation=0.5, lectures=False)
 
 
-def draw_run(rng, difficulty: np.ndarray, gain: float) -> np.ndarray:
-    """Outcomes of a run on each question, of which `difficulty` is the chance of a wrong answer. gain: in points."""
-    shift = (gain + SPREAD * rng.normal()) / 100
-    return (rng.random(len(difficulty)) >= difficulty * (1 - shift / difficulty.mean())).astype(int)
+def simulate_study(rng, world: World, gain: float) -> tuple[bool, bool]:
+    """A study in which one configuration is better by `gain` points and all others equal the base: whether it says that
+    it found something, and whether the best trial looks significantly better in its own score, without confirmation.
 
-
-def simulate_study(rng, gain: float) -> tuple[bool, bool]:
-    """A study in which one configuration is better by `gain` and all others equal the base: whether it says that it
-    found something, and whether the best trial looks significantly better in its own score, without confirmation."""
-    difficulty = rng.beta(0.4, 2.2, N_VALIDATION)  # mostly easy: 85 % are right
-    gains = [0.0] * (TRIALS - 1) + [gain]
-    trials = np.array([draw_run(rng, difficulty[:N_SEARCH], g) for g in gains])
+    What a configuration makes of a question, and of a lecture's questions, is the same in its trial and in its runs
+    with fresh seeds.
+    """
+    gains = np.array([0.0] * (TRIALS - 1) + [gain])
+    # the first seed is the trial's own
+    outcomes, clusters = replace(world, seeds=1 + world.seeds).study(rng, gains)
+    searched = rng.permutation(world.n)[:N_SEARCH]
+    trials = np.array([rows[0, searched] for rows in outcomes])
     best = np.argsort(-trials[1:].mean(1))[:BEST] + 1
-    naive = mcnemar(trials[best[:1]], trials[:1]) < 0.05 and trials[best[0]].mean() > trials[0].mean()
-    rows = {f"{i:03d}": np.array([draw_run(rng, difficulty, gains[i]) for _ in range(SEEDS)]) for i in (0, *best)}
-    return verdict(rows).found, naive
+    naive = trials[best[0]].mean() > trials[0].mean() and mcnemar(trials[best[0]], trials[0]) < 0.05
+    fresh = np.setdiff1d(np.arange(world.n), searched)
+    rows = {f"{i:03d}": outcomes[i][1:, fresh] for i in (0, *best)}
+    return verdict(Confirmation(rows, np.unique(clusters[fresh], return_inverse=True)[1])).found, bool(naive)
 
 
 def prove_simulation(args) -> Checks:
-    rng = np.random.default_rng(args.seed)
-    shares = {gain: np.mean([simulate_study(rng, gain) for _ in range(args.studies)], 0)
-              for gain in (0.0, 1.0, 2.0, 3.0)}
-    nothing = 1 - shares[0.0][0]
-    return [("nothing found among equal configurations", nothing >= 0.95, f"{nothing:.1%} of {args.studies}"),
-            ("the best trial's own score, significant by chance", True, f"{shares[0.0][1]:.1%}"),
-            *((f"found where one of {TRIALS} is better by {gain:g} points", True, f"{found:.1%}")
-              for gain, (found, _) in shares.items() if gain)]
+    rng, checks = np.random.default_rng(args.seed), []
+    for world, where in ((WORLD, ""), (replace(WORLD, lectures=True), ", lectures")):
+        for gain in (0.0, 2.0):
+            found, naive = np.mean([simulate_study(rng, world, gain) for _ in range(args.studies)], 0)
+            if gain:
+                checks.append((f"found where one of {TRIALS} is better by {gain:g} points{where}", True,
+                               f"{found:.1%}"))
+            else:
+                checks += [(f"a false winner among equal configurations{where}", found <= 0.06,
+                            f"{found:.1%} of {args.studies}"),
+                           (f"the best trial's own score, significant by chance{where}", True, f"{naive:.1%}")]
+    return checks
 
 
 def get_args_parser() -> argparse.ArgumentParser:

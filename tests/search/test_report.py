@@ -68,7 +68,7 @@ def test_it_says_what_was_found_first(study):
     verdict = read_json(study / VERDICT)
     text = report_of(study)
     assert text.splitlines()[2] == sentence(verdict)
-    assert "Accuracy in % of all 300 validation questions, mean over 2 fresh seeds" in text
+    assert "Accuracy in % of the 300 validation questions, mean over 2 fresh seeds" in text
     write_json(study / VERDICT, {**verdict, "found": not verdict["found"]})
     assert report_of(study).splitlines()[2] == sentence({**verdict, "found": not verdict["found"]})
     (study / VERDICT).unlink()

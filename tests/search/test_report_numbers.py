@@ -80,7 +80,7 @@ def confirm(study) -> None:
                 json.dumps({"qid": str(i), "prediction": int(i < n), "answer": 1}) + "\n" for i in range(10)))
     write_json(study / "verdict.json", {
         "winner": "001", "n_configurations": 1, "seeds": 2, "difference": 20.0, "low": 0.0, "high": 40.0,
-        "p_seeds": 0.1, "p_questions": 0.5, "found": False})
+        "questions": 10, "p": 0.1, "found": False})
 
 
 def table_after(text: str, heading: str) -> list[list[str]]:
@@ -135,8 +135,8 @@ def test_the_table_of_fresh_runs_is_of_validation_with_the_deviation_between_see
     confirm(study)
     rows = table_after(markdown(StudyReport(study), []), "# Search S")
     assert [row[:2] for row in rows] == [["001", "75.00 ± 7.07"], ["000", "55.00 ± 7.07"]]
-    low, high = map(float, rows[0][3].split(" to "))
-    assert rows[0][2] == "+20.00" and 0 <= low < 20 < high
+    low, high = map(float, rows[0][3].replace("−", "-").split(" to "))
+    assert rows[0][2] == "+20.00" and low < 0 < 20 < high  # two seeds of ten questions tell little
     assert "--blr 0.004" in rows[0][4] and rows[1][4] == "`the base`"
 
 

@@ -109,7 +109,7 @@ def test_a_study_from_its_first_trial_to_its_report(flags, commands, tmp_path, c
     assert len(commands) == before
     plot_results.main(plot_results.get_args_parser().parse_args([str(study), "--out", str(tmp_path / "report")]))
     report = (tmp_path / "report" / "report.md").read_text()
-    assert confirm.sentence(verdict) in report and "McNemar" in report
+    assert confirm.sentence(verdict) in report and "on the test split" in report
     assert f"- {sum(r['rungs'][-1]['epoch'] for r in records.values()) * 2} steps" in report
 
 

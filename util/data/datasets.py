@@ -1,6 +1,7 @@
 """ScienceQA (Lu et al. 2022, arXiv 2209.09513): reads and checks the problems and captions of one split."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -69,8 +70,8 @@ class ScienceQA:
         return problem["image"] and self.root / "images" / problem.get("split", "") / qid / problem["image"]
 
     def sample(self, n: int) -> "ScienceQA":
-        """n of the problems (all, where there are fewer): the same ones each time, whatever their order."""
-        drawn = set(sorted(self.problems, key=lambda qid: hashlib.sha256(qid.encode()).digest())[:n])
+        """The split with n of its problems, as `sample_ids` draws them."""
+        drawn = sample_ids(self.problems, n)
         return replace(self, problems={qid: problem for qid, problem in self.problems.items() if qid in drawn})
 
     @property
@@ -78,6 +79,11 @@ class ScienceQA:
         """Equal for data of equal results, wherever and in whichever order of keys they are stored."""
         return json_list_sha256([qid, *(problem[name] for name in USED_FIELDS), self.captions.get(qid, "")]
                                 for qid, problem in self.problems.items())
+
+
+def sample_ids(ids: Iterable[str], n: int) -> set[str]:
+    """n of the question ids (all, where there are fewer): the same ones each time, whatever their order."""
+    return set(sorted(ids, key=lambda qid: hashlib.sha256(qid.encode()).digest())[:n])
 
 
 def find_problems_file(root: Path) -> Path:

@@ -15,8 +15,9 @@ import numpy as np
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, write_json
+from util.data.datasets import sample_ids
 from util.evaluation.answers import GENERATIONS, read_answers
-from util.search.folder import RECORD, accuracy, add_rung, begin_record, change_record, read_records
+from util.search.folder import RECORD, accuracy, add_rung, begin_record, change_record, read_records, read_settings
 from util.search.locks import claim, waiting_for
 from util.search.runner import Runner
 from util.search.space import Values
@@ -92,8 +93,8 @@ class Verdict:
     """The best configuration by its mean over fresh seeds, and how it compares to the base, in points on validation.
 
     low, high: the interval, adjusted for the number of configurations. p: the one-sided p-value that the winner is
-    better, times the number of configurations (Bonferroni); None with one seed, which names no winner. found: p lies
-    below 5 %.
+    better, times the number of configurations (Bonferroni); None where no winner can be named: with one seed, or on
+    questions that chose the configurations. found: p lies below 5 %.
     """
 
     winner: str
@@ -110,10 +111,14 @@ class Verdict:
 @dataclass(frozen=True)
 class Confirmation:
     """The outcomes [seeds, questions] of each configuration on the same validation questions (1: correct), the base
-    among them, and the questions' clusters, where they are known."""
+    among them.
+
+    clusters: the questions' clusters, where they are known. fresh: whether trials were scored on other questions.
+    """
 
     outcomes: dict[str, np.ndarray]
     clusters: np.ndarray | None = None
+    fresh: bool = True
 
     @property
     def base(self) -> np.ndarray:
@@ -144,21 +149,34 @@ def verdict(found: Confirmation) -> Verdict:
     winner = max((name for name in found.outcomes if name != BASE), key=lambda name: found.outcomes[name].mean())
     difference = 100 * float(found.outcomes[winner].mean() - found.base.mean())
     (low, high), estimate = found.interval(winner), found.estimate(winner)
-    p = min(1.0, found.n_configurations * estimate.p_greater) if estimate else None
+    p = min(1.0, found.n_configurations * estimate.p_greater) if estimate and found.fresh else None
     seeds, questions = found.base.shape
     return Verdict(winner, found.n_configurations, seeds, questions, difference, 100 * low, 100 * high, p,
                    p is not None and p < LEVEL)
 
 
-def read_confirmation(runs: list[tuple[str, Path]]) -> Confirmation:
-    """The outcomes on the validation split. runs: the configuration and the folder of each run."""
+def read_verdict(study: Path, found: Confirmation) -> Any:
+    """The content of verdict.json. Where an earlier version wrote it, by other tests, its winner is tested anew."""
+    content: Any = read_json(study / VERDICT)
+    return content if "p" in content else {**asdict(verdict(found)), "winner": content["winner"]}
+
+
+def read_confirmation(runs: list[tuple[str, Path]], n_searched: int) -> Confirmation:
+    """The outcomes on the validation questions that trials were not scored on: those chose the configurations, which
+    are therefore lucky on them.
+
+    runs: the configuration and the folder of each run. n_searched: the number of questions of the trials; where these
+    are all, the outcomes are on all, and no winner is named.
+    """
     rows: dict[str, list] = {}
     names: list[str | None] = []
     for configuration, folder in runs:
         answers = sorted(read_answers(folder / "val" / GENERATIONS), key=lambda answer: answer.qid)
-        rows.setdefault(configuration, []).append([answer.correct for answer in answers])
-        names = [answer.cluster for answer in answers]
-    return Confirmation({name: np.array(row, int) for name, row in rows.items()}, clusters_of(names))
+        searched = sample_ids((answer.qid for answer in answers), n_searched)
+        fresh = [answer for answer in answers if answer.qid not in searched]
+        rows.setdefault(configuration, []).append([answer.correct for answer in fresh or answers])
+        names = [answer.cluster for answer in fresh or answers]
+    return Confirmation({name: np.array(row, int) for name, row in rows.items()}, clusters_of(names), bool(fresh))
 
 
 def finish(study: Path, runner: Runner, runs: list[FreshRun], epochs: int) -> None:
@@ -166,7 +184,8 @@ def finish(study: Path, runner: Runner, runs: list[FreshRun], epochs: int) -> No
     wait."""
     with waiting_for(study / ".locks" / "verdict") as lock:
         if not (study / VERDICT).is_file():
-            found = read_confirmation([(run.configuration, run.folder) for run in runs])
+            found = read_confirmation([(run.configuration, run.folder) for run in runs],
+                                      read_settings(study)["questions"])
             write_json(study / VERDICT, asdict(verdict(found)))
         winner: Any = read_json(study / VERDICT)["winner"]
         for run in runs:
@@ -185,7 +204,9 @@ def sentence(verdict: Any) -> str:
     if verdict["found"]:
         return f"Trial {verdict['winner']} is better than the base: {numbers}."
     if verdict["p"] is None:
-        return ("No winner is named, since one fresh seed each tells nothing about configurations: give --seeds 3. The "
-                f"best run, of trial {verdict['winner']}, differs from the base's by {numbers}.")
+        reason = ("one fresh seed each tells nothing about configurations: give --seeds 3" if verdict["seeds"] == 1 else
+                  "trials were scored on all validation questions: give at most half of them with --questions")
+        return (f"No winner is named, since {reason}. The best, trial {verdict['winner']}, differs from the base by "
+                f"{numbers}.")
     return (f"Nothing better than the base was found. The best of the others, trial {verdict['winner']}, differs by "
             f"{numbers}.")

@@ -4,10 +4,9 @@ The importance of parameters is missing where Optuna is not installed.
 """
 
 from pathlib import Path
-from typing import Any
 
-from lavin.runtime.files import read_json, write_text
-from util.search.confirm import BASE, VERDICT, Confirmation, read_confirmation, sentence
+from lavin.runtime.files import write_text
+from util.search.confirm import BASE, VERDICT, Confirmation, read_confirmation, read_verdict, sentence
 from util.search.figures import write_figures
 from util.search.folder import gpu_seconds
 from util.search.summary import MIN_TRIALS, StudyReport
@@ -56,13 +55,14 @@ def confirmation(report: StudyReport) -> list[str]:
     if not (report.folder / VERDICT).is_file():
         return ["No configuration has been confirmed with fresh seeds yet, so there is no winner: the best of many "
                 "trials is lucky, and its own accuracy promises too much."]
-    verdict: Any = read_json(report.folder / VERDICT)
     folders = {name: report.folder / "confirm" / name for name in report.confirmed}
-    found = read_confirmation([(record["configuration"], folders[name]) for name, record in report.confirmed.items()])
-    n = found.base.shape[1]
-    text = [sentence(verdict), f"Accuracy in % of all {n:,} validation questions, mean over {verdict['seeds']} fresh "
-            "seeds ± their standard deviation; the intervals count questions and seeds as samples, and hold together:",
-            confirmation_table(report, found)]
+    found = read_confirmation([(record["configuration"], folders[name]) for name, record in report.confirmed.items()],
+                              report.settings["questions"])
+    verdict = read_verdict(report.folder, found)
+    kind = "validation questions that trials were not scored on" if found.fresh else "validation questions"
+    text = [sentence(verdict), f"Accuracy in % of the {found.base.shape[1]:,} {kind}, mean over {verdict['seeds']} "
+            "fresh seeds ± their standard deviation; the intervals count questions and seeds as samples, and hold "
+            "together:", confirmation_table(report, found)]
     tested = [str(folders[name]) for name, record in report.confirmed.items()
               if record["configuration"] in (BASE, verdict["winner"]) and (folders[name] / "scores.json").is_file()]
     if tested:
