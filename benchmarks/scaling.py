@@ -36,7 +36,7 @@ from lavin.weights.load import frozen_parameters, load_frozen
 from util.data.batches import balanced_parts
 from util.evaluation.answers import predictions_of
 from util.evaluation.settings import Answering
-from util.training.accumulation import accumulate_gradients, count_answer_tokens, with_loss_weights
+from util.training.accumulation import accumulate_gradients, count_answer_tokens
 from util.training.optimizer import make_optimizer, optimizer_step
 from util.training.throughput import frozen_weights, step_flops
 
@@ -88,9 +88,8 @@ def measure_training(args, model, rank: int, world: int) -> dict:
     def step(global_batch) -> torch.Tensor:
         """train.py's optimizer step on this rank's share of the batch."""
         part = balanced_parts([step_flops(weights, [sample]) for sample in global_batch], world)[rank]
-        weighted = with_loss_weights([[global_batch[i] for i in part]], count_answer_tokens(global_batch), "batch",
-                                     world)
-        loss = accumulate_gradients(model, weighted, math.inf, scaler)
+        weight = 1 / count_answer_tokens(global_batch)
+        loss = accumulate_gradients(model, [(global_batch[i], weight) for i in part], math.inf, scaler)
         return optimizer_step(optimizer, scaler, parameters, loss, None)[0]
 
     losses = torch.stack([step(random_examples(model, EFFECTIVE_BATCH, i)) for i in range(args.steps)])

@@ -25,7 +25,7 @@ from benchmarks.timing import (
 )
 from lavin.fast.speed_up import speed_up
 from lavin.runtime.console import summary
-from util.training.accumulation import accumulate_gradients, count_answer_tokens, with_loss_weights
+from util.training.accumulation import accumulate_gradients, count_answer_tokens
 from util.training.optimizer import make_optimizer, make_scaler, optimizer_step
 from util.training.throughput import frozen_weights, step_flops
 
@@ -62,8 +62,8 @@ def our_trainer(model, max_tokens: float = math.inf):
     scaler = make_scaler(model)
 
     def step(samples):
-        weighted = with_loss_weights([samples], count_answer_tokens(samples), "batch", 1)
-        loss = accumulate_gradients(model, weighted, max_tokens, scaler)
+        weight = 1 / count_answer_tokens(samples)
+        loss = accumulate_gradients(model, [(sample, weight) for sample in samples], max_tokens, scaler)
         return optimizer_step(optimizer, scaler, parameters, loss, None)
 
     return step

@@ -36,9 +36,11 @@ esac
 source scripts/signals.sh
 forward_signals
 
-# What the published recipe and a search have in common: effective batch 32, on 1, 2, 4, 8 or 16 GPUs.
+# What the published recipe and a search have in common: effective batch 32, on 1, 2, 4, 8 or 16 GPUs, and the published
+# loss, a mean over micro-batches of 2 samples. These are the same on any number of GPUs, and passes are larger anyway.
 SETUP=(
     --max_seq_len 512
+    --loss_norm microbatch
     --batch_size 2
     --accum_iter $((16 / WORLD))
     --epochs 20
@@ -116,7 +118,9 @@ finetune_and_evaluate() {
     launch eval.py --split test --trained_with "${flags[@]}"
 }
 
-# instruction_tuning FLAG...: on $DATA_ROOT/all_data.json, as published for 13B.
+# instruction_tuning FLAG...: on $DATA_ROOT/all_data.json, as published for 13B, with micro-batches of 4.
 instruction_tuning() {
-    train VLIT --do_pretrain --epochs 15 --warmup_epochs 0.2 --temperature 5 "$@"
+    [ "$WORLD" -le 8 ] || fail "GPUS=$GPUS (x $NODES nodes) cannot share micro-batches of 4: choose 1, 2, 4 or 8 in all"
+    train VLIT --do_pretrain --batch_size 4 --accum_iter $((8 / WORLD)) --epochs 15 --warmup_epochs 0.2 \
+        --temperature 5 "$@"
 }

@@ -165,7 +165,7 @@ def test_other_base_models_use_the_base_method(sandbox, script, model, method, f
 @pytest.mark.parametrize("gpus, accum", [(1, 16), (2, 8), (8, 2), (16, 1)])
 def test_effective_batch_size_is_constant(sandbox, gpus, accum):
     train, _ = sandbox.run("scripts/finetuning_sqa_7b.sh", GPUS=str(gpus))
-    assert f"--batch_size 2 --accum_iter {accum} " in train
+    assert f"--loss_norm microbatch --batch_size 2 --accum_iter {accum} " in train
     assert train.startswith("python " if gpus == 1 else f"python -m util.launch --standalone --nproc_per_node {gpus} ")
 
 
@@ -407,8 +407,11 @@ def test_instruction_tuning_uses_the_published_recipe(sandbox, script, model):
     assert train.startswith(f"python -m util.launch --standalone --nproc_per_node 8 train.py --llm_model {model} "
                             "--llama_model_path ../data/weights --data_root ../data "
                             f"--output_dir ./LaVIN-{model}-VLIT ")
-    assert "--batch_size 2 --accum_iter 2 " in train and "--blr 9e-3" in train  # 2 x 2 x 8 GPUs = 32
-    assert train.endswith("--do_pretrain --epochs 15 --warmup_epochs 0.2 --temperature 5 --seed 1")
+    assert train.endswith("--do_pretrain --batch_size 4 --accum_iter 1 --epochs 15 --warmup_epochs 0.2 --temperature 5 "
+                          "--seed 1")  # 4 x 1 x 8 GPUs = 32
+    assert "--loss_norm microbatch " in train and "--blr 9e-3" in train
+    sandbox.run(f"scripts/{script}.sh", GPUS="16", code=1)
+    assert "GPUS=16 (x 1 nodes) cannot share micro-batches of 4: choose 1, 2, 4 or 8 in all" in sandbox.errors
 
 
 def test_mme_evaluates_the_given_run(sandbox):

@@ -59,7 +59,8 @@ def published_flags(script) -> list[str]:
 def test_the_first_trials_are_the_published_methods(space):
     for method, values in zip(named_methods(), space.first_sets(), strict=True):
         script = published_flags(ROOT / "scripts" / f"finetuning_sqa_7b_{method.key}.sh".replace("_base", ""))
-        not_searched = ["--max_seq_len", "512", "--epochs", "20", "--n_prompt", "6", "--prompt_format", "QCM-ALE"]
+        not_searched = ["--max_seq_len", "512", "--loss_norm", "microbatch", "--epochs", "20", "--n_prompt", "6",
+                        "--prompt_format", "QCM-ALE"]
         expected = vars(train.get_args_parser().parse_args(script))
         found = vars(train.get_args_parser().parse_args([*EFFECTIVE_32, *not_searched, *command_line(values)]))
         assert found == expected

@@ -243,7 +243,8 @@ OTHERS = [
     (("--confirm", "1"), (), "--confirm 1, not 2"), (("--seeds", "3"), (), "--seeds 3, not 2"),
     (("--pruner", "median"), (), "--pruner median, not asha"), ((), ("--seed", "3"), "train.py's --seed 3, not 0"),
     ((), ("--epochs", "10"), "train.py's --epochs 10, not 9"), ((), ("--lr", "0.01"), "other --space"),
-    (("--gpus", "2"), (), "train.py's effective batch (--batch_size x --accum_iter x processes) 8, not 4")]
+    (("--gpus", "2"), (), "train.py's effective batch (--batch_size x --accum_iter x processes) 8, not 4"),
+    ((), ("--loss_norm", "microbatch"), "train.py's --loss_norm microbatch, not batch")]
 
 
 def test_a_worker_that_would_search_something_else_does_not_join(started):
@@ -252,6 +253,13 @@ def test_a_worker_that_would_search_something_else_does_not_join(started):
     for own, train, words in OTHERS:
         assert words in error_message(started, machine, *own, train=train)
     assert len(machine.commands) == n_commands and read_records(study) == before
+
+
+def test_a_worker_with_other_micro_batches_does_not_join_where_the_loss_depends_on_them(started):
+    published = ("--loss_norm", "microbatch")
+    started(machine := Machine(quality), "--gpu_hours", "0.01", train=published)
+    message = error_message(started, machine, train=(*published, "--batch_size", "2", "--accum_iter", "2"))
+    assert "(train.py's --batch_size 2, not 4)" in message
 
 
 def test_a_worker_with_more_gpus_joins_with_a_smaller_batch_on_each(started):

@@ -364,6 +364,15 @@ def test_seeds_are_averaged_with_a_standard_deviation(tmp_path):
     assert "70.00 ± 10.00" in text_table(comparison) and "seeds" in text_table(comparison).splitlines()[0]
 
 
+def test_runs_with_other_micro_batches_are_seeds_of_one_method_only_where_the_loss_does_not_depend_on_them(tmp_path):
+    two, four = {"batch_size": 2, "accum_iter": 16}, {"batch_size": 4, "accum_iter": 8}
+    for loss_norm, names in (("batch", ["Base"]), ("microbatch", ["Base", "Base + micro_batch 4"])):
+        write_run(tmp_path / loss_norm / "two", loss_norm=loss_norm, **two)
+        write_run(tmp_path / loss_norm / "four", seed=1, loss_norm=loss_norm, **four)
+        comparison = compare([str(tmp_path / loss_norm)], str(tmp_path / loss_norm / "two"))
+        assert [method.name for method in comparison.methods] == names
+
+
 def test_differences_are_paired_by_question(tmp_path):
     base, step, inc = "1111100000", "1111111111", "0111110000"
     for name, right, flags in (("base", base, {}), ("step", step, STEP), ("inc", inc, INCREASING)):

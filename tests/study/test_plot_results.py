@@ -85,6 +85,21 @@ def test_losses_over_seeds_are_a_mean_and_a_band(ax, runs):
     assert set(band.get_paths()[0].vertices[:, 1].round(6)) == {*ends, 0.1}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("losses", [(None, 0.1), (None, None)])
+def test_epochs_without_a_loss_are_gaps(ax, tmp_path, losses):
+    """All their steps were skipped, or none has an answer token. The same in the mean of several seeds."""
+    lines = [{"epoch": i, "step": 1, "loss": loss} for i, loss in enumerate(losses)]
+    write_run(tmp_path / "runs" / "base0", losses=losses, files={"metrics.jsonl": lines})
+    write_run(tmp_path / "runs" / "base1", losses=(4.0, 0.3), seed=1)
+    write_run(tmp_path / "runs" / "step", losses=losses, **STEP)
+    comparison = compare([str(tmp_path / "runs")])
+    figures.draw_losses(ax, comparison.methods)
+    for line, last in zip(ax.lines, (0.2, 0.1), strict=True):
+        assert line.get_ydata() == pytest.approx([np.nan, last if losses[1] else np.nan], nan_ok=True)
+    assert figures.write_figures(comparison, tmp_path, "")
+
+
 @pytest.mark.parametrize("last", [0.0677, 0.0071, 0.101])
 def test_loss_axis_has_at_least_two_ticks(ax, runs, last):
     figures.draw_losses(ax, [replace(method, runs=[replace(method.runs[0], losses=[0.1066, last])])

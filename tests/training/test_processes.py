@@ -32,9 +32,14 @@ UNEVEN = ("--batch_size", "5", "--accum_iter", "2")  # 20 samples a step on two 
 
 @pytest.fixture(scope="module")
 def eleven(scienceqa, tmp_path_factory):
-    """ScienceQA without its last train problem: two processes cannot share the rest evenly."""
+    """ScienceQA without its last train problem: two processes cannot share the rest evenly. The answers have very
+    different lengths."""
     root = tmp_path_factory.mktemp("eleven") / "data"
     shutil.copytree(scienceqa, root)
+    problems = json.loads((root / "problems.json").read_text())
+    for i, problem in enumerate(problems.values()):
+        problem["solution"] = "It is so." + " Yes." * (i * i % 13)
+    (root / "problems.json").write_text(json.dumps(problems))
     splits = json.loads((root / "pid_splits.json").read_text())
     splits["train"].pop()
     (root / "pid_splits.json").write_text(json.dumps(splits))
@@ -75,20 +80,17 @@ def test_processes_begin_with_the_same_adapters_and_draw_masks_of_their_own(runs
     assert len(set(drawn)) == len(drawn) == 18  # (seed, epoch, step, rank) each has masks of its own
 
 
-@pytest.mark.parametrize("loss_norm, counts", [("microbatch", [[5, 1], [5]]), ("batch", [[6], [5]])])
-def test_loss_weights_count_the_answer_tokens_and_micro_batches_of_all_processes(runs, loss_norm, counts):
-    """Shares of six and five samples make micro-batches of 5, 1 and 5: three, wherever they are."""
+@pytest.mark.parametrize("loss_norm, sizes", [("microbatch", [4, 4, 3]), ("batch", [11])])
+def test_loss_weights_count_the_answer_tokens_and_micro_batches_of_all_processes(runs, loss_norm, sizes):
+    """Eleven samples, of which the processes take six and five, make three micro-batches of at most 5, whichever
+    process takes which. The samples of a micro-batch have one weight, and those of others have others."""
     folder, by_rank = runs[loss_norm]
-    weights = [[weights for made in passes for weights in made["weights"]] for passes in by_rank]
-    assert sorted(map(len, weights), reverse=True) == [6, 5]
-    tokens = sum(len(of_sample) for of_rank in weights for of_sample in of_rank)
-    n_micro_batches = sum(map(len, counts))
-    for of_rank, sizes in zip(sorted(weights, key=len, reverse=True), counts, strict=True):
-        start = 0
-        for size in sizes:
-            of_micro_batch = sum(of_rank[start:start + size], [])
-            expected = 1 / (len(of_micro_batch) * n_micro_batches if loss_norm == "microbatch" else tokens)
-            assert of_micro_batch == pytest.approx([expected] * len(of_micro_batch))
-            start += size
-    assert sum(sum(of_sample) for of_rank in weights for of_sample in of_rank) == pytest.approx(1)
+    assert sorted((sum(len(made["samples"]) for made in passes) for passes in by_rank), reverse=True) == [6, 5]
+    groups: dict[float, list[list[float]]] = {}
+    for weights in (weights for passes in by_rank for made in passes for weights in made["weights"]):
+        groups.setdefault(weights[0], []).append(weights)
+    assert sorted(map(len, groups.values()), reverse=True) == sizes
+    for of_group in groups.values():
+        tokens = sum(of_group, [])
+        assert tokens == pytest.approx([1 / (len(tokens) * len(sizes))] * len(tokens))
     assert json.loads((folder / "recipe.json").read_text())["recipe"]["effective_batch"] == 20

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from killed import Killed, stop_after
 from lavin.runtime import signals
 from tiny_runs import read_log, run_flags
 from user_errors import error_message
+from util.data.batches import epoch_batches
 from util.runs import locked
-from util.training import trainer
+from util.training import metrics, trainer
+from util.training.command import load_examples
 from util.training.throughput import peak_memory_gib
 from util.training.trainer import Trainer
 
@@ -86,6 +89,70 @@ def test_losses_are_means_over_the_steps_that_were_made(unbroken):
     first, last, *_ = lines(unbroken)
     assert (8 * first["loss"] + last["loss"]) / 9 == pytest.approx(read_log(unbroken)[0]["train_closs"], rel=1e-9)
     assert abs(first["loss"] - last["loss"]) > 1e-4
+
+
+# --- Steps without an answer token ---
+
+def cut_answers(monkeypatch, numbers: list[int]) -> None:
+    """The examples with these numbers are cut before their answers."""
+    def load(*args):
+        examples = load_examples(*args)
+        for i, (qid, example) in enumerate(examples.items()):
+            if i in numbers:
+                examples[qid] = replace(example, ids=example.ids[:example.answer_start])
+        return examples
+    monkeypatch.setattr("util.training.command.load_examples", load)
+
+
+def order_of(epoch: int) -> list[int]:
+    """The numbers of the twelve examples in the order of an epoch, with --seed 0."""
+    return [i for batch, _ in epoch_batches([1.0] * 12, 1, 0, 1, 0, epoch) for i in batch]
+
+
+@pytest.mark.parametrize("loss_norm", ["batch", "microbatch"])
+def test_a_step_without_an_answer_has_no_loss_and_does_not_count_in_means(flags, tmp_path, monkeypatch, loss_norm):
+    """Nor does a line of such steps, the last two of the first epoch; its other numbers are there."""
+    cut_answers(monkeypatch, order_of(0)[-2:])
+    command = in_folder(flags, tmp_path / "run", "--loss_norm", loss_norm)
+    run(*command)
+    by_line = lines(tmp_path / "run")
+    assert [line["loss"] is None for line in by_line] == [False, True, False, False]
+    assert all(line["lr"] > 0 and line["grad_norm"] == 0 for line in by_line if line["loss"] is None)
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics, "STEPS_PER_LINE", 1)
+        run(*in_folder(command, tmp_path / "by_step"))
+    for epoch, entry in enumerate(read_log(tmp_path / "run")):
+        losses = [line["loss"] for line in lines(tmp_path / "by_step") if line["epoch"] == epoch]
+        without = [step for step, i in enumerate(order_of(epoch)) if i in order_of(0)[-2:]]
+        assert [step for step, loss in enumerate(losses) if loss is None] == without and len(without) == 2
+        assert entry["train_closs"] == pytest.approx(sum(filter(None, losses)) / 10, rel=1e-12)
+
+
+def test_an_epoch_without_an_answer_has_no_loss(flags, tmp_path, monkeypatch, capsys):
+    """It makes one step of eight samples; the second one takes others, too. It does not count as diverged, and
+    TensorBoard has what there is."""
+    monkeypatch.setattr(Events, "on_disk", {}, raising=False)
+    monkeypatch.setattr("util.training.command.summary_writer", lambda: None)
+    monkeypatch.setattr("util.training.metrics.summary_writer", lambda: Events)
+    cut_answers(monkeypatch, order_of(0)[:8])
+    command = in_folder(flags, tmp_path / "run", "--batch_size", "8", "--log_dir", tmp_path / "events")
+    run(*command)
+    assert [entry["train_closs"] is None for entry in read_log(tmp_path / "run")] == [True, False]
+    assert [line["loss"] is None for line in lines(tmp_path / "run")] == [True, False]
+    assert [step for name, step in Events.on_disk if name == "loss"] == [2]
+    assert [step for name, step in Events.on_disk if name == "lr"] == [1, 2]
+    printed = capsys.readouterr().out
+    assert "epoch 0: no answers, " in printed and "epoch 1: loss " in printed
+
+
+def test_a_step_without_a_loss_goes_on_from_a_checkpoint(flags, tmp_path, monkeypatch):
+    cut_answers(monkeypatch, order_of(0)[:2])
+    unbroken, stopped = (in_folder(flags, tmp_path / name) for name in ("unbroken", "stopped"))
+    run(*unbroken)
+    end_at(monkeypatch, 3, None, *stopped)
+    run(*stopped)
+    assert without_times(lines(tmp_path / "stopped")) == without_times(lines(tmp_path / "unbroken"))
+    assert without_times(read_log(tmp_path / "stopped")) == without_times(read_log(tmp_path / "unbroken"))
 
 
 def test_lines_of_epochs_that_are_made_anew_are_replaced(flags, unbroken, tmp_path):

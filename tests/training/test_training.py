@@ -25,15 +25,15 @@ from lavin.tokenizer import Example
 from reference import loss as reference_loss
 from tiny import ROOT, mixed_examples, tiny_example, tiny_model
 from tiny_runs import NO_SCALING, load_checkpoint, read_log, run_flags, run_workers, train_run
-from util.data.batches import balanced_parts, epoch_batches, steps_per_epoch
+from util.data.batches import balanced_parts, epoch_batches, micro_batches, steps_per_epoch
 from util.training import accumulation
 from util.training.accumulation import (
     accumulate_gradients,
     accumulate_with_oom_retry,
     count_answer_tokens,
+    loss_weights,
     probe_max_tokens,
     split_by_tokens,
-    with_loss_weights,
 )
 from util.training.optimizer import make_optimizer, optimizer_step
 
@@ -66,7 +66,7 @@ def samples():
 
 def one_step(batch_size: int, loss_norm: str, world_size: int = 1, rank: int = 0, with_nan: bool = False,
              max_tokens: float = math.inf) -> dict:
-    """One optimizer step on all samples, of which this process takes its part in micro-batches of `batch_size`.
+    """One optimizer step on all samples, of which this process takes its part; micro-batches have `batch_size` samples.
 
     Returns the loss, whether the optimizer stepped, the change of the parameters, and whether gradients are left.
     """
@@ -76,12 +76,12 @@ def one_step(batch_size: int, loss_norm: str, world_size: int = 1, rank: int = 0
             module.dropout.zero_()
     if with_nan:
         model.llama.layers[0].adapter_attn.conv_A.bias.data[0] = math.nan
-    global_batch = samples()
-    local_batch = global_batch[rank::world_size]
+    examples = samples()
+    everyone = list(range(len(examples)))
+    weights = loss_weights([everyone] if loss_norm == "batch" else micro_batches(everyone, batch_size), examples)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1, fused=True)
-    pairs = with_loss_weights([local_batch[i:i + batch_size] for i in range(0, len(local_batch), batch_size)],
-                              count_answer_tokens(global_batch), loss_norm, len(global_batch) // batch_size)
+    pairs = [(examples[i], weights[i]) for i in everyone[rank::world_size]]
     loss = accumulate_gradients(model, pairs, max_tokens, NO_SCALING)
     before = torch.cat([p.detach().flatten().clone() for p in parameters])
     loss, stepped, _, _ = optimizer_step(optimizer, NO_SCALING, parameters, loss, None).tolist()
@@ -176,9 +176,9 @@ def test_splits_keep_the_order_and_the_limit_and_are_as_few_as_possible(lengths,
 
 def test_microbatch_norm_is_the_published_mean_over_micro_batches():
     model = tiny_model()
-    for batch_size in (8, 4, 2):
-        micro_batches = [samples()[i:i + batch_size] for i in range(0, 8, batch_size)]
-        means = [reference_loss(model, batch).item() / count_answer_tokens(batch) for batch in micro_batches]
+    for batch_size, n in ((8, 1), (4, 2), (2, 4)):
+        batches = [samples()[i::n] for i in range(n)]
+        means = [reference_loss(model, batch).item() / count_answer_tokens(batch) for batch in batches]
         result = one_step(batch_size, "microbatch")
         assert result["loss"] == pytest.approx(sum(means) / len(means), rel=1e-5)
     by_batch, by_micro_batch = one_step(8, "batch"), one_step(2, "microbatch")
@@ -188,13 +188,15 @@ def test_microbatch_norm_is_the_published_mean_over_micro_batches():
 
 @pytest.mark.parametrize("loss_norm", ["batch", "microbatch"])
 def test_a_sample_whose_answer_was_cut_away_changes_nothing_about_a_step(loss_norm):
-    """It has no answer token, so it counts as none."""
-    model, whole, cut = tiny_model(), tiny_example(1, 5, 3), tiny_example(2, 6, 0)
+    """It has no answer token, so it counts as none, as does a micro-batch of such samples."""
+    model, examples = tiny_model(), [tiny_example(1, 5, 3), tiny_example(2, 6, 0), tiny_example(3, 4, 2)]
     losses = []
-    for samples_of_step in ([whole], [whole, cut]):
-        pairs = with_loss_weights([samples_of_step], count_answer_tokens(samples_of_step), loss_norm, 1)
+    for groups in ([[0], [2]], [[0, 1], [2]], [[0], [1], [2]]):
+        weights = loss_weights(groups if loss_norm == "microbatch" else [sum(groups, [])], examples)
+        pairs = [(examples[i], weight) for i, weight in weights.items()]
         losses.append(accumulate_gradients(model, pairs, math.inf, NO_SCALING).item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6) and losses[0] > 1
+    assert loss_weights([[1]], examples) == {1: 0.0}
 
 
 def test_non_finite_step_is_skipped():
@@ -240,12 +242,12 @@ def test_two_processes_give_the_same_step(two_processes):
 
 
 def test_two_processes_give_the_published_mean_over_micro_batches(two_processes):
-    """Two micro-batches of two samples on each rank."""
+    """The same four micro-batches of two samples as on one process, whichever rank has their samples."""
     (_, _, first, _), (_, _, second, _) = two_processes[0]
-    by_rank = samples()[0::2] + samples()[1::2]
-    micro_batches = [by_rank[i:i + 2] for i in (0, 2, 4, 6)]
-    means = [reference_loss(tiny_model(), batch).item() / count_answer_tokens(batch) for batch in micro_batches]
+    means = [reference_loss(tiny_model(), samples()[i::4]).item() / count_answer_tokens(samples()[i::4])
+             for i in range(4)]
     assert first["loss"] == second["loss"] == pytest.approx(sum(means) / 4, rel=1e-5)
+    assert_same(first, one_step(2, "microbatch"))
     assert torch.equal(first["step"], second["step"])
 
 
@@ -304,25 +306,32 @@ def test_weight_decay_is_on_matrices_only():
     assert make_optimizer(model, 0.05).defaults["betas"] == (0.9, 0.95)
 
 
-@pytest.mark.parametrize("n, batch_size, accum", [(23, 2, 2), (16, 1, 4), (9, 4, 1)])
-def test_steps_take_the_same_samples_on_any_number_of_processes(n, batch_size, accum):
-    def steps(batch_size, accum, world_size, epoch=3):
+@pytest.mark.parametrize("n, effective_batch", [(23, 8), (16, 8), (9, 8), (13, 4)])
+def test_steps_take_the_same_samples_on_any_number_of_processes(n, effective_batch):
+    def steps(world_size, epoch=3):
         costs = [float(i % 7) for i in range(n)]
-        ranks = [list(epoch_batches(costs, batch_size, accum, rank, world_size, 7, epoch))
-                 for rank in range(world_size)]
+        ranks = [list(epoch_batches(costs, effective_batch, rank, world_size, 7, epoch)) for rank in range(world_size)]
         for step in zip(*ranks, strict=True):
-            samples = [i for _, local_batches in step for micro_batch in local_batches for i in micro_batch]
-            assert sorted(samples) == sorted(step[0][0])
+            assert sorted(i for _, local_batch in step for i in local_batch) == sorted(step[0][0])
             assert all(global_batch == step[0][0] for global_batch, _ in step)
-            assert all(len(micro_batch) == batch_size for _, local_batches in step for micro_batch in local_batches)
-        return [sorted(global_batch) for global_batch, _ in ranks[0]]
+            assert all(len(local_batch) == effective_batch / world_size for _, local_batch in step)
+        return [global_batch for global_batch, _ in ranks[0]]
 
-    expected = steps(batch_size * accum * 2, 1, 1)
-    assert len(expected) == steps_per_epoch(n, batch_size * accum * 2) == n // (batch_size * accum * 2)
-    assert steps(batch_size, accum, 2) == steps(batch_size * accum, 1, 2) == steps(batch_size, 2 * accum, 1) == expected
+    expected = steps(1)
+    assert len(expected) == steps_per_epoch(n, effective_batch) == n // effective_batch
+    assert steps(2) == steps(4) == expected
     used = [i for step in expected for i in step]
     assert len(set(used)) == len(used) and set(used) <= set(range(n))
-    assert steps(batch_size * accum * 2, 1, 1, epoch=4) != expected
+    assert steps(1, epoch=4) != expected
+
+
+@given(n=st.integers(1, 70), size=st.integers(1, 9))
+def test_micro_batches_are_as_few_as_their_size_allows_and_of_nearly_the_same_size(n, size):
+    batch = list(range(n))
+    found = micro_batches(batch, size)
+    assert sorted(i for micro_batch in found for i in micro_batch) == batch
+    assert len(found) == math.ceil(n / size) and max(map(len, found)) <= size
+    assert all(len(micro_batch) == size for micro_batch in found) or n % size
 
 
 @given(st.lists(st.floats(1, 512), min_size=1, max_size=80), st.integers(1, 8))
@@ -338,13 +347,13 @@ def test_balanced_parts_cost_about_the_same(costs, n_parts):
 def test_ranks_get_equal_numbers_of_tokens():
     """By turns, the first rank would get all long examples."""
     costs = [512.0, 64.0] * 16
-    for global_batch, [local_batch] in epoch_batches(costs, 8, 1, 0, 2, 0, 0):
+    for global_batch, local_batch in epoch_batches(costs, 16, 0, 2, 0, 0):
         assert abs(2 * sum(costs[i] for i in local_batch) - sum(costs[i] for i in global_batch)) <= 512 - 64
 
 
 def test_fewer_samples_than_the_effective_batch_make_one_step():
-    (global_batch, local_batches), = epoch_batches([1.0] * 3, 4, 2, 0, 1, 0, 0)
-    assert sorted(global_batch) == sorted(local_batches[0]) == [0, 1, 2]
+    (global_batch, local_batch), = epoch_batches([1.0] * 3, 8, 0, 1, 0, 0)
+    assert sorted(global_batch) == sorted(local_batch) == [0, 1, 2]
 
 
 def pid_of_rank_one(launcher: int) -> int:

@@ -1,9 +1,10 @@
 """Training examples, and the batches of each optimizer step.
 
-Which samples an optimizer step takes depends only on the seed and the epoch, never on the number of processes or the
-micro-batch size: those only divide the samples.
+Which samples an optimizer step takes, and which of them are a micro-batch of the published loss, depends only on the
+seed and the epoch, never on the number of processes: that only divides the samples.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,8 @@ from util.data.images import load_images
 from util.data.instructions import Instructions, instruction_examples, read_instructions
 from util.data.prompts import build_prompt
 from util.data.settings import TrainingData
+
+PUBLISHED_GPUS = 4  # of the study's published runs
 
 
 def load_training_data(settings: TrainingData) -> ScienceQA | Instructions:
@@ -79,17 +82,30 @@ def balanced_parts(costs: list[float], n_parts: int) -> list[list[int]]:
     return sorted(map(sorted, parts), key=lambda part: -len(part))
 
 
-def epoch_batches(costs: list[float], batch_size: int, accum_iter: int, rank: int, world: int, seed: int, epoch: int
-                  ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Yields, for each optimizer step, the indices of its global batch, and this rank's part of it as micro-batches.
+def micro_batches(batch: list[int], size: int) -> list[list[int]]:
+    """The samples of an optimizer step in micro-batches of at most `size`, over each of which the published loss is a
+    mean.
+
+    Each of the 4 GPUs of the study's published runs took every fourth sample, so that 4 * size consecutive samples made
+    4 micro-batches. With --seed 0, the order of samples is that of these runs, too (torch's DistributedSampler).
+    """
+    found = []
+    for start in range(0, len(batch), PUBLISHED_GPUS * size):
+        consecutive = batch[start:start + PUBLISHED_GPUS * size]
+        n = math.ceil(len(consecutive) / size)
+        found += [consecutive[i::n] for i in range(n)]
+    return found
+
+
+def epoch_batches(costs: list[float], effective_batch: int, rank: int, world: int, seed: int, epoch: int
+                  ) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields, for each optimizer step, the indices of its samples, and of those that this rank takes.
 
     costs: of each example. All ranks get parts of nearly the same cost, since in every step the slowest sets the pace.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(costs), generator=generator).tolist()
-    effective_batch = batch_size * accum_iter * world
     for step in range(steps_per_epoch(len(costs), effective_batch)):
         global_batch = order[step * effective_batch:(step + 1) * effective_batch]
         part = balanced_parts([costs[i] for i in global_batch], world)[rank]
-        local_batch = [global_batch[i] for i in part]
-        yield global_batch, [local_batch[i:i + batch_size] for i in range(0, len(local_batch), batch_size)]
+        yield global_batch, [global_batch[i] for i in part]

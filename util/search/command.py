@@ -44,15 +44,15 @@ def fixed_values(trained) -> Values:
 
 def describe_study(args, space, trained) -> dict:
     """The content of study.json: the settings that all workers must share, and the meaning of --precision here."""
-    effective_batch, files = Optimization.of(trained).effective_batch(args.gpus), TrainingData.of(trained)
+    of_batch, files = Optimization.of(trained).entries(args.gpus), TrainingData.of(trained)
     data = {split: load_scienceqa(files.data_root, split, files.captions) for split in SPLITS}
     flags = {name: value for name, value in vars(trained).items()
              if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != EFFECTIVE_BATCH}
     return {**{name: getattr(args, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
             "precision": resolve_precision(trained.precision, trained.device, trained.bits),
-            "steps_per_epoch": steps_per_epoch(len(data["train"].problems), effective_batch),
+            "steps_per_epoch": steps_per_epoch(len(data["train"].problems), of_batch[EFFECTIVE_BATCH]),
             "space": {"parameters": space.parameters, "enqueue": space.enqueue},
-            "flags": {**flags, EFFECTIVE_BATCH: effective_batch}}
+            "flags": {**flags, **of_batch}}
 
 
 def machine_flags(trained) -> list[str]:

@@ -65,7 +65,7 @@ def with_one_name(flags: dict[str, Any]) -> dict[str, Any]:
 class Settings(TypedDict):
     """The content of study.json, as far as a report needs it.
 
-    flags: those of train.py that change results, and EFFECTIVE_BATCH for those that it states.
+    flags: those of train.py that change results, and what `Optimization.entries` states of others.
     """
 
     name: str

@@ -95,6 +95,9 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 def loss_ticks(ax: Axes) -> None:
     ax.xaxis.set_major_locator(integer_ticks())
+    if not np.isfinite(ax.dataLim.minposy):  # no epoch has a loss: a log axis would have no range
+        ax.set_yscale("linear")
+        return
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if high < 5 * low else (1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")

@@ -25,6 +25,7 @@ from util.training.settings import EFFECTIVE_BATCH, Optimization
 
 N_LAYERS = 32  # of LLaMA-7B
 FIX = "train or evaluate again"
+MICRO_BATCH = "micro_batch"  # an entry of flags: the samples of a micro-batch, where the loss is a mean over them
 TWO_BYTES = ("bf16", "fp16")  # their answers hardly differ, and the hardware chooses
 
 
@@ -105,7 +106,7 @@ class Run:
     """
 
     folder: str
-    flags: dict  # train.py's flags, plus EFFECTIVE_BATCH
+    flags: dict  # train.py's flags, plus EFFECTIVE_BATCH and MICRO_BATCH
     losses: list[float]  # mean training loss of each epoch
     counts: dict[str, int]  # number of questions by column
     correct: dict[str, int]
@@ -166,7 +167,10 @@ def read_flags(config: dict, path: Path) -> tuple[dict, int]:
         dropout_schedule(n_layers, flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"])
     except ValueError as error:
         raise UserError(f"{path}: {error}: {FIX}") from error
-    flags[EFFECTIVE_BATCH] = Optimization.read(flags).effective_batch(config["world_size"])
+    optimization = Optimization.read(flags)
+    flags[EFFECTIVE_BATCH] = optimization.effective_batch(config["world_size"])
+    if optimization.loss_norm == "microbatch":
+        flags[MICRO_BATCH] = optimization.batch_size
     return flags, n_layers
 
 

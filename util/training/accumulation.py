@@ -18,17 +18,16 @@ def count_answer_tokens(examples: list) -> int:
     return sum(len(example.ids) - example.answer_start for example in examples)
 
 
-def with_loss_weights(micro_batches: list[list], n_answer_tokens: int, loss_norm: str, n_micro_batches: int
-                      ) -> list[tuple]:
-    """(example, loss weight) for all samples of this rank.
+def loss_weights(groups: list[list[int]], examples: list) -> dict[int, float]:
+    """The weight of an answer token in the loss of an optimizer step, by the index of its sample.
 
-    n_answer_tokens and n_micro_batches count the whole optimizer step, over all ranks.
+    groups: all samples of the step, over all ranks. The loss is the mean over the groups of the mean over a group's
+    answer tokens; a group without any has no mean, and does not count.
     """
-    weighted_examples = []
-    for examples in micro_batches:
-        n = n_answer_tokens if loss_norm == "batch" else count_answer_tokens(examples) * n_micro_batches
-        weighted_examples += [(example, 1 / max(n, 1)) for example in examples]
-    return weighted_examples
+    counts = [count_answer_tokens([examples[i] for i in group]) for group in groups]
+    n_groups = sum(count > 0 for count in counts)
+    return {i: 1 / (count * n_groups) if count else 0.0
+            for group, count in zip(groups, counts, strict=True) for i in group}
 
 
 def split_by_tokens(weighted_examples: list[tuple], max_tokens: float) -> list[list[tuple]]:

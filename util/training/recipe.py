@@ -24,11 +24,8 @@ def make_recipe(settings: TrainSettings, dtype: torch.dtype, world: int, data) -
     Raises UserError, or OSError, for files that cannot be read.
     """
     recipe = {name: value for name, value in settings.flags.items() if TRAIN_FLAGS[name].belongs_to_recipe}
-    if settings.optimization.loss_norm == "microbatch":
-        recipe["batch_size"] = settings.optimization.batch_size  # the loss depends on the size of a micro-batch
-    return {**recipe, "precision": precision_name(dtype),
-            EFFECTIVE_BATCH: settings.optimization.effective_batch(world), "data": data.fingerprint,
-            **fingerprints(settings.base)}
+    return {**recipe, **settings.optimization.entries(world), "precision": precision_name(dtype),
+            "data": data.fingerprint, **fingerprints(settings.base)}
 
 
 def differences(recipe: dict, other: dict) -> list[str]:

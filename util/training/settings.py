@@ -27,7 +27,8 @@ class Optimization(FlagGroup):
     accum_iter: BatchSize = flag(1, "micro-batches per optimizer step", Role.RECIPE, stated_as=EFFECTIVE_BATCH,
                                  named=False)
     loss_norm: str = flag(
-        "batch", "mean over the answer tokens of the optimizer step, or of each micro-batch as published", Role.RECIPE,
+        "batch", "mean over the answer tokens of the optimizer step; microbatch: mean over micro-batches of "
+                 "--batch_size samples of the mean over each one's answer tokens, as published", Role.RECIPE,
         choices=("batch", "microbatch"))
     weight_decay: NonNegative = flag(0.02, "on matrices; biases and vectors have none", Role.RECIPE)
     clip_grad: Positive | None = flag(None, "maximum gradient norm (default: no clipping)", Role.RECIPE)
@@ -40,6 +41,12 @@ class Optimization(FlagGroup):
     def effective_batch(self, world: int) -> int:
         """Samples of one optimizer step, over all processes. world: the number of data-parallel processes."""
         return self.batch_size * self.accum_iter * world
+
+    def entries(self, world: int) -> dict[str, int]:
+        """What a recipe and a study state of --batch_size and --accum_iter: the samples of one optimizer step and,
+        where the loss is a mean over micro-batches, those of a micro-batch."""
+        of_micro_batch = {"batch_size": self.batch_size} if self.loss_norm == "microbatch" else {}
+        return {EFFECTIVE_BATCH: self.effective_batch(world), **of_micro_batch}
 
 
 @dataclass(frozen=True)

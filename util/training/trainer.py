@@ -14,18 +14,13 @@ from lavin.runtime.console import is_main_process, print_rank0, progress_bar
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import TOKENIZATION, Tokenizer
 from lavin.weights.adapters import pack_adapters
-from util.data.batches import epoch_batches, steps_per_epoch
+from util.data.batches import epoch_batches, micro_batches, steps_per_epoch
 from util.data.examples import any_joined, examples_sha256
 from util.data.instructions import decode_images
 from util.lr_sched import adjust_learning_rate
 from util.trained_model import image_statistics
-from util.training.accumulation import (
-    accumulate_with_oom_retry,
-    count_answer_tokens,
-    probe_max_tokens,
-    with_loss_weights,
-)
-from util.training.epoch_record import MAX_SKIPPED, EpochRecord
+from util.training.accumulation import accumulate_with_oom_retry, loss_weights, probe_max_tokens
+from util.training.epoch_record import MAX_SKIPPED, EpochRecord, loss_in_words
 from util.training.metrics import Metrics
 from util.training.optimizer import make_optimizer, make_scaler, optimizer_step
 from util.training.resume import restore
@@ -86,7 +81,7 @@ class Trainer:
                 entry = log_entry(record, self.n_steps * min(self.effective_batch, len(self.examples)),
                                   peak_memory_gib(self.model.device))
                 self.save(record, entry)
-                print_rank0(f"epoch {record.epoch}: loss {entry['train_closs']:.4f}, "
+                print_rank0(f"epoch {record.epoch}: {loss_in_words(entry['train_closs'])}, "
                             f"{entry['samples_per_s']:.1f} samples/s"
                             + (f", {entry['skipped_steps']} skipped steps (not finite)" if entry["skipped_steps"]
                                else ""))
@@ -95,9 +90,8 @@ class Trainer:
                 record = EpochRecord(record.epoch + 1, record.skipped)
 
     def batches(self, epoch: int, first_step: int = 0):
-        chosen = self.settings.optimization
-        batches = epoch_batches(self.costs, chosen.batch_size, chosen.accum_iter, self.rank, self.world, chosen.seed,
-                                epoch)
+        batches = epoch_batches(self.costs, self.effective_batch, self.rank, self.world,
+                                self.settings.optimization.seed, epoch)
         return islice(batches, first_step, None)
 
     def train_epoch(self, record: EpochRecord) -> None:
@@ -110,43 +104,41 @@ class Trainer:
         record.start_clock()
         with progress_bar(self.batches(record.epoch, first_step), f"epoch {record.epoch}", total=self.n_steps,
                           initial=first_step, unit="step") as bar:
-            for step, (global_batch, local_batches) in enumerate(bar, first_step):
-                self.train_step(record, step, global_batch, local_batches)
+            for step, (global_batch, local_batch) in enumerate(bar, first_step):
+                self.train_step(record, step, global_batch, local_batch)
                 self.observe(record, bar)
                 if step + 1 < self.n_steps:  # else the epoch's own checkpoint follows
                     self.save_if_due(record)
             record.read_all()
             self.observe(record, bar)
 
-    def train_step(self, record: EpochRecord, step: int, global_batch: list[int], local_batches: list[list[int]]
-                   ) -> None:
-        chosen, samples = self.settings.optimization, [self.examples[i] for i in global_batch]
+    def train_step(self, record: EpochRecord, step: int, global_batch: list[int], local_batch: list[int]) -> None:
+        """Makes an optimizer step on the samples of the global batch, of which this rank takes the local batch."""
+        chosen = self.settings.optimization
         torch.manual_seed(dropout_seed(chosen.seed, record.epoch, step, self.rank))
         # the epoch's fraction counts samples, so that the rate does not depend on the number of processes
         fraction = step * self.effective_batch / len(self.examples)
         rate = adjust_learning_rate(self.optimizer, record.epoch + fraction, self.settings.schedule)
-        threads = self.settings.execution.num_workers
-        micro_batches = [decode_images([self.examples[i] for i in batch], threads) for batch in local_batches]
-        # of all ranks, whose shares have the sizes of these slices (balanced_parts)
-        n_micro_batches = sum(math.ceil(len(global_batch[r::self.world]) / chosen.batch_size)
-                              for r in range(self.world))
-        weighted_examples = with_loss_weights(micro_batches, count_answer_tokens(samples), chosen.loss_norm,
-                                              n_micro_batches)
+        groups = [global_batch] if chosen.loss_norm == "batch" else micro_batches(global_batch, chosen.batch_size)
+        weights = loss_weights(groups, self.examples)
+        examples = decode_images([self.examples[i] for i in local_batch], self.settings.execution.num_workers)
+        weighted_examples = [(example, weights[i]) for i, example in zip(local_batch, examples, strict=True)]
         loss, self.max_tokens = accumulate_with_oom_retry(self.model, weighted_examples, self.max_tokens, self.scaler)
-        record.add(optimizer_step(self.optimizer, self.scaler, self.parameters, loss, chosen.clip_grad,
-                                  stop=signals.requested is not None), rate)
-        self.metrics.add(samples)
+        numbers = optimizer_step(self.optimizer, self.scaler, self.parameters, loss, chosen.clip_grad,
+                                 stop=signals.requested is not None)
+        record.add(numbers, rate, has_answers=any(weights.values()))
+        self.metrics.add([self.examples[i] for i in global_batch])
 
     def observe(self, record: EpochRecord, bar) -> None:
         """Reports the steps that have been read. Raises UserError where training has diverged."""
         n = len(record.steps)
         if self.write_metrics(record):
-            bar.set_postfix(loss=f"{record.steps[-1][0]:.4f}", lr=f"{record.rates[n - 1]:.2e}", refresh=False)
-        if record.skipped >= MAX_SKIPPED or (n == self.n_steps and not record.losses()):
-            qids = [self.qids[i] for i in next(self.batches(record.epoch, n - 1))[0]]
+            bar.set_postfix_str(f"{loss_in_words(record.steps[-1][0])}, lr {record.rates[n - 1]:.2e}", refresh=False)
+        if record.skipped >= MAX_SKIPPED or record.skipped_steps() == self.n_steps:
+            loss, qids = record.steps[-1][0], [self.qids[i] for i in next(self.batches(record.epoch, n - 1))[0]]
             questions = ", ".join(qids[:8]) + ", ..." * (len(qids) > 8)
             raise UserError(f"training diverged: the gradients of {record.skipped} steps in a row are not finite, up "
-                            f"to epoch {record.epoch}, step {n} (loss {record.steps[-1][0]:g}, loss scale "
+                            f"to epoch {record.epoch}, step {n} ({loss_in_words(loss)}, loss scale "
                             f"{self.scaler.get_scale():g}, questions {questions}): take a lower --lr or --clip_grad, "
                             "or check the base weights")
 
