@@ -66,6 +66,7 @@ SCHEDULES = {
     "step": Schedule(step, "Step Decay"),
     "exponential": Schedule(exponential, "Exp. Decay", lowest_lr=EXPONENTIAL_END),
 }
+BASE_SCHEDULE = next(iter(SCHEDULES))  # the first one is the base method's
 
 
 def schedule_of(name: str) -> Schedule:
@@ -85,7 +86,8 @@ class LearningRate(FlagGroup):
     """The schedule of a run, and the numbers that its formula takes."""
 
     title: ClassVar[str] = "learning rate"
-    lr_schedule: str = flag("cosine", "how the learning rate falls", Role.RECIPE, choices=tuple(SCHEDULES), named=False)
+    lr_schedule: str = flag(BASE_SCHEDULE, "how the learning rate falls", Role.RECIPE, choices=tuple(SCHEDULES),
+                            named=False)
     epochs: Count = flag(20, "epochs of the whole schedule", Role.RECIPE)
     warmup_epochs: NonNegative = flag(
         2.0, "linear warm-up; a tenth of --epochs where these are fewer; none with --lr_schedule "

@@ -9,10 +9,19 @@ import pytest
 import train
 from tiny import ROOT
 from user_errors import error_message
+from util.lr_sched import SCHEDULES
 from util.search.settings import SPACE
 from util.search.space import read_space
 from util.study.comparison import PUBLISHED, method_name
-from util.study.methods import METHODS, WORDED, named_methods, read_methods, usual_min_lr
+from util.study.methods import (
+    BASE_IN_WORDS,
+    METHODS,
+    WORDED,
+    may_be_base,
+    named_methods,
+    read_methods,
+    usual_min_lr,
+)
 from util.training.recipe import TRAIN_FLAGS
 
 OTHER_SCRIPTS = {"lite"}  # of the 7B model: not a method, but the base method on other weights
@@ -46,6 +55,16 @@ def test_the_published_figures_are_those_of_the_first_methods():
     assert not any({"flags", "changes", "name"} & found.keys() for found in facts["methods"].values())
     assert {flag: facts["flags"][flag] for flag in WORDED} == {flag: DEFAULTS[flag] for flag in WORDED}
     assert facts["flags"]["lr"] == DEFAULTS["blr"] * 32 / 256 and facts["flags"]["epochs"] == DEFAULTS["epochs"]
+
+
+def test_the_base_schedule_is_the_first_and_is_named_in_one_place():
+    """Whoever changes the base finds no other place in the code that knows which one it is."""
+    base = next(iter(SCHEDULES))
+    assert DEFAULTS["lr_schedule"] == base and SCHEDULES[base].display_name is None
+    assert may_be_base(DEFAULTS) and BASE_IN_WORDS == f"--lr_schedule {base}, --dropout_var 1"
+    assert not any(may_be_base({**DEFAULTS, **method.flags}) for method in named_methods()[1:])
+    for path in (ROOT / "util").rglob("*.py"):
+        assert path.name == "lr_sched.py" or not re.search(rf"\b{base}\b", path.read_text()), path
 
 
 def test_a_search_tries_all_methods_first():

@@ -15,7 +15,7 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from util.runs import run_folders
 from util.study.finished_runs import Run, read_run
-from util.study.methods import method_name, method_names, named_methods
+from util.study.methods import may_be_base, method_name, method_names, named_methods
 from util.study.statistics import (
     accuracy_interval,
     contrast,
@@ -199,13 +199,13 @@ def with_published(comparison: Comparison) -> Comparison:
 
 
 def find_base(runs: list[Run], path: str | None) -> Run | None:
-    """The run at `path`; without a path, the one with the cosine schedule and the same dropout in every layer."""
+    """The run at `path`; without a path, the one with the base's schedule, and its dropout over the layers."""
     if path is not None:
         for run in runs:
             if Path(run.folder).resolve() == Path(path).resolve():
                 return run
         raise UserError(f"--base {path} is none of the runs: name one of them")
-    candidates = [run for run in runs if run.flags["lr_schedule"] == "cosine" and run.flags["dropout_var"] == 1]
+    candidates = [run for run in runs if may_be_base(run.flags)]
     names = {method_name(run.flags, candidates[0].flags): run.folder for run in candidates}
     if len(names) > 1:
         raise UserError("the base may be " + " or ".join(f"{folder} ({name})" for name, folder in names.items())

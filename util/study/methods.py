@@ -14,6 +14,7 @@ from typing import Any
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.errors import UserError
+from lavin.runtime.flags import shown
 from lavin.runtime.schema import NonBlankText, PlainName, read_validated, strictly_declared
 from util.lr_sched import SCHEDULES, Schedule
 from util.training.recipe import TRAIN_FLAGS
@@ -22,6 +23,9 @@ METHODS = Path(__file__).parents[2] / "scripts" / "methods.json"
 FIX = "correct it, or fetch it again"
 # the flags that tables put into words; a method has their defaults where it does not list them
 WORDED = ("lr_schedule", "min_lr", "dropout_prob", "dropout_var", "dropout_lim")
+# of the base's flags, those that a run must have to be taken for the base
+BASE_FLAGS = {flag: TRAIN_FLAGS[flag].default for flag in ("lr_schedule", "dropout_var")}
+BASE_IN_WORDS = ", ".join(f"--{flag} {shown(value)}" for flag, value in BASE_FLAGS.items())
 
 
 @strictly_declared
@@ -58,6 +62,10 @@ def find_method(flags: dict[str, Any]) -> NamedMethod | None:
     """The method of a run; of two that fit, the one that says more."""
     fitting = [method for method in named_methods() if method.fits(flags)]
     return max(fitting, key=lambda method: len(method.flags), default=None)
+
+
+def may_be_base(flags: dict[str, Any]) -> bool:
+    return all(flags[flag] == value for flag, value in BASE_FLAGS.items())
 
 
 def usual_min_lr(schedule: str) -> float:

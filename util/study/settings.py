@@ -7,6 +7,7 @@ from pydantic import Field
 
 from lavin.runtime.flags import FlagGroup, Parser, Role, flag
 from lavin.runtime.schema import PathText
+from util.study.methods import BASE_IN_WORDS
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Plots(FlagGroup):
     runs: list[str] = flag((), "a run's folder, or a folder of runs; or a study of search.py", Role.RUN,
                            positional=True, nargs="*", metavar="RUN")
     base: PathText | None = flag(
-        None, "the run that others are compared to (default: cosine schedule, --dropout_var 1)", Role.DISPLAY,
+        None, f"the run that others are compared to (default: the one with {BASE_IN_WORDS})", Role.DISPLAY,
         metavar="RUN")
     published: bool = flag(False, "add the published runs to the comparison", Role.DISPLAY)
     plan: Annotated[float, Field(gt=0, lt=100)] | None = flag(

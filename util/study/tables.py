@@ -9,6 +9,7 @@ import numpy as np
 from lavin.runtime.console import format_table
 from util.evaluation.scoring import COLUMNS
 from util.study.comparison import Comparison, Difference, Method
+from util.study.methods import BASE_IN_WORDS
 from util.study.statistics import design_effect
 
 NONE = "–"
@@ -112,7 +113,7 @@ def notes(comparison: Comparison) -> list[str]:
     if own:
         lines += difference_notes(own)
     elif len(comparison.methods) > 1 and not comparison.differences:
-        lines.append("No run is the base (cosine schedule, --dropout_var 1): for differences, choose one with --base.")
+        lines.append(f"No run is the base ({BASE_IN_WORDS}): for differences, choose one with --base.")
     lines += verdicts(comparison)
     if comparison.clusters is not None:
         lines.append(cluster_note(comparison, comparison.clusters))
