@@ -283,7 +283,7 @@ def test_going_back_drops_what_came_later_once_a_new_checkpoint_is_whole(flags, 
     assert list(checkpoints(finished)) == [0] and not (finished / "scores.json").exists()
     start = run_folder.RunFolder(finished, {}, epochs=3)
     run_folder.find_start(start, str(finished / LAST))  # as --resume RUN: it stays known where training went back to
-    assert (start.checkpoint, start.went_back_to, start.staged) == (finished / LAST, 0, False)
+    assert (start.checkpoint.path, start.went_back_to, start.staged) == (finished / LAST, 0, False)
     made = []
     monkeypatch.setattr(Trainer, "train_step", lambda self, *args, step=Trainer.train_step: made.append(1) or
                         step(self, *args))
@@ -296,7 +296,8 @@ def test_going_back_drops_what_came_later_once_a_new_checkpoint_is_whole(flags, 
 
 def go_back(folder: Path, content: bytes) -> None:
     """As train.py --resume FOLDER/checkpoint-0.pth does it, up to its first checkpoint."""
-    run = run_folder.RunFolder(folder, {}, 3, checkpoint=folder / "checkpoint-0.pth", went_back_to=0, staged=True)
+    checkpoint = run_folder.Checkpoint.read(folder / "checkpoint-0.pth")
+    run = run_folder.RunFolder(folder, {}, 3, checkpoint=checkpoint, went_back_to=0, staged=True)
     run.begin({})
     drop_metrics(run.path, 1, 0)
     run.save(content, 1, {"epoch": 1, "train_closs": 7.0})
@@ -309,7 +310,7 @@ def state(folder: Path) -> tuple:
     run = run_folder.RunFolder(folder, {}, epochs=3)
     run_folder.find_start(run, "")
     metrics = (folder / "metrics.jsonl").read_text().count("\n")
-    return run.checkpoint.name, (*checkpoints(folder),), (*(line["epoch"] for line in read_log(folder)),), metrics
+    return run.checkpoint.path.name, (*checkpoints(folder),), (*(line["epoch"] for line in read_log(folder)),), metrics
 
 
 def test_going_back_may_be_killed_at_any_file(finished, tmp_path, monkeypatch):
@@ -403,6 +404,17 @@ def test_other_examples_than_before_are_refused(flags, finished, scienceqa_copy)
 
 
 # --- Checkpoints ---
+
+@pytest.mark.parametrize("named, read", [
+    ("", ["checkpoint-1.pth"]), ("checkpoint-0.pth", ["checkpoint-1.pth", "checkpoint-0.pth"])])
+def test_a_command_reads_each_checkpoint_once(finished, monkeypatch, named, read):
+    """That is enough to look for damage, for the epoch that training went back to, and to go on from there."""
+    (finished / "checkpoint-2.pth").unlink()
+    paths, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: paths.append(Path(path)) or load(path, **options))
+    run("--resume", finished / named)
+    assert [path.name for path in paths if path.parent == finished] == read
+
 
 def test_only_the_last_checkpoints_are_kept(flags, unbroken, tmp_path):
     folder = tmp_path / "run"

@@ -10,9 +10,10 @@ from typing_extensions import TypedDict
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flag, Flags, Parser, Role, check_flags
 from lavin.runtime.schema import declared, read_validated
-from lavin.weights.adapters import load_adapters, read_adapters
+from lavin.weights.adapters import load_adapters
 from util.runs import checkpoints
 from util.training.epoch_record import EpochRecord
+from util.training.run_folder import Checkpoint
 from util.training.settings import get_args_parser
 
 
@@ -80,25 +81,25 @@ def finished_run(words: list[str]) -> str:
     return trained.output_dir
 
 
-def restore(model, optimizer, scaler, path: Path, examples_sha256: str, any_joined: Callable[[], bool]) -> EpochRecord:
+def restore(model, optimizer, scaler, checkpoint: Checkpoint, examples_sha256: str, any_joined: Callable[[], bool]
+            ) -> EpochRecord:
     """Loads a checkpoint; returns the record of the epoch to go on with. Raises UserError if it does not fit.
 
     any_joined: see util.data.examples.
     """
-    checkpoint = read_adapters(path)
-    source = f"checkpoint {path}"
-    if not {"sha256", "optimizer", "examples"} <= checkpoint.keys():
+    source, content = f"checkpoint {checkpoint.path}", checkpoint.content
+    if not {"sha256", "optimizer", "examples"} <= content.keys():
         raise UserError(f"{source} is not as train.py writes it: name another")
-    if checkpoint["examples"] != examples_sha256:
-        if "tokenization" not in checkpoint and any_joined():
+    if content["examples"] != examples_sha256:
+        if "tokenization" not in content and any_joined():
             raise UserError(f"{source} was trained by an earlier version, which tokenized prompt and answer together: "
                             "with this tokenizer its examples had other ids, so it cannot go on here: train it anew "
                             "with --overwrite, or into another --output_dir")
         raise UserError(f"{source} was trained on other examples: the tokenizer, or the pictures that --skip_bad "
                         "leaves out, have changed since")
-    load_adapters(model, checkpoint["model"], source)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    if checkpoint["record"]:
-        return EpochRecord(**checkpoint["record"])
-    return EpochRecord(checkpoint["epoch"] + 1, checkpoint["skipped"])
+    load_adapters(model, content["model"], source)
+    optimizer.load_state_dict(content["optimizer"])
+    scaler.load_state_dict(content["scaler"])
+    if content["record"]:
+        return EpochRecord(**content["record"])
+    return EpochRecord(content["epoch"] + 1, content["skipped"])

@@ -7,9 +7,10 @@
 """
 
 import shutil
-import zipfile
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError, first_line
@@ -25,19 +26,49 @@ STAGING = ".staging"  # folder of what replaces a run or its later part, until i
 PROMOTING = ".promoting"  # the same folder while its files are moved to the place of the old ones
 
 
+class Damaged(Exception):
+    """A checkpoint that cannot be used. The message says why, in words that come behind `is broken`."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: what it holds is as `Trainer.save` wrote it, by its checksum."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """Raises Damaged."""
+        try:
+            return cls(path, read_adapters(path))
+        except Exception as error:  # damaged headers raise many types of exception
+            raise Damaged(first_line(error)) from error
+
+    @property
+    def epoch(self) -> int:
+        return self.content["epoch"]
+
+    @property
+    def went_back_to(self) -> int | None:
+        """The epoch of the checkpoint that --resume named when the run last went back."""
+        return self.content.get("went_back_to")
+
+
 @dataclass
 class RunFolder:
     """A run's folder, and the place where its training goes on.
 
     folder: --output_dir. keep_last: the number of checkpoints of whole epochs to keep; None: all. checkpoint: the one
-    that training goes on from; None: training begins. went_back_to: the epoch of the checkpoint that --resume named.
+    that training goes on from, read once; None: training begins. went_back_to: the epoch of the checkpoint that
+    --resume named. staged: whether files go into STAGING, since they are to replace a run or its later part.
     """
 
     folder: Path
     recipe: dict
     epochs: int
     keep_last: int | None = None
-    checkpoint: Path | None = None
+    checkpoint: Checkpoint | None = None
     went_back_to: int | None = None
     staged: bool = False
     trained_on: bool = False  # whether a checkpoint has been saved since the start of this process
@@ -49,7 +80,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        return self.checkpoint == checkpoint_path(self.folder, self.epochs - 1) and not self.staged
+        last = checkpoint_path(self.folder, self.epochs - 1)
+        return self.checkpoint is not None and self.checkpoint.path == last and not self.staged
 
     def begin(self, flags: dict) -> None:
         """Prepares the folder. This comes when everything is loaded, so that a command that fails before leaves the
@@ -126,47 +158,39 @@ def find_start(run: RunFolder, resume: str) -> None:
     The same --resume again, after training has gone on from there, does not go back a second time.
     """
     run.checkpoint = latest_whole_checkpoint(run.folder)
+    went_back_to = run.checkpoint.went_back_to if run.checkpoint else None
     if not resume or Path(resume).is_dir() or Path(resume).name == LAST:
-        run.went_back_to = read_adapters(run.checkpoint).get("went_back_to") if run.checkpoint else None
+        run.went_back_to = went_back_to
         return
     named = Path(resume)
     run.went_back_to = next((epoch for epoch, path in checkpoints(run.folder).items() if path.samefile(named)), None)
-    damage = find_damage(named)
-    if damage:
-        raise UserError(f"--resume {named} is broken ({damage}): name an earlier one")
+    try:
+        checkpoint = Checkpoint.read(named)
+    except Damaged as damage:
+        raise UserError(f"--resume {named} is broken ({damage}): name an earlier one") from damage
     if run.went_back_to is None:  # a copy under another name
-        run.checkpoint = named
-    elif not run.checkpoint or read_adapters(run.checkpoint).get("went_back_to") != run.went_back_to:
-        run.checkpoint = checkpoint_path(run.folder, run.went_back_to)
+        run.checkpoint = checkpoint
+    elif not run.checkpoint or went_back_to != run.went_back_to:
+        run.checkpoint = replace(checkpoint, path=checkpoint_path(run.folder, run.went_back_to))
         run.staged = not run.finished
 
 
-def latest_whole_checkpoint(folder: Path) -> Path | None:
+def latest_whole_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint that training goes on from; None where none is whole. Prints which later ones are broken."""
     by_epoch, broken, found = checkpoints(folder), [], None
     for path in filter(Path.is_file, (folder / LAST, *reversed(by_epoch.values()))):
-        damage = find_damage(path)
-        if damage:
+        try:
+            checkpoint = Checkpoint.read(path)
+        except Damaged as damage:
             broken.append(f"{path} is broken ({damage})")
-        elif path.name != LAST or read_adapters(path)["epoch"] > max(by_epoch, default=-1):
-            found = path  # LAST may be older than a whole epoch's, if the process was killed before it removed LAST
-            break
+            continue
+        if path.name != LAST or checkpoint.epoch > max(by_epoch, default=-1):
+            found = checkpoint
+            break  # else LAST is older than a whole epoch's, since the process was killed before it removed LAST
     for line in broken:
-        print_rank0(f"{line}: {f'{found.name} is used' if found else 'no whole one is left, so training begins anew'}")
+        print_rank0(f"{line}: "
+                    f"{f'{found.path.name} is used' if found else 'no whole one is left, so training begins anew'}")
     return found
-
-
-def find_damage(path: Path) -> str | None:
-    """The damage of a checkpoint by the checksums inside it; None where it is whole."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            return f"{damaged} does not match its checksum"
-        read_adapters(path)
-        return None
-    except Exception as error:  # damaged headers raise many types of exception
-        return first_line(error)
 
 
 def drop_stale(folder: Path, next_epoch: int) -> None:
@@ -212,6 +236,7 @@ def recover_promotion(folder: Path) -> None:
     if (folder / PROMOTING).is_dir():
         move_promoted(folder)
         return
-    staged = next((path for path in (folder / STAGING).glob("*.pth") if not find_damage(path)), None)
-    if staged:
-        promote(folder, read_adapters(staged).get("went_back_to"))
+    for path in (folder / STAGING).glob("*.pth"):
+        with suppress(Damaged):
+            promote(folder, Checkpoint.read(path).went_back_to)
+            return

@@ -60,7 +60,7 @@ class Trainer:
             return EpochRecord(0)
         record = restore(self.model, self.optimizer, self.scaler, self.run.checkpoint, self.examples_sha256,
                          partial(any_joined, tokenizer, self.examples))
-        print_rank0(f"{self.run.folder} goes on from {self.run.checkpoint.name}: epoch {record.epoch}, step "
+        print_rank0(f"{self.run.folder} goes on from {self.run.checkpoint.path.name}: epoch {record.epoch}, step "
                     f"{len(record.steps)} of {self.n_steps}")
         return record
 
