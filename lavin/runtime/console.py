@@ -21,6 +21,11 @@ def summary(doc: str | None) -> str:
     return (doc or "").partition("\n")[0]
 
 
+def by_program(message: str) -> str:
+    """The message in one line, behind the program's name, as it ends on stderr."""
+    return " ".join(f"{os.path.basename(sys.argv[0])}: {message}".splitlines())  # a file's name may have two lines
+
+
 def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 

@@ -2,6 +2,9 @@
 
 With --model_parallel_size N, N consecutive ranks hold the parts of one model (lavin/weights/tensor_parallel.py). They
 get the same samples and hold the same adapters, so that together they are one data-parallel rank.
+
+Their number N is, as the ranks and the world size that torch.distributed and fairscale hold, a fact of the process: it
+is set once, when the process joins its groups, and read wherever processes must act alike.
 """
 
 import os

@@ -1,6 +1,6 @@
 """How a program ends: one line that names the file or the flag and says what to do, and an exit status.
 
-Exit statuses (scripts/signals.sh, slurm/ and util/launch.py tell 75 from the others):
+This page describes all that ends a program, or passes its end on. Exit statuses:
     0   all is done.
     1   an error that a user can fix (UserError), or a bug, which keeps its traceback.
     2   a mistake on the command line (UsageError).
@@ -15,6 +15,13 @@ Of several processes, one speaks. All that meet the same error, or the same sign
   the first of the processes that still answer speaks.
 - torchrun quotes the message of the process that failed first in its last lines (report_to_torchrun); util/launch.py
   leaves these out where all were only stopped.
+
+Whoever starts programs tells 75 from the others, and passes a request to stop on as SIGTERM:
+- util/launch.py, torchrun for a run on several GPUs: its status is 75 where the process that ended first had 75, or
+  where torchrun itself was asked to stop. Under srun it gets SIGUSR1 in place of SIGTERM.
+- util/search/runner.py, a search's trials: where one ends with 75, or by a signal, the search ends with 75, too.
+- scripts/signals.sh, sourced by the scripts: they start nothing more after a signal, and end with 75.
+- slurm/run.sh, sourced by the jobs: it requeues a job that Slurm has warned of its time limit, unless all was done.
 """
 
 import errno
@@ -30,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from lavin.runtime import console, signals
-from lavin.runtime.console import is_main_process
+from lavin.runtime.console import by_program, is_main_process
 from lavin.runtime.signals import UNFINISHED, Stopped
 
 # words of torch's RuntimeErrors when the host's memory, or a disk or pipe that it writes to, has no space left
@@ -100,7 +107,7 @@ def one_line_errors(numbers: tuple[signal.Signals, ...] = signals.STOP_SIGNALS) 
 def end(message: str, status: int) -> None:
     """Ends the process with its line. The other processes of rank 0 end later, so that torchrun stops them first."""
     signals.finish(signal.SIG_IGN if is_main_process() else signal.SIG_DFL)
-    message = " ".join(f"{os.path.basename(sys.argv[0])}: {message}".splitlines())  # a file's name may have two lines
+    message = by_program(message)
     report_to_torchrun(message)
     if not is_main_process():
         if status == UNFINISHED:

@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from tqdm import tqdm
 
+from lavin.runtime.console import by_program
 from lavin.runtime.errors import report_to_torchrun
 
 INTERVAL_SECONDS, LIMIT_SECONDS = 10, 120
@@ -68,8 +69,8 @@ def latest_beat(store, other: int, value: bytes, since: float) -> tuple[bytes, f
 def report(other: int, value: bytes, first: bool) -> None:
     """Ends this process; the first of those that answer says why. torchrun then ends the frozen one."""
     name = value.decode().partition(" ")[2] or f"process {other}"
-    message = (f"{os.path.basename(sys.argv[0])}: error: {name} has not answered for {LIMIT_SECONDS} s: it is frozen, "
-               "or its machine or network is down; the same command goes on from the last checkpoint")
+    message = by_program(f"error: {name} has not answered for {LIMIT_SECONDS} s: it is frozen, or its machine or "
+                         "network is down; the same command goes on from the last checkpoint")
     if not first:
         time.sleep(5)
     report_to_torchrun(message)

@@ -4,6 +4,9 @@ A signal raises Stopped in the main thread. Inside `deferred()` it only sets `re
 itself, at a place where it can save. A process that is still there after its grace period, because its main thread
 waits for the GPU or for a dead process, is ended by a thread. errors.py says which process speaks, and lists the exit
 statuses.
+
+Handlers of signals belong to the process, and a handler gets no argument: so does what they note here. An object that
+is passed would have to be the same one everywhere.
 """
 
 import os
@@ -13,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lavin.runtime.console import is_main_process
+from lavin.runtime.console import by_program, is_main_process
 
 UNFINISHED = 75  # exit status: stopped, and the same command goes on (EX_TEMPFAIL of sysexits.h)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -73,6 +76,7 @@ def end_after_grace_period(reader: int, numbers: tuple[signal.Signals, ...]) -> 
     seconds = DEFERRED_GRACE_SECONDS if _deferred else GRACE_SECONDS
     threading.Event().wait(seconds)
     if is_main_process() and not _ending:
-        print(f"\n{os.path.basename(sys.argv[0])}: ended {seconds} s after the stop signal, without saving: the same "
-              "command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        message = by_program(f"ended {seconds} s after the stop signal, without saving: the same command goes on from "
+                             "the last checkpoint")
+        print(f"\n{message}", file=sys.stderr, flush=True)  # tqdm's lock may be held by the main thread, which waits
     os._exit(UNFINISHED)
