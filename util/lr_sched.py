@@ -60,13 +60,13 @@ class Schedule:
         return "warmup_epochs" in self.uses
 
 
+# the first one is the base method's
 SCHEDULES = {
     "cosine": Schedule(cosine, None, uses=("warmup_epochs", "min_lr")),
     "cyclical": Schedule(cyclical, "Cyclical LR", uses=("min_lr",)),
     "step": Schedule(step, "Step Decay"),
     "exponential": Schedule(exponential, "Exp. Decay", lowest_lr=EXPONENTIAL_END),
 }
-BASE_SCHEDULE = next(iter(SCHEDULES))  # the first one is the base method's
 
 
 def schedule_of(name: str) -> Schedule:
@@ -86,7 +86,7 @@ class LearningRate(FlagGroup):
     """The schedule of a run, and the numbers that its formula takes."""
 
     title: ClassVar[str] = "learning rate"
-    lr_schedule: str = flag(BASE_SCHEDULE, "how the learning rate falls", Role.RECIPE, choices=tuple(SCHEDULES),
+    lr_schedule: str = flag(next(iter(SCHEDULES)), "how the learning rate falls", Role.RECIPE, choices=tuple(SCHEDULES),
                             named=False)
     epochs: Count = flag(20, "epochs of the whole schedule", Role.RECIPE)
     warmup_epochs: NonNegative = flag(
