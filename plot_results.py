@@ -16,17 +16,19 @@ from util.study.comparison import Comparison, compare, published, with_published
 from util.study.figures import write_figures
 from util.study.planning import plan
 from util.study.settings import get_args_parser
-from util.study.tables import csv_table, latex_table, markdown_table, text_table
+from util.study.tables import csv_table, effects_csv, latex_table, markdown_table, text_table
 
-TABLES = {"md": markdown_table, "csv": csv_table, "tex": latex_table}
+TABLES = {"table.md": markdown_table, "table.csv": csv_table, "table.tex": latex_table, "effects.csv": effects_csv}
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     prefix = "published_" if all(method.published for method in comparison.methods) else ""
     written = write_figures(comparison, folder, prefix)
-    for suffix, render in TABLES.items():
-        written.append(folder / f"{prefix}table.{suffix}")
-        write_text(written[-1], render(comparison))
+    for name, render in TABLES.items():
+        text = render(comparison)
+        if text:  # effects are there only where runs cross schedule and dropout
+            written.append(folder / f"{prefix}{name}")
+            write_text(written[-1], text)
     return written
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All methods of scripts/methods.json: goes on past a failure and names it at the end; finished runs take a moment.
-# METHODS="base step" runs only these; SEEDS="0 1 2" repeats each; JOBS=4 runs four at once, which share the node's GPUS
+# METHODS="base step" runs only these, METHODS="step+drop_dec base+dropout_prob=0.05" the script of the first with the
+# flags of the second method, or with this flag; SEEDS="0 1 2" repeats each; JOBS=4 runs four at once, which share the node's GPUS
 # and so need no communication between them (JOBS=1, the default: each on all GPUs); arguments go to every method; the
 # environment is that of scripts/common.sh.
 source "$(dirname "$0")/common.sh"
@@ -22,6 +23,18 @@ with one_line_errors():
     get_args_parser().parse_args()
 END
 
+# added_flags METHOD: the flags behind the first +, of methods or as they stand
+added_flags() {
+    python -c 'import json, sys
+methods = json.load(open("scripts/methods.json"))
+for part in sys.argv[1].split("+")[1:]:
+    if part not in methods and part.count("=") != 1:
+        sys.exit(f"run_all_variants.sh: METHODS={sys.argv[1]}: {part!r} is neither a method nor a flag=value")
+    flags = methods[part]["flags"] if part in methods else dict([part.split("=")])
+    print(*(f"--{flag} {value}" for flag, value in flags.items()))' "$1"
+}
+for method in $METHODS; do [[ $method != *+* ]] || added_flags "$method" > /dev/null; done
+
 runs=() # "METHOD SEED"
 for seed in $SEEDS; do
     for method in $METHODS; do runs+=("$method $seed"); done
@@ -35,16 +48,18 @@ touch "$state/failed"
 
 # work SLOT FLAG...: every JOBS-th run, from number SLOT on.
 work() {
-    local i method seed script folder status
+    local i method seed script added folder status
     forward_signals
     take_share "$1"
     export TQDM_POSITION=$1 # each slot's progress bar has a line of its own
     for ((i = $1; i < ${#runs[@]}; i += JOBS)); do
         [ ! -e "$state/stopped" ] || return
         read -r method seed <<< "${runs[i]}"
-        script="scripts/finetuning_sqa_7b_$method.sh" folder=$(folder_of "$method" "$seed") status=0
+        script="scripts/finetuning_sqa_7b_${method%%+*}.sh" folder=$(folder_of "$method" "$seed") status=0
+        added=()
+        if [[ $method == *+* ]]; then read -r -d "" -a added <<< "$(added_flags "$method")" || true; fi
         echo "== $method, seed $seed"
-        run bash "${script/_base/}" --seed "$seed" --output_dir "$folder" "${@:2}" || status=$?
+        run bash "${script/_base/}" "${added[@]}" --seed "$seed" --output_dir "$folder" "${@:2}" || status=$?
         if [ -n "$stopped" ] || [ "$status" -eq "$UNFINISHED" ]; then
             touch "$state/stopped"
         elif [ "$status" -ne 0 ]; then

@@ -1,5 +1,6 @@
 """The shell scripts, run with stub commands on PATH that log their arguments."""
 
+import itertools
 import os
 import re
 import shutil
@@ -235,6 +236,38 @@ def test_methods_can_be_chosen(sandbox):
     calls = sandbox.run("scripts/run_all_variants.sh", METHODS="base drop_dec_v2", GPUS="1")
     trained = [call.split("--output_dir ")[-1] for call in calls if "train.py" in call]
     assert trained == ["./LaVIN-7B-base-seed0", "./LaVIN-7B-drop_dec_v2-seed0"]
+
+
+def flags_given(call: str) -> dict[str, str]:
+    """The value of each flag of a call; the last one counts."""
+    words = call.split()
+    return {word: value for word, value in itertools.pairwise(words) if word.startswith("--")}
+
+
+def test_methods_can_be_combined_and_changed_by_a_flag(sandbox):
+    calls = sandbox.run("scripts/run_all_variants.sh", METHODS="step+drop_dec base+dropout_prob=0.05", GPUS="1")
+    combined, changed = (flags_given(call) for call in calls if "train.py" in call)
+    assert {flag: combined[f"--{flag}"] for flag in ("lr_schedule", "dropout_prob", "dropout_var", "dropout_lim")} == {
+        "lr_schedule": "step", "dropout_prob": "0.2", "dropout_var": "0.99", "dropout_lim": "0.1"}
+    assert combined["--output_dir"] == "./LaVIN-7B-step+drop_dec-seed0"
+    assert (changed["--lr_schedule"], changed["--dropout_prob"], changed["--dropout_var"]) == ("cosine", "0.05", "1")
+    assert sandbox.run("scripts/run_all_variants.sh", code=1, METHODS="base step+drop_up", GPUS="1") == calls
+    assert "METHODS=step+drop_up: 'drop_up' is neither a method nor a flag=value" in sandbox.errors
+
+
+def test_a_factorial_runs_every_schedule_with_every_dropout(sandbox):
+    calls = sandbox.run("scripts/run_factorial.sh", SEEDS="0 1", GPUS="1", SCHEDULES="base step",
+                        DROPOUTS="base drop_inc dropout_prob=0.158")
+    trained = [call for call in calls if "train.py" in call]
+    found = {(flags["--lr_schedule"], flags["--dropout_prob"], flags["--dropout_var"], flags["--seed"])
+             for flags in map(flags_given, trained)}
+    assert len(trained) == 12 and found == {
+        (schedule, *dropout, seed) for schedule in ("cosine", "step") for seed in "01"
+        for dropout in (("0.1", "1"), ("0.1", "1.01"), ("0.158", "1"))}
+    plotted = calls[-1]
+    assert "plot_results.py" in plotted and plotted.count("LaVIN-7B-") == 12
+    calls = sandbox.run("scripts/run_factorial.sh", GPUS="1")
+    assert sum("train.py" in call for call in calls) == 12 + 4 * 5
 
 
 @pytest.mark.parametrize("jobs", ["3", "20"])

@@ -438,6 +438,9 @@ def test_choice_of_the_base(tmp_path):
     assert [m.name for m in compare([one, step], step).methods] == ["Step Decay", "Base"]
     with pytest.raises(UserError, match="--base .*elsewhere is none of the runs"):
         compare([one], str(tmp_path / "elsewhere"))
+    dropout = write_run(tmp_path / "dropout", dropout_prob=0.05)
+    assert [m.name for m in compare([dropout, one, step]).methods] == ["Base", "Step Decay", "dropout 0.05"]
+    assert [m.name for m in compare([dropout, step]).methods] == ["dropout 0.05", "Step Decay"]
     unfinished = write_run(tmp_path / "unfinished", losses=[1.0])
     with pytest.raises(UserError, match="--base: unfinished, 1 of 2"):
         compare([one, unfinished], unfinished)

@@ -22,12 +22,11 @@ from util.search.locks import claim, waiting_for
 from util.search.runner import Runner
 from util.search.space import Values
 from util.study.comparison import clusters_of
-from util.study.statistics import Estimate, contrast, seed_variance, tango
+from util.study.statistics import LEVEL, Estimate, contrast, seed_variance, tango
 from util.study.tables import points
 
 VERDICT = "verdict.json"
 BASE = "000"  # the first trial
-LEVEL = 0.05
 WAIT_SECONDS = 2.0
 
 

@@ -15,7 +15,7 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from util.runs import run_folders
 from util.study.finished_runs import Run, read_run
-from util.study.methods import may_be_base, method_name, method_names, named_methods
+from util.study.methods import find_method, may_be_base, method_name, method_names, named_methods
 from util.study.statistics import (
     accuracy_interval,
     contrast,
@@ -206,6 +206,8 @@ def find_base(runs: list[Run], path: str | None) -> Run | None:
                 return run
         raise UserError(f"--base {path} is none of the runs: name one of them")
     candidates = [run for run in runs if may_be_base(run.flags)]
+    # beside the base method, a constant dropout of another probability is a variant of it
+    candidates = [run for run in candidates if find_method(run.flags) == named_methods()[0]] or candidates
     names = {method_name(run.flags, candidates[0].flags): run.folder for run in candidates}
     if len(names) > 1:
         raise UserError("the base may be " + " or ".join(f"{folder} ({name})" for name, folder in names.items())

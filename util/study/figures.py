@@ -1,11 +1,12 @@
 """Figures of a comparison (PNG and SVG).
 
-A point is a mean over seeds, its bar the 95 % confidence interval, a thin bar the one with questions clustered, a small
-tick a single seed. The band around a loss curve is the standard deviation over the seeds. The loss by step is drawn for
-each run that has metrics.jsonl.
+A point is a mean over seeds, its bar the 95 % confidence interval, a small tick a single seed. The band around a loss
+curve is the standard deviation over the seeds. The loss by step is drawn for each run that has metrics.jsonl, and the
+effects of schedule and dropout where runs cross them.
 """
 
 import os
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
@@ -24,7 +25,9 @@ from lavin.runtime.files import atomic_write
 from util.evaluation.scoring import COLUMNS
 from util.lr_sched import LearningRate, learning_rate
 from util.study.comparison import Comparison, Method
+from util.study.factorial import Effect, find_effects
 from util.study.methods import method_names
+from util.study.statistics import LEVEL
 
 CATEGORIES = [column for column in COLUMNS if column != "Avg"]
 # Okabe & Ito's palette for all kinds of colour vision, with wine in place of its yellow, which is hardly visible in
@@ -284,13 +287,35 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(tmp_path, format=path.suffix[1:], **metadata)
 
 
+def draw_effects(effects: list[Effect]) -> Figure:
+    """Each effect with its interval, by kind; filled where p (Holm) lies below 5 %."""
+    figure, ax = plt.subplots(figsize=(7, 1.2 + 0.28 * len(effects)))
+    kinds = list(dict.fromkeys(effect.family for effect in effects))
+    for y, effect in enumerate(effects):
+        colour = COLOURS[1 + kinds.index(effect.family)]
+        ax.errorbar(effect.points, y, xerr=distances(effect.points, (effect.low, effect.high)), capsize=2.5,
+                    color=colour, marker=MARKERS[kinds.index(effect.family)],
+                    markerfacecolor=colour if effect.holm < LEVEL else "white",
+                    label=effect.family if effect.family not in ax.get_legend_handles_labels()[1] else None)
+    ax.axvline(0, color="grey", linewidth=0.8, linestyle="--", zorder=0)
+    ax.set(title="Effects, 95 % intervals (filled: p (Holm) below 0.05)", xlabel="points of accuracy",
+           ylim=(len(effects) - 0.4, -0.6), yticks=range(len(effects)),
+           yticklabels=[fill(effect.name, 44) for effect in effects])
+    ax.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=len(kinds))
+    return figure
+
+
 def write_figures(comparison: Comparison, folder: Path, prefix: str) -> list[Path]:
-    written = []
+    effects, written = find_effects(comparison), []
+    drawings = {name: partial(draw, comparison.methods) for name, draw in FIGURES.items()}
+    if effects:
+        drawings["effects"] = partial(draw_effects, effects)
     with plt.rc_context(RC_PARAMS):
-        for name, draw in FIGURES.items():
+        for name, draw in drawings.items():
             if name == "losses_by_step" and not any(run.step_losses for m in comparison.methods for run in m.runs):
                 continue
-            figure = draw(comparison.methods)
+            figure = draw()
             figure.suptitle(subtitle(comparison), fontsize=9)
             for suffix in ("png", "svg"):
                 written.append(folder / f"{prefix}{name}.{suffix}")

@@ -14,6 +14,7 @@ from scipy.stats import chi2
 from lavin.runtime.console import format_table
 from lavin.runtime.errors import UserError
 from util.study.comparison import Comparison
+from util.study.factorial import find_grid
 from util.study.statistics import Estimate, seed_variance, standard_error, two_way
 
 SEEDS = (2, 3, 5, 10, 20, 50)  # the plan's rows
@@ -100,19 +101,20 @@ def between_questions(comparison: Comparison, noise: float) -> tuple[float, str]
 
 # --- What they allow ---
 
-def detectable(variances: Variances, seeds: int, n: int) -> float:
+def detectable(variances: Variances, seeds: int, n: int, squares: float = 2.0, tests: int | None = None) -> float:
     """The smallest true difference, in points, between a method and the base that is found with a power of 80 %.
 
     All methods have as many seeds and the same n questions; 5 % hold for all differences to the base together, as by p
-    (Holm). It is infinite for one seed, which may be a lucky one.
+    (Holm). It is infinite for one seed, which may be a lucky one. squares: the sum of the squared weights of methods'
+    accuracies, 2 for a difference. tests: how many effects 5 % hold for together.
     """
     freedom, n_clusters = variances.methods * (seeds - 1), n / variances.cluster_size
     if freedom == 0 or n_clusters < 2:
         return math.inf
-    noise = 2 * variances.noise / (seeds * n)  # counted by questions and by seeds
-    found = two_way(variances.questions / n + noise, n_clusters - 1, 2 * variances.seeds / seeds + noise, noise,
-                    freedom)
-    return Estimate(0.0, *found).detectable(variances.methods - 1)
+    noise = squares * variances.noise / (seeds * n)  # counted by questions and by seeds
+    found = two_way(squares / 2 * variances.questions / n + noise, n_clusters - 1,
+                    squares * variances.seeds / seeds + noise, noise, freedom)
+    return Estimate(0.0, *found).detectable(tests or variances.methods - 1)
 
 
 def questions_needed(variances: Variances, seeds: int, points: float) -> int | None:
@@ -136,11 +138,18 @@ def seeds_needed(variances: Variances, n: int, points: float) -> int | None:
 def plan(comparison: Comparison, points: float) -> str:
     """The plan as text: a table by number of seeds, what it says of these questions, and where its numbers are from."""
     variances, n = measure(comparison), comparison.counts["Avg"]
-    header = ["seeds a method", f"detectable with {n:,} questions", f"questions for {in_points(points)}"]
+    grid = find_grid(comparison)
+    families = grid.families() if grid else {}
+    header = ["seeds a method", f"detectable with {n:,} questions", f"questions for {in_points(points)}",
+              *(f"{family} effect" for family in families)]
     rows = []
     for seeds in SEEDS:
         found, needed = detectable(variances, seeds, n), questions_needed(variances, seeds, points)
         rows.append([seeds, f"±{found:.2f}" if math.isfinite(found) else NONE, f"{needed:,}" if needed else NONE])
+        for effects in families.values():
+            weights = next(iter(effects.values())).values()
+            of_effect = detectable(variances, seeds, n, sum(weight**2 for weight in weights), len(effects))
+            rows[-1].append(f"±{of_effect:.2f}")
     k = variances.methods - 1
     return "\n".join([format_table(header, rows), "", verdict(variances, n, points), *variances.notes, (
         f"detectable: found with a power of 80 % between the base and one of {k} other method{'s' * (k > 1)} with as "

@@ -19,6 +19,7 @@ from scipy.optimize import brentq
 from scipy.stats import t as student_t
 
 Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+LEVEL = 0.05  # of adjusted p-values, below which methods are said to differ
 POWER = 0.8  # the probability with which a detectable difference is found (Cohen 1988)
 
 
@@ -83,12 +84,14 @@ def seed_variance(outcomes: Sequence[np.ndarray], clusters: np.ndarray | None = 
 class Estimate:
     """An estimate whose error follows Student's t distribution with these degrees of freedom.
 
-    centre: the middle of the interval, a little nearer to 0 than the observed value where questions are few.
+    centre: the middle of the interval, a little nearer to 0 than the observed value where questions are few. largest:
+    the largest absolute value that is possible.
     """
 
     centre: float
     variance: float
     freedom: float
+    largest: float = 1.0
 
     @property
     def standard_error(self) -> float:
@@ -97,7 +100,7 @@ class Estimate:
     def interval(self, tests: int = 1) -> tuple[float, float]:
         """The interval; for several tests, all of them hold their values at 95 % together (Bonferroni)."""
         half_width = student_t.ppf(1 - 0.025 / tests, self.freedom) * self.standard_error
-        return max(-1.0, self.centre - half_width), min(1.0, self.centre + half_width)
+        return max(-self.largest, self.centre - half_width), min(self.largest, self.centre + half_width)
 
     @property
     def p(self) -> float:
@@ -143,7 +146,7 @@ def contrast(outcomes: Sequence[np.ndarray], weights: Sequence[float], clusters:
     per_run = sum(weight**2 / len(rows) for weight, rows in zip(weights, outcomes, strict=True))
     variance, freedom = two_way(standard_error(values, clusters) ** 2, n_clusters - 1,
                                 per_run * between.accuracies, per_run * between.answers, between.freedom)
-    return Estimate(float(values.mean()), variance, freedom)
+    return Estimate(float(values.mean()), variance, freedom, largest)
 
 
 def accuracy_interval(outcomes: np.ndarray, clusters: np.ndarray | None, between: SeedVariance | None

@@ -9,27 +9,38 @@ import numpy as np
 from lavin.runtime.console import format_table
 from util.evaluation.scoring import COLUMNS
 from util.study.comparison import Comparison, Difference, Method
+from util.study.factorial import Effect, find_effects
 from util.study.methods import BASE_IN_WORDS
-from util.study.statistics import design_effect
+from util.study.statistics import LEVEL, design_effect
 
 NONE = "–"
 DIFFERENCE = ["vs. base", "vs. base, 95 %", "p", "p (Holm)", "detectable"]
+EFFECT = ["Effect", "kind", "points", "95 %", "p", "p (Holm)", "detectable"]
+EFFECTS_NOTE = ("Effects: a schedule's is its difference to the base's, averaged over the dropouts; a dropout's "
+                "likewise; an interaction is what both give together beyond the sum of what each gives alone. p (Holm) "
+                "is adjusted over the effects of a kind.")
 NEGLIGIBLE = 1.0  # points: intervals that exclude more than this are said to show no difference
-LEVEL = 0.05  # of p (Holm), below which methods are said to differ
 LATEX = str.maketrans({"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
                        "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$", "±": r"$\pm$",
                        "−": "$-$", "–": "--"})
 
 
 def text_table(comparison: Comparison) -> str:
-    return "\n".join([format_table(*rounded_cells(comparison)), "", *notes(comparison)])
+    effects = find_effects(comparison)
+    of_effects = [format_table(EFFECT, list(map(effect_cells, effects))), "", EFFECTS_NOTE, ""] if effects else []
+    return "\n".join([format_table(*rounded_cells(comparison)), "", *of_effects, *notes(comparison)])
 
 
 def markdown_table(comparison: Comparison) -> str:
-    header, rows = rounded_cells(comparison)
+    effects = find_effects(comparison)
+    of_effects = [*markdown_rows(EFFECT, list(map(effect_cells, effects))), "", EFFECTS_NOTE, ""] if effects else []
+    return "\n".join([*markdown_rows(*rounded_cells(comparison)), "", *of_effects,
+                      *(f"- {note}" for note in notes(comparison))]) + "\n"
+
+
+def markdown_rows(header: list[str], rows: list[list[str]]) -> list[str]:
     alignment = [":--"] + ["--:"] * (len(header) - 1)
-    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in (header, alignment, *rows)]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(comparison))]) + "\n"
+    return ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in (header, alignment, *rows)]
 
 
 def latex_table(comparison: Comparison) -> str:
@@ -58,6 +69,20 @@ def csv_table(comparison: Comparison) -> str:
     return out.getvalue()
 
 
+def effects_csv(comparison: Comparison) -> str | None:
+    """The effects of schedule and dropout as CSV; None where runs do not cross them."""
+    effects = find_effects(comparison)
+    if not effects:
+        return None
+    out = io.StringIO()
+    write = csv.writer(out, lineterminator="\n").writerow
+    write(["effect", "kind", "points", "low", "high", "p", "p_holm", "detectable"])
+    for effect in effects:
+        write([effect.name, effect.family, *fixed([effect.points, effect.low, effect.high]), f"{effect.p:.6g}",
+               f"{effect.holm:.6g}", *fixed([effect.detectable])])
+    return out.getvalue()
+
+
 def fixed(numbers: Iterable[float | None]) -> list[str]:
     return ["" if number is None else f"{number:.4f}" for number in numbers]
 
@@ -82,6 +107,11 @@ def method_cells(method: Method, comparison: Comparison) -> list[str]:
     return [method.name, str(len(method.runs)), *(accuracy(method, column) for column in COLUMNS),
             f"{method.counts['Avg']:,}", f"{low:.2f} to {high:.2f}",
             *difference_cells(comparison.differences.get(method.name))]
+
+
+def effect_cells(effect: Effect) -> list[str]:
+    return [effect.name, effect.family, points(effect.points), f"{points(effect.low)} to {points(effect.high)}",
+            p_value(effect.p), p_value(effect.holm), f"±{effect.detectable:.2f}"]
 
 
 def difference_cells(d: Difference | None) -> list[str]:

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Schedules crossed with dropouts: every one with every other, so that plots/effects.png tells main effects and
+# interactions. SCHEDULES and DROPOUTS are methods of scripts/methods.json, or flags such as dropout_prob=0.158; the
+# first of each is the base's. SEEDS, JOBS, arguments and the environment are those of scripts/run_all_variants.sh.
+#   SEEDS="0 1 2" bash scripts/run_factorial.sh        # 4 x 5 methods, three seeds each
+# The two constant dropouts are controls: their means over LLaMA's layers are those of the varying ones beside them.
+set -euo pipefail
+SCHEDULES=${SCHEDULES:-base cyclical step exponential}
+DROPOUTS=${DROPOUTS:-base drop_inc_v2 dropout_prob=0.158 drop_dec_v2 dropout_prob=0.133}
+METHODS=
+for schedule in $SCHEDULES; do
+    for dropout in $DROPOUTS; do METHODS+=" $schedule+$dropout"; done
+done
+METHODS=${METHODS//+base/} exec bash "$(dirname "$0")/run_all_variants.sh" "$@"

@@ -1,0 +1,130 @@
+"""Main effects and interactions of crossed schedules and dropouts: by hand, and in tables, figures and plans."""
+
+import csv
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from test_comparison import write_run
+
+import plot_results
+from util.study import figures
+from util.study.comparison import compare
+from util.study.factorial import find_effects, find_grid
+from util.study.planning import detectable, measure
+from util.study.statistics import contrast, holm, seed_variance
+
+SCHEDULES = {"Base": {}, "Step Decay": {"lr_schedule": "step"}, "Exp. Decay": {"lr_schedule": "exponential"}}
+DROPOUTS = {"Base": {}, "dropout 0.3": {"dropout_prob": 0.3, "dropout_lim": 0.2}}
+N = 60
+
+
+def answers(schedule: str, dropout: str, seed: int) -> str:
+    """Step decay alone gains the first ten questions, dropout 0.3 the next ten; together they lose five of these."""
+    rng = np.random.default_rng([seed, *map(ord, schedule + dropout)])
+    right = np.array([False] * 25 + [True] * 35)
+    if schedule == "Step Decay":
+        right[:10] = True
+    if dropout != "Base":
+        right[10:20] = True
+    if schedule == "Step Decay" and dropout != "Base":
+        right[:5] = False
+    right ^= rng.random(N) < 0.03
+    return "".join("01"[int(digit)] for digit in right)
+
+
+@pytest.fixture
+def study(tmp_path):
+    for i, (schedule, flags) in enumerate(SCHEDULES.items()):
+        for j, (dropout, more) in enumerate(DROPOUTS.items()):
+            for seed in range(3):
+                write_run(tmp_path / f"runs/{i}{j}{seed}", answers(schedule, dropout, seed), seed=seed, **flags, **more)
+    return tmp_path / "runs"
+
+
+def rows_of(schedule: str, dropout: str) -> np.ndarray:
+    return np.array([[int(digit) for digit in answers(schedule, dropout, seed)] for seed in range(3)])
+
+
+def test_effects_by_hand(study):
+    effects = {effect.name: effect for effect in find_effects(compare([str(study)]))}
+    assert [(effect.family, name) for name, effect in effects.items()] == [
+        ("schedule", "Step Decay"), ("schedule", "Exp. Decay"), ("dropout", "dropout 0.3"),
+        ("interaction", "Step Decay x dropout 0.3"), ("interaction", "Exp. Decay x dropout 0.3")]
+    rows = {(s, d): rows_of(s, d) for s in SCHEDULES for d in DROPOUTS}
+    means = {key: 100 * row.mean() for key, row in rows.items()}
+    step = (means["Step Decay", "Base"] + means["Step Decay", "dropout 0.3"]
+            - means["Base", "Base"] - means["Base", "dropout 0.3"]) / 2
+    assert effects["Step Decay"].points == pytest.approx(step)
+    both = (means["Step Decay", "dropout 0.3"] - means["Step Decay", "Base"]
+            - means["Base", "dropout 0.3"] + means["Base", "Base"])
+    assert effects["Step Decay x dropout 0.3"].points == pytest.approx(both) and both < 0
+    keys = [("Step Decay", "dropout 0.3"), ("Step Decay", "Base"), ("Base", "dropout 0.3"), ("Base", "Base")]
+    estimate = contrast([rows[key] for key in keys], (1, -1, -1, 1), None, seed_variance(list(rows.values())))
+    found = effects["Step Decay x dropout 0.3"]
+    assert found.p == pytest.approx(estimate.p) and found.detectable == pytest.approx(100 * estimate.detectable(2))
+    assert (found.low, found.high) == pytest.approx([100 * end for end in estimate.interval()])
+    for family in ("schedule", "interaction"):
+        of_family = [effect for effect in effects.values() if effect.family == family]
+        assert [effect.holm for effect in of_family] == holm([effect.p for effect in of_family])
+    assert effects["dropout 0.3"].holm == effects["dropout 0.3"].p  # alone in its family
+
+
+def test_what_is_not_crossed_is_left_out(study, tmp_path):
+    write_run(study / "more", lr_schedule="cyclical", min_lr=5e-5)  # without the other dropout
+    write_run(study / "rate", "1" * N, lr=0.002, lr_schedule="step")  # differs in something else
+    comparison = compare([str(study)])
+    grid = find_grid(comparison)
+    assert grid.schedules == list(SCHEDULES) and grid.dropouts == list(DROPOUTS)
+    assert all(sum(weights.values()) == pytest.approx(0)
+               for effects in grid.families().values() for weights in effects.values())
+
+
+def test_nothing_crossed_has_no_effects(tmp_path):
+    for seed in range(2):
+        for name, flags in SCHEDULES.items():
+            write_run(tmp_path / f"{name}{seed}", seed=seed, **flags)
+    assert find_grid(compare([str(tmp_path)])) is None and find_effects(compare([str(tmp_path)])) == []
+
+
+def test_one_seed_has_no_effects(tmp_path):
+    for i, flags in enumerate(SCHEDULES.values()):
+        for j, more in enumerate(DROPOUTS.values()):
+            write_run(tmp_path / f"{i}{j}", **flags, **more)
+    comparison = compare([str(tmp_path)])
+    assert find_grid(comparison) is not None and find_effects(comparison) == []
+
+
+def test_effects_are_in_tables_figures_and_plans(study, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", {})
+
+    def run_command(*words):
+        plot_results.main(plot_results.get_args_parser().parse_args([str(study), *map(str, words)]))
+        return capsys.readouterr().out
+
+    text, effects = run_command("--out", tmp_path / "out"), find_effects(compare([str(study)]))
+    assert (tmp_path / "out" / "effects.png").is_file() and (tmp_path / "out" / "effects.svg").is_file()
+    for effect in effects:
+        assert any(line.startswith(effect.name) and f"{effect.points:+.2f}".replace("-", "−") in line
+                   for line in text.splitlines())
+        assert f"| {effect.name} | {effect.family} |" in (tmp_path / "out" / "table.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "out" / "effects.csv").open()))
+    assert [float(row["points"]) for row in rows] == pytest.approx([effect.points for effect in effects], abs=1e-4)
+    plan = run_command("--plan", "1").splitlines()
+    assert plan[0].split("  ")[-3:] == ["schedule effect", "dropout effect", "interaction effect"]
+    variances = measure(compare([str(study)]))
+    assert plan[3].split()[-3:] == [f"±{detectable(variances, 3, N, squares, tests):.2f}"
+                                    for squares, tests in ((1, 2), (2 / 3, 1), (4, 2))]
+
+
+def test_the_figure_fills_what_differs(study):
+    effects = find_effects(compare([str(study)]))
+    figure = figures.draw_effects(effects)
+    ax = figure.axes[0]
+    for container, effect in zip(ax.containers, effects, strict=True):
+        point, _, (bar,) = container.lines
+        assert point.get_xdata()[0] == effect.points
+        assert bar.get_segments()[0][:, 0] == pytest.approx([effect.low, effect.high])
+        assert (point.get_markerfacecolor() == "white") == (effect.holm >= 0.05)
+    assert [label.get_text() for label in ax.get_yticklabels()] == [effect.name for effect in effects]
+    plt.close(figure)

@@ -1,0 +1,118 @@
+"""The effects of two factors, schedule and dropout, where runs cross them: main effects and interactions.
+
+Each factor has levels, of which the first is the base's. A schedule's main effect is its difference to the base's
+schedule, averaged over all dropouts, so that all runs tell of it; a dropout's likewise. An interaction is what a
+schedule and a dropout give together beyond the sum of what each gives alone.
+"""
+
+from dataclasses import dataclass
+
+from util.study.comparison import Comparison, Method
+from util.study.methods import WORDED, is_named, method_name
+from util.study.statistics import contrast, holm, seed_variance
+
+DROPOUT = tuple(flag for flag in WORDED if flag.startswith("dropout"))
+FACTORS = (*WORDED, "warmup_epochs")  # a schedule may have no warm-up
+
+Weights = dict[tuple[str, str], float]  # of the methods' accuracies, by schedule and dropout; they add up to 0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Methods by schedule and dropout: every schedule with every dropout, those of the base first."""
+
+    schedules: list[str]
+    dropouts: list[str]
+    methods: dict[tuple[str, str], Method]
+
+    def families(self) -> dict[str, dict[str, Weights]]:
+        """The effects by name, in the families over which their p-values are adjusted."""
+        return {"schedule": {name: self.schedule_effect(name) for name in self.schedules[1:]},
+                "dropout": {name: self.dropout_effect(name) for name in self.dropouts[1:]},
+                "interaction": {f"{schedule} x {dropout}": self.interaction(schedule, dropout)
+                                for schedule in self.schedules[1:] for dropout in self.dropouts[1:]}}
+
+    def schedule_effect(self, schedule: str) -> Weights:
+        share = 1 / len(self.dropouts)
+        return {(level, dropout): sign * share for level, sign in ((schedule, 1), (self.schedules[0], -1))
+                for dropout in self.dropouts}
+
+    def dropout_effect(self, dropout: str) -> Weights:
+        share = 1 / len(self.schedules)
+        return {(schedule, level): sign * share for level, sign in ((dropout, 1), (self.dropouts[0], -1))
+                for schedule in self.schedules}
+
+    def interaction(self, schedule: str, dropout: str) -> Weights:
+        return {(schedule, dropout): 1.0, (schedule, self.dropouts[0]): -1.0,
+                (self.schedules[0], dropout): -1.0, (self.schedules[0], self.dropouts[0]): 1.0}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An effect in percentage points, with its 95 % interval.
+
+    holm: p adjusted for the other effects of the family. detectable: the smallest true effect that is found with a
+    power of 80 %, after the adjustment.
+    """
+
+    family: str
+    name: str
+    points: float
+    low: float
+    high: float
+    p: float
+    holm: float
+    detectable: float
+
+
+def find_grid(comparison: Comparison) -> Grid | None:
+    """The schedules and dropouts that are crossed, among methods that differ from the base in nothing else; None where
+    there are not two of each, or where answers are not known."""
+    base = comparison.methods[0]
+    if not comparison.differences or not base.has_answers:
+        return None
+    cells = {levels(method, base): method for method in comparison.methods
+             if not method.published and differs_in_factors_alone(method, base)}
+    first_schedule, first_dropout = levels(base, base)
+    all_schedules = list(dict.fromkeys(schedule for schedule, _ in cells))
+    dropouts = [dropout for dropout in dict.fromkeys(dropout for _, dropout in cells)
+                if (first_schedule, dropout) in cells and sum((schedule, dropout) in cells
+                                                              for schedule in all_schedules) > 1]
+    schedules = [schedule for schedule in all_schedules if all((schedule, dropout) in cells for dropout in dropouts)]
+    if first_dropout not in dropouts or len(dropouts) < 2 or len(schedules) < 2:
+        return None
+    return Grid(schedules, dropouts, {(schedule, dropout): cells[schedule, dropout]
+                                      for schedule in schedules for dropout in dropouts})
+
+
+def differs_in_factors_alone(method: Method, base: Method) -> bool:
+    return all(flag in FACTORS or not is_named(flag) or value == base.flags.get(flag, value)
+               for flag, value in method.flags.items())
+
+
+def levels(method: Method, base: Method) -> tuple[str, str]:
+    """The names of a method's schedule and of its dropout: those of the methods that change one of them alone."""
+    def with_dropout_of(flags: dict) -> dict:
+        return {flag: flags[flag] for flag in DROPOUT}
+    return (method_name({**method.flags, **with_dropout_of(base.flags)}, base.flags),
+            method_name({**base.flags, **with_dropout_of(method.flags)}, base.flags))
+
+
+def find_effects(comparison: Comparison) -> list[Effect]:
+    """All effects, family by family; none where nothing is crossed, or where every method has one seed."""
+    grid = find_grid(comparison)
+    own = [method.outcomes for method in comparison.methods if not method.published] if grid else []
+    between = seed_variance(own, comparison.clusters)
+    if grid is None or between is None:
+        return []
+    outcomes, found = {levels: method.outcomes for levels, method in grid.methods.items()}, []
+    for family, effects in grid.families().items():
+        estimates = [contrast([outcomes[levels] for levels in weights], list(weights.values()), comparison.clusters,
+                              between) for weights in effects.values()]
+        adjusted = holm([estimate.p for estimate in estimates])
+        for (name, weights), estimate, p in zip(effects.items(), estimates, adjusted, strict=True):
+            points = sum(weight * grid.methods[levels].overall for levels, weight in weights.items())
+            low, high = estimate.interval()
+            found.append(Effect(family, name, points, 100 * low, 100 * high, estimate.p, p,
+                                100 * estimate.detectable(len(estimates))))
+    return found
