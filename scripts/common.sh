@@ -66,7 +66,9 @@ launch() {
     local command=(python) names
     if [ "$NODES" -gt 1 ]; then
         names=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-        command=(srun --nodes "$NODES" --ntasks-per-node 1 python -m util.launch --nnodes "$NODES" --nproc_per_node "$GPUS"
+        # srun of Slurm 22.05 to 23.02 does not take the number of CPUs from sbatch
+        command=(srun --nodes "$NODES" --ntasks-per-node 1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task "$SLURM_CPUS_PER_TASK"}
+            python -m util.launch --nnodes "$NODES" --nproc_per_node "$GPUS"
             --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d
             --rdzv_endpoint "${names%%$'\n'*}:$((10000 + SLURM_JOB_ID % 50000))")
         forwarded=USR1 # which srun passes on to all processes; at SIGTERM it kills them before they have saved

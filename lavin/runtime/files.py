@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,6 +71,14 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     return Path(path).read_text(encoding="utf-8", errors=errors)
 
 
+def read_lines(path: str | Path, errors: str = "strict") -> list[str]:
+    """The lines of a file, which end at LF, CR LF or CR. str.splitlines would also divide them at U+2028, NEL, VT and
+    others, which a text may hold."""
+    refuse_pipes(Path(path))
+    with open(path, encoding="utf-8", errors=errors) as file:
+        return [line.removesuffix("\n") for line in file]
+
+
 def parse_json(text: str) -> Any:
     """Raises ValueError, also for what Python's parser takes and JSON does not have, or loses silently."""
     try:
@@ -82,8 +91,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON's parser would silently keep the last of several entries with one key."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it has two entries {next(key for key in keys if keys.count(key) > 1)[:99]!r}")
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it has two entries {key[:99]!r}")
     return content
 
 
@@ -112,7 +121,7 @@ def read_json(path: str | Path, hint: str = PUT_IT_THERE) -> dict[str, Any]:
 def read_json_lines(path: str | Path) -> list:
     """One JSON value a line. Raises UserError where the file is missing or a line is broken."""
     try:
-        return [parse_json(line) for line in read_text(path).splitlines()]
+        return [parse_json(line) for line in read_lines(path)]
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): {PUT_IT_THERE}") from error
     except ValueError as error:
@@ -125,7 +134,7 @@ def read_whole_lines(path: Path) -> list:
     Raises UserError where another line is broken.
     """
     values = []
-    lines = read_text(path, errors="replace").splitlines()
+    lines = read_lines(path, errors="replace")
     for i, line in enumerate(lines, 1):
         try:
             values.append(parse_json(line))

@@ -397,6 +397,17 @@ def test_slurm_several_nodes_use_the_first_as_rendezvous(sandbox, job, port):
     assert "--batch_size 2 --accum_iter 2 " in srun
 
 
+@pytest.mark.parametrize("cpus, flags", [("16", "--ntasks-per-node 1 --cpus-per-task 16 python "),
+                                         ("", "--ntasks-per-node 1 python ")])
+def test_srun_is_told_the_cpus_of_a_task(sandbox, cpus, flags):
+    """Slurm 22.05 to 23.02 does not tell it, and gives the task one CPU; a job may have no such number."""
+    command = ("slurm/several_nodes.sbatch", "scripts/finetuning_sqa_7b.sh")
+    calls = sandbox.run(*command, SLURM_CPUS_PER_TASK=cpus, **slurm(sandbox, "2"))
+    sruns = [call for call in calls if call.startswith("srun")]
+    assert len(sruns) == 2 and all(flags in call for call in sruns)
+    assert "#SBATCH --cpus-per-task=" in (sandbox.folder / "slurm/several_nodes.sbatch").read_text()
+
+
 @pytest.mark.parametrize("job", ["one_node", "several_nodes"])
 def test_job_is_requeued_at_its_time_limit(sandbox, job):
     assert "#SBATCH --signal=B:USR1@" in (sandbox.folder / f"slurm/{job}.sbatch").read_text()

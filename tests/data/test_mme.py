@@ -120,6 +120,13 @@ def test_names_with_dots_and_spaces_and_lines_of_old_systems(tmp_path):
     assert (pair.name, pair.questions) == ("color/a 1.5.b.jpg", expected)
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\v", "\f", "\x1c", "\x1d", "\x1e"])
+def test_a_question_may_hold_what_other_programs_take_for_the_end_of_a_line(tmp_path, separator):
+    folder = write_mme(tmp_path) / "color"
+    (folder / "a.txt").write_bytes(f"Is it{separator}old?\tYes\nIs it new?\tNo\n".encode())
+    assert load_mme(str(tmp_path))[0].questions == (f"Is it{separator}old?", "Is it new?")
+
+
 def test_a_text_in_another_encoding_is_refused_with_the_fix(tmp_path):
     for encoding in ("latin-1", "utf-16"):
         (write_mme(tmp_path) / "color" / "b.txt").write_text("Is Zo\xeb old?\tYes\nNew?\tNo\n", encoding=encoding)

@@ -15,8 +15,10 @@ from lavin.runtime.files import (
     json_sha256,
     read_json,
     read_json_lines,
+    read_lines,
     read_whole_lines,
     sampled_sha256,
+    unique_keys,
     value_sha256,
 )
 from lavin.runtime.schema import read_validated
@@ -72,6 +74,45 @@ def test_lines_are_read_up_to_a_torn_one(tmp_path):
     (tmp_path / "file").write_text('{"a": 1}\n[2\n{"a": 3}\n')
     with pytest.raises(UserError, match="line 2 is not valid JSON"):
         read_whole_lines(tmp_path / "file")
+
+
+SEPARATORS = "\u2028\u2029\x85\v\f\x1c\x1d\x1e"  # str.splitlines divides a text at these
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("read", [read_json_lines, read_whole_lines])
+def test_lines_end_at_a_line_feed_alone(tmp_path, read, end):
+    """Other programs write U+2028 and its kind into JSON as they are."""
+    values = [{"a": "\u2028x\x85\u2029"}, 2]
+    (tmp_path / "file").write_bytes("".join(json.dumps(value, ensure_ascii=False) + end for value in values).encode())
+    assert read(tmp_path / "file") == values
+    (tmp_path / "file").write_text("")
+    assert read(tmp_path / "file") == []
+
+
+@given(st.lists(st.text(st.sampled_from(SEPARATORS + "a \t"), max_size=5), min_size=1))
+def test_all_of_a_text_is_in_its_lines(tmp_path_factory, lines):
+    path = tmp_path_factory.getbasetemp() / "lines"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert read_lines(path) == lines
+
+
+class CountedKey(str):
+    """A key that counts how often it is compared with another."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        type(self).compared += 1
+        return str.__eq__(self, other)
+
+
+def test_a_key_that_is_there_twice_is_found_in_one_pass():
+    keys = [CountedKey(i) for i in range(1000)]
+    with pytest.raises(ValueError, match="two entries '999'"):
+        unique_keys([(key, None) for key in [*keys, CountedKey(999)]])
+    assert CountedKey.compared < 5000  # each with each other would be 500,000
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),

@@ -66,7 +66,7 @@ class Page:
     def read(self, message: dict, context: str, options: str) -> tuple[Question, Image.Image | None]:
         """A message as a question, and a thumbnail of its image. Raises UserError where the message is invalid."""
         question = Question((message["text"] or "").strip(), None, (context or "").strip(),
-                            tuple(line.strip() for line in (options or "").splitlines() if line.strip()))
+                            tuple(line.strip() for line in (options or "").split("\n") if line.strip()))
         try:
             make_prompt(question, "QCM-A").encode()  # validates; any prompt format will do
         except UnicodeError as error:  # JSON can spell half a character

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_text
+from lavin.runtime.files import read_lines
 from lavin.runtime.schema import shown
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -54,9 +54,10 @@ def load_mme(root: str) -> list[Pair]:
 def read_questions(path: Path) -> list[tuple[str, str]]:
     """The two questions of a text file, each with its answer, `yes` or `no`."""
     try:
-        lines = read_text(path).removeprefix("\ufeff").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text ({error}): fetch it again, or save it as UTF-8") from error
+    lines[:1] = [line.removeprefix("\ufeff") for line in lines[:1]]
     questions = [read_line(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     if len(questions) != 2:
         raise UserError(f"{path} is not two lines of question, tab, and Yes or No: fetch it again")
