@@ -122,9 +122,13 @@ def family(config: LlamaConfig, mlp_bias: bool) -> dict:
     if config.qk_norm:
         return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     if config.nope_layers:
-        return {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "pad_token_id": None,
+        return {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3",
                 "no_rope_layers": [int(layer not in config.nope_layers) for layer in range(config.n_layers)]}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
 
 
 def hf_config(config: LlamaConfig, tokenizer: Tokenizer, mlp_bias: bool, dtype: torch.dtype) -> dict:
@@ -139,7 +143,7 @@ def hf_config(config: LlamaConfig, tokenizer: Tokenizer, mlp_bias: bool, dtype: 
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
         "rope_scaling": rope, "max_position_embeddings": context,
         "attention_bias": True, "mlp_bias": mlp_bias, "tie_word_embeddings": False,
-        "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        **special_ids(tokenizer)}
 
 
 def write_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, shard_bytes: int
@@ -188,9 +192,11 @@ def puts_space_before(model) -> bool:
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, modality: str) -> None:
     """A tokenizer of Hugging Face's classes that gives prompts the ids of training: it adds BOS, unless an image's
-    inputs_embeds hold it, and reads no special token from text."""
+    inputs_embeds hold it, and reads no special token from text. Shorter texts of a batch begin with EOS in place of a
+    padding token, which these models do not have, and which the attention mask hides."""
     model, is_json = tokenizer.model.model, isinstance(tokenizer.model, FastTokenizer)
     token = model.id_to_token if is_json else model.id_to_piece
+    eos = token(tokenizer.eos_id)
     bos, without_image = None if tokenizer.bos_id is None else token(tokenizer.bos_id), modality == "text"
     with atomic_write(folder / ("tokenizer.json" if is_json else "tokenizer.model")) as part:
         if is_json:
@@ -205,8 +211,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, modality: str) -> None:
         **({"tokenizer_class": "PreTrainedTokenizerFast"} if is_json else
            {"tokenizer_class": "LlamaTokenizer", "legacy": True, "unk_token": token(model.unk_id()),
             "add_prefix_space": puts_space_before(model)}),
-        "bos_token": bos, "eos_token": token(tokenizer.eos_id), "add_bos_token": without_image and bos is not None,
-        "add_eos_token": False, "split_special_tokens": True, "clean_up_tokenization_spaces": False})
+        "bos_token": bos, "eos_token": eos, "pad_token": eos, "padding_side": "left",
+        "add_bos_token": without_image and bos is not None, "add_eos_token": False, "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False})
 
 
 def begin_with(model, bos: str | None) -> None:
@@ -271,8 +278,7 @@ def main(args) -> None:
     tensors = progress_bar(merged_tensors(model, MODALITIES.index(args.modality)), "tensors", unit="tensor")
     write_weights(args.out, tensors, model.dtype, SHARD_BYTES)
     write_tokenizer(args.out, tokenizer, args.modality)
-    write_json(args.out / "generation_config.json",
-               {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
+    write_json(args.out / "generation_config.json", special_ids(tokenizer))
     write_json(args.out / "config.json", hf_config(model.llama.config, tokenizer, has_mlp_bias(model), model.dtype))
     checkpoint = path or Path(args.adapter_path)
     print_rank0(f"{args.out}: {checkpoint.name} for questions {'with' if args.modality == 'image' else 'without'} "

@@ -64,6 +64,10 @@ def launched_as() -> tuple[int, int, int]:
         found = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCHER_VARIABLES[:3] if name in os.environ)
         raise UserError(f"the environment has {found}" + (f" without {', '.join(missing)}" if missing else "")
                         + ": unset RANK WORLD_SIZE LOCAL_RANK, or start with torchrun")
+    port = os.environ["MASTER_PORT"]
+    if not (port.isdecimal() and int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={port} is no port (Kubernetes gives it the address of a service named master): "
+                        "set it to a number, or start with torchrun")
     return ranks
 
 

@@ -53,8 +53,8 @@ def answer(client: Client) -> str:
 
 def test_the_page_answers_in_a_notebooks_environment_behind_a_dead_proxy(run):
     with served(run, MPLBACKEND="module://matplotlib_inline.backend_inline", HOME="/dev/null", PYTHONIOENCODING="ascii",
-                http_proxy=f"http://{DEAD}", https_proxy=f"http://{DEAD}", all_proxy=f"socks5://{DEAD}",
-                no_proxy="") as (address, log):
+                http_proxy=f"http://{DEAD}", https_proxy=f"http://{DEAD}", all_proxy=f"socks5://{DEAD}", no_proxy="",
+                GRADIO_SERVER_PORT="tcp://10.43.0.9:7860") as (address, log):  # Kubernetes', of a service of this name
         client = Client(address, verbose=False)
         assert "tokens in" in answer(client)
         assert "Traceback" not in log.read_text()

@@ -167,6 +167,17 @@ def test_variables_that_a_launcher_left_over_are_refused(monkeypatch, variables)
         launched_as()
 
 
+@pytest.mark.parametrize("port", ["tcp://10.43.0.9:29500", "", "-1", "65536"])
+def test_a_port_that_is_none_is_named(monkeypatch, port):
+    """Kubernetes gives a container the address of each service: of one named master, in MASTER_PORT."""
+    monkeypatch.setenv("MASTER_PORT", port)
+    assert launched_as() == (0, 1, 0)  # which needs none
+    for name, value in zip(LAUNCHER_VARIABLES, ("3", "4", "1", "h", port), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^MASTER_PORT={port} is no port .*: set it to a number"):
+        launched_as()
+
+
 def test_complete_variables_are_taken(monkeypatch):
     assert launched_as() == (0, 1, 0)
     for name, value in zip(LAUNCHER_VARIABLES, ("3", "4", "1", "h", "1"), strict=True):

@@ -227,6 +227,14 @@ def drawn(study, tmp_path, monkeypatch):
     plt.close("all")
 
 
+def test_pictures_do_not_depend_on_the_users_matplotlibrc(study, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(figures, "save_figure", lambda *_: found.append(plt.rcParams["text.usetex"]))
+    with plt.rc_context({"text.usetex": True}):
+        figures.write_figures(StudyReport(study), tmp_path)
+    assert found and not any(found)
+
+
 def lines(ax) -> dict[str, list[tuple[float, float]]]:
     """Points by the label of their line."""
     return {line.get_label(): list(zip(map(float, line.get_xdata()), np.round(np.asarray(line.get_ydata(), float), 6),

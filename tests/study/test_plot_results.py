@@ -209,7 +209,7 @@ def test_no_text_is_cut_off_or_overlaps(name):
     """Titles, labels and legends lie inside the figure and do not overlap, even with a long method name."""
     methods = published().methods
     methods.append(Method("Inc. Drop. Prob 0.1 x 1.02 to 0.2 + lr 0.002 + warmup_epochs 0", methods[4].runs))
-    with plt.rc_context(figures.RC_PARAMS):
+    with figures.own_style():
         figure = FIGURES[name](methods)
         figure.suptitle("a subtitle")
         figure.canvas.draw()
@@ -226,6 +226,25 @@ def test_no_text_is_cut_off_or_overlaps(name):
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     assert [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b) and a.width and b.width] == []
     plt.close(figure)
+
+
+MATPLOTLIBRC = {"text.usetex": True, "font.size": 30, "font.family": "no such font", "axes.facecolor": "black",
+                "axes.prop_cycle": plt.cycler(color=["red"]), "lines.marker": "x", "savefig.dpi": 30,
+                "savefig.bbox": "tight", "savefig.transparent": True, "savefig.format": "pdf",
+                "figure.autolayout": True, "svg.fonttype": "none", "path.simplify": False,
+                "axes.formatter.use_locale": True, "image.cmap": "hot"}
+
+
+def test_figures_do_not_depend_on_the_users_matplotlibrc(tmp_path, monkeypatch):
+    """TeX, fonts, sizes and what a file is saved with; its own cycle of colours."""
+    monkeypatch.setitem(figures.RC_PARAMS, "figure.dpi", 40)
+    monkeypatch.setattr(figures, "FIGURES", {name: FIGURES[name] for name in ("loss", "accuracy", "dropout")})
+    written = []
+    for name, settings in (("plain", {}), ("users", MATPLOTLIBRC)):
+        with plt.rc_context(settings):
+            paths = figures.write_figures(published(), tmp_path / name, "")
+        written.append({path.name: path.read_bytes() for path in paths})
+    assert written[0] == written[1] and len(written[0]) == 6
 
 
 def test_styles_are_distinct():

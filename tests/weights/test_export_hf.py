@@ -126,6 +126,7 @@ def test_an_exported_tokenizer_gives_the_ids_of_training(tokenizer_path, tmp_pat
         (tmp_path / modality / "config.json").write_text(json.dumps({"model_type": model_type}))
         theirs[modality] = AutoTokenizer.from_pretrained(tmp_path / modality)
         assert theirs[modality].bos_token_id == tokenizer.bos_id and theirs[modality].eos_token_id == tokenizer.eos_id
+        assert theirs[modality].pad_token_id == tokenizer.eos_id and theirs[modality].padding_side == "left"
     for text in (PROMPT, "Image: N/A", "a </s> b <s>", "</s>", "<|begin_of_text|>", "x  y\n\n z", "水🙂"):
         assert theirs["text"](text)["input_ids"] == tokenizer.encode(text, bos=True)
         assert theirs["text"](f"Image: N/A {text}")["input_ids"] == tokenizer.example(text).ids
@@ -134,18 +135,32 @@ def test_an_exported_tokenizer_gives_the_ids_of_training(tokenizer_path, tmp_pat
 
 
 def assert_same_answers(folder, model, tokenizer, prompts) -> None:
-    """Greedy, from a text on, by a pipeline of transformers and by ours."""
+    """Greedy, from a text on, by a pipeline of transformers, alone and in batches, and by ours."""
     from transformers import pipeline
-    chat, answers = pipeline("text-generation", model=str(folder), device="cpu"), []
+    chat = pipeline("text-generation", model=str(folder), device="cpu")
+    alone, answers = [], []
     for prompt in prompts:
         example = tokenizer.example(prompt)
         # as ids: the two libraries write the broken UTF-8 of a random model in different ways
-        ids = chat(f"Image: N/A {prompt}", max_new_tokens=16, do_sample=False, return_tensors=True)[0][
-            "generated_token_ids"]
+        alone += chat(f"Image: N/A {prompt}", max_new_tokens=16, do_sample=False, return_tensors=True)
+        ids = alone[-1]["generated_token_ids"]
         assert list(ids[:len(example.ids)]) == example.ids
         answers.append(tokenizer.decode([i for i in ids[len(example.ids):] if i != tokenizer.eos_id]))
         assert answers[-1] == generate(model, tokenizer, [example], 16)[0]
     assert len(set(answers)) == len(prompts) and all(answers)
+    batches = chat([f"Image: N/A {prompt}" for prompt in prompts], batch_size=2, max_new_tokens=16, do_sample=False,
+                   return_tensors=True)
+    assert [without_padding(found, tokenizer) for found, in batches] == [without_padding(found, tokenizer)
+                                                                         for found in alone]
+    assert len({len(found["generated_token_ids"]) for found in alone}) > 1
+
+
+def without_padding(found: dict, tokenizer) -> list[int]:
+    """Shorter texts of a batch begin with EOS, and shorter answers end with it."""
+    ids = list(found["generated_token_ids"])
+    while tokenizer.eos_id in (ids[0], ids[-1]):
+        ids.pop(0 if ids[0] == tokenizer.eos_id else -1)
+    return ids
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])

@@ -31,6 +31,8 @@ from util.data.images import image_to_tensor
 os.environ["MPLBACKEND"] = "Agg"  # Gradio sets Matplotlib's backend after each message, and a notebook's is not there
 # else /tmp/gradio, which another user of this machine may own
 os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir(), f"gradio-{os.getuid()}")))
+# Kubernetes gives it the address of a service of this name, which Gradio cannot read; the page has --port
+os.environ.pop("GRADIO_SERVER_PORT", None)
 with without_proxy():
     import gradio as gr
 

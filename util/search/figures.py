@@ -13,11 +13,11 @@ from util.search.summary import StudyReport, Trial, importance
 from util.study.figures import (  # its imports of matplotlib follow its choice of a backend
     COLOURS,
     MARKERS,
-    RC_PARAMS,
     LogLocator,
     MaxNLocator,
     NullLocator,
     integer_ticks,
+    own_style,
     plt,
     save_figure,
 )
@@ -184,7 +184,7 @@ FIGURES = {"history": history, "learning_curves": learning_curves, "rates": rate
 
 def write_figures(report: StudyReport, folder: Path) -> list[Path]:
     written = []
-    with plt.rc_context(RC_PARAMS):
+    with own_style():
         for name, draw in FIGURES.items():
             figure = draw(report)
             if figure is None:

@@ -6,6 +6,7 @@ effects of schedule and dropout where runs cross them.
 """
 
 import os
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -306,12 +307,18 @@ def draw_effects(effects: list[Effect]) -> Figure:
     return figure
 
 
+def own_style() -> AbstractContextManager:
+    """Figures are drawn by Matplotlib's defaults and RC_PARAMS, whatever the user's matplotlibrc has: with another font
+    or another size, texts would overlap, and TeX may not be installed."""
+    return plt.style.context(["default", RC_PARAMS])
+
+
 def write_figures(comparison: Comparison, folder: Path, prefix: str) -> list[Path]:
     effects, written = find_effects(comparison), []
     drawings = {name: partial(draw, comparison.methods) for name, draw in FIGURES.items()}
     if effects:
         drawings["effects"] = partial(draw_effects, effects)
-    with plt.rc_context(RC_PARAMS):
+    with own_style():
         for name, draw in drawings.items():
             if name == "losses_by_step" and not any(run.step_losses for m in comparison.methods for run in m.runs):
                 continue
