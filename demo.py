@@ -6,6 +6,11 @@ The frozen base model is loaded once; each question can go to another run. A mod
 several: `torchrun --nproc_per_node 2 demo.py --model_parallel_size 2 --runs FOLDER`.
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import signal
 
 from lavin.runtime.errors import one_line_errors

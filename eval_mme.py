@@ -3,6 +3,11 @@
 Writes mme_answers.jsonl and mme_scores.json to the run's folder. Adapter flags are read from the checkpoint.
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 from lavin.runtime.errors import one_line_errors
 from util.evaluation.mme import main
 from util.evaluation.settings import mme_parser as get_args_parser

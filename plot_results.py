@@ -5,6 +5,11 @@ prints how many seeds and questions a difference needs (util/study/planning.py).
 report (util/search/report.py).
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 from pathlib import Path
 
 from lavin.runtime.errors import UserError, one_line_errors

@@ -5,6 +5,11 @@ workers left. Flags given after -- have the value given; the others of --space a
 draws the report. Needs `pip install -r requirements/search.txt`.
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 from lavin.runtime.errors import one_line_errors
 from util.search.command import main
 from util.search.settings import get_args_parser

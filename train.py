@@ -4,6 +4,11 @@ The run's folder, --output_dir, belongs to one recipe: the same command again go
 It gets recipe.json, config.json, log.txt, metrics.jsonl and checkpoint-{epoch}.pth; eval.py adds the scores.
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this

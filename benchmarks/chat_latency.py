@@ -7,6 +7,11 @@ directly: of a prompt length bucket's first call, which captures it.
     python -m benchmarks.chat_latency --size tiny        # a smoke test on a CPU, in seconds
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import argparse
 import gc
 import statistics

@@ -9,6 +9,11 @@ difference to one process in the first steps. "adapters differ" is the relative 
 after these steps; it is larger, since AdamW takes full-size steps even where a gradient is only rounding error.
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import argparse
 import math
 import subprocess

@@ -4,6 +4,11 @@
     python -m benchmarks.train_throughput --size tiny    # a smoke test on a CPU, in seconds
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import argparse
 import gc
 import math

@@ -10,6 +10,11 @@ reported, counted and left out.
 Alpaca: Taori et al. 2023; LLaVA-Instruct: Liu et al. 2023, arXiv 2304.08485.
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,5 +1,10 @@
 """What this machine has, what a run would use, and what would fail (lines with `!`): bash scripts/check.sh [flags]."""
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import io
 import os
 import platform

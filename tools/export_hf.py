@@ -17,6 +17,11 @@ embeddings, NAME.inputs_embeds.safetensors of an image (`inputs_embeds` [tokens,
 features) and the prompt, to which it then adds none.
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import copy
 import os
 from collections.abc import Iterator

@@ -9,6 +9,11 @@ text alone does not tell the answer. Split `pretrain` has further train pictures
 Split `shuffled` is test with each picture at another question.
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import json
 import shutil
 from collections import defaultdict

@@ -6,6 +6,11 @@ Writes problems.json, pid_splits.json, captions.json and images/{split}/{id}/ima
 arXiv 2209.09513). The same seed gives the same problems and pixels. No problem is in two splits.
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random

@@ -6,6 +6,11 @@ The LLaMA learns which option is right, from problems in a prompt format that fi
 instead of images. The ViT learns which caption belongs to an image. Fine-tuning then freezes both.
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import io
 from pathlib import Path
 from random import Random

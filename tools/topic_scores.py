@@ -3,6 +3,11 @@
     python -m tools.topic_scores --data_root data/easy_vqa runs/smollm2/untuned ...
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 from collections import defaultdict
 from pathlib import Path
 

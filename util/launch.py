@@ -4,6 +4,11 @@ What ended the processes stands last in the log, in torchrun's summary. Exit sta
 process, that they were stopped and the same command goes on.
 """
 
+from lavin.runtime.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import signal
 import sys
 

@@ -77,6 +77,15 @@ def unusable_gpu() -> str | None:
             "(before 525: requirements/constraints/cuda11.txt); to leave the GPU alone, --device cpu")
 
 
+def limit_threads(device: torch.device) -> None:
+    """torch's threads: on a CPU, one for each core that this process may use, and one on the host of a GPU, whose work
+    there is small. The processes of a node share its cores. OMP_NUM_THREADS wins, the user's own or torchrun's."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = 1 if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) // processes)
+        torch.set_num_threads(min(torch.get_num_threads(), cores))
+
+
 def choose_device(name: str | None, local_rank: int) -> torch.device:
     """--device, or this process's GPU where there is one. Raises UserError where it cannot be used."""
     if name is None and (problem := unusable_gpu()):
@@ -86,7 +95,9 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"--device {name}: choose cuda or cpu") from error
     if device.type == "cpu":
-        return torch.device("cpu")
+        device = torch.device("cpu")
+        limit_threads(device)
+        return device
     if device.type != "cuda":
         raise UserError(f"--device {name}: choose cuda or cpu")
     if not torch.cuda.is_available():
@@ -99,6 +110,7 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
     if problem := unsupported_gpu(device):
         raise UserError(problem)
     torch.cuda.set_device(device)
+    limit_threads(device)
     # partial sums of a matmul stay in float32; in fp16, LLaMA's largest activations would cost precision or overflow
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     return device

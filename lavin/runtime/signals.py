@@ -48,6 +48,8 @@ def install(numbers: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
     background commands, ignores them."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # of startup.py, up to here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written even while the main thread does not run Python
     threading.Thread(target=end_after_grace_period, args=(reader, numbers), daemon=True).start()
     for number in numbers:

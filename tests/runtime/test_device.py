@@ -1,5 +1,7 @@
 """GPUs that this torch cannot use are said in one line, with the command that helps."""
 
+import os
+
 import pytest
 import torch
 
@@ -124,3 +126,39 @@ def test_unknown_devices_are_refused(gpu, name):
     gpu((7, 0), CUDA_12)
     with pytest.raises(UserError):
         device.choose_device(name, 0)
+
+
+# --- Threads ---
+
+@pytest.fixture
+def threads(monkeypatch):
+    """What torch is told, of its own 16, where this process may use 12 of more cores."""
+    told = [16]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1])
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    return told
+
+
+@pytest.mark.parametrize("environment, on_cpu, on_gpu", [
+    ({}, 12, 1), ({"LOCAL_WORLD_SIZE": "4"}, 3, 1), ({"LOCAL_WORLD_SIZE": "64"}, 1, 1),
+    ({"OMP_NUM_THREADS": "5"}, 16, 16),  # by which torch has set its own number
+    ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "4"}, 16, 16)], ids=str)
+def test_threads_by_device_and_processes_of_the_node(gpu, threads, monkeypatch, environment, on_cpu, on_gpu):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        device.choose_device("cpu", 0)
+        assert threads[-1] == on_cpu
+    gpu((7, 0), CUDA_12)
+    device.choose_device(None, 0)
+    assert threads[-1] == on_gpu
+
+
+def test_fewer_threads_than_cores_stay(threads):
+    """MKL counts cores without their second threads."""
+    threads.append(6)
+    device.choose_device("cpu", 0)
+    assert threads[-1] == 6

@@ -1,0 +1,73 @@
+"""What programs do before their imports. A torch of one's own stands for all that they import."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from forked import in_child
+from lavin.runtime.errors import one_line_errors
+from lavin.runtime.startup import prepare_imports
+from tiny import ROOT
+
+PROGRAMS = [path.relative_to(ROOT) for folder in ("*.py", "util/*.py", "tools/*.py", "benchmarks/*.py")
+            for path in sorted(ROOT.glob(folder)) if '__name__ == "__main__"' in path.read_text()]
+COMMANDS = ["demo", "eval", "eval_mme", "plot_results", "search", "train"]
+TORCH = """import os, signal
+print(os.environ["OMP_WAIT_POLICY"], flush=True)
+signal.raise_signal({number})
+os._exit(7)
+"""
+
+
+def start(program, folder, number: int, ignored: bool = False, **environment: str) -> subprocess.CompletedProcess:
+    """The program, which gets a signal while it imports torch; there it ends with status 7, if it goes on."""
+    (folder / "torch").mkdir(exist_ok=True)
+    (folder / "torch" / "__init__.py").write_text(TORCH.format(number=number))
+    environment = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    name = ".".join(program.with_suffix("").parts)
+    return subprocess.run([sys.executable, "-m", name], cwd=ROOT, env=environment, capture_output=True, text=True,
+                          timeout=60, preexec_fn=(lambda: signal.signal(number, signal.SIG_IGN)) if ignored else None)
+
+
+def test_all_programs_are_known():
+    assert {str(path) for path in PROGRAMS} >= {*(f"{name}.py" for name in COMMANDS), "util/launch.py",
+                                               "tools/export_hf.py", "benchmarks/scaling.py"}
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=str)
+def test_ctrl_c_during_the_imports_ends_a_program_in_silence(tmp_path, program, monkeypatch):
+    """It ends by the signal itself, for a shell's script to see. Threads that wait are passive from the start."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    done = start(program, tmp_path, signal.SIGINT)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "passive\n", "")
+
+
+def test_other_signals_and_what_is_ignored_stay_as_they_are(tmp_path):
+    train = PROGRAMS[[path.name for path in PROGRAMS].index("train.py")]
+    assert start(train, tmp_path, signal.SIGTERM).returncode == -signal.SIGTERM
+    assert start(train, tmp_path, signal.SIGINT, ignored=True).returncode == 7  # in a shell's background
+    assert start(train, tmp_path, signal.SIGINT, OMP_WAIT_POLICY="active").stdout == "active\n"  # the user's own
+
+
+@pytest.mark.parametrize("numbers, status", [((signal.SIGINT,), 75), ((signal.SIGTERM,), 3)], ids=["stops", "chat"])
+def test_ctrl_c_is_handled_once_the_imports_are_done(numbers, status):
+    """It stops a program with its line. A chat, which stops an answer at it, gets Python's exception."""
+    def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        prepare_imports()
+        with one_line_errors(numbers):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                sys.exit(3)
+    assert in_child(work)[:2] == (status, "")
+
+
+def test_an_import_of_a_program_changes_nothing():
+    """Another program, or a test, may import its parser."""
+    before = signal.getsignal(signal.SIGINT)
+    import train  # noqa: F401
+    assert signal.getsignal(signal.SIGINT) == before
