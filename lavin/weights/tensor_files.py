@@ -38,6 +38,8 @@ def is_weight(value: Any) -> Any:
         raise ValueError(f"is no tensor but {shown(value)}")
     if value.dtype not in FLOATS or value.layout != torch.strided:
         raise ValueError(f"is a tensor of {value.dtype}, {value.layout}, not of dense floating-point numbers")
+    if value.nbytes > value.untyped_storage().nbytes():  # the same numbers again and again, as torch.expand makes them
+        raise ValueError(f"is a tensor of {value.numel():,} numbers, of which the file holds fewer")
     return value
 
 
@@ -56,8 +58,8 @@ def read_torch(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"no file {path}: put it there, or correct the path")
     is_zip = zipfile.is_zipfile(path)
-    if is_zip and path.stat().st_size <= CHECKED_BYTES:
-        check_crc(path)
+    if is_zip:
+        check_records(path)
     try:
         # The published code stores its flags in checkpoints as an argparse.Namespace, which holds plain values only.
         # Files from before torch 1.6 are not zip archives and cannot be memory-mapped.
@@ -81,12 +83,24 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise unreadable(path, error) from error
 
 
-def check_crc(path: Path) -> None:
-    """Raises UserError where a record of a torch file does not match its checksum. Torch writes 0 for all where it was
-    told to compute none."""
+def damaged_record(path: Path, max_bytes: float = float("inf")) -> str | None:
+    """The record of a torch file that does not match its checksum, up to this size of the file. Torch writes 0 for all
+    where it was told to compute none.
+
+    Raises ValueError where the records are larger than the file: torch compresses none, and a few bytes may stand for
+    more than a disk holds.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records, size = archive.infolist(), path.stat().st_size
+        if sum(record.file_size for record in records) > size:
+            raise ValueError("its records are larger than the file")
+        return archive.testzip() if size <= max_bytes and any(record.CRC for record in records) else None
+
+
+def check_records(path: Path) -> None:
+    """Raises UserError where a record of a torch file is larger than the file, or does not match its checksum."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() if any(record.CRC for record in archive.infolist()) else None
+        damaged = damaged_record(path, CHECKED_BYTES)
     except Exception as error:  # damaged headers raise many types of exception
         raise unreadable(path, error) from error
     if damaged:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import unreadable
+from lavin.weights.gguf.header import check_header
 
 
 def is_gguf(path: Path) -> bool:
@@ -46,12 +47,13 @@ def read_file(path: Path, size: int, mtime_ns: int) -> GGUFFile:
     except ImportError as error:
         raise UserError(f"{path} is read by the package gguf: pip install -r requirements/gguf.txt") from error
     try:
+        check_header(path)
         reader = gguf.GGUFReader(path, "c")  # torch takes no array that cannot be written to; c: not to the file
         metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except UserError:
+        raise
     except Exception as error:  # damaged headers raise many types of exception
         raise unreadable(path, error) from error
-    if reader.byte_order != "I":
-        raise UserError(f"{path} has the byte order of another machine: fetch the usual file of this model")
     parts = metadata.get("split.count", 1)
     if parts > 1:
         raise UserError(f"{path} is one of {parts} parts: join them with llama.cpp's llama-gguf-split --merge")
