@@ -71,12 +71,13 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     return Path(path).read_text(encoding="utf-8", errors=errors)
 
 
-def read_lines(path: str | Path, errors: str = "strict") -> list[str]:
+def read_lines(path: str | Path, errors: str = "strict") -> Iterator[str]:
     """The lines of a file, which end at LF, CR LF or CR. str.splitlines would also divide them at U+2028, NEL, VT and
     others, which a text may hold."""
     refuse_pipes(Path(path))
     with open(path, encoding="utf-8", errors=errors) as file:
-        return [line.removesuffix("\n") for line in file]
+        for line in file:
+            yield line.removesuffix("\n")
 
 
 def parse_json(text: str) -> Any:
@@ -128,20 +129,25 @@ def read_json_lines(path: str | Path) -> list:
         raise UserError(f"{path} has a line that is not valid JSON ({error}): write it again") from error
 
 
-def read_whole_lines(path: Path) -> list:
-    """One JSON value a line, without a torn last one, whose writer was killed or had no space left.
+def whole_lines(path: Path) -> Iterator[Any]:
+    """One JSON value a line, one at a time, without a torn last one, whose writer was killed or had no space left.
 
     Raises UserError where another line is broken.
     """
-    values = []
-    lines = read_lines(path, errors="replace")
-    for i, line in enumerate(lines, 1):
+    broken: UserError | None = None
+    for i, line in enumerate(read_lines(path, errors="replace"), 1):
+        if broken:
+            raise broken
         try:
-            values.append(parse_json(line))
+            value = parse_json(line)
         except ValueError as error:
-            if i < len(lines):
-                raise UserError(f"{path}, line {i} is not valid JSON ({error}): remove the file") from error
-    return values
+            broken = UserError(f"{path}, line {i} is not valid JSON ({error}): remove the file")
+        else:
+            yield value
+
+
+def read_whole_lines(path: Path) -> list:
+    return list(whole_lines(path))
 
 
 def write_text(path: str | Path, text: str) -> None:

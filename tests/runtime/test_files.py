@@ -94,7 +94,7 @@ def test_lines_end_at_a_line_feed_alone(tmp_path, read, end):
 def test_all_of_a_text_is_in_its_lines(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / "lines"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert read_lines(path) == lines
+    assert list(read_lines(path)) == lines
 
 
 class CountedKey(str):

@@ -23,7 +23,7 @@ from util.study.comparison import (
     published,
     with_published,
 )
-from util.study.finished_runs import Run, flags_computed_with, read_run
+from util.study.finished_runs import Run, flags_computed_with, read_metrics, read_run
 from util.study.methods import named_methods
 from util.study.statistics import contrast, newcombe, seed_variance, tango
 from util.study.tables import csv_table, latex_table, markdown_table, text_table, verdicts
@@ -277,6 +277,24 @@ def test_metrics_become_losses_by_epoch_without_a_torn_line(tmp_path):
     lines.append('{"epoch": 1, "step": 4, "lo')
     run = read_run(Path(write_run(tmp_path / "a", files={"metrics.jsonl": lines})))
     assert run.step_losses == [(0.5, 3.0), (1.0, 2.0), (1.5, 0.5)]
+
+
+def test_lines_of_metrics_are_read_one_at_a_time(tmp_path, monkeypatch):
+    """A long run has a million, which would fill the memory."""
+    write_run(tmp_path / "a", files={"metrics.jsonl": [METRICS_LINE] * 9 + [{**METRICS_LINE, "step": 20}]})
+    events = []
+
+    def parse(text):
+        events.append("parse")
+        return json.loads(text)
+
+    def check(line, *_):
+        events.append("check")
+        return line
+    monkeypatch.setattr("lavin.runtime.files.parse_json", parse)
+    monkeypatch.setattr("util.study.finished_runs.validate", check)
+    assert read_metrics(tmp_path / "a" / "metrics.jsonl") == {(0, 10): 1.5, (0, 20): 1.5}
+    assert events == ["parse", "check"] * 10
 
 
 def test_flags_of_execution_do_not_make_a_method():

@@ -77,6 +77,29 @@ def test_losses_by_step_are_drawn_with_their_running_mean(ax, tmp_path):
     assert mean.get_ydata() == pytest.approx([1.5] + [4 / 3, 5 / 3] * (n // 2 - 1) + [1.5])
 
 
+class CountedMeans(np.ndarray):
+    added = 0
+
+    def mean(self, *args, **kwargs):
+        type(self).added += len(self)
+        return np.asarray(self).mean(*args, **kwargs)
+
+
+@pytest.mark.parametrize("n", [1, 39, 40, 2000, 2001, 100_000])
+def test_a_running_mean_of_any_length_takes_few_additions(n):
+    """A million losses, with the window of a fortieth, would be 25,000 million. One that is huge spoils its window
+    alone, as it would not in differences of sums."""
+    losses = np.random.default_rng(0).random(n) + 1
+    losses[:n // 3] *= 1e25
+    CountedMeans.added = 0
+    places, means = figures.running_mean(losses.view(CountedMeans))
+    assert len(places) == min(n, 2000) and places[0] == 0 and places[-1] == n - 1 and len(set(places)) == len(places)
+    half = n // 40 // 2
+    for i, mean in list(zip(places, means, strict=True))[::97]:
+        assert mean == pytest.approx(np.mean([losses[j] for j in range(n) if abs(j - i) <= half][:2 * half + 1]))
+    assert CountedMeans.added <= 2000 * (2 * half + 1)
+
+
 def test_losses_over_seeds_are_a_mean_and_a_band(ax, runs):
     figures.draw_losses(ax, runs.methods)
     assert ax.lines[0].get_ydata() == pytest.approx([8 / 3, 0.1])  # the mean of 1, 2, 5

@@ -54,7 +54,7 @@ def load_mme(root: str) -> list[Pair]:
 def read_questions(path: Path) -> list[tuple[str, str]]:
     """The two questions of a text file, each with its answer, `yes` or `no`."""
     try:
-        lines = read_lines(path)
+        lines = list(read_lines(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text ({error}): fetch it again, or save it as UTF-8") from error
     lines[:1] = [line.removeprefix("\ufeff") for line in lines[:1]]

@@ -36,6 +36,7 @@ CATEGORIES = [column for column in COLUMNS if column != "Avg"]
 COLOURS = ["#000000", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2", "#882255"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h"]
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 2, 2)), (0, (9, 2))]
+MEANS = 2000  # points of a running mean
 SMOOTHED = 40  # the running mean is over this fraction of the run
 RC_PARAMS = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
              "axes.axisbelow": True, "legend.frameon": False, "legend.handlelength": 3, "lines.linewidth": 1.2,
@@ -83,18 +84,20 @@ def draw_losses_by_step(ax: Axes, methods: list[Method]) -> None:
         for run in filter(lambda run: run.step_losses, method.runs):
             epochs, losses = np.array(run.step_losses).T
             ax.plot(epochs, losses, color=style["color"], linewidth=0.4, alpha=0.25)
-            ax.plot(epochs, running_mean(losses), linewidth=1, label=label, color=style["color"],
-                    linestyle=style["linestyle"])
+            places, means = running_mean(losses)
+            ax.plot(epochs[places], means, linewidth=1, label=label, color=style["color"], linestyle=style["linestyle"])
             label = None
     ax.set(title="Training loss by step", xlabel="epoch", yscale="log",
            ylabel="loss (log scale); in front, its running mean")
     loss_ticks(ax)
 
 
-def running_mean(values: np.ndarray) -> np.ndarray:
-    """The mean over a centred window, at the ends over the part of it that lies inside."""
+def running_mean(values: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """Places among the values, not more than a line has pixels, and the means there: over a centred window, at the ends
+    over the part of it that lies inside."""
     half = len(values) // SMOOTHED // 2
-    return np.array([values[max(0, i - half):i + half + 1].mean() for i in range(len(values))])
+    places = np.linspace(0, len(values) - 1, min(len(values), MEANS)).round().astype(int)
+    return places, [values[max(0, i - half):i + half + 1].mean() for i in places]
 
 
 def loss_ticks(ax: Axes) -> None:

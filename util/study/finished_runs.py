@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lavin.mm_adapter import AdapterConfig, AdapterShape, dropout_schedule
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json_lines, read_whole_lines, sha256
+from lavin.runtime.files import read_json_lines, sha256, whole_lines
 from lavin.runtime.flags import Flag, flags_of
 from lavin.runtime.schema import declared, read_validated, validate
 from util.evaluation.answers import GENERATIONS, Answer, read_answers
@@ -153,10 +153,10 @@ def read_run(folder: Path) -> Run:
     check_counts(scores, folder / "scores.json")
     check_answers(scores, answers, predictions, folder, hint)
     check_origin(scores, flags, folder, hint)
-    steps = read_metrics(folder / "metrics.jsonl")
+    losses = read_metrics(folder / "metrics.jsonl")
     return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
                                     for line in log], scores["counts"], scores["correct"], scores["split"], answers,
-               predictions, n_layers, scored_with(scores), by_fraction(steps), notes(scores, log, steps))
+               predictions, n_layers, scored_with(scores), by_fraction(losses), notes(scores, log, losses))
 
 
 def read_flags(config: dict, path: Path) -> tuple[dict, int]:
@@ -185,21 +185,25 @@ def read_log(path: Path, epochs: int) -> list[dict]:
     return [by_epoch[epoch] for epoch in range(epochs)]
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl in the order of steps; none where there is no file. A torn line ends them."""
-    if not path.is_file():
-        return []
-    lines: Any = [validate(line, MetricsLine, f"{path}, line {i}", FIX)
-                  for i, line in enumerate(read_whole_lines(path), 1)]
-    by_step = {(line["epoch"], line["step"]): line for line in lines}
-    return [by_step[key] for key in sorted(by_step)]
+def read_metrics(path: Path) -> dict[tuple[int, int], float | None]:
+    """The losses in metrics.jsonl by epoch and step; none where there is no file. A torn line ends them. A long run has
+    a million lines, of which the other numbers are not kept."""
+    losses = {}
+    for i, line in enumerate(whole_lines(path) if path.is_file() else [], 1):
+        checked: Any = validate(line, MetricsLine, f"{path}, line {i}", FIX)
+        losses[checked["epoch"], checked["step"]] = checked["loss"]
+    return losses
 
 
-def by_fraction(steps: list[dict]) -> list[tuple[float, float]]:
-    """Pairs of an epoch as a fraction and the mean loss of the steps up to there, where it is not 0 and not all of them
-    were skipped."""
-    per_epoch = max((line["step"] for line in steps), default=1)
-    return [(line["epoch"] + line["step"] / per_epoch, line["loss"]) for line in steps if line["loss"]]
+def by_fraction(losses: dict[tuple[int, int], float | None]) -> list[tuple[float, float]]:
+    """Pairs of an epoch as a fraction and the mean loss of the steps up to there, in their order, where it is not 0 and
+    not all of them were skipped."""
+    per_epoch = last_step(losses)
+    return [(epoch + step / per_epoch, loss) for epoch, step in sorted(losses) if (loss := losses[epoch, step])]
+
+
+def last_step(losses: dict[tuple[int, int], float | None]) -> int:
+    return max((step for _, step in losses), default=1)
 
 
 # --- Scores ---
@@ -248,7 +252,7 @@ def scored_with(scores: dict) -> dict:
     return found
 
 
-def notes(scores: dict, log: list[dict], steps: list[dict]) -> list[str]:
+def notes(scores: dict, log: list[dict], losses: dict[tuple[int, int], float | None]) -> list[str]:
     """The sentences that the table has on a run that it compares."""
     lines = []
     if "checkpoint_sha256" not in scores:
@@ -257,6 +261,6 @@ def notes(scores: dict, log: list[dict], steps: list[dict]) -> list[str]:
         lines.append("scored with --decode score, which compares the options' letters: answers written out may differ")
     skipped_steps = sum(line.get("skipped_steps", 0) for line in log)
     if skipped_steps:
-        of_all = f" of {len(log) * max(line['step'] for line in steps):,}" if steps else ""
+        of_all = f" of {len(log) * last_step(losses):,}" if losses else ""
         lines.append(f"{skipped_steps:,}{of_all} steps were skipped, since their gradients were not finite")
     return lines
