@@ -16,7 +16,6 @@ from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import atomic_write, read_json, read_json_lines, write_json, write_json_lines
 from lavin.weights.adapters import read_adapters
-from lavin.weights.tensor_files import damaged_record
 from util.runs import LAST, PARTIAL_SUFFIX, RESULTS, RUN_FILES, checkpoint_path, checkpoints, user_error_if_malformed
 from util.training.recipe import differences
 from util.training.settings import RunSettings
