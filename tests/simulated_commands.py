@@ -3,8 +3,10 @@
 A search cannot tell the difference: it is the commands' flags, exit statuses and files that it goes by.
 """
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,12 +15,23 @@ from types import SimpleNamespace
 
 import eval as evaluation
 import train
-from lavin.runtime.files import read_json, write_json
+from lavin.runtime.errors import describe
+from lavin.runtime.files import read_json, write_json, write_json_lines
 from lavin.runtime.signals import UNFINISHED
+from util.data.datasets import load_scienceqa
+from util.evaluation.scoring import COLUMNS
+from util.fingerprint import fingerprints
+from util.flags import BaseSettings
 from util.runs import checkpoint_path, checkpoints
 
 EPOCH_SECONDS, SCORE_SECONDS, STOP_SECONDS = 10.0, 4.0, 2.0  # STOP_SECONDS: from the signal to the end, while it saves
 QUESTIONS = {"val": 200, "test": 300}
+
+
+def checksums(flags, split: str, questions: int | None = None) -> dict[str, str]:
+    """Those of the files that lie there now, as recipe.json and scores.json hold them."""
+    data = load_scienceqa(flags.data_root, split)
+    return {"data": (data.sample(questions) if questions else data).fingerprint, **fingerprints(BaseSettings.of(flags))}
 
 
 class Machine:
@@ -26,11 +39,13 @@ class Machine:
 
     quality(flags of train.py, epochs): the share of questions that a checkpoint answers. fails(flags): whether
     training ends with an error. stops: times at which the command that runs is stopped by a signal to itself.
+    kills: times at which it is killed, and saves nothing. full: whether training ends since the disk is full.
     commands: of all that were started, the program, its parsed flags and its GPUs. gpu_seconds: of all of them.
     """
 
-    def __init__(self, quality: Callable, fails: Callable = lambda flags: False, stops=()):
-        self.quality, self.fails, self.stops = quality, fails, sorted(stops)
+    def __init__(self, quality: Callable, fails: Callable = lambda flags: False, stops=(), kills=()):
+        self.quality, self.fails, self.full = quality, fails, False
+        self.stops, self.kills = sorted(stops), sorted(kills)
         self.now, self.gpu_seconds, self.commands = 0.0, 0.0, []
         self.epochs_made: dict[str, list[int]] = {}  # by the name of the run's folder
 
@@ -60,14 +75,17 @@ class Process:
     # --- As the search sees it ---
 
     def wait(self, timeout: float = 1e9) -> int:
-        stop = next((at for at in self.machine.stops if at > self.machine.now), 1e18) - self.machine.now
-        seconds = min(timeout, self.left, stop)
+        stop, kill = (next((at for at in times if at > self.machine.now), 1e18) - self.machine.now
+                      for times in (self.machine.stops, self.machine.kills))
+        seconds = min(timeout, self.left, stop, kill)
         self.pass_time(seconds)
         self.left -= seconds
         if self.left <= 0:
             return self.finish()
         if seconds == stop:
             return self.save()
+        if seconds == kill:
+            return -signal.SIGKILL
         raise subprocess.TimeoutExpired(self.program, timeout)
 
     def terminate(self) -> None:
@@ -91,6 +109,8 @@ class Process:
         self.goal = self.flags.epochs if goal is None else goal
         partial = self.folder / "last.pth"
         self.before = read_json(partial)["seconds"] if partial.is_file() else 0.0
+        if self.machine.full:
+            return EPOCH_SECONDS, self.run_out_of_space
         if self.machine.fails(self.flags):
             return EPOCH_SECONDS, self.fail
         self.needed = (self.goal - self.begun) * EPOCH_SECONDS - self.before
@@ -100,14 +120,22 @@ class Process:
         self.log.write(b"train.py: error: the loss is not finite\n")
         return 1
 
+    def run_out_of_space(self) -> int:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder / "checkpoint-0.pth"))
+        self.log.write(f"train.py: error: {describe(error)}\n".encode())
+        return 1
+
     def reach(self, epochs: int) -> None:
         for epoch in range(self.begun, epochs):
             self.machine.epochs_made.setdefault(self.folder.name, []).append(epoch)
         if epochs > self.begun:
             for path in checkpoints(self.folder).values():
                 path.unlink()
-            write_json(checkpoint_path(self.folder, epochs - 1), {"epochs": epochs, "flags": vars(self.flags).copy() | {
-                "given": sorted(self.flags.given)}})
+            flags = vars(self.flags).copy() | {"given": sorted(self.flags.given)}
+            write_json(self.folder / "recipe.json", {"recipe": checksums(self.flags, "train")})
+            write_json(self.folder / "config.json", {"flags": flags, "world_size": self.gpus})
+            write_json_lines(self.folder / "log.txt", [{"epoch": epoch, "train_closs": 1.0} for epoch in range(epochs)])
+            write_json(checkpoint_path(self.folder, epochs - 1), {"epochs": epochs, "flags": flags})
             (self.folder / "last.pth").unlink(missing_ok=True)
 
     def trained(self) -> int:
@@ -131,8 +159,11 @@ class Process:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "generations.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
         n_right = sum(answer["prediction"] for answer in answers)
+        none = dict.fromkeys(COLUMNS, 0)
         write_json(self.folder / "scores.json", {  # as if all wrong ones were of one subject
             "split": self.flags.split, "decode": self.flags.decode, "questions": n,
-            "counts": {"NAT": n_right, "SOC": n - n_right, "Avg": n},
-            "correct": {"NAT": n_right, "SOC": 0, "Avg": n_right}})
+            **dict.fromkeys(COLUMNS), "NAT": 100 * bool(n_right) or None, "SOC": 0 if n_right < n else None,
+            "Avg": 100 * n_right / n, "counts": {**none, "NAT": n_right, "SOC": n - n_right, "Avg": n},
+            "correct": {**none, "NAT": n_right, "Avg": n_right},
+            **checksums(SimpleNamespace(**checkpoint["flags"]), self.flags.split, self.flags.questions)})
         return 0

@@ -91,7 +91,7 @@ def run_study(root: Path, study: str, args, n_kills: int) -> tuple[list[str], fl
 
 
 def stored_states(study: Path) -> Counter:
-    from util.search.study import open_optuna
+    from util.search.storage import open_optuna
     trials = open_optuna(study, read_settings(study)["name"], None, False, None).get_trials(deepcopy=False)
     return Counter((trial.number, trial.state.name) for trial in trials)
 

@@ -15,10 +15,11 @@ from util.data.datasets import ScienceQA
 from util.search import confirm
 from util.search.confirm import (
     Confirmation,
+    is_current,
     is_done,
     plan,
     read_confirmation,
-    read_verdict,
+    retested,
     run_all,
     sentence,
     verdict,
@@ -97,7 +98,7 @@ def test_all_workers_end_with_the_verdict(study):
     other.start()
     other.join(0.2)
     assert other.is_alive()
-    write_json(study / confirm.VERDICT, {"winner": "001"})
+    write_json(study / confirm.VERDICT, {"winner": "001", "p": 0.5})
     os.close(lock)
     other.join(20)
     assert not other.is_alive()
@@ -246,9 +247,10 @@ def test_questions_that_trials_were_scored_on_do_not_confirm(tmp_path):
 
 
 def test_a_verdict_of_an_earlier_version_is_tested_anew(tmp_path):
-    found = Confirmation(outcomes(np.random.default_rng(0), (0.5, 0.9)))
-    write_json(tmp_path / "verdict.json", {"winner": "001", "p_seeds": 0.01, "p_questions": 0.01, "found": True,
-                                           "difference": 3.0})
-    assert read_verdict(tmp_path, found) == vars(verdict(found))
-    write_json(tmp_path / "verdict.json", {"winner": "001", "p": 0.5})
-    assert read_verdict(tmp_path, found) == {"winner": "001", "p": 0.5}
+    """Its winner stays, since the test split has been scored for it."""
+    found = Confirmation(outcomes(np.random.default_rng(0), (0.5, 0.7, 0.9)))
+    known = {"winner": "001", "p_seeds": 0.01, "p_questions": 0.01, "found": True, "difference": 3.0}
+    anew = retested(known, found)
+    assert not is_current(known) and anew["winner"] == "001" and anew["difference"] == pytest.approx(20, abs=5)
+    assert anew["p"] == min(1, 2 * found.estimate("001").p_greater)
+    assert retested({"winner": "001", "p": 0.5}, found) == {"winner": "001", "p": 0.5}

@@ -122,6 +122,26 @@ def test_rates_and_factors_are_searched_by_their_logarithm_on_both_sides_of_the_
     assert n_factors
 
 
+def test_choices_of_numbers_lie_evenly_on_both_sides_of_the_base():
+    """Of the default space: the choices of a size are factors of 2 apart, up to fourfold in each direction; those of
+    the dropout's factor lie symmetrically about 1, two hundredths or less apart, and hold those of all methods."""
+    parameters = in_full(SPACE)["parameters"]
+    numeric = {flag: parameter for flag, parameter in parameters.items() if "choices" in parameter
+               and not any(isinstance(choice, str) for choice in parameter["choices"])}
+    assert set(numeric) == {"adapter_dim", "dropout_var"}
+    assert numeric["adapter_dim"]["choices"] == [numeric["adapter_dim"]["default"] * 2**i for i in range(-2, 3)]
+    factors = numeric["dropout_var"]["choices"]
+    assert numeric["dropout_var"]["default"] == 1 and np.allclose(np.add(factors, factors[::-1]), 2)
+    assert factors == sorted(factors) and max(np.diff(factors)) < 0.0201 and len(factors) == 7
+    methods = json.loads((ROOT / "scripts" / "methods.json").read_text())
+    assert {method["flags"].get("dropout_var", 1) for method in methods.values()} <= set(factors)
+
+
+def test_the_quick_starts_sizes_are_factors_of_two_apart_and_hold_the_base():
+    parameter = in_full(ROOT / "scripts" / "search_quickstart.json")["parameters"]["adapter_dim"]
+    assert parameter["choices"] == [2, 4, 8, 16] and parameter["default"] == 8
+
+
 @pytest.mark.parametrize("low, high", [(0.00123456, 0.00123459), (0.12345, 0.98765)])
 def test_no_rounding_leaves_the_range(tmp_path, low, high):
     path = write_space(tmp_path, {"blr": {"kind": "float", "low": low, "high": high, "default": low}})

@@ -1,5 +1,6 @@
 """search.py with train.py and eval.py: trials in rungs, failures, stops, the budget, and the study's report."""
 
+import errno
 import json
 import os
 import signal
@@ -18,15 +19,17 @@ import search
 import train
 from lavin.kernels import fp8
 from lavin.runtime import device, signals
+from lavin.runtime.errors import describe
 from lavin.runtime.files import read_json
 from tiny import ROOT
 from user_errors import error_message
 from util.runs import checkpoints
 from util.search import command as search_command
 from util.search import confirm, machine, runner
+from util.search.errors import CommandFailed, WorkerError
 from util.search.folder import LOG, RECORD, all_records, begin_record, gpu_seconds, read_records
 from util.search.locks import claim, waiting_for
-from util.search.runner import CommandFailed, HoursSpent, Runner, run_command
+from util.search.runner import HoursSpent, Runner, run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 SPACE = {"parameters": {"lr": {"kind": "float", "low": 1e-3, "high": 3e-2, "log": True, "default": 1e-2},
@@ -261,6 +264,7 @@ def test_machine_flags_reach_eval():
 # --- Commands ---
 
 def command(tmp_path, script: str, seconds: float = 60.0) -> None:
+    tmp_path.mkdir(exist_ok=True)
     lock = claim(tmp_path / "lock")
     try:
         run_command([sys.executable, "-c", script], tmp_path / "log", lock, seconds)
@@ -272,11 +276,42 @@ def command(tmp_path, script: str, seconds: float = 60.0) -> None:
     ("import sys; print('a bar\\r50%\\rtrain.py: error: no data: fetch it\\nlater', file=sys.stderr); sys.exit(1)",
      "no data: fetch it"),
     ("raise RuntimeError('a bug')", "RuntimeError: a bug"), ("import sys; sys.exit(3)", "exit status 3"),
-    ("import os; os.kill(os.getpid(), 9)", "exit status -9")])
+    ("import os; os.kill(os.getpid(), 11)", "exit status -11")])
 def test_a_command_that_fails_is_told_by_its_line(tmp_path, script, words):
     (tmp_path / "log").write_text("train.py: error: of another time\n")
     with pytest.raises(CommandFailed, match=f"^{words}$"):
         command(tmp_path, script)
+
+
+def lines_of(error: BaseException) -> str:
+    return f"import sys; print('train.py: error: ' + {describe(error)!r}, file=sys.stderr); sys.exit(1)"
+
+
+@pytest.mark.parametrize("script, words", [
+    (lines_of(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.pth")), "trial: x.pth: No space left on device"),
+    (lines_of(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "x.pth")), "trial: x.pth: Disk quota exceeded"),
+    (lines_of(OSError(errno.EFBIG, os.strerror(errno.EFBIG), "x.pth")), "trial: x.pth: File too large"),
+    (lines_of(MemoryError()), "trial: not enough memory on this machine"),
+    (lines_of(RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)")), "not enough memory on this"),
+    (lines_of(torch.OutOfMemoryError("CUDA out of memory. Tried")), "trial: not enough GPU memory"),
+    ("raise OSError(28, 'No space left on device')", "No space left on device"),
+    ("import os; os.kill(os.getpid(), 9)", "was killed (SIGKILL), as the system does where memory is short"),
+    ("print('traceback : Signal 9 (SIGKILL) received by PID 7\\n====='); raise SystemExit(1)", "was killed (SIGKILL)")])
+def test_a_machine_that_is_short_of_something_fails_no_trial(tmp_path, script, words):
+    """By the words of train.py, of Python and of torchrun."""
+    with pytest.raises(WorkerError) as caught:
+        command(tmp_path / "trial", script)
+    assert words in str(caught.value) and str(tmp_path / "trial") in str(caught.value)
+
+
+def test_a_disk_that_is_too_full_for_a_log_fails_no_trial(tmp_path, monkeypatch):
+    """The command cannot say why it failed. What is written here fits, until the worker looks."""
+    def full(dir):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(runner.tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        command(tmp_path, "raise SystemExit(1)")
+    assert describe(caught.value).startswith(f"{tmp_path}: No space left on device: free some space")
 
 
 def test_a_command_ends_with_the_hours_or_a_signal_of_its_own(tmp_path):

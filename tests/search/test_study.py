@@ -23,13 +23,15 @@ from util.search import study as study_module
 from util.search.folder import Settings, add_rung, add_seconds, read_records, read_settings
 from util.search.locks import claim, waiting_for
 from util.search.space import Space
-from util.search.study import COMPLETE, FAIL, PRUNED, Study, Trial, run_trial, rungs, storage_errors
+from util.search.storage import storage_errors
+from util.search.study import COMPLETE, FAIL, PRUNED, Study, Trial, run_trial, rungs
 
 SPACE = Space({"blr": {"kind": "float", "low": 0.0, "high": 1.0, "default": 0.5},
                "dropout_prob": {"kind": "float", "low": 0.0, "high": 0.9, "default": 0.1}},
               [{}, {"blr": 0.25}], "space.json")
 SETTINGS = {"trials": 6, "pruner": "asha", "questions": 100, "confirm": 1, "seeds": 2, "steps_per_epoch": 10,
-            "space": {"parameters": SPACE.parameters, "enqueue": SPACE.enqueue}, "flags": {"epochs": 9, "seed": 0}}
+            "identity": {"train": {"data": "1"}}, "flags": {"epochs": 9, "seed": 0},
+            "space": {"parameters": SPACE.parameters, "enqueue": SPACE.enqueue}}
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore:The reported value")
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
@@ -387,7 +389,7 @@ def test_the_effective_batch_of_an_earlier_version_is_read(tmp_path):
     assert "train.py's effective batch (--batch_size x --accum_iter x processes) 16, not 32" in message
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("space", "flags")])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("space", "flags", "identity")])
 def test_each_setting_is_the_same_for_all_workers(tmp_path, name):
     """Also the steps of an epoch, and so the number of questions that are trained on."""
     open_study(tmp_path)

@@ -1,6 +1,8 @@
 """search.py as its user sees it, with commands that take no time: what they are given, what they cost, what remains."""
 
 import json
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import pytest
 pytest.importorskip("optuna")
 import search
 from lavin.runtime import signals
+from lavin.runtime.errors import UserError, describe
 from lavin.runtime.files import read_json, write_json
 from simulated_commands import EPOCH_SECONDS, STOP_SECONDS, Machine
 from user_errors import error_message
@@ -186,6 +189,30 @@ def test_trials_that_fail_are_of_the_number_asked_for_and_never_among_the_best(s
     assert all(record["values"]["lr"] >= 6e-3 for record in read_records(study, "confirm").values())
 
 
+def test_a_command_that_is_killed_is_begun_again_by_the_same_search_and_no_trial_is_lost(started):
+    """Each time, the search ends with an error: what was killed for want of memory would be killed again."""
+    whole, killed = Machine(quality), Machine(quality, kills=[95.0 * i for i in range(1, 500)])
+    expected, n_kills = outcome(started(whole, study="whole")), 0
+    while n_kills < 100:
+        try:
+            study = started(killed)
+            break
+        except UserError as error:
+            assert "was killed (SIGKILL)" in str(error) and describe(error) and error.exit_status == 1
+            n_kills += 1
+    assert outcome(study) == expected and n_kills >= 5
+
+
+def test_a_full_disk_ends_the_search_and_no_trial(started):
+    machine = Machine(quality)
+    machine.full = True
+    message = error_message(started, machine)
+    assert message.endswith("checkpoint-0.pth: No space left on device: free some space, and the same command goes on")
+    assert len(machine.commands) == 1
+    machine.full = False
+    assert "FAIL" not in states(started(machine)) and len(states(started(machine))) == 8
+
+
 @pytest.mark.parametrize("trials", [1, 2, 5])
 def test_there_are_as_many_trials_as_asked_for(started, trials):
     study = started(Machine(quality), "--trials", str(trials))
@@ -234,6 +261,32 @@ def test_what_is_left_of_the_hours_is_shared_by_the_trials_that_run(tmp_path):
     assert command.seconds_left(args) == 4400 / 2 / 2
     args.gpu_hours = None
     assert command.seconds_left(args) == float("inf")
+
+
+def test_a_clock_that_was_wrong_spends_no_hours(started):
+    """A command was killed, and the date of its log lies 400 days ahead."""
+    machine = Machine(quality, kills=[15.0])
+    error_message(started, machine, "--gpu_hours", "100")
+    log = Path(machine.commands[0][1].output_dir) / "search.log"
+    now = time.time()
+    change_record(log.parent, since=now)
+    os.utime(log, (now + 400 * 86_400, now + 400 * 86_400))
+    study = started(machine, "--gpu_hours", "100")
+    assert (study / "verdict.json").exists()
+
+
+def test_hours_that_a_wrong_clock_has_spent_are_named_with_the_way_out(started, capsys):
+    """The clock was 400 days behind when the command began that was killed."""
+    machine = Machine(quality, kills=[15.0])
+    error_message(started, machine, "--gpu_hours", "100")
+    log = Path(machine.commands[0][1].output_dir) / "search.log"
+    change_record(log.parent, since=time.time() - 400 * 86_400)
+    started(machine, "--gpu_hours", "100")
+    assert (f"the 100 GPU-hours are spent (9,600 of them by a command in {log.parent} that was killed: if a clock was "
+            f"wrong, remove {log}); ") in capsys.readouterr().out
+    log.unlink()
+    assert (started(machine, "--gpu_hours", "100") / "verdict.json").exists()
+    assert "were spent" not in capsys.readouterr().out
 
 
 # --- Workers ---

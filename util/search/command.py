@@ -3,23 +3,25 @@
 import math
 import os
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
 from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json
-from lavin.runtime.flags import CHANGES_RESULTS, Role, flags_of
+from lavin.runtime.flags import CHANGES_RESULTS, Flags, Role, flags_of
 from lavin.weights.base import require_base
 from util.data.batches import steps_per_epoch
 from util.data.datasets import load_scienceqa
 from util.flags import Execution
 from util.search import confirm
-from util.search.folder import add_rung, all_records, gpu_seconds
+from util.search.folder import LOG, add_rung, all_records, gpu_seconds, longest_unended
+from util.search.identity import study_identity
 from util.search.machine import resolve_precision
 from util.search.progress import cost_lines, progress_line
 from util.search.runner import HoursSpent, Runner
-from util.search.space import Values, command_line, read_space
+from util.search.settings import Search
+from util.search.space import Space, Values, command_line, read_space
 from util.training.recipe import TRAIN_FLAGS
 from util.training.settings import EFFECTIVE_BATCH, Optimization, TrainingData, TrainSettings
 from util.training.settings import get_args_parser as train_parser
@@ -31,38 +33,44 @@ WAIT_SECONDS = 2.0
 
 # --- What is searched ---
 
-def check_train(words: list[str], gpus: int, values: Values) -> None:
-    """Raises UserError where train.py would refuse its flags."""
-    TrainSettings.of(train_parser().parse_args([*words, *command_line(values)]), gpus)
+def check_train(words: list[str], gpus: int, values: Values) -> TrainSettings:
+    """The settings of a trial. Raises UserError where train.py would refuse its flags."""
+    return TrainSettings.of(train_parser().parse_args([*words, *command_line(values)]), gpus)
 
 
-def fixed_values(trained) -> Values:
+def fixed_values(trained: Flags) -> Values:
     """The flags that were given, which are not searched; where --lr was, --blr has no effect."""
     names = trained.given | {name for name, declared in TRAIN_FLAGS.items() if declared.stated_as in trained.given}
     return {name: getattr(trained, name) for name in names}
 
 
-def describe_study(args, space, trained) -> dict:
+def describe_study(search: Search, space: Space, trained: Flags) -> dict:
     """The content of study.json: the settings that all workers must share, and the meaning of --precision here."""
-    of_batch, files = Optimization.of(trained).entries(args.gpus), TrainingData.of(trained)
+    of_batch, files = Optimization.of(trained).entries(search.gpus), TrainingData.of(trained)
     data = {split: load_scienceqa(files.data_root, split, files.captions) for split in SPLITS}
+    n_validation = len(data["val"].problems)
+    if search.confirm and search.questions >= n_validation:
+        print_rank0(f"warning: trials are scored on all {n_validation} validation questions, so none is left to name a "
+                    f"winner on: give --questions {n_validation // 2}")
     flags = {name: value for name, value in vars(trained).items()
              if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != EFFECTIVE_BATCH}
-    return {**{name: getattr(args, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
+    return {**{name: getattr(search, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
             "precision": resolve_precision(trained.precision, trained.device, trained.bits),
+            "identity": study_identity(check_train(search.train or [], search.gpus, space.first_sets()[0]), data,
+                                       search.questions),
             "steps_per_epoch": steps_per_epoch(len(data["train"].problems), of_batch[EFFECTIVE_BATCH]),
             "space": {"parameters": space.parameters, "enqueue": space.enqueue},
             "flags": {**flags, **of_batch}}
 
 
-def machine_flags(trained) -> list[str]:
+def machine_flags(trained: Flags) -> list[str]:
     """The words of the flags that eval.py does not take from the run."""
     given = {name: getattr(trained, name) for name in flags_of(Execution) if name in trained.given}
     return [word for name, value in given.items()
             for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
 
-def check_precision(study: Path, precision: str, trained, here: str) -> None:
+def check_precision(study: Path, precision: str, trained: Flags, here: str) -> None:
     """Raises UserError where this worker cannot join a study of that precision. here: the one it would begin with."""
     if trained.precision not in ("auto", precision):
         raise UserError(f"{study} is a study in {precision}: leave --precision {trained.precision} out, or name "
@@ -85,8 +93,8 @@ def work(study, runner: Runner, questions: int, check_values) -> None:
         check_values(trial.values)
         more = ("--stop_after_epoch", str(epochs)) if epochs < study.rungs[-1] else ()
         runner.train(trial.folder, trial.values, epochs, trial.lock, *more)
-        scores = runner.score(trial.folder, epochs, trial.folder / "rungs" / str(epochs), trial.lock,
-                              "--split", "val", "--decode", "score", "--questions", str(questions))
+        scores = runner.score(trial.folder, epochs, trial.folder / "rungs" / str(epochs), "trials", trial.lock,
+                              "--questions", str(questions))
         return add_rung(trial.folder, epochs, scores)
 
     states, waits = [], False
@@ -103,60 +111,74 @@ def work(study, runner: Runner, questions: int, check_values) -> None:
         print_rank0(f"trial {trial.number:03d}{' goes on' * trial.resumed}: {' '.join(command_line(trial.values))}")
         state, message = run_trial(study, trial, reach)
         print_rank0(f"trial {trial.number:03d} {state.name.lower()}{message and f': {message}'} | "
-                    + progress_line(study.folder, study.n_trials))
+                    + progress_line(study.folder, study.n_trials, study.left_out))
         states.append(state)
         if states == [FAIL] * MAX_FAILURES:
             raise UserError(f"the first {MAX_FAILURES} trials failed, the last one of: {message}")
 
 
-def confirm_best(args, runner: Runner, epochs: int, seed: int) -> None:
-    runs = confirm.plan(args.study, args.confirm, args.seeds, seed + 1)
+def confirm_best(search: Search, runner: Runner, epochs: int, seed: int, left_out: Collection[str]) -> None:
+    runs = confirm.plan(search.study, search.confirm, search.seeds, seed + 1, left_out)
     if not runs:
         print_rank0("all trials beside the base have failed: there is nothing to confirm")
         return
     print_rank0(f"{len(runs)} runs with fresh seeds: trials {', '.join(sorted({run.configuration for run in runs}))}")
-    confirm.run_all(args.study, runs, partial(confirm.train_and_score, runner, epochs))
-    confirm.finish(args.study, runner, runs, epochs)
-    print_rank0(confirm.sentence(read_json(args.study / confirm.VERDICT)))
+    confirm.run_all(search.study, runs, partial(confirm.train_and_score, runner, epochs))
+    confirm.finish(search.study, runner, runs, epochs)
+    print_rank0(confirm.sentence(confirm.read_verdict(search.study)))
 
 
-def seconds_left(args) -> float:
+def seconds_left(search: Search) -> float:
     """The seconds that the next command of this worker may take. All trials that run now share evenly what is left of
     --gpu_hours."""
-    if args.gpu_hours is None:
+    if search.gpu_hours is None:
         return math.inf
-    records = all_records(args.study)
+    records = all_records(search.study)
     n_running = sum(record["state"] == "RUNNING" for record in records)
-    return (3600 * args.gpu_hours - gpu_seconds(records)) / args.gpus / max(1, n_running)
+    return (3600 * search.gpu_hours - gpu_seconds(records)) / search.gpus / max(1, n_running)
 
 
-def main(args) -> None:
+def hours_spent(study: Path, gpu_hours: float) -> str:
+    """The words for hours that are spent. A command would have been stopped before it alone had taken all of them."""
+    folder, seconds = longest_unended(study)
+    where = (f" ({seconds / 3600:,.0f} of them by a command in {folder} that was killed: if a clock was wrong, remove "
+             f"{folder / LOG})") if seconds > 3600 * gpu_hours else ""
+    return f"the {gpu_hours:g} GPU-hours are spent{where}"
+
+
+def main(args: Flags) -> None:
     try:
-        from util.search.study import Study, storage_errors
+        from util.search.storage import storage_errors
+        from util.search.study import Study
     except ModuleNotFoundError as error:
         raise UserError(f"{error}: pip install -r requirements/search.txt") from error
-    trained = train_parser().parse_args(args.train)
+    search = Search.of(args)
+    given = search.train or []
+    trained = train_parser().parse_args(given)
     of_run = [name for name, declared in TRAIN_FLAGS.items() if declared.role is Role.RUN]  # which the search sets
     refused = [name for name in (*of_run, "do_pretrain") if name in trained.given]
     if refused:
         raise UserError(f"--{refused[0]} does not go with a search, which names the folders of its runs of ScienceQA: "
                         "leave it out")
     require_base(trained.llama_model_path, trained.llm_model, use_vicuna=trained.use_vicuna)
-    space = read_space(args.space, set(vars(trained))).fix(fixed_values(trained))
-    check_values = partial(check_train, args.train, args.gpus)
+    space = read_space(search.space, set(vars(trained))).fix(fixed_values(trained))
+    check_values = partial(check_train, given, search.gpus)
     space.check(check_values)
-    settings = describe_study(args, space, trained)
-    study = Study(args.study, space, settings, args.storage, args.gpus)
-    check_precision(args.study, study.precision, trained, here=settings["precision"])
+    settings = describe_study(search, space, trained)
+    study = Study(search.study, space, settings, search.storage, search.gpus)
+    for name, reason in study.left_out.items():
+        print_rank0(f"trial {name} is not ranked with the others: it is of something else ({reason})")
+    check_precision(search.study, study.precision, trained, here=settings["precision"])
     if os.environ.get("LAVIN_WORKER", "0") == "0":  # the first of a node's (scripts/search_sqa_7b.sh)
-        print_rank0("\n".join(cost_lines(args.study, settings, study.rungs)))
-    words = [*args.train, "--precision", study.precision]
-    runner = Runner(words, machine_flags(train_parser().parse_args(words)), args.gpus, partial(seconds_left, args))
+        print_rank0("\n".join(cost_lines(search.study, settings, study.rungs)))
+    words = [*given, "--precision", study.precision]
+    runner = Runner(words, machine_flags(train_parser().parse_args(words)), search.gpus, partial(seconds_left, search),
+                    settings["identity"])
     try:
         with storage_errors():
-            work(study, runner, args.questions, check_values)
-        if args.confirm:
-            confirm_best(args, runner, trained.epochs, trained.seed)
+            work(study, runner, search.questions, check_values)
+        if search.confirm:
+            confirm_best(search, runner, trained.epochs, trained.seed, study.left_out)
     except HoursSpent:
-        print_rank0(f"stopped: the {args.gpu_hours:g} GPU-hours are spent; the same command with more goes on")
-    print_rank0(f"report: python plot_results.py {args.study}")
+        print_rank0(f"stopped: {hours_spent(search.study, search.gpu_hours or 0)}; the same command with more goes on")
+    print_rank0(f"report: python plot_results.py {search.study}")

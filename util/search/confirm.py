@@ -6,7 +6,7 @@ name the winner; the test split is scored once, for the winner and the base. All
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,22 @@ from typing import Any
 import numpy as np
 
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json, write_json
+from lavin.runtime.files import PUT_IT_THERE, load_json, write_json
 from util.data.datasets import sample_ids
 from util.evaluation.answers import GENERATIONS, read_answers
-from util.search.folder import RECORD, accuracy, add_rung, begin_record, change_record, read_records, read_settings
+from util.search.errors import CommandFailed
+from util.search.folder import (
+    BASE,
+    RECORD,
+    accuracy,
+    add_rung,
+    base_values,
+    begin_record,
+    change_record,
+    load_record,
+    read_records,
+    read_settings,
+)
 from util.search.locks import claim, waiting_for
 from util.search.runner import Runner
 from util.search.space import Values
@@ -26,7 +38,6 @@ from util.study.statistics import LEVEL, Estimate, contrast, seed_variance, tang
 from util.study.tables import points
 
 VERDICT = "verdict.json"
-BASE = "000"  # the first trial
 WAIT_SECONDS = 2.0
 
 
@@ -40,20 +51,22 @@ class FreshRun:
     seed: int
 
 
-def plan(study: Path, k: int, seeds: int, first_seed: int) -> list[FreshRun]:
+def plan(study: Path, k: int, seeds: int, first_seed: int, left_out: Collection[str] = ()) -> list[FreshRun]:
     """The runs of the k best trials beside the base, and of the base. All trials must have ended. Where fewer than k
-    have finished the schedule, the best of those that came farthest follow."""
+    have finished the schedule, the best of those that came farthest follow. left_out: names of trials that cannot be
+    compared to the others."""
     records = read_records(study)
     reached = {name: (record["rungs"][-1]["epoch"], accuracy(record["rungs"][-1]))
-               for name, record in records.items() if record["rungs"] and record["state"] != "FAIL" and name != BASE}
+               for name, record in records.items()
+               if record["rungs"] and record["state"] != "FAIL" and name not in (BASE, *left_out)}
     best = sorted(reached, key=lambda name: reached[name], reverse=True)[:k]
-    return [FreshRun(study / "confirm" / f"{name}-seed{seed}", name, records[name]["values"], seed)
-            for seed in range(first_seed, first_seed + seeds) for name in [BASE, *best] if best]
+    values = {BASE: base_values(study, records), **{name: records[name]["values"] for name in best}}
+    return [FreshRun(study / "confirm" / f"{name}-seed{seed}", name, flags, seed)
+            for seed in range(first_seed, first_seed + seeds) for name, flags in values.items() if best]
 
 
 def is_done(run: FreshRun) -> bool:
-    path = run.folder / RECORD
-    return path.is_file() and read_json(path)["state"] == "COMPLETE"
+    return (run.folder / RECORD).is_file() and load_record(run.folder)["state"] == "COMPLETE"
 
 
 def run_all(study: Path, runs: list[FreshRun], execute: Callable[[FreshRun, int], None]) -> None:
@@ -78,8 +91,8 @@ def train_and_score(runner: Runner, epochs: int, run: FreshRun, lock: int) -> No
     begin_record(run.folder, runner.gpus, values=run.values, configuration=run.configuration, seed=run.seed)
     try:
         runner.train(run.folder, run.values, epochs, lock, "--seed", str(run.seed))
-        scores = runner.score(run.folder, epochs, run.folder / "val", lock, "--split", "val", "--decode", "score")
-    except UserError as error:
+        scores = runner.score(run.folder, epochs, run.folder / "val", "val", lock)
+    except CommandFailed as error:
         raise UserError(f"{run.folder}: {error}") from error
     add_rung(run.folder, epochs, scores)
     change_record(run.folder, state="COMPLETE")
@@ -144,20 +157,16 @@ class Confirmation:
         return estimate.interval(self.n_configurations)
 
 
-def verdict(found: Confirmation) -> Verdict:
-    winner = max((name for name in found.outcomes if name != BASE), key=lambda name: found.outcomes[name].mean())
+def verdict(found: Confirmation, winner: str | None = None) -> Verdict:
+    """The verdict on the best configuration; winner: on this one, which was named before."""
+    winner = winner or max((name for name in found.outcomes if name != BASE),
+                           key=lambda name: found.outcomes[name].mean())
     difference = 100 * float(found.outcomes[winner].mean() - found.base.mean())
     (low, high), estimate = found.interval(winner), found.estimate(winner)
     p = min(1.0, found.n_configurations * estimate.p_greater) if estimate and found.fresh else None
     seeds, questions = found.base.shape
     return Verdict(winner, found.n_configurations, seeds, questions, difference, 100 * low, 100 * high, p,
                    p is not None and p < LEVEL)
-
-
-def read_verdict(study: Path, found: Confirmation) -> Any:
-    """The content of verdict.json. Where an earlier version wrote it, by other tests, its winner is tested anew."""
-    content: Any = read_json(study / VERDICT)
-    return content if "p" in content else {**asdict(verdict(found)), "winner": content["winner"]}
 
 
 def read_confirmation(runs: list[tuple[str, Path]], n_searched: int) -> Confirmation:
@@ -182,14 +191,31 @@ def finish(study: Path, runner: Runner, runs: list[FreshRun], epochs: int) -> No
     """Names the winner, and scores the test split for it and for the base: once, by one worker, for which the others
     wait."""
     with waiting_for(study / ".locks" / "verdict") as lock:
-        if not (study / VERDICT).is_file():
+        if not ((study / VERDICT).is_file() and is_current(read_verdict(study))):
+            for run in runs:  # scores of something else, which an earlier version did not notice, are replaced
+                runner.score(run.folder, epochs, run.folder / "val", "val", lock)
             found = read_confirmation([(run.configuration, run.folder) for run in runs],
                                       read_settings(study)["questions"])
-            write_json(study / VERDICT, asdict(verdict(found)))
-        winner: Any = read_json(study / VERDICT)["winner"]
+            known = read_verdict(study) if (study / VERDICT).is_file() else None
+            write_json(study / VERDICT, retested(known, found) if known else asdict(verdict(found)))
+        winner = read_verdict(study)["winner"]
         for run in runs:
             if run.configuration in (BASE, winner):
-                runner.score(run.folder, epochs, run.folder, lock, "--split", "test")
+                runner.score(run.folder, epochs, run.folder, "test", lock)
+
+
+def read_verdict(study: Path) -> Any:
+    return load_json(study / VERDICT, PUT_IT_THERE, "remove it, and search.py finds the winner again")
+
+
+def is_current(verdict: Any) -> bool:
+    """Whether verdict.json has the results of this version's test; earlier versions made others."""
+    return "p" in verdict
+
+
+def retested(known: Any, found: Confirmation) -> Any:
+    """A verdict that was read; where an earlier version gave it, its winner with the results of this version's test."""
+    return known if is_current(known) else asdict(verdict(found, known["winner"]))
 
 
 def sentence(verdict: Any) -> str:

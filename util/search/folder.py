@@ -1,19 +1,25 @@
 """The files of a study's folder, which its report is made from; no storage is needed to read them."""
 
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 from typing_extensions import NotRequired, TypedDict
 
-from lavin.runtime.files import read_json, write_json
+from lavin.runtime.errors import UserError
+from lavin.runtime.files import PUT_IT_THERE, load_json, write_json
 from lavin.runtime.schema import declared, read_validated
+from util.search.errors import WorkerError
 from util.training.settings import EFFECTIVE_BATCH
 
 STUDY, RECORD = "study.json", "trial.json"
 LOG = "search.log"  # what the commands of a trial say; touched while they run
 RUN_FOLDERS = ("trials", "confirm")
-FIX = "the search writes it: start the study anew in another folder"
+CLOCKS_DIFFER = 600.0  # seconds, at most, between a machine and its file server
+BASE = "000"  # the first trial, which all others are compared to
+FIX = "put back a copy of it, or search in another folder with --study"
+RECORD_FIX = "put back a copy of it, or remove it: a trial that goes on writes it again, one that has ended is left out"
 
 
 def trial_folder(study: Path, number: int) -> Path:
@@ -65,6 +71,8 @@ def with_one_name(flags: dict[str, Any]) -> dict[str, Any]:
 class Settings(TypedDict):
     """The content of study.json, as far as a report needs it.
 
+    identity: the data, models and scoring that all runs have in common (identity.py), which earlier versions did not
+    write.
     flags: those of train.py that change results, and what `Optimization.entries` states of others.
     """
 
@@ -75,8 +83,17 @@ class Settings(TypedDict):
     steps_per_epoch: Annotated[int, Field(ge=1)]
     confirm: Annotated[int, Field(ge=0)]
     seeds: Annotated[int, Field(ge=1)]
+    identity: NotRequired[dict[str, dict[str, Any]]]
     space: dict[str, Any]
     flags: Annotated[dict[str, Any], AfterValidator(with_one_name)]
+
+
+def load_record(folder: Path) -> Any:
+    """The content of trial.json, of a run that this worker holds. Raises WorkerError where it is broken."""
+    try:
+        return load_json(folder / RECORD, PUT_IT_THERE, RECORD_FIX)
+    except UserError as error:
+        raise WorkerError(str(error)) from error
 
 
 def begin_record(folder: Path, gpus: int, **what: Any) -> None:
@@ -84,14 +101,14 @@ def begin_record(folder: Path, gpus: int, **what: Any) -> None:
     path = folder / RECORD
     known: dict[str, Any] = {"rungs": [], "seconds": 0.0, "gpus": gpus}
     if path.is_file():
-        known = with_killed(folder, read_json(path))
+        known = with_killed(folder, load_record(folder))
     seconds = known["seconds"] * known["gpus"] / gpus
     write_json(path, {**known, **what, "state": "RUNNING", "seconds": seconds, "gpus": gpus})
 
 
 def change_record(folder: Path, **what: Any) -> None:
     """Changes entries of trial.json."""
-    write_json(folder / RECORD, {**read_json(folder / RECORD), **what})
+    write_json(folder / RECORD, {**load_record(folder), **what})
 
 
 def sign_of_life(log: Path) -> float:
@@ -102,7 +119,7 @@ def sign_of_life(log: Path) -> float:
 
 def add_seconds(folder: Path, seconds: float) -> None:
     """Adds the seconds of a command that has ended."""
-    record = read_json(folder / RECORD)
+    record = load_record(folder)
     record.pop("since", None)
     write_json(folder / RECORD, {**record, "seconds": record["seconds"] + seconds})
 
@@ -110,17 +127,24 @@ def add_seconds(folder: Path, seconds: float) -> None:
 def with_killed(folder: Path, record: Any) -> Any:
     """The record with the seconds of a command that runs, or was killed with its worker, up to its last sign of
     life."""
-    if "since" not in record:
-        return record
-    seconds = (folder / LOG).stat().st_mtime - record["since"]
     return {**{name: value for name, value in record.items() if name != "since"},
-            "seconds": record["seconds"] + max(0.0, seconds)}
+            "seconds": record["seconds"] + seconds_of_unended(folder, record)}
+
+
+def seconds_of_unended(folder: Path, record: Any) -> float:
+    """The seconds of the command that runs, or was killed; 0 where the date of its log is lost, or lies in the future:
+    then a clock was wrong, and nobody knows how long the command ran."""
+    log = folder / LOG
+    if "since" not in record or not log.is_file():
+        return 0.0
+    last = log.stat().st_mtime
+    return max(0.0, last - record["since"]) if last <= time.time() + CLOCKS_DIFFER else 0.0
 
 
 def add_rung(folder: Path, epoch: int, scores: dict[str, Any]) -> float:
     """Adds the scores after this number of epochs; returns the accuracy in percent."""
     rung = {"epoch": epoch, "correct": scores["correct"]["Avg"], "questions": scores["counts"]["Avg"]}
-    earlier = [other for other in read_json(folder / RECORD)["rungs"] if other["epoch"] < epoch]
+    earlier = [other for other in load_record(folder)["rungs"] if other["epoch"] < epoch]
     change_record(folder, rungs=[*earlier, rung])
     return accuracy(rung)
 
@@ -142,12 +166,27 @@ def read_settings(study: Path) -> Any:
 def read_records(study: Path, name: str = "trials") -> dict[str, Any]:
     """The records by their folder, in the order of trials, with the seconds up to now. name: one of RUN_FOLDERS."""
     paths = sorted((study / name).glob(f"*/{RECORD}"), key=lambda path: (len(path.parent.name), path.parent.name))
-    return {path.parent.name: with_killed(path.parent, read_validated(path, Record, "name a study's folder", FIX))
-            for path in paths}
+    records = {path: read_validated(path, Record, "name a study's folder", RECORD_FIX) for path in paths}
+    return {path.parent.name: with_killed(path.parent, record) for path, record in records.items()}
+
+
+def base_values(study: Path, records: dict[str, Any]) -> dict[str, Any]:
+    """The flags of the base. Raises UserError where its record was lost."""
+    if BASE not in records:
+        raise UserError(f"{trial_folder(study, 0) / RECORD} is missing, and all trials are compared to this one: {FIX}")
+    return records[BASE]["values"]
 
 
 def all_records(study: Path) -> list[Any]:
     return [record for name in RUN_FOLDERS for record in read_records(study, name).values()]
+
+
+def longest_unended(study: Path) -> tuple[Path, float]:
+    """The run whose command that runs, or was killed, has taken the most GPU-seconds, and their number."""
+    folders = [path.parent for name in RUN_FOLDERS for path in (study / name).glob(f"*/{RECORD}")]
+    seconds = {folder: seconds_of_unended(folder, record) * record["gpus"]
+               for folder in folders for record in [load_record(folder)]}
+    return max(seconds.items(), key=lambda item: item[1], default=(study, 0.0))
 
 
 def gpu_seconds(records: list[Any]) -> float:

@@ -1,5 +1,6 @@
 """The cost and the progress of a search, from the files in its folder."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,16 @@ def seconds_per_epoch(study: Path) -> float | None:
     return gpu_seconds(scored) / n_epochs if scored else None
 
 
-def progress_line(study: Path, n_trials: int) -> str:
-    """A line such as `13 of 64 trials: 5 complete, 7 pruned, 1 failed; best 84.20 (trial 007); 2 h 05 min left`."""
+def progress_line(study: Path, n_trials: int, left_out: Collection[str] = ()) -> str:
+    """A line such as `13 of 64 trials: 5 complete, 7 pruned, 1 failed; best 84.20 (trial 007); 2 h 05 min left`.
+
+    left_out: names of trials that cannot be the best, since they cannot be compared to the others.
+    """
     records = read_records(study)
     by_state = {state: [name for name, record in records.items() if record["state"] == state]
                 for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING")}
     ended = [record for record in records.values() if record["state"] != "RUNNING"]
-    finished = {name: accuracy(records[name]["rungs"][-1]) for name in by_state["COMPLETE"]}
+    finished = {name: accuracy(records[name]["rungs"][-1]) for name in by_state["COMPLETE"] if name not in left_out}
     best = max(finished, key=lambda name: finished[name], default=None)
     parts = [f"{len(ended)} of {n_trials} trials: {len(by_state['COMPLETE'])} complete, {len(by_state['PRUNED'])} "
              f"pruned, {len(by_state['FAIL'])} failed"]

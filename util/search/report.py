@@ -4,11 +4,21 @@ The importance of parameters is missing where Optuna is not installed.
 """
 
 from pathlib import Path
+from typing import Any
 
 from lavin.runtime.files import write_text
-from util.search.confirm import BASE, VERDICT, Confirmation, read_confirmation, read_verdict, sentence
+from util.search.confirm import (
+    VERDICT,
+    Confirmation,
+    is_current,
+    read_confirmation,
+    read_verdict,
+    retested,
+    sentence,
+)
 from util.search.figures import write_figures
-from util.search.folder import gpu_seconds
+from util.search.folder import BASE, gpu_seconds
+from util.search.identity import FILES
 from util.search.summary import MIN_TRIALS, StudyReport
 from util.study.comparison import compare
 from util.study.statistics import wilson
@@ -38,7 +48,7 @@ def trial_table(report: StudyReport) -> str:
 
 def confirmation_table(report: StudyReport, found: Confirmation) -> str:
     """The table of the runs with fresh seeds, scored on all of the validation split."""
-    rows = []
+    rows, values = [], {record["configuration"]: record["values"] for record in report.confirmed.values()}
     for name, outcomes in sorted(found.outcomes.items(), key=lambda item: -item[1].mean()):
         means, difference = 100 * outcomes.mean(1), [NONE, NONE]
         if name != BASE:
@@ -46,7 +56,7 @@ def confirmation_table(report: StudyReport, found: Confirmation) -> str:
             difference = [points(means.mean() - 100 * found.base.mean()), f"{low} to {high}"]
         deviation = f" ± {means.std(ddof=1):.2f}" if len(means) > 1 else ""
         rows.append([name, f"{means.mean():.2f}{deviation}", *difference,
-                     f"`{report.changes(report.records[name]['values'])}`"])
+                     f"`{report.changes(values[name])}`"])
     return table(["trial", "accuracy", "vs. base", "95 %", "flags"], rows)
 
 
@@ -55,21 +65,36 @@ def confirmation(report: StudyReport) -> list[str]:
     if not (report.folder / VERDICT).is_file():
         return ["No configuration has been confirmed with fresh seeds yet, so there is no winner: the best of many "
                 "trials is lucky, and its own accuracy promises too much."]
-    folders = {name: report.folder / "confirm" / name for name in report.confirmed}
-    found = read_confirmation([(record["configuration"], folders[name]) for name, record in report.confirmed.items()],
-                              report.settings["questions"])
-    verdict = read_verdict(report.folder, found)
+    verdict, left_out_runs = read_verdict(report.folder), report.left_out_of_confirmed
+    runs = {name: record for name, record in report.confirmed.items() if name not in left_out_runs}
+    text = left_out("Runs", left_out_runs, "are not compared to the others")
+    if not {BASE, verdict["winner"]} <= {record["configuration"] for record in runs.values()}:
+        return [sentence(verdict), *text] if is_current(verdict) else text
+    found = read_confirmation([(record["configuration"], report.folder / "confirm" / name)
+                               for name, record in runs.items()], report.settings["questions"])
+    verdict = retested(verdict, found)
     kind = "validation questions that trials were not scored on" if found.fresh else "validation questions"
-    text = [sentence(verdict), f"Accuracy in % of the {found.base.shape[1]:,} {kind}, mean over {verdict['seeds']} "
-            "fresh seeds ± their standard deviation; the intervals count questions and seeds as samples, and hold "
-            "together:", confirmation_table(report, found)]
-    tested = [str(folders[name]) for name, record in report.confirmed.items()
-              if record["configuration"] in (BASE, verdict["winner"]) and (folders[name] / "scores.json").is_file()]
-    if tested:
-        base = next(str(folders[name]) for name, record in report.confirmed.items() if record["configuration"] == BASE)
-        text += [f"Trial {verdict['winner']} and the base on the test split, which was scored once, after that:",
-                 markdown_table(compare(tested, base)).strip()]
-    return text
+    return [sentence(verdict), *text, f"Accuracy in % of the {found.base.shape[1]:,} {kind}, mean over "
+            f"{verdict['seeds']} fresh seeds ± their standard deviation; the intervals count questions and seeds as "
+            "samples, and hold together:", confirmation_table(report, found),
+            *on_test(report.folder, verdict["winner"], runs)]
+
+
+def on_test(study: Path, winner: str, runs: dict[str, Any]) -> list[str]:
+    """The paragraphs on the test split, of the winner's and the base's runs; none where the base was not scored."""
+    scored = {name: str(study / "confirm" / name) for name, record in runs.items()
+              if record["configuration"] in (BASE, winner) and (study / "confirm" / name / FILES["test"]).is_file()}
+    base = next((folder for name, folder in scored.items() if runs[name]["configuration"] == BASE), None)
+    if base is None:
+        return []
+    return [f"Trial {winner} and the base on the test split, which was scored once, after that:",
+            markdown_table(compare(list(scored.values()), base)).strip()]
+
+
+def left_out(what: str, reasons: dict[str, str], and_so: str) -> list[str]:
+    """The paragraph on runs that are of something else than the study."""
+    names = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return [f"{what} that are of something else than the study {and_so} ({names})."] if reasons else []
 
 
 def budget(report: StudyReport) -> list[str]:
@@ -105,7 +130,8 @@ def markdown(report: StudyReport, drawn: list[str]) -> str:
     parts = [f"# Search {report.folder.resolve().name}", *confirmation(report), "## Trials",
              f"Accuracy in % of the same {questions:,} validation questions for all trials, one seed each (Wilson's "
              "intervals, from the questions alone). The best of many is lucky: the runs with fresh seeds count.",
-             trial_table(report), "## Budget", "\n".join(budget(report)), "## Pictures",
+             trial_table(report), *left_out("Trials", report.left_out, "are not ranked with the others"),
+             "## Budget", "\n".join(budget(report)), "## Pictures",
              *(f"{PICTURES[name]}:\n\n![{PICTURES[name]}]({name}.png)" for name in PICTURES if name in drawn)]
     if "importance" not in drawn:
         parts.append(f"The importance of the parameters is left out: {why_no_importance(report)}.")

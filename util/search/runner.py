@@ -5,28 +5,31 @@ later.
 """
 
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lavin.runtime import signals
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
+from util.evaluation.results import read_scores
 from util.runs import checkpoint_path, checkpoints
+from util.search.errors import CommandFailed, WorkerError, is_shortage
 from util.search.folder import LOG, add_seconds, change_record, sign_of_life
+from util.search.identity import FILES, SCORING, Identity, checksums, differences, require_same
 from util.search.space import Values, command_line
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.5
 ENDED_BY_SIGNAL = (signals.UNFINISHED, *(-number for number in signals.STOP_SIGNALS))  # before or after saving
-
-
-class CommandFailed(UserError):
-    """The command's own line."""
+KILLED_PROCESS = "Signal 9 (SIGKILL) received"  # torchrun's words, for one of its processes
+PROBE_BYTES = 2**20
 
 
 class HoursSpent(Exception):
@@ -35,26 +38,54 @@ class HoursSpent(Exception):
 
 @dataclass(frozen=True)
 class Runner:
-    """flags: train.py's. machine: those of them that eval.py does not read from the run. gpus: of one trial.
-    seconds_left: until the study's GPU-hours are used up, for one trial."""
+    """Runs a trial's commands one after another.
+
+    flags: train.py's. machine: those of them that eval.py does not read from the run. gpus: of one trial.
+    seconds_left: until the study's GPU-hours are used up, for one trial. identity: that of the study.
+    """
 
     flags: list[str]
     machine: list[str]
     gpus: int
     seconds_left: Callable[[], float]
+    identity: Identity = field(default_factory=dict)
 
     def train(self, folder: Path, values: Values, epochs: int, lock: int, *more: str) -> None:
-        """Trains up to this number of epochs, unless they are there."""
+        """Trains up to this number of epochs, unless they are there. Raises WorkerError where it is another study's
+        data that the run is trained on."""
+        self.check_recipe(folder)
         if max(checkpoints(folder), default=-1) + 1 < epochs:
             self.run(folder, lock, "train.py", "--keep_last", "1", *self.flags, *command_line(values), *more,
                      "--output_dir", str(folder))
+            self.check_recipe(folder)
 
-    def score(self, folder: Path, epochs: int, out: Path, lock: int, *more: str) -> dict[str, Any]:
-        """The scores of the checkpoint after this number of epochs, in the folder `out`."""
-        if not (out / "scores.json").is_file():
+    def check_recipe(self, folder: Path) -> None:
+        path, fix = folder / FILES["train"], f"put back what it began with, and remove {folder}, which begins anew"
+        if path.is_file():
+            try:
+                recipe = read_json(path)["recipe"]
+            except (UserError, KeyError) as error:
+                raise WorkerError(f"{path} is broken: remove {folder}, which begins anew") from error
+            require_same(path, {"train": checksums(recipe)}, self.identity, fix)
+
+    def score(self, folder: Path, epochs: int, out: Path, part: str, lock: int, *more: str) -> dict[str, Any]:
+        """The scores of the checkpoint after this number of epochs, in the folder `out`. part: of the study's
+        identity. Scores of something else that are there are replaced; raises WorkerError where the new ones are, too.
+        """
+        path = out / "scores.json"
+        if not self.is_scored(path, part):
             self.run(folder, lock, "eval.py", *self.machine, "--adapter_path", str(checkpoint_path(folder, epochs - 1)),
-                     "--output_dir", str(out), *more)
-        return read_json(out / "scores.json")
+                     "--output_dir", str(out), *command_line(SCORING[part]), *more)
+        scores = read_scores(path)
+        require_same(path, {part: scores}, self.identity)
+        return scores
+
+    def is_scored(self, path: Path, part: str) -> bool:
+        try:
+            scores = read_scores(path)
+        except UserError:  # the file is not there, or broken
+            return False
+        return {"correct", "counts"} <= scores.keys() and not differences({part: scores}, self.identity)
 
     def run(self, folder: Path, lock: int, program: str, *arguments: str) -> None:
         launcher = ["-m", "util.launch", "--standalone", "--nproc_per_node", str(self.gpus)] if self.gpus > 1 else []
@@ -68,7 +99,8 @@ class Runner:
 
 
 def run_command(command: list[str], log: Path, lock: int, seconds: float) -> None:
-    """Raises CommandFailed where the command fails, HoursSpent after `seconds`, and Stopped at a signal to either."""
+    """Raises CommandFailed where the command fails, WorkerError or OSError where its machine lets it fail, HoursSpent
+    after `seconds`, and Stopped at a signal to either."""
     end = time.monotonic() + seconds
     if seconds <= 0:
         raise HoursSpent
@@ -92,13 +124,34 @@ def run_command(command: list[str], log: Path, lock: int, seconds: float) -> Non
     if status in ENDED_BY_SIGNAL:
         raise signals.Stopped(f"{log.parent} was stopped by a signal: the same command goes on")
     if status:
-        raise CommandFailed(what_it_said(log, begin, status))
+        said = read_from(log, begin)
+        if status == -signal.SIGKILL or KILLED_PROCESS in said:
+            raise WorkerError(f"{log.parent}: its command was killed (SIGKILL), as the system does where memory is "
+                              "short: free some, and the same command goes on")
+        message = error_line(said) or f"exit status {status}"
+        if is_shortage(message):
+            raise WorkerError(f"{log.parent}: {message}")
+        write_probe(log.parent)
+        raise CommandFailed(message)
 
 
-def what_it_said(log: Path, begin: int, status: int) -> str:
-    """The error's own line, or else the last one."""
+def write_probe(folder: Path) -> None:
+    """Raises OSError where the disk is full: a command cannot say so, if its log is on the same disk."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE_BYTES))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+def read_from(log: Path, begin: int) -> str:
     with open(log, "rb") as file:
         file.seek(begin)
-        lines = [line.strip() for line in re.split(r"[\r\n]+", file.read().decode(errors="replace")) if line.strip()]
+        return file.read().decode(errors="replace")
+
+
+def error_line(said: str) -> str:
+    """The line of an error of ours among what a command said, or else the last line."""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", said) if line.strip()]
     errors = [match[1] for line in lines if (match := re.match(r"\w+\.py: error: (.*)", line))]
-    return (errors or lines or [f"exit status {status}"])[-1][:500]
+    return (errors or lines or [""])[-1][:500]

@@ -52,7 +52,7 @@ def flag_sets(value: Any, check: Callable[[Any], Any]) -> Any:
 
 @strictly_declared
 class Parameter(TypedDict):
-    """low, high: numbers, or the name of an earlier flag."""
+    """An entry of a space file. low, high: numbers, or the name of an earlier flag."""
 
     kind: Literal["float", "int", "categorical"]
     default: Value
@@ -72,7 +72,10 @@ class SpaceFile(TypedDict):
 
 @dataclass(frozen=True)
 class Space:
-    """fixed: values of flags that are not searched, for conditions and bounds. source: as messages call the file."""
+    """The flags that are searched, and the sets that are tried first.
+
+    fixed: values of flags that are not searched, for conditions and bounds. source: the name of the file in messages.
+    """
 
     parameters: dict[str, Any]  # of type Parameter, by name
     enqueue: list[Values]
@@ -80,7 +83,7 @@ class Space:
     fixed: Values = field(default_factory=dict)
 
     def fix(self, values: Values) -> "Space":
-        """Without the parameters of these flags, and without the sets that need other values of them."""
+        """The space without the parameters of these flags, and without the sets that need other values of them."""
         kept = {name: p for name, p in self.parameters.items() if flag_of(name, p) not in values}
         if not kept:
             raise UserError(f"{self.source}: all of its flags are given after --, so nothing is left to search")
@@ -105,7 +108,7 @@ class Space:
         return {flag: value for flag, value in values.items() if flag not in self.fixed}
 
     def suggest(self, trial) -> Values:
-        """The flags of an Optuna trial. Once more for the same trial, it gives the same."""
+        """The flags of an Optuna trial: the same ones each time."""
         return self.walk(lambda name, parameter, values: suggest(trial, name, parameter, values))
 
     def complete(self, changes: Values) -> Values:
@@ -153,7 +156,7 @@ class Space:
                     return conditions.get(flag_of(other, p), clip(p["default"], p, values))
                 yield name, self.walk(choose)
 
-    def check(self, check_flags: Callable[[Values], None]) -> None:
+    def check(self, check_flags: Callable[[Values], object]) -> None:
         """check_flags raises UserError for values that train.py refuses."""
         for name, values in self.extremes():
             try:
@@ -164,7 +167,7 @@ class Space:
 
 
 def read_space(path: str | Path, known: set[str]) -> Space:
-    """known: names of train.py's flags."""
+    """The space that a file declares. known: names of train.py's flags."""
     content: Any = read_validated(path, SpaceFile, "name it with --space", FIX)
     parameters = {name: fill_in(name, parameter, str(path)) for name, parameter in content["parameters"].items()}
     for name, parameter in parameters.items():
@@ -231,7 +234,7 @@ def contains(parameter: Any, value: Any, values: Values) -> bool:
 
 
 def place(value: float, parameter: Any, values: Values) -> float:
-    """Between the bounds, from 0 to 1."""
+    """The place of a value between its bounds, from 0 to 1."""
     low, high = bounds(parameter, values)
     return (value - low) / (high - low) if high > low else 0.0
 

@@ -10,26 +10,26 @@ confirm/NAME/  the runs with fresh seeds (confirm.py)
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import distribution_to_json
-from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
-from lavin.runtime.errors import UserError, first_line
+from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, write_json
-from util.search.folder import STUDY, begin_record, change_record, read_settings, trial_folder
+from util.search.errors import WorkerError
+from util.search.folder import RECORD, STUDY, begin_record, change_record, load_record, read_settings, trial_folder
+from util.search.identity import FIX, Identity, differences, recorded_identity, runs_of_something_else
 from util.search.locks import claim, waiting_for
 from util.search.space import Space, Values
+from util.search.storage import open_optuna
 from util.training import recipe
+from util.training.recipe import TRAIN_FLAGS
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -73,7 +73,7 @@ class Trial:
 class Study:
     """Opens the study in `folder`, or begins it. settings: the content of study.json. gpus: those of a trial here.
 
-    Raises UserError where the folder holds a study of other settings.
+    Raises UserError where the folder holds a study of other settings, or of something else.
     """
 
     def __init__(self, folder: Path, space: Space, settings: dict[str, Any], storage_url: str | None, gpus: int = 1):
@@ -94,6 +94,12 @@ class Study:
     def precision(self) -> str:
         """The precision of all trials: the one that --precision meant on the machine of the first worker."""
         return read_json(self.folder / STUDY)["precision"]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The trials that cannot be compared to the others, with what differs, by name: an earlier version let them in,
+        or their worker ended when its data had changed, and they will be scored again."""
+        return runs_of_something_else(self.folder, read_settings(self.folder), "trials")
 
     def take(self) -> Trial | None:
         """A trial that a killed worker left, else the next one; None: other workers hold all that are left."""
@@ -121,11 +127,22 @@ class Study:
 
     def hold(self, trial: optuna.trial.Trial, lock: int, resumed: bool) -> Trial:
         self.optuna.sampler = self.sampler(trial.number)
-        folder, values = trial_folder(self.folder, trial.number), self.space.suggest(trial)
+        folder = trial_folder(self.folder, trial.number)
+        trial = self.with_known_params(trial, folder)
+        values = self.space.suggest(trial)
         begin_record(folder, self.gpus, values=values, params={
             name: {"value": value, "distribution": distribution_to_json(trial.distributions[name])}
             for name, value in trial.params.items()})
         return Trial(trial.number, folder, values, lock, trial, resumed)
+
+    def with_known_params(self, trial: optuna.trial.Trial, folder: Path) -> optuna.trial.Trial:
+        """The trial, which is given the parameters of its folder again, should the journal have lost them."""
+        known = load_record(folder).get("params", {}) if (folder / RECORD).is_file() else {}
+        if known.keys() <= trial.params.keys():
+            return trial
+        self.optuna._storage.set_trial_system_attr(trial._trial_id, "fixed_params", {
+            name: stored["value"] for name, stored in known.items()})
+        return optuna.trial.Trial(self.optuna, trial._trial_id)
 
     def end(self, trial: Trial, state: TrialState, accuracy: float | None = None, **message: str) -> None:
         """Ends a trial, first in its folder and then in the storage: a worker that is killed in between does it
@@ -151,7 +168,7 @@ def run_trial(study: Study, trial: Trial, reach: Callable[[Trial, int], float]) 
     failed.
 
     reach(trial, epochs): trains up to there, unless it is there already, and returns the accuracy in percent. Where it
-    raises UserError, the trial has failed; anything else leaves the trial to be resumed.
+    raises UserError, the trial has failed; WorkerError, and anything else, leaves the trial to be resumed.
     """
     try:
         for epochs in study.rungs:
@@ -161,6 +178,8 @@ def run_trial(study: Study, trial: Trial, reach: Callable[[Trial, int], float]) 
                 return PRUNED, ""
         study.end(trial, COMPLETE, accuracy)
         return COMPLETE, ""
+    except WorkerError:
+        raise
     except UserError as error:
         study.end(trial, FAIL, message=str(error))
         return FAIL, str(error)
@@ -173,8 +192,15 @@ def run_trial(study: Study, trial: Trial, reach: Callable[[Trial, int], float]) 
 def check_settings(folder: Path, settings: dict[str, Any], storage_url: str | None) -> str:
     """The name of the study in the storage. Raises UserError, which names what differs."""
     found = read_settings(folder)
-    wanted = {name: value for name, value in settings.items() if name != "precision"}  # the first worker's stays
-    other = differences(wanted, {name: found.get(name) for name in wanted})
+    identity, known = settings.get("identity", {}), recorded_identity(folder, found)
+    of_other = differences(identity, known)
+    if of_other:
+        raise UserError(f"{folder} is a study of something else ({'; '.join(of_other)}): {FIX}")
+    # the first worker's precision stays, and a path may be another one where it leads to the same content
+    wanted = {name: value for name, value in settings.items() if name not in ("precision", "identity")}
+    compared = names_of(identity) & names_of(known)
+    other = differing_settings(*(without_flags(entries, compared) for entries in (
+        wanted, {name: found.get(name) for name in wanted})))
     if other:
         raise UserError(f"{folder} is a study of other settings ({'; '.join(other)}): give its own, or name another "
                         "folder with --study")
@@ -184,7 +210,17 @@ def check_settings(folder: Path, settings: dict[str, Any], storage_url: str | No
     return found["name"]
 
 
-def differences(settings: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def names_of(identity: Identity) -> set[str]:
+    return {name for part in identity.values() for name in part}
+
+
+def without_flags(settings: dict[str, Any], entries: set[str]) -> dict[str, Any]:
+    """The settings without the flags that one of these entries of recipes states."""
+    return {**settings, "flags": {name: value for name, value in settings["flags"].items() if
+                                  name not in TRAIN_FLAGS or TRAIN_FLAGS[name].stated_as not in entries}}
+
+
+def differing_settings(settings: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """One line for each entry that differs, which begins with the flag."""
     lines = []
     for name in settings.keys() | found.keys():
@@ -194,51 +230,3 @@ def differences(settings: dict[str, Any], found: dict[str, Any]) -> list[str]:
         elif value != other:
             lines.append(f"other --{name}" if isinstance(value, dict) else f"--{name} {value}, not {other}")
     return sorted(lines)
-
-
-# --- Storage ---
-
-class JournalLock:
-    """A lock of Optuna's kind that the operating system keeps. Optuna's own locks stay for half a minute where their
-    owner is killed."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def acquire(self) -> bool:
-        self.context = waiting_for(self.path)
-        self.context.__enter__()
-        return True
-
-    def release(self) -> None:
-        self.context.__exit__(None, None, None)
-
-
-def open_storage(folder: Path, url: str | None) -> BaseStorage:
-    if url is None:
-        lock: Any = JournalLock(folder / ".journal.lock")
-        return JournalStorage(JournalFileBackend(str(folder / "journal.log"), lock))
-    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-
-
-@contextmanager
-def storage_errors() -> Iterator[None]:
-    """Turns the errors of a database that is lost in the middle of a study into a UserError."""
-    try:
-        yield
-    except (StorageInternalError, SQLAlchemyError) as error:
-        raise UserError(f"--storage no longer answers ({first_line(error)}): once it does, the same command goes on"
-                        ) from error
-
-
-def open_optuna(folder: Path, name: str, url: str | None, is_new: bool, pruner) -> optuna.Study:
-    try:
-        storage = open_storage(folder, url)
-        if is_new:
-            return optuna.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner)
-        return optuna.load_study(storage=storage, study_name=name, pruner=pruner)
-    except KeyError as error:
-        raise UserError(f"--storage does not know the study of {folder}: name the one it was begun with") from error
-    except (OptunaError, SQLAlchemyError, ImportError, ValueError) as error:
-        raise UserError(f"--storage cannot be used ({first_line(error)}): give a database's address such as "
-                        "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, and install its driver") from error

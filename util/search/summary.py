@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from lavin.runtime.errors import UserError
-from util.search.confirm import BASE
-from util.search.folder import accuracy, read_records, read_settings
+from util.search.folder import BASE, RUN_FOLDERS, accuracy, base_values, read_records, read_settings
+from util.search.identity import runs_of_something_else
 
 MIN_TRIALS = 10  # for the importance of parameters
 SHUFFLES = 100  # of the accuracies, for what chance alone gives
@@ -38,18 +38,25 @@ class Trial:
 
 
 class StudyReport:
-    """The content of a study's folder. Raises UserError where it does not hold a study with a scored trial."""
+    """The content of a study's folder. Raises UserError where it does not hold a study with a scored trial.
+
+    records, confirmed: those of all trials, and of all runs with fresh seeds. left_out, left_out_of_confirmed: those of
+    them that cannot be compared to the others, since they are of something else, with what differs. trials: those that
+    have a score and can be compared.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.settings, self.records = folder, read_settings(folder), read_records(folder)
         self.confirmed = read_records(folder, "confirm")
+        self.left_out, self.left_out_of_confirmed = (runs_of_something_else(folder, self.settings, name)
+                                                     for name in RUN_FOLDERS)
         self.trials = [Trial(name, record["state"], record["values"],
                              [(rung["epoch"], accuracy(rung)) for rung in record["rungs"]],
                              record["rungs"][-1]["questions"], record)
-                       for name, record in self.records.items() if record["rungs"]]
+                       for name, record in self.records.items() if record["rungs"] and name not in self.left_out]
         if not self.trials:
             raise UserError(f"{folder} has no scored trial yet: start search.py, and draw it later")
-        self.base = self.records[BASE]["values"]
+        self.base = base_values(folder, self.records)
 
     @property
     def base_trial(self) -> Trial | None:

@@ -1,0 +1,23 @@
+"""Whose an error is: a trial's own ends the trial; its worker's leaves the trial to be resumed."""
+
+import errno
+import os
+
+from lavin.runtime.errors import OUT_OF_MEMORY, UserError
+
+# words of the errors of a machine that lacks memory, or whose disk takes no more
+SHORTAGES = (*OUT_OF_MEMORY, "not enough GPU memory",
+             *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)))
+
+
+class CommandFailed(UserError):
+    """A command of a trial has failed. The message is the command's own line."""
+
+
+class WorkerError(UserError):
+    """An error that says nothing about a trial's flags: the worker ends, and its trial is left to be resumed."""
+
+
+def is_shortage(line: str) -> bool:
+    """Whether a command's error is that its machine is short of memory or of space on a disk."""
+    return any(words in line for words in SHORTAGES)
