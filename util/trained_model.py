@@ -1,6 +1,7 @@
 """Loads the model of a training run, for evaluation, chat and export."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lavin.fast.speed_up import check_fast_paths, choose_attention, speed_up
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.runtime import distributed
-from lavin.runtime.console import print_rank0
+from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.device import choose_device, choose_dtype
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags, check_flags, flags_of
@@ -20,7 +21,7 @@ from lavin.weights.adapters import load_adapters, read_adapters
 from lavin.weights.base import require_base
 from lavin.weights.load import load_base
 from util.data.prompts import RESPONSE, answer_text
-from util.fingerprint import fingerprints
+from util.fingerprint import FROZEN, FROZEN_SHA256, fingerprints, is_comparable
 from util.flags import SHARED, BaseSettings, check_shared, inherit
 from util.runs import last_checkpoint
 
@@ -48,12 +49,14 @@ def is_sha256(text: str) -> bool:
     return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
-def warn_of_other_base(path: Path, checkpoint: dict, found: dict[str, str]) -> None:
+def warn_of_other_base(path: Path, checkpoint: dict, found: Mapping[str, Any]) -> None:
     """Says so where a checkpoint was trained on other files: of another model, or of the same in another format."""
-    for name, flag in (("base", "--llm_model"), ("vision", "--vision_model")):
-        trained_on = checkpoint.get(name, found[name])
+    for (name, flag), content in zip(FROZEN.items(), FROZEN_SHA256, strict=True):
+        trained_on = {**found, **checkpoint}
+        is_other = any(trained_on[entry] != found[entry] and is_comparable(entry, trained_on, found)
+                       for entry in (name, content))
         # a name of timm's hub cannot be compared with a checksum of files
-        if trained_on != found[name] and is_sha256(trained_on) == is_sha256(found[name]):
+        if is_other and is_sha256(trained_on[name]) == is_sha256(found[name]):
             print_rank0(f"warning: {path} was trained on other files of {flag} than these: if they hold another model "
                         "or tokenizer, its answers say nothing about the training")
 
@@ -105,7 +108,7 @@ def read_trained(args: Flags) -> Trained:
     inherit(args, check_flags(checkpoint.get("flags", {}), flags_of(*SHARED), str(path)))
     check_shared(args)
     require_base(args.llama_model_path, args.llm_model, args.tokenizer_path, args.use_vicuna)
-    if path and {"base", "vision"} & checkpoint.keys():
+    if path and is_main_process() and FROZEN.keys() & checkpoint.keys():
         warn_of_other_base(path, checkpoint, fingerprints(BaseSettings.of(args), args.tokenizer_path))
     device = choose_device(args.device, distributed.init(args.model_parallel_size)[2])
     dtype = choose_dtype(args.precision, device)

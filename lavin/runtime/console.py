@@ -35,10 +35,11 @@ def print_rank0(*words) -> None:
         tqdm.write(" ".join(str(word) for word in words))
 
 
-def progress_bar(items, description: str, total: int | None = None, unit: str = "it", initial: int = 0) -> tqdm:
-    """A bar with rate and ETA, on rank 0 only."""
+def progress_bar(items, description: str, total: int | None = None, unit: str = "it", initial: int = 0,
+                 delay: float = 0) -> tqdm:
+    """A bar with rate and ETA, on rank 0 only. delay: seconds until it appears."""
     return tqdm(items, desc=description, total=total, unit=unit, initial=initial, disable=not is_main_process(),
-                dynamic_ncols=True, mininterval=0.5)
+                dynamic_ncols=True, mininterval=0.5, delay=delay)
 
 
 def format_table(header: list[str], rows: list[list]) -> str:

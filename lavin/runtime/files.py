@@ -23,19 +23,20 @@ PUT_IT_THERE, WRITE_IT_AGAIN = "put it there, or correct the path", "fetch or wr
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, permissions: int = 0o666) -> Iterator[Path]:
     """Yields a temporary path in the same folder, renamed to `path` on success: readers never see half a file.
 
     The name is this process's own, and the content is on the disk before the file is renamed, so that neither another
     process nor a machine that loses power can leave half a file under `path`. Whatever writes it, the file gets the
     permissions of a new one: safetensors lets only the owner read its files, and a copy has those of what it is of.
+    permissions: of a new file, which the process's umask reduces.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PART_SUFFIX}")
     try:
         tmp_path.unlink(missing_ok=True)
-        tmp_path.touch()
+        tmp_path.touch(permissions)
         mode = tmp_path.stat().st_mode
         yield tmp_path
         if tmp_path.stat().st_mode != mode:

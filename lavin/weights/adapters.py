@@ -54,9 +54,11 @@ class Checkpoint(TypedDict):
     flags: NotRequired[dict[str, Any]]
     optimizer: NotRequired[OptimizerState]
     scaler: NotRequired[dict[str, Any]]
-    base: NotRequired[str]  # fingerprint of the base model's files, as in recipe.json
+    base: NotRequired[str]  # checksums of the base model's files, as in recipe.json
     vision: NotRequired[str]
     tokenization: NotRequired[str]  # lavin.tokenizer.TOKENIZATION
+    base_sha256: NotRequired[str]
+    vision_sha256: NotRequired[str | None]
     image_mean: NotRequired[Channels]  # by which pixels were normalised
     image_std: NotRequired[Channels]
 

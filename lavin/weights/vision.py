@@ -35,12 +35,14 @@ from lavin.runtime.schema import (
 )
 from lavin.timm_compat import timm
 from lavin.vision import IMAGENET
-from lavin.weights.tensor_files import read_hf_folder, read_tensors
+from lavin.weights.tensor_files import hf_weight_files, read_hf_folder, read_tensors
 
 OpenedViT = tuple[nn.Module, Mapping[str, torch.Tensor]]  # model on meta, tensors under its names
 
 CLIP = {"quick_gelu": "vit_large_patch14_clip_quickgelu_224", "gelu": "vit_large_patch14_clip_224"}  # by activation
 HUB_SECONDS = 5  # to answer
+# files of a model on the hub; timm takes the first that is there
+HUB_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 OPENAI_HEAD_DIM = 64  # in all of OpenAI's ViTs
 DOWNLOAD_HINT = ("for CLIP ViT-L/14 fetch config.json and model.safetensors of https://huggingface.co/openai/"
                  "clip-vit-large-patch14, or OpenAI's ViT-L-14.pt (https://github.com/openai/CLIP)")
@@ -116,6 +118,17 @@ def open_vit(vision_model: str) -> OpenedViT:
     return vit, tensors
 
 
+def vit_files(vision_model: str) -> list[Path]:
+    """Every file that --vision_model is read from; none where timm's hub has not been asked for it yet."""
+    path = Path(vision_model)
+    if path.is_dir():
+        return [path / "config.json", *hf_weight_files(path)]
+    if path.is_file():
+        config = path.parent / "config.json"
+        return [path, config] if path.suffix != ".pt" and config.is_file() else [path]
+    return hub_files(vision_model)
+
+
 def check_vit(vit: nn.Module) -> None:
     """Raises UserError for models without what lavin.vision needs."""
     if not isinstance(vit, timm.models.VisionTransformer) or vit.cls_token is None:
@@ -187,11 +200,24 @@ def offline_without_network() -> Iterator[None]:
         hub.HF_HUB_OFFLINE = before
 
 
-def require_cached(repository: str) -> None:
+def require_cached(repository: str) -> Path:
+    """The folder of a model in the hub's cache."""
     try:
-        snapshot_download(repository, local_files_only=True)
+        return Path(snapshot_download(repository, local_files_only=True))
     except OSError as error:
         raise OSError(f"no network to {hub.ENDPOINT}, and nothing of it in the cache") from error
+
+
+def hub_files(name: str) -> list[Path]:
+    """The file in the hub's cache that timm reads a model from; none where it is not there."""
+    config = timm.models.get_pretrained_cfg(name)
+    if not config or not config.hf_hub_id:
+        return []
+    try:
+        folder = require_cached(config.hf_hub_id)
+    except OSError:
+        return []
+    return [path for file in (config.hf_hub_filename, *HUB_WEIGHTS) if file and (path := folder / file).is_file()][:1]
 
 
 def create_pretrained(name: str) -> nn.Module:

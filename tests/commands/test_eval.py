@@ -124,7 +124,7 @@ def test_nothing_else_is_scored_into_a_runs_folder(run, base, scienceqa, tmp_pat
 
 def test_other_settings_replace_the_scores_and_say_so(run, capsys):
     run_eval("--adapter_path", run, "--decode", "score", "--split", "train")
-    assert f"{run / 'scores.json'} holds scores of another decode, split, data: they will be replaced" in \
+    assert f"{run / 'scores.json'} holds scores of another decode, split, data, pictures: they will be replaced" in \
         capsys.readouterr().out
     scores = scores_of(run)
     assert (scores["decode"], scores["split"], scores["questions"]) == ("score", "train", 12)

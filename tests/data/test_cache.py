@@ -32,6 +32,7 @@ from util.data.settings import TrainingData
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LAVIN_CACHE", str(tmp_path / "cache"))
     cache.report_no_cache.cache_clear()
+    cache.report_distrust.cache_clear()
     return tmp_path / "cache"
 
 
@@ -149,17 +150,12 @@ def changed_pixels(path, status) -> None:
     Image.new("RGB", (9, 9)).save(path)
 
 
-def same_size_later(path, status) -> None:
-    path.write_bytes(path.read_bytes())
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-
-
 def other_size_same_time(path, status) -> None:
     path.write_bytes(path.read_bytes() + b"x")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-@pytest.mark.parametrize("change", [changed_pixels, same_size_later, other_size_same_time])
+@pytest.mark.parametrize("change", [changed_pixels, other_size_same_time])
 def test_a_changed_picture_is_decoded_again(folder, decoded, scienceqa_copy, monkeypatch, change):
     load(scienceqa_copy)
     path = scienceqa_copy / "images" / "test" / "113" / "image.png"
@@ -167,6 +163,60 @@ def test_a_changed_picture_is_decoded_again(folder, decoded, scienceqa_copy, mon
     again = load(scienceqa_copy)
     assert len(decoded) == 6
     assert_equal(again, without_cache(monkeypatch, scienceqa_copy))
+
+
+@pytest.fixture
+def bitmaps(scienceqa_copy):
+    """The data with pictures of one size and one time of change."""
+    for path in scienceqa_copy.glob("images/test/*/image.png"):
+        Image.open(path).save(path, "BMP")
+        os.utime(path, (0, 0))
+    return scienceqa_copy
+
+
+def exchange(root) -> None:
+    """Exchanges two pictures, of which then size, path and time of change are as before."""
+    first, second = (root / "images" / "test" / qid / "image.png" for qid in ("113", "115"))
+    contents = second.read_bytes(), first.read_bytes()
+    assert contents[0] != contents[1] and len(contents[0]) == len(contents[1])
+    for path, content in zip((first, second), contents, strict=True):
+        path.write_bytes(content)
+        os.utime(path, (0, 0))
+
+
+def test_pictures_of_the_same_size_and_time_are_told_by_their_content(folder, decoded, bitmaps, tmp_path, monkeypatch):
+    """In place, and between two copies of the data."""
+    first = load(bitmaps)
+    shutil.copytree(bitmaps, tmp_path / "other")
+    for root in (tmp_path / "other", bitmaps):
+        exchange(root)
+        again = load(root)
+        assert_equal(again, without_cache(monkeypatch, root))
+        assert torch.equal(again[0]["113"], first[0]["115"]) and not torch.equal(again[0]["113"], first[0]["113"])
+
+
+def test_the_same_content_at_another_time_is_not_decoded_again(folder, decoded, scienceqa_copy):
+    load(scienceqa_copy)
+    for path in scienceqa_copy.glob("images/test/*/image.png"):
+        path.write_bytes(path.read_bytes())
+    load(scienceqa_copy)
+    assert len(decoded) == 3
+
+
+def test_a_picture_that_changes_while_it_is_decoded_is_not_kept(folder, scienceqa_copy, monkeypatch):
+    """Its pixels would be kept under the checksum of another content."""
+    path, load_image = scienceqa_copy / "images" / "test" / "113" / "image.png", images.load_image
+
+    def change_then_load(picture, size):
+        if picture == path:
+            changed_pixels(path, None)
+        return load_image(picture, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "load_image", change_then_load)
+        assert "113/image.png changes while it is read" in error_message(load, scienceqa_copy)
+    assert not list(folder.glob("*pictures*.safetensors"))
+    assert_equal(load(scienceqa_copy), without_cache(monkeypatch, scienceqa_copy))
 
 
 def test_another_size_split_pillow_or_code_decodes_again(folder, decoded, scienceqa, monkeypatch, tmp_path):
@@ -287,15 +337,161 @@ def test_a_broken_entry_is_made_again(folder, decoded, scienceqa, damage, at):
 def test_every_bit_of_an_entry_counts(tmp_path):
     """Flips of the header give other names, types and shapes."""
     path = tmp_path / "lavin-x.safetensors"
-    cache.write(path, {"a": torch.arange(6, dtype=torch.uint8).view(2, 3), "b": torch.tensor([True, False])})
+    arrays = {"a": torch.arange(6, dtype=torch.uint8).view(2, 3), "b": torch.tensor([True, False])}
+    layout = {"a": (torch.uint8, (2, 3)), "b": (torch.bool, (2,))}
+    cache.write(path, arrays, layout)
     content = path.read_bytes()
-    assert cache.read(path).keys() == {"a", "b"}
+    assert cache.read(path, layout).keys() == {"a", "b"}
     for i in range(8 * len(content)):
         changed = bytearray(content)
         changed[i // 8] ^= 1 << i % 8
         replace(path, changed)
-        arrays = cache.read(path)
+        arrays = cache.read(path, layout)
         assert arrays is None or content[i // 8:i // 8 + 1].isspace()
+
+
+def has_other_names(path) -> None:
+    write_entry(path, {"pixel": torch.zeros(3, 3, 8, 8, dtype=torch.uint8), "good": torch.ones(3, dtype=torch.bool)})
+
+
+def has_a_name_more(path) -> None:
+    write_entry(path, {name: array for name, array in load_file(path).items() if name != cache.CHECKSUM}
+                | {"more": torch.zeros(1)})
+
+
+def lacks_a_row(path) -> None:
+    write_entry(path, {name: array[:-1] for name, array in load_file(path).items() if name != cache.CHECKSUM})
+
+
+def has_other_types(path) -> None:
+    write_entry(path, {name: array.int() for name, array in load_file(path).items() if name != cache.CHECKSUM})
+
+
+def has_other_dimensions(path) -> None:
+    write_entry(path, {name: array.flatten() for name, array in load_file(path).items() if name != cache.CHECKSUM})
+
+
+def write_entry(path, arrays) -> None:
+    """A whole entry, with the right checksum."""
+    replace(path, save({**arrays, cache.CHECKSUM: torch.tensor(cache.checksum(arrays))}))
+
+
+def is_a_named_pipe(path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def is_a_link_to_an_entry(path) -> None:
+    """Whose content somebody else may decide."""
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+LAYOUTS = (has_other_names, has_a_name_more, lacks_a_row, has_other_types, has_other_dimensions)
+
+
+@pytest.mark.parametrize("poison", [*LAYOUTS, is_a_named_pipe, is_a_link_to_an_entry])
+def test_an_entry_of_another_layout_or_kind_is_made_again(folder, decoded, scienceqa, poison):
+    first = load(scienceqa)
+    poison(entry(folder))
+    assert_equal(load(scienceqa), first)
+    assert len(decoded) == 6
+    load(scienceqa)
+    assert len(decoded) == 6 and not entry(folder).is_symlink()
+
+
+@pytest.mark.parametrize("poison", LAYOUTS)
+def test_an_entry_of_ids_of_another_layout_is_made_again(folder, scienceqa, tokenizer_file, poison):
+    data = load_scienceqa(scienceqa, "train")
+    first = examples(data, tokenizer_file)
+    poison(entry(folder, "tokens"))
+    assert examples(data, tokenizer_file) == first
+
+
+# --- Others ---
+
+def of_another_user(monkeypatch, *paths) -> None:
+    """Makes files and folders look as if they belonged to somebody else: a test cannot give a file away."""
+    def owned(stat):
+        def changed(path, **options):
+            found = stat(path, **options)
+            return os.stat_result([*found[:4], 4321, *found[5:]]) if path in paths else found
+        return changed
+
+    monkeypatch.setattr(Path, "stat", owned(Path.stat))
+    monkeypatch.setattr(Path, "lstat", owned(Path.lstat))
+
+
+def lines_on(path, capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if str(path) in line]
+
+
+def test_an_entry_of_another_user_is_not_used(folder, decoded, scienceqa, monkeypatch, capsys):
+    first = load(scienceqa)
+    of_another_user(monkeypatch, entry(folder))
+    for _ in range(2):
+        assert_equal(load(scienceqa), first)
+    assert len(decoded) == 9 and os.geteuid() != 4321
+    line, = lines_on(entry(folder), capsys)
+    assert "it belongs to another user" in line
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o1646])
+def test_an_entry_that_others_can_write_to_is_made_again(folder, decoded, scienceqa, capsys, mode):
+    load(scienceqa)
+    entry(folder).chmod(mode)
+    load(scienceqa)
+    line, = lines_on(entry(folder), capsys)
+    assert "others can write to it" in line and len(decoded) == 6
+    load(scienceqa)
+    assert len(decoded) == 6
+
+
+def test_a_folder_of_another_user_is_not_used(folder, decoded, scienceqa, monkeypatch, capsys):
+    load(scienceqa)
+    of_another_user(monkeypatch, folder)
+    for _ in range(2):
+        load(scienceqa)
+    line, = lines_on(folder, capsys)
+    assert "it belongs to another user" in line and "LAVIN_CACHE" in line and len(decoded) == 9
+
+
+@pytest.mark.parametrize("mode, is_used", [(0o755, True), (0o1777, True), (0o700, True), (0o775, False), (0o757, False),
+                                           (0o2775, False)])
+def test_a_folder_that_others_can_write_to_is_not_used_without_the_sticky_bit(folder, decoded, scienceqa, capsys, mode,
+                                                                             is_used):
+    load(scienceqa)
+    folder.chmod(mode)
+    for _ in range(2):
+        load(scienceqa)
+    lines = lines_on(folder, capsys)
+    assert len(decoded) == (3 if is_used else 9)
+    assert not lines if is_used else len(lines) == 1 and f"chmod go-w {folder}" in lines[0]
+    folder.chmod(0o755)
+
+
+def test_whatever_the_umask_is_others_cannot_write_to_the_cache(folder, decoded, scienceqa, capsys):
+    before = os.umask(0o002)  # where each user has a group of his own
+    try:
+        load(scienceqa)
+        load(scienceqa)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode for path in (folder, entry(folder))}
+    assert not [name for name, mode in modes.items() if mode & cache.OTHERS_WRITE] and len(decoded) == 3
+    assert not lines_on(folder, capsys)
+
+
+def test_a_lock_that_is_a_link_empties_no_file(folder, decoded, scienceqa, tmp_path):
+    load(scienceqa)
+    path, thesis = entry(folder), tmp_path / "thesis.tex"
+    thesis.write_text("years of work")
+    path.unlink()
+    lock = path.with_name(f"{path.name}.lock")
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(thesis)
+    load(scienceqa)
+    assert thesis.read_text() == "years of work" and len(decoded) == 6
 
 
 def test_what_a_killed_process_left_is_removed(folder, decoded, scienceqa):
@@ -311,7 +507,7 @@ def test_what_a_killed_process_left_is_removed(folder, decoded, scienceqa):
 def test_entries_unused_for_a_month_are_removed(folder, scienceqa):
     load(scienceqa)
     load(scienceqa, size=16)
-    used, unused = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    used, unused = sorted(folder.glob("*pictures*.safetensors"), key=lambda path: path.stat().st_size)
     other = folder / "results.safetensors"
     other.touch()
     for path in (used, unused, other):
@@ -347,7 +543,7 @@ def test_a_full_disk(folder, decoded, scienceqa, capsys, monkeypatch):
 
     monkeypatch.setattr(cache, "save_file", fail)
     assert len(load(scienceqa)[0]) == 3 and "No space left" in capsys.readouterr().out
-    assert [path.suffix for path in folder.iterdir()] == [".lock"]
+    assert {path.suffix for path in folder.iterdir()} == {".lock"}
     load(scienceqa)
     assert len(decoded) == 6
 

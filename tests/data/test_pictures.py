@@ -367,8 +367,14 @@ def test_lab(tmp_path):
 
 # --- Several processes ---
 
+def left(ids, checksum="0") -> dict:
+    return dict.fromkeys(ids, checksum)
+
+
 def ranks(monkeypatch, *others):
-    """This process as rank 0, in front of others with these ids."""
+    """This process as rank 0, in front of others with these pictures."""
+    others = [list(of_rank.items()) for of_rank in others]
+
     def gather(value):
         return [value, *([pictures.json_sha256(ids) for ids in others] if isinstance(value, str) else others)]
 
@@ -376,23 +382,26 @@ def ranks(monkeypatch, *others):
 
 
 @pytest.mark.parametrize("others, words", [
-    (["a", "c"], "^question b: rank 0 and rank 2 differ in it, and have 3 and 2 left"),
-    (["a", "b", "c", "d"], "^question d: rank 0 and rank 2 differ in it, and have 3 and 4 left"),
-    (["b", "a", "c"], "^question a: rank 0 and rank 2 differ in it")])
+    (left("ac"), "^question b: rank 0 and rank 2 differ in it, and have 3 and 2 left"),
+    (left("abcd"), "^question d: rank 0 and rank 2 differ in it, and have 3 and 4 left"),
+    (left("bac"), "^question a: rank 0 and rank 2 differ in it"),
+    (left("abc") | {"b": "1"}, "^question b: rank 0 and rank 2 differ in it"),
+    (left("abc") | {"c": None}, "^question c: rank 0 and rank 2 differ in it")])
 def test_processes_that_see_different_pictures(monkeypatch, others, words):
-    ranks(monkeypatch, ["a", "b", "c"], others)
+    ranks(monkeypatch, left("abc"), others)
     with pytest.raises(UserError, match=words):
-        pictures.require_equal_ranks(["a", "b", "c"], "question")
-    ranks(monkeypatch, ["a", "b", "c"])
-    pictures.require_equal_ranks(["a", "b", "c"], "question")
+        pictures.require_equal_ranks(left("abc"), "question")
+    ranks(monkeypatch, left("abc"))
+    pictures.require_equal_ranks(left("abc"), "question")
 
 
 def test_both_kinds_of_data_compare(monkeypatch, scienceqa, tmp_path):
-    ranks(monkeypatch, ["none"])
+    ranks(monkeypatch, left(["none"]))
     with pytest.raises(UserError, match="^question .*rank 1 differ"):
         pictures.load_images(load_scienceqa(scienceqa, "test"), 8, 2, skip_bad=True)
     monkeypatch.setattr(LazyImage, "problem", lambda image: None)
     data = Instructions(tmp_path, [{"instruction": "a", "answer": "b", "image": "c.jpg"}])
+    ranks(monkeypatch, left(["d.jpg"]))
     with pytest.raises(UserError, match="^picture c.jpg: rank 0 and rank 1 differ"):
         load_pictures(data, 8, 1, skip_bad=True)
 
@@ -412,12 +421,21 @@ distributed.close()
 """
 
 
-@pytest.mark.parametrize("missing, words", [
-    (False, "3"), (True, "question 113: rank 0 and rank 1 differ in it, and have 6 and 5 left")])
-def test_two_nodes(scienceqa, scienceqa_copy, missing, words):
-    """A picture is missing on the second."""
-    if missing:
-        (scienceqa_copy / "images" / "test" / "113" / "image.png").unlink()
+def missing(path) -> None:
+    path.unlink()
+
+
+def another(path) -> None:
+    Image.new("RGB", (9, 9)).save(path)
+
+
+@pytest.mark.parametrize("change, words", [
+    (None, "3"), (missing, "question 113: rank 0 and rank 1 differ in it, and have 6 and 5 left"),
+    (another, "question 113: rank 0 and rank 1 differ in it, and have 6 and 6 left")])
+def test_two_nodes(scienceqa, scienceqa_copy, change, words):
+    """A picture is missing on the second, or another one."""
+    if change:
+        change(scienceqa_copy / "images" / "test" / "113" / "image.png")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -213,7 +213,8 @@ def test_scores_that_were_raised_are_refused(tmp_path):
 
 CHECKPOINT = b"the adapters after the second epoch"
 OWN = {"checkpoint": "checkpoint-1.pth", "checkpoint_sha256": hashlib.sha256(CHECKPOINT).hexdigest(),
-       "prompt_format": "QCM-ALE", "decode": "generate", "precision": "bf16", "bits": "16bit", "data": "0123456789"}
+       "prompt_format": "QCM-ALE", "decode": "generate", "precision": "bf16", "bits": "16bit", "data": "0123456789",
+       "pictures": "abcd"}
 STRANGE = {
     "its scores are of checkpoint-0.pth, not of checkpoint-1.pth": {"checkpoint": "checkpoint-0.pth"},
     "its scores are of the untuned base, not of": {"checkpoint": None, "checkpoint_sha256": None},
@@ -223,6 +224,7 @@ STRANGE = {
     "scored with --decode score, not generate": {"decode": "score"},
     "scored with --precision fp32, not bf16 or fp16": {"precision": "fp32"},
     "scored with data of checksum 9876543210, not 0123456789": {"data": "9876543210"},
+    "scored with pictures of checksum fedc, not abcd": {"pictures": "fedc"},
 }
 
 
@@ -237,6 +239,36 @@ def test_scores_of_something_else_are_excluded(tmp_path, reason, scored, with_ba
     assert len(comparison.methods) == 2 and not comparison.notes
     (line,) = comparison.excluded
     assert line.startswith(f"{tmp_path / 'a'}: {reason}")
+
+
+INPUTS = {"data": "d", "pictures": "p", "base": "b", "base_sha256": "c", "vision": "v", "vision_sha256": "w",
+          "lr": 0.01}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"pictures": "x"}, "other pictures of --data_root"), ({"base_sha256": "x"}, "other files of --llm_model"),
+    ({"base": "x", "base_sha256": "x"}, "other files of --llm_model"),
+    ({"vision": "x"}, "other files of --vision_model"),
+    ({"data": "x", "pictures": "x"}, "other training data of --data_root, other pictures of --data_root"),
+    ({"lr": 0.5}, None), ({"vision_sha256": None}, None)])
+def test_runs_that_were_trained_on_something_else_are_told(tmp_path, changes, words):
+    """An entry that earlier versions did not record is compared where both runs have it."""
+    for name, recipe, flags in (("a", INPUTS, {}), ("b", {**INPUTS, **changes}, STEP),
+                                ("c", {"data": "d", "base": "b", "vision": "v"}, CYCLICAL), ("d", {}, INCREASING)):
+        write_run(tmp_path / name, scored=OWN, **flags)
+        if recipe:
+            (tmp_path / name / "recipe.json").write_text(json.dumps({"recipe": recipe, "flags": {}}))
+    comparison = compare([str(tmp_path)])
+    assert not comparison.excluded and len(comparison.methods) == 4
+    assert comparison.notes == ([f"{tmp_path / 'b'}: was trained on {words} than {tmp_path / 'a'}"] if words else [])
+
+
+def test_captions_make_other_data_of_a_method(tmp_path):
+    write_run(tmp_path / "a", scored=OWN, use_caption=False)
+    write_run(tmp_path / "b", scored=OWN, use_caption=True)
+    for name in "ab":
+        (tmp_path / name / "recipe.json").write_text(json.dumps({"recipe": {"data": name}}))
+    assert not compare([str(tmp_path)], str(tmp_path / "a")).notes
 
 
 def test_scores_that_belong_together_though_they_differ(tmp_path):

@@ -394,12 +394,16 @@ def test_flags_of_a_run_that_the_command_line_could_not_give_are_refused(finishe
 
 
 def test_other_examples_than_before_are_refused(flags, finished, scienceqa_copy):
-    """A picture that --skip_bad leaves out later leaves no trace in the recipe."""
+    """A picture that --skip_bad leaves out later leaves no trace in the recipe of a version that recorded none."""
     (finished / "checkpoint-2.pth").unlink()
-    skipping = in_folder(flags, finished, "--data_root", scienceqa_copy, "--skip_bad", "--overwrite")
-    run(*skipping)
+    skipping = in_folder(flags, finished, "--data_root", scienceqa_copy, "--skip_bad")
+    run(*skipping, "--overwrite")
     (finished / "checkpoint-2.pth").unlink()
     (scienceqa_copy / "images" / "train" / "101" / "image.png").unlink()
+    assert "other pictures of --data_root" in refused(*skipping)
+    content = json.loads((finished / "recipe.json").read_text())
+    del content["recipe"]["pictures"]
+    (finished / "recipe.json").write_text(json.dumps(content))
     assert "other examples" in refused(*skipping)
 
 

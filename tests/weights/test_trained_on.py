@@ -97,7 +97,8 @@ def test_another_vit_is_told_where_it_can_be_compared(run, copy, capsys):
     change_checkpoint(run, vision="vit_large_patch14_clip_224.openai")  # a name: timm has fetched it from somewhere
     read_trained(args_of(run))
     assert WARNING not in capsys.readouterr().out
-    warn_of_other_base(run, {"vision": "vit_base_patch16_224"}, {"base": "", "vision": "vit_large_patch14_clip_224"})
+    warn_of_other_base(run, {"vision": "vit_base_patch16_224"},
+                       {"base": "", "vision": "vit_large_patch14_clip_224", "base_sha256": "", "vision_sha256": None})
     assert f"{WARNING} --vision_model" in capsys.readouterr().out
 
 
@@ -116,12 +117,16 @@ def test_error_names_the_entry(run, entry):
 
 
 def test_the_chat_leaves_out_runs_of_another_base(run, base, copy, tmp_path):
-    for i, entries in enumerate(({}, {"base": load_checkpoint(run / "checkpoint-3.pth")["base"]}, {"base": "0" * 64})):
+    known = {name: load_checkpoint(run / "checkpoint-3.pth")[name] for name in ("base", "base_sha256")}
+    for i, entries in enumerate(({}, known, {"base": known["base"]}, {"base": "0" * 64},
+                                 {**known, "base_sha256": "0" * 64})):
         write_run(tmp_path / f"run{i}", copy, i)
         change_checkpoint(tmp_path / f"run{i}", **entries)
     runs, left_out = find_runs(str(tmp_path))
-    assert set(runs) == {"run", "run0", "run1"}
-    assert [line for line in left_out if "run2 is left out: it was trained with other files of --llm_model" in line]
+    assert set(runs) == {"run", "run0", "run1", "run2"}
+    for i in (3, 4):
+        assert [line for line in left_out
+                if f"run{i} is left out: it was trained with other files of --llm_model" in line]
 
 
 def test_the_chat_refuses_a_run_of_another_normalisation(run, tokenizer):

@@ -28,6 +28,7 @@ from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.adapters import load_adapters, read_adapters
 from util.data.prompts import OPTIONS, PROMPT_FORMATS, answer_text, build_prompt, given_reason, instruction_prompt
 from util.data.settings import DataSettings
+from util.fingerprint import FROZEN, FROZEN_SHA256
 from util.flags import BaseSettings
 from util.runs import checkpoints, last_checkpoint, run_folders, user_error_if_malformed
 from util.trained_model import check_image_statistics
@@ -35,7 +36,7 @@ from util.trained_model import check_image_statistics
 # flags that must be equal in all runs on one model: they determine the base model and the shapes of the adapters
 SHARED_FLAGS = tuple(name for name, declared in flags_of(BaseSettings, AdapterShape).items() if not declared.reloadable)
 # what a checkpoint was trained on, where it says so, as a message calls it
-TRAINED_ON = {"base": "files of --llm_model", "vision": "files of --vision_model"}
+TRAINED_ON = {name: f"files of {flag}" for name, flag in (FROZEN | FROZEN_SHA256).items()}
 
 
 @dataclass(frozen=True)

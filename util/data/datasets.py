@@ -14,6 +14,7 @@ from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import json_list_sha256
 from lavin.runtime.schema import NonBlankText, PlainName, Text, declared, distinct, read_validated, validate
+from util.data.checksums import named_files_sha256
 from util.data.prompts import OPTIONS
 
 # the fields that determine what a model is trained on and how its answer is scored
@@ -75,8 +76,18 @@ class ScienceQA:
         return replace(self, problems={qid: problem for qid, problem in self.problems.items() if qid in drawn})
 
     @property
+    def picture_paths(self) -> dict[str, Path]:
+        """The picture of each problem that has one, by id."""
+        return {qid: path for qid in self.problems if (path := self.picture_path(qid))}
+
+    @property
+    def pictures_sha256(self) -> str:
+        """Equal for pictures of equal content, wherever they are stored."""
+        return named_files_sha256(self.picture_paths)
+
+    @property
     def fingerprint(self) -> str:
-        """Equal for data of equal results, wherever and in whichever order of keys they are stored."""
+        """Equal for texts of equal results, wherever and in whichever order of keys they are stored."""
         return json_list_sha256([qid, *(problem[name] for name in USED_FIELDS), self.captions.get(qid, "")]
                                 for qid, problem in self.problems.items())
 

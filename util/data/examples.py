@@ -14,7 +14,7 @@ import torch
 from lavin.runtime.console import progress_bar
 from lavin.runtime.files import json_list_sha256, sha256
 from lavin.tokenizer import IMAGE_SLOT, Example, Tokenizer
-from util.data.cache import Arrays, cached
+from util.data.cache import Arrays, Layout, cached
 
 
 def tokenized(names: list[str], text: Callable[[str], tuple[str, str]], images: Mapping[str, Any],
@@ -25,10 +25,15 @@ def tokenized(names: list[str], text: Callable[[str], tuple[str, str]], images: 
             return packed(tokenizer.example(*text(name), images.get(name), n_prompt, max_seq_len) for name in bar)
 
     arrays = cached("tokens", [sha256(Path(__file__)), tokenizer.fingerprint, n_prompt, max_seq_len, json_list_sha256(
-        [*text(name), name in images] for name in names)], tokenize)
+        [*text(name), name in images] for name in names)], tokenize, layout(len(names)))
     ids, ends = memoryview(arrays["ids"].numpy()), arrays["ends"].tolist()
     return {name: Example(ids[start:end], answer_start, images.get(name)) for name, start, end, answer_start
             in zip(names, [0, *ends[:-1]], ends, arrays["answer_starts"].tolist(), strict=True)}
+
+
+def layout(n: int) -> Layout:
+    """The layout of n packed examples."""
+    return {"ids": (torch.int32, (None,)), "ends": (torch.int64, (n,)), "answer_starts": (torch.int64, (n,))}
 
 
 def packed(examples: Iterable[Example]) -> Arrays:

@@ -2,9 +2,9 @@
 
 Pixels stay whole numbers: the ViT normalises them (lavin/vision.py).
 
-The images of a ScienceQA split are all decoded before the first step, once a node (util/data/cache.py): a bad file is
-reported at the start, not an hour later, and no step waits for decoding. (Instruction tuning has too many:
-util/data/instructions.py.)
+The images of a ScienceQA split are all decoded before the first step, once a node (util/data/cache.py, by the content
+of the files): a bad file is reported at the start, not an hour later, and no step waits for decoding. (Instruction
+tuning has too many: util/data/instructions.py.)
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +20,7 @@ from lavin.runtime.distributed import all_gather_object
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import json_sha256, refuse_pipes, sha256
 from util.data.cache import Arrays, cached
+from util.data.checksums import file_sha256s, file_states, require_unchanged
 from util.data.datasets import ScienceQA
 
 # what Pillow raises on bad files
@@ -133,10 +134,17 @@ def load_images(data: ScienceQA, size: int, threads: int, skip_bad: bool) -> dic
     An image that is missing or does not decode raises UserError. With skip_bad, its problem is removed from `data`
     instead.
     """
-    paths = {qid: path for qid in data.problems if (path := data.picture_path(qid))}
-    key = [sha256(Path(__file__)), PIL.__version__, size,
-           [[str(path.relative_to(data.root)), file_state(path)] for path in paths.values()]]
-    arrays = cached("pictures", key, lambda: decode_all(list(paths.values()), size, threads, skip_bad))
+    paths = data.picture_paths
+    files = list(paths.values())
+    states, checksums = file_states(files), file_sha256s(files)
+
+    def decode() -> Arrays:
+        arrays = decode_all(files, size, threads, skip_bad)
+        require_unchanged(files, states)
+        return arrays
+
+    arrays = cached("pictures", [sha256(Path(__file__)), PIL.__version__, size, checksums], decode,
+                    {"pixels": (torch.uint8, (len(files), 3, size, size)), "good": (torch.bool, (len(files),))})
     images = {}
     for qid, image, is_good in zip(paths, arrays["pixels"], arrays["good"].tolist(), strict=True):
         try:
@@ -148,17 +156,9 @@ def load_images(data: ScienceQA, size: int, threads: int, skip_bad: bool) -> dic
             del data.problems[qid]
     if not data.problems:
         raise UserError(f"no problem is left in {data.root}: all pictures are missing or broken")
-    require_equal_ranks(list(data.problems), "question")
+    known = dict(zip(paths, checksums, strict=True))
+    require_equal_ranks({qid: known.get(qid) for qid in data.problems}, "question")
     return images
-
-
-def file_state(path: Path) -> list[int] | None:
-    """Differs where a file was changed; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
 
 
 def decode_all(paths: list[Path], size: int, threads: int, skip_bad: bool) -> Arrays:
@@ -187,12 +187,17 @@ def bad_picture(path: Path, error: Exception) -> UserError:
     return UserError(f"picture {path} {image_fault(error)}: put it there, or leave such problems out with --skip_bad")
 
 
-def require_equal_ranks(ids: list[str], what: str) -> None:
-    """Raises UserError where processes have others left: they would take their samples from different lists."""
-    if len(set(all_gather_object(json_sha256(ids)))) == 1:
+def require_equal_ranks(checksums: dict[str, str | None], what: str) -> None:
+    """Raises UserError where processes have others left, or other pictures: they would take their samples from
+    different lists.
+
+    checksums: of the pictures, by what is left; None where there is no picture.
+    """
+    left = list(checksums.items())
+    if len(set(all_gather_object(json_sha256(left)))) == 1:
         return
-    of_rank_0, *of_others = all_gather_object(ids)
+    of_rank_0, *of_others = all_gather_object(left)
     rank, others = next((rank, others) for rank, others in enumerate(of_others, 1) if others != of_rank_0)
-    example = next(iter(sorted(set(of_rank_0) ^ set(others)) or of_rank_0))
+    example = min((name for name, _ in set(of_rank_0) ^ set(others)), default=of_rank_0[0][0])
     raise UserError(f"{what} {example}: rank 0 and rank {rank} differ in it, and have {len(of_rank_0):,} and "
                     f"{len(others):,} left: give all nodes the same pictures and problems")

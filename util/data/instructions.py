@@ -1,7 +1,8 @@
 """Instruction tuning from all_data.json (tools/data_processing.py): all texts in memory, images decoded step by step.
 
 The 80,000 images of LLaVA-Instruct would take 12 GB decoded. They are decoded once before the first step, to find bad
-files early, and again, by a few threads, in the step that needs them.
+files early, and again, by a few threads, in the step that needs them. Their checksums need no reading of their own: the
+files lie in the system's page cache when they are decoded, and a later start only asks for their states.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import json_list_sha256
 from lavin.runtime.schema import NonBlankText, PlainName, declared, read_validated, validate
 from lavin.tokenizer import Example, Tokenizer
+from util.data.checksums import file_sha256s, named_files_sha256
 from util.data.examples import tokenized
 from util.data.images import IMAGE_ERRORS, image_fault, load_image, require_equal_ranks
 
@@ -43,6 +45,16 @@ class Instructions:
 
     root: Path
     records: Sequence[Record]
+
+    @property
+    def picture_paths(self) -> dict[str, Path]:
+        """The pictures, by the names that the records give them."""
+        return {name: image_path(self.root, name) for record in self.records if (name := record["image"])}
+
+    @property
+    def pictures_sha256(self) -> str:
+        """Equal for pictures of equal content, wherever they are stored."""
+        return named_files_sha256(self.picture_paths)
 
     @property
     def fingerprint(self) -> str:
@@ -94,15 +106,15 @@ def load_pictures(data: Instructions, size: int, threads: int, skip_bad: bool) -
 
     A picture that is missing or does not decode raises UserError, or is left out with skip_bad.
     """
-    pictures = {name: LazyImage(image_path(data.root, name), size) for record in data.records
-                if (name := record["image"])}
+    pictures = {name: LazyImage(path, size) for name, path in data.picture_paths.items()}
     bad_pictures = find_bad_images(list(pictures.values()), threads)
     if bad_pictures and not skip_bad:
         picture, problem = next(iter(bad_pictures.items()))
         raise UserError(f"picture {picture.path} {problem}; {len(bad_pictures)} of {len(pictures)} are so: put COCO's "
                         "train2014 there, or leave such records out with --skip_bad")
     good_pictures = {name: picture for name, picture in pictures.items() if picture not in bad_pictures}
-    require_equal_ranks(list(good_pictures), "picture")
+    checksums = file_sha256s([picture.path for picture in good_pictures.values()])
+    require_equal_ranks(dict(zip(good_pictures, checksums, strict=True)), "picture")
     return good_pictures
 
 

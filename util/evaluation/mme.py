@@ -14,6 +14,7 @@ from lavin.runtime.console import format_table, progress_bar
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import json_sha256, read_json_lines, write_json_lines
 from lavin.runtime.flags import Flags
+from util.data.checksums import named_files_sha256
 from util.data.images import IMAGE_ERRORS, load_image
 from util.data.mme import Pair, is_decided, load_mme, read_answer, score
 from util.data.prompts import instruction_prompt
@@ -45,7 +46,8 @@ class MMETask:
         answering = replace(self.answering, decode="generate").identity()  # yes and no are always written
         del answering["decode"]
         return {**model_identity(self.base, self.trained, self.tokenizer_path), **answering,
-                "data": json_sha256([[pair.name, *pair.questions, *pair.answers] for pair in self.pairs])}
+                "data": json_sha256([[pair.name, *pair.questions, *pair.answers] for pair in self.pairs]),
+                "pictures": named_files_sha256({pair.name: pair.picture for pair in self.pairs})}
 
     def prepare(self, model) -> list[str]:
         return [pair.name for pair in self.pairs]

@@ -15,6 +15,7 @@ from lavin.runtime import distributed
 from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_whole_lines, write_json_lines
+from util.evaluation.results import differing
 from util.runs import PARTIAL_SUFFIX
 
 
@@ -57,9 +58,9 @@ def recover(folder: Path, name: str, identity: dict) -> dict[str, Any]:
     answers: dict[str, Any] = {}
     paths, whole = set(folder.glob(f"{name}.*{PARTIAL_SUFFIX}")), partial_path(folder, name, 0)
     for path in paths:
-        with suppress(UserError, TypeError, ValueError):  # what was changed by others is answered again
+        with suppress(UserError, TypeError, ValueError, AttributeError):  # what was changed by others is answered again
             first, *rest = read_whole_lines(path) or [None]
-            if first == identity:
+            if first.keys() <= identity.keys() and not differing(first, identity):
                 answers.update(rest)
     if answers:
         write_json_lines(whole, [identity, *answers.items()])

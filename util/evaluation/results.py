@@ -9,7 +9,7 @@ from lavin.runtime.console import print_rank0
 from lavin.runtime.device import precision_name
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, sha256
-from util.fingerprint import fingerprints
+from util.fingerprint import RECENT, fingerprints, is_comparable, report_unrecorded
 from util.flags import BaseSettings
 from util.runs import checkpoints, user_error_if_malformed
 from util.trained_model import Trained
@@ -82,15 +82,27 @@ def scored_before(path: Path, identity: dict, rescore: Callable[[dict], dict]) -
         scores = read_scores(path)
     except UserError:
         scores = {}
-    other = [name.removesuffix("_sha256") for name, value in identity.items() if scores.get(name) != value]
+    other = dict.fromkeys(name.removesuffix("_sha256") for name in differing(scores, identity))
     if not other and are_of_answers(scores, identity, rescore):
+        report_unrecorded(path, scores)
         return scores
     print_rank0(f"{path} holds scores of another {', '.join(other) or 'evaluation'}: they will be replaced")
     return None
 
 
+def differing(recorded: dict, identity: dict) -> list[str]:
+    """The entries of an identity of which a record tells another value."""
+    return [name for name, value in identity.items()
+            if recorded.get(name) != value and is_comparable(name, recorded, identity)]
+
+
 def are_of_answers(scores: dict, identity: dict, rescore: Callable[[dict], dict]) -> bool:
     try:
-        return {**rescore(scores), **identity} == scores
+        expected = {**rescore(scores), **identity}
+        return without_recent(expected) == without_recent(scores)
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return False
+
+
+def without_recent(record: dict) -> dict:
+    return {name: value for name, value in record.items() if name not in RECENT}

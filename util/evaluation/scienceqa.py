@@ -42,11 +42,11 @@ class ScienceQATask:
     scores_file = "scores.json"
 
     def identity(self) -> dict[str, Any]:
-        """All that determines the scores, except whether pictures that --skip_bad leaves out are there."""
+        """All that determines the scores."""
         return {**model_identity(self.base, self.trained, self.tokenizer_path),
                 "prompt_format": self.data.prompt_format, "max_seq_len": self.data.max_seq_len,
                 **self.answering.identity(), "split": self.split,
-                "data": self.problems.fingerprint}
+                "data": self.problems.fingerprint, "pictures": self.problems.pictures_sha256}
 
     def prepare(self, model) -> list[str]:
         self.images = load_images(self.problems, model.vision.image_size, self.threads, self.data.skip_bad)

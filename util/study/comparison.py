@@ -27,12 +27,13 @@ from util.study.statistics import (
     tango,
     wilson,
 )
+from util.training.recipe import differences
 
 PUBLISHED = Path(__file__).parents[2] / "assets" / "published.json"
 ASSUMED_ICC = (0.01, 0.05, 0.1)  # intraclass correlations of outcomes
 # what the runs were scored with, as reasons say it, and the flag of train.py that may make it differ
 SCORED_WITH = {"decode": ("--decode", None), "precision": ("--precision", "precision"),
-               "data": ("data of checksum", "use_caption")}
+               "data": ("data of checksum", "use_caption"), "pictures": ("pictures of checksum", None)}
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def compare(paths: list[str], base_path: str | None = None) -> Comparison:
         raise UserError("no run can be drawn. " + "; ".join(unread))
     base = find_base(runs, base_path)
     runs, incomparable = same_questions(runs, base)
+    runs = [with_note_on_inputs(run, base or runs[0]) for run in runs]
     methods, duplicates = group_by_method(runs, base)
     clusters = known_clusters(runs)
     return Comparison(with_intervals(methods, clusters), differences_to_first(methods, clusters) if base else {},
@@ -271,6 +273,16 @@ def why_incomparable(run: Run, reference: Run, right_options: dict[str, int]) ->
         if None not in (value, expected) and value != expected and not is_method:
             return f"scored with {words} {value}, not {expected}: run eval.py as for the others"
     return None
+
+
+def with_note_on_inputs(run: Run, reference: Run) -> Run:
+    """The run, with a note where it was trained on other data, pictures or models than the reference."""
+    known = run.trained_on.keys() & reference.trained_on.keys()
+    if run.flags.get("use_caption") != reference.flags.get("use_caption"):  # trained so, and named after it
+        known -= {"data"}
+    others = differences(*({name: trained.trained_on[name] for name in known} for trained in (run, reference)))
+    note = f"was trained on {', '.join(others)} than {reference.folder}"
+    return replace(run, notes=[*run.notes, note]) if others else run
 
 
 def collect_notes(methods: list[Method]) -> list[str]:

@@ -21,6 +21,7 @@ from util.evaluation.answers import GENERATIONS, Answer, read_answers
 from util.evaluation.scoring import COLUMNS
 from util.lr_sched import LearningRate, check_schedule
 from util.runs import checkpoint_path
+from util.training.recipe import INPUTS
 from util.training.settings import EFFECTIVE_BATCH, Optimization
 
 N_LAYERS = 32  # of LLaMA-7B
@@ -93,6 +94,12 @@ class Scores(TypedDict):
     precision: NotRequired[str]
     bits: NotRequired[str]
     data: NotRequired[str]
+    pictures: NotRequired[str]
+
+
+@declared
+class RecipeFile(TypedDict):
+    recipe: dict[str, Any]
 
 
 # --- Runs ---
@@ -114,7 +121,8 @@ class Run:
     answers: list[Answer] = field(default_factory=list)
     predictions: dict[str, int] = field(default_factory=dict)
     n_layers: int = N_LAYERS
-    scored_with: dict = field(default_factory=dict)  # decode, precision and data, where scores.json says so
+    scored_with: dict = field(default_factory=dict)  # decode, precision, data and pictures, where scores.json says so
+    trained_on: dict = field(default_factory=dict)  # checksums of data, pictures and models, where recipe.json has them
     step_losses: list[tuple[float, float]] = field(default_factory=list)  # (epoch as a fraction, loss)
     notes: list[str] = field(default_factory=list)
 
@@ -156,7 +164,8 @@ def read_run(folder: Path) -> Run:
     losses = read_metrics(folder / "metrics.jsonl")
     return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
                                     for line in log], scores["counts"], scores["correct"], scores["split"], answers,
-               predictions, n_layers, scored_with(scores), by_fraction(losses), notes(scores, log, losses))
+               predictions, n_layers, scored_with(scores), trained_on(folder / "recipe.json"), by_fraction(losses),
+               notes(scores, log, losses))
 
 
 def read_flags(config: dict, path: Path) -> tuple[dict, int]:
@@ -172,6 +181,12 @@ def read_flags(config: dict, path: Path) -> tuple[dict, int]:
     if optimization.loss_norm == "microbatch":
         flags[MICRO_BATCH] = optimization.batch_size
     return flags, n_layers
+
+
+def trained_on(path: Path) -> dict[str, Any]:
+    """The checksums of what the run was trained on; none where there is no recipe.json."""
+    content: Any = read_validated(path, RecipeFile, fix=FIX) if path.is_file() else {"recipe": {}}
+    return {name: content["recipe"][name] for name in INPUTS if name in content["recipe"]}
 
 
 def read_log(path: Path, epochs: int) -> list[dict]:
@@ -244,9 +259,8 @@ def check_origin(scores: dict, flags: dict, folder: Path, hint: str) -> None:
 
 def scored_with(scores: dict) -> dict:
     """The conditions of the scores that must be the same in all runs."""
-    found = {name: scores[name] for name in ("decode", "precision", "data") if name in scores}
-    if "data" in found:
-        found["data"] = found["data"][:12]
+    found = {name: scores[name] for name in ("decode", "precision") if name in scores}
+    found |= {name: scores[name][:12] for name in ("data", "pictures") if name in scores}
     if found.get("precision") in TWO_BYTES:
         found["precision"] = " or ".join(TWO_BYTES)
     return found

@@ -1,6 +1,7 @@
 """A run's recipe: everything that determines its result, on whatever machine and number of processes it runs.
 
-Paths do not belong to it, but what they lead to does: the training problems, and a cheap checksum of the base's files.
+Paths do not belong to it, but what they lead to does: checksums of the training problems, of their pictures, and of the
+base's files.
 """
 
 import torch
@@ -8,39 +9,40 @@ import torch
 from lavin.runtime.device import precision_name
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags, flags_of
-from util.fingerprint import fingerprints
+from util.fingerprint import FROZEN, FROZEN_SHA256, fingerprints, is_comparable
 from util.training.settings import EFFECTIVE_BATCH, GROUPS, Optimization, TrainSettings
 
 TRAIN_FLAGS = flags_of(*GROUPS)
 # entries of a recipe that are no flags, as a message calls them
-DESCRIPTIONS = {EFFECTIVE_BATCH: "effective batch (--batch_size x --accum_iter x processes)",
-                "data": "training data of --data_root", "base": "files of --llm_model",
-                "vision": "files of --vision_model"}
+INPUTS = {"data": "training data of --data_root", "pictures": "pictures of --data_root",
+          **{name: f"files of {flag}" for name, flag in (FROZEN | FROZEN_SHA256).items()}}
+DESCRIPTIONS = {EFFECTIVE_BATCH: "effective batch (--batch_size x --accum_iter x processes)", **INPUTS}
 
 
 def make_recipe(settings: TrainSettings, dtype: torch.dtype, world: int, data) -> dict:
-    """The recipe that recipe.json holds. data: the training data, with a `fingerprint`.
+    """The recipe that recipe.json holds. data: the training data, with a `fingerprint` and `pictures_sha256`.
 
     Raises UserError, or OSError, for files that cannot be read.
     """
     recipe = {name: value for name, value in settings.flags.items() if TRAIN_FLAGS[name].belongs_to_recipe}
     return {**recipe, **settings.optimization.entries(world), "precision": precision_name(dtype),
-            "data": data.fingerprint, **fingerprints(settings.base)}
+            "data": data.fingerprint, "pictures": data.pictures_sha256,
+            **fingerprints(settings.base)}
 
 
 def differences(recipe: dict, other: dict) -> list[str]:
     """One line for each entry in which two recipes differ, which begins with the flag.
 
-    The recipe of a version that lacked a flag has the flag's default.
+    The recipe of a version that lacked a flag has the flag's default; of files, what both recipes tell is compared.
     """
     lines = []
     defaults = {name: declared.default for name, declared in TRAIN_FLAGS.items() if declared.belongs_to_recipe}
     for name in sorted(recipe.keys() | other.keys()):
         value, other_value = ({**defaults, **entries}.get(name) for entries in (recipe, other))
-        if value != other_value:
+        if value != other_value and is_comparable(name, recipe, other):
             lines.append(f"other {DESCRIPTIONS[name]}" if isinstance(value, str) and name in DESCRIPTIONS else
                          f"{DESCRIPTIONS.get(name, f'--{name}')} {value}, not {other_value}")
-    return lines
+    return list(dict.fromkeys(lines))  # two checksums may tell of the same files
 
 
 def fit_effective_batch(args: Flags, effective_batch: int, world: int) -> None:

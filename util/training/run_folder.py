@@ -16,6 +16,7 @@ from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import atomic_write, read_json, read_json_lines, write_json, write_json_lines
 from lavin.weights.adapters import read_adapters
+from util.fingerprint import report_unrecorded
 from util.runs import LAST, PARTIAL_SUFFIX, RESULTS, RUN_FILES, checkpoint_path, checkpoints, user_error_if_malformed
 from util.training.recipe import differences
 from util.training.settings import RunSettings
@@ -148,7 +149,10 @@ def refusal(folder: Path, recipe: dict) -> str | None:
     if not trained:
         return None
     with user_error_if_malformed(path):
-        other = differences(recipe, read_json(path)["recipe"])
+        recorded = read_json(path)["recipe"]
+        other = differences(recipe, recorded)
+    if not other:
+        report_unrecorded(path, recorded)
     return f"belongs to another recipe ({'; '.join(other)})" if other else None
 
 

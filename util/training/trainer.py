@@ -17,6 +17,7 @@ from lavin.weights.adapters import pack_adapters
 from util.data.batches import epoch_batches, micro_batches, steps_per_epoch
 from util.data.examples import any_joined, examples_sha256
 from util.data.instructions import decode_images
+from util.fingerprint import FROZEN, FROZEN_SHA256
 from util.lr_sched import adjust_learning_rate
 from util.trained_model import image_statistics
 from util.training.accumulation import accumulate_with_oom_retry, loss_weights, probe_max_tokens
@@ -170,8 +171,8 @@ class Trainer:
             content = pack_adapters(
                 self.model, epoch=record.epoch, flags=self.settings.flags, optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(), skipped=record.skipped, record=None if entry else state,
-                examples=self.examples_sha256, went_back_to=self.run.went_back_to, base=self.run.recipe["base"],
-                vision=self.run.recipe["vision"], tokenization=TOKENIZATION, **image_statistics(self.model))
+                examples=self.examples_sha256, went_back_to=self.run.went_back_to, tokenization=TOKENIZATION,
+                **{name: self.run.recipe[name] for name in (*FROZEN, *FROZEN_SHA256)}, **image_statistics(self.model))
             self.run.save(content, record.epoch, entry)
 
 

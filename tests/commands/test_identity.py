@@ -1,0 +1,305 @@
+"""Content decides what a run, its scores and its checkpoints are of: pictures and models of one size and one time of
+change are told apart, and records of earlier versions are compared in what they hold."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import eval_mme
+import train
+from lavin.runtime.files import SAMPLE_BYTES, write_json_lines
+from lavin.weights import vision
+from tiny_runs import load_checkpoint, run_flags, write_run
+from user_errors import error_message
+from util.data.datasets import load_scienceqa
+from util.data.instructions import Instructions
+from util.evaluation import evaluate
+from util.evaluation.partial_answers import partial_path, recover
+from util.fingerprint import FROZEN_SHA256, RECENT, fingerprints, report_unrecorded
+from util.flags import BaseSettings
+
+SCORES = "checkpoint-0/scores.json"  # of the run's first epoch
+
+
+def run_train(*flags) -> None:
+    train.main(train.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def run_eval(*flags) -> None:
+    evaluation.main(evaluation.get_args_parser().parse_args(["--device", "cpu", *map(str, flags)]))
+
+
+def change_content(path, change) -> None:
+    """Size and time of change stay."""
+    found, content = path.stat(), bytearray(path.read_bytes())
+    change(content)
+    assert len(content) == found.st_size and content != path.read_bytes()
+    path.write_bytes(content)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def change_pixels(path) -> None:
+    """Of a bitmap."""
+    change_content(path, lambda content: content.__setitem__(slice(-9, None), bytes(9)))
+
+
+@pytest.fixture
+def data(scienceqa_copy):
+    """The problems, with pictures as bitmaps."""
+    for path in scienceqa_copy.glob("images/*/*/image.png"):
+        Image.open(path).save(path, "BMP")
+    return scienceqa_copy
+
+
+@pytest.fixture
+def models(base, tmp_path):
+    """A copy of the base, whose weights are larger than what a sampled checksum reads of them, and have none of their
+    own, as safetensors."""
+    shutil.copytree(base.weights, tmp_path / "weights")
+    shutil.copytree(base.vision, tmp_path / "vit")
+    path = tmp_path / "weights" / "tiny" / "consolidated.00.pth"
+    tensors = torch.load(path, weights_only=True)
+    torch.serialization.set_crc32_options(False)
+    torch.save({**tensors, "rope.freqs": torch.zeros(6 * SAMPLE_BYTES // 4)}, path)  # a buffer that is not used
+    torch.serialization.set_crc32_options(True)
+    return type(base)(tmp_path / "weights", tmp_path / "vit")
+
+
+def change_weights(models) -> None:
+    """Outside the first, middle and last MiB."""
+    def change(content) -> None:
+        content[SAMPLE_BYTES + 9] ^= 1
+
+    change_content(models.weights / "tiny" / "consolidated.00.pth", change)
+
+
+@pytest.fixture
+def flags(models, data, tmp_path):
+    return run_flags(models, data, tmp_path / "run", "--epochs", "2", "--warmup_epochs", "0")
+
+
+@pytest.fixture
+def run(flags, tmp_path):
+    """A run that has stopped after its first epoch, and is scored."""
+    run_train(*flags, "--stop_after_epoch", "1")
+    run_eval("--adapter_path", tmp_path / "run", "--decode", "score")
+    return tmp_path / "run"
+
+
+def refusal(*flags) -> str:
+    return error_message(run_train, *flags)
+
+
+def forget(path, *names) -> None:
+    """Makes a record as an earlier version has written it."""
+    content = json.loads(path.read_text())
+    entries = content["recipe"] if path.name == "recipe.json" else content
+    for name in names:
+        del entries[name]
+    path.write_text(json.dumps(content))
+
+
+def scored_again(run, capsys) -> str | None:
+    """What eval.py says on scores that are there; None: it scores without a word."""
+    capsys.readouterr()
+    run_eval("--adapter_path", run, "--decode", "score")
+    lines = capsys.readouterr().out.splitlines()
+    return next((line for line in lines if "scored before" in line or "will be replaced" in line), None)
+
+
+# --- Pictures ---
+
+def test_training_does_not_go_on_with_other_pictures(run, flags, data):
+    before = {path.name: path.read_bytes() for path in run.glob("*.*")}
+    change_pixels(data / "images" / "train" / "101" / "image.png")
+    for message in (refusal(*flags), refusal("--resume", run)):
+        assert f"{run} belongs to another recipe (other pictures of --data_root): name another --output_dir" in message
+    assert {path.name: path.read_bytes() for path in run.glob("*.*")} == before
+    run_train(*flags, "--overwrite")
+    assert sorted(path.name for path in run.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-1.pth"]
+
+
+def test_a_finished_run_is_not_finished_with_other_pictures(run, flags, data, capsys):
+    run_train(*flags)
+    change_pixels(data / "images" / "train" / "101" / "image.png")
+    assert "other pictures of --data_root" in refusal(*flags)
+
+
+def test_pictures_that_are_not_trained_on_may_change(run, flags, data, tmp_path):
+    change_pixels(data / "images" / "test" / "113" / "image.png")
+    (data / "images" / "train" / "101" / "another.png").write_bytes(b"")
+    shutil.copytree(data, tmp_path / "elsewhere")
+    run_train(*flags, "--data_root", tmp_path / "elsewhere")
+    assert (run / "checkpoint-1.pth").is_file()
+
+
+def test_scores_of_other_pictures_are_replaced(run, data, capsys):
+    assert "scored before" in scored_again(run, capsys)
+    change_pixels(data / "images" / "test" / "113" / "image.png")
+    before = json.loads((run / SCORES).read_text())
+    assert "holds scores of another pictures: they will be replaced" in scored_again(run, capsys)
+    after = json.loads((run / SCORES).read_text())
+    assert before["pictures"] != after["pictures"] and before["data"] == after["data"]
+    assert "scored before" in scored_again(run, capsys)
+
+
+def test_scores_of_mme_name_its_pictures(models, tmp_path, capsys):
+    write_run(tmp_path / "run", models, 0)
+    folder = tmp_path / "mme" / "color"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("Is it red?\tYes\nIs it blue?\tNo\n")
+    Image.new("RGB", (9, 9), (200, 0, 0)).save(folder / "a.png", "BMP")
+    command = ["--adapter_path", tmp_path / "run", "--device", "cpu", "--mme_root", tmp_path / "mme"]
+    said = []
+    for i in range(4):
+        if i == 2:
+            change_pixels(folder / "a.png")
+        capsys.readouterr()
+        eval_mme.main(eval_mme.get_args_parser().parse_args([str(word) for word in command]))
+        said.append(capsys.readouterr().out)
+    assert ["scored before" in text for text in said] == [False, True, False, True]
+    assert "scores of another pictures" in said[2]
+
+
+def test_pictures_are_known_by_content_and_by_what_shows_them(data, tmp_path):
+    def checksum(root):
+        return load_scienceqa(str(root), "train").pictures_sha256
+
+    first, paths = checksum(data), [data / "images" / "train" / qid / "image.png" for qid in ("101", "103")]
+    shutil.copytree(data, tmp_path / "copy")
+    assert checksum(tmp_path / "copy") == first
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, reversed(contents), strict=True):
+        path.write_bytes(content)
+    exchanged = checksum(data)
+    paths[0].unlink()
+    assert len({first, exchanged, checksum(data)}) == 3
+
+
+def test_pictures_of_instructions_are_known_by_content(tmp_path):
+    folder = tmp_path / "images" / "train2014"
+    folder.mkdir(parents=True)
+    records = [{"instruction": "a", "answer": "b", "image": name} for name in ("1.png", "2.png", None, "1.png")]
+    data, seen = Instructions(tmp_path, records), set()
+    for contents in ((b"one", b"two"), (b"two", b"one"), (b"one", b"2wo")):
+        for name, content in zip(("1.png", "2.png"), contents, strict=True):
+            (folder / f"COCO_train2014_{name}").write_bytes(content)
+        seen.add(data.pictures_sha256)
+    assert len(seen) == 3
+
+
+# --- Models ---
+
+def test_training_does_not_go_on_with_a_base_that_differs_anywhere(run, flags, models):
+    change_weights(models)
+    message = refusal(*flags)
+    assert "belongs to another recipe (other files of --llm_model):" in message
+
+
+def test_a_base_that_differs_anywhere_is_told_and_scored_anew(run, models, capsys):
+    change_weights(models)
+    assert "scores of another base:" in scored_again(run, capsys)
+    run_eval("--adapter_path", run, "--decode", "score")
+    said = capsys.readouterr().out
+    assert "was trained on other files of --llm_model" in said and "scored before" in said
+
+
+def test_a_vit_that_differs_anywhere_is_another(run, flags, models):
+    change_content(models.vision / "model.safetensors", lambda content: content.__setitem__(-1, content[-1] ^ 1))
+    assert "other files of --vision_model" in refusal(*flags)
+
+
+def test_checkpoints_and_recipe_name_the_same_content(run):
+    recipe, checkpoint = json.loads((run / "recipe.json").read_text())["recipe"], load_checkpoint(
+        run / "checkpoint-0.pth")
+    assert {name: checkpoint[name] for name in FROZEN_SHA256} == {name: recipe[name] for name in FROZEN_SHA256}
+    assert all(len(recipe[name]) == 64 for name in RECENT)
+
+
+def test_a_model_of_timms_hub_is_known_by_the_file_in_the_cache(base, tmp_path, monkeypatch):
+    """Before timm has fetched it, by its name alone."""
+    name = "vit_base_patch16_224.augreg_in21k"
+    settings = BaseSettings(llm_model="tiny", llama_model_path=str(base.weights), vision_model=name)
+    folder = tmp_path / "snapshot"
+
+    def snapshot(repository, local_files_only):
+        assert local_files_only and repository == f"timm/{name}"
+        if not folder.exists():
+            raise FileNotFoundError
+        return str(folder)
+
+    monkeypatch.setattr(vision, "snapshot_download", snapshot)
+    seen = [fingerprints(settings)]
+    folder.mkdir()
+    for file, content in (("README.md", b"0"), ("pytorch_model.bin", b"1"), ("model.safetensors", b"2"),
+                          ("model.safetensors", b"3"), ("pytorch_model.bin", b"4")):
+        (folder / file).write_bytes(content)
+        seen.append(fingerprints(settings))
+    assert {entry["vision"] for entry in seen} == {name}
+    contents = [entry["vision_sha256"] for entry in seen]
+    assert contents[0] is contents[1] is None and contents[4] == contents[5] and len(set(contents)) == 4
+    assert fingerprints(BaseSettings(llm_model="tiny", llama_model_path=str(base.weights), vision_model="no_model")
+                        )["vision_sha256"] is None
+
+
+def test_the_description_beside_a_weight_file_belongs_to_the_vit(base, tmp_path):
+    shutil.copytree(base.vision, tmp_path / "vit")
+    settings = BaseSettings(llm_model="tiny", llama_model_path=str(base.weights),
+                            vision_model=str(tmp_path / "vit" / "model.safetensors"))
+    before = fingerprints(settings)["vision_sha256"]
+    (tmp_path / "vit" / "config.json").write_text("{}")
+    assert fingerprints(settings)["vision_sha256"] != before
+
+
+# --- Records of earlier versions ---
+
+def test_a_run_of_an_earlier_version_goes_on(run, flags, data, models, capsys):
+    """Its recipe has a sampled checksum of the models, and none of the pictures."""
+    forget(run / "recipe.json", *RECENT)
+    capsys.readouterr()
+    change_pixels(data / "images" / "train" / "101" / "image.png")
+    change_weights(models)
+    run_train(*flags)
+    line, = [line for line in capsys.readouterr().out.splitlines() if "earlier version" in line]
+    assert str(run / "recipe.json") in line and (run / "checkpoint-1.pth").is_file()
+
+
+def test_only_a_record_of_an_earlier_version_is_called_so(tmp_path, capsys):
+    """A ViT that timm had not fetched yet has no checksum."""
+    record = {**dict.fromkeys(RECENT, "a"), "vision_sha256": None, "base": "b"}
+    report_unrecorded(tmp_path, record)
+    assert not capsys.readouterr().out
+    for name in RECENT:
+        report_unrecorded(tmp_path, {key: value for key, value in record.items() if key != name})
+        assert "earlier version" in capsys.readouterr().out
+
+
+def test_a_run_of_an_earlier_version_is_refused_where_its_record_tells_another_base(run, flags, models):
+    forget(run / "recipe.json", *RECENT)
+    change_content(models.weights / "tiny" / "params.json", lambda content: content.__setitem__(0, ord(" ")))
+    assert "other files of --llm_model" in refusal(*flags)
+
+
+def test_scores_of_an_earlier_version_stay(run, monkeypatch, capsys):
+    forget(run / SCORES, *RECENT)
+    before = (run / SCORES).read_bytes()
+    monkeypatch.setattr(evaluate, "load_model", None)
+    assert "scored before" in scored_again(run, capsys)
+    capsys.readouterr()
+    run_eval("--adapter_path", run, "--decode", "score")
+    assert "earlier version" in capsys.readouterr().out and (run / SCORES).read_bytes() == before
+
+
+def test_answers_of_an_earlier_version_are_kept(tmp_path):
+    identity = {"data": "a", "base": "b", "base_sha256": "c", "pictures": "d", "vision_sha256": None}
+    for changes, is_kept in (({}, True), ({"pictures": None}, True), ({"vision_sha256": "x"}, True),
+                             ({"base": "x"}, False), ({"base_sha256": "x"}, False), ({"pictures": "x"}, False),
+                             ({"split": "val"}, False)):
+        first = {name: value for name, value in (identity | changes).items() if value is not None}
+        write_json_lines(partial_path(tmp_path, "answers", 0), [first, ["1", {"answer": 2}]])
+        assert recover(tmp_path, "answers", identity) == ({"1": {"answer": 2}} if is_kept else {}), changes

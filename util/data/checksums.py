@@ -1,0 +1,107 @@
+"""Checksums of files by their whole content; a later start reads them from the node's cache.
+
+A file's checksum is the SHA-256 of the SHA-256s of its parts, which threads hash side by side: 13 GB take seconds. The
+cache (cache.py) keeps the checksums of a list of files under the state of each: device, inode, size, and the times of
+the last change of content and of anything (ctime, which no program can set). Where one state differs, the list is
+hashed again. Nothing else goes by states: they only save hashing.
+"""
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from lavin.runtime.console import progress_bar
+from lavin.runtime.errors import UserError
+from lavin.runtime.files import json_list_sha256, json_sha256
+from util.data.cache import Arrays, cached
+
+PART_BYTES = 2**26  # of a file, hashed by one thread
+BUFFER_BYTES = 2**20
+RECENT_SECONDS = 2  # a file may change again without another ctime, whose steps are up to 2 s long on some file systems
+BAR_SECONDS = 2  # after which a progress bar appears
+
+State = list[int]
+
+
+def file_state(path: Path) -> State | None:
+    """Another one where a file was changed or replaced; None where there is no regular file that can be read."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    if not stat.S_ISREG(found.st_mode) or not os.access(path, os.R_OK):
+        return None
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def file_states(paths: Sequence[Path]) -> list[State | None]:
+    with ThreadPoolExecutor() as pool:  # on a network's file system, each one waits for the server
+        return list(pool.map(file_state, paths))
+
+
+def require_unchanged(paths: Sequence[Path], before: Sequence[State | None]) -> None:
+    """Raises UserError for a file that has changed since its state was taken."""
+    for path, state, now in zip(paths, before, file_states(paths), strict=True):
+        if state != now:
+            raise UserError(f"{path} changes while it is read: start again when all files are there")
+
+
+def file_sha256s(paths: Sequence[Path]) -> list[str | None]:
+    """The checksum of each file; None where there is no regular file that can be read."""
+    states = file_states(paths)
+    files = {path: state for path, state in zip(paths, states, strict=True) if state}
+    if not files:
+        return [None] * len(paths)
+
+    def make() -> Arrays:
+        digests = sha256_digests({path: size for path, (_, _, size, _, _) in files.items()})
+        require_unchanged(list(files), list(files.values()))
+        return {"sha256": torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)}
+
+    is_recent = max(state[-1] for state in files.values()) > time.time_ns() - RECENT_SECONDS * 10**9
+    key = [[str(path.absolute()), *state] for path, state in files.items()]
+    arrays = make() if is_recent else cached("checksums", key, make, {"sha256": (torch.uint8, (len(files), 32))})
+    checksums = dict(zip(files, arrays["sha256"], strict=True))
+    return [checksums[path].numpy().tobytes().hex() if path in checksums else None for path in paths]
+
+
+def sha256_digests(sizes: Mapping[Path, int]) -> Iterator[bytes]:
+    """The digest of each file. Raises OSError for a file that cannot be read."""
+    parts = [(path, start) for path, size in sizes.items() for start in range(0, max(size, 1), PART_BYTES)]
+    digests: dict[Path, list[bytes]] = {path: [] for path in sizes}
+    with ThreadPoolExecutor() as pool:
+        try:
+            of_parts = progress_bar(pool.map(part_digest, *zip(*parts, strict=True)), "checksums of files",
+                                    total=len(parts), delay=BAR_SECONDS)
+            for (path, _), digest in zip(parts, of_parts, strict=True):
+                digests[path].append(digest)
+        finally:
+            pool.shutdown(cancel_futures=True)  # a program that is stopped ends at once
+    return (hashlib.sha256(b"".join(of_file)).digest() for of_file in digests.values())
+
+
+def part_digest(path: Path, start: int) -> bytes:
+    digest, left = hashlib.sha256(), PART_BYTES
+    buffer = memoryview(bytearray(BUFFER_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while left and (n := file.readinto(buffer[:left])):
+            digest.update(buffer[:n])
+            left -= n
+    return digest.digest()
+
+
+def files_sha256(paths: Sequence[Path]) -> str:
+    """One checksum of the content of several files, in their order."""
+    return json_sha256(file_sha256s(paths))
+
+
+def named_files_sha256(paths: Mapping[str, Path]) -> str:
+    """One checksum of the names in `paths` and of the content of their files, in their order."""
+    return json_list_sha256(list(zip(paths, file_sha256s(list(paths.values())), strict=True)))
