@@ -16,10 +16,11 @@ CAUSAL = 1  # custom_mask_type of _efficient_attention_forward
 
 
 class VarlenMetadata:
-    """Document boundaries of a packed row. Each token attends to its own document's tokens up to itself.
+    """The document boundaries of a packed row. Each token attends to its own document's tokens up to itself.
 
-    lengths: tokens of each document. position_offsets: rotary position of each document's first token (default 0).
-    use_triton: whether attention may use our Triton kernels, where the hardware allows them (LaVIN.use_triton).
+    `lengths` are the tokens of each document. `position_offsets` are the rotary positions of each document's first
+    token (default: 0). `use_triton` says whether attention may use our Triton kernels, where the hardware allows them
+    (LaVIN.use_triton).
     """
 
     def __init__(self, lengths: list[int], device, position_offsets: list[int] | None = None,
@@ -37,29 +38,37 @@ class VarlenMetadata:
             [document_ids, doc_positions, doc_positions + offsets[document_ids], F.pad(ends, (1, 0)).int()], device)
 
     def for_layer(self, layer: int):
-        """The metadata for one layer: here the same for all; with a KV cache, the layer's part of it."""
+        """Returns the metadata for one layer. It is the same for all layers here; with a KV cache, it is the layer's
+        part of it.
+        """
         return self
 
     def attend(self, query, key, value):
-        """[N, H, d], [N, H_kv, d], [N, H_kv, d] -> [N, H, d]."""
+        """Attends with query [N, H, d], key and value [N, H_kv, d]; returns [N, H, d]."""
         return select_attention(query.device, query.dtype, query.shape[-1], self.use_triton)(query, key, value, self)
 
 
 def uses_triton(device: torch.device, dtype: torch.dtype, head_dim: int, use_triton: bool) -> bool:
-    """Whether attention takes our own kernels: from Ampere (8.0) on, in 16 bits, where `use_triton` allows it."""
+    """Says whether attention takes our own kernels: from Ampere (8.0) on, in 16 bits, where `use_triton` allows it."""
     return (device.type == "cuda" and use_triton and compute_capability(device) >= (8, 0) and dtype != torch.float32
             and head_dim in (16, 32, 64, 128))
 
 
 def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int, use_triton: bool):
-    """A GPU takes flash attention, or memory-efficient attention where our kernels do not work; others take padded."""
+    """Returns the attention function for a device.
+
+    A GPU takes flash attention, or memory-efficient attention where our kernels do not work; a CPU takes padded
+    attention.
+    """
     if device.type != "cuda":
         return padded_attention
     return flash_varlen_attention if uses_triton(device, dtype, head_dim, use_triton) else efficient_varlen_attention
 
 
 def grouped_sdpa(query, key, value, **options):
-    """query [B, H, T, d], key and value [B, H_kv, S, d] -> [B, H, T, d], by PyTorch's choice of a kernel."""
+    """Attends with query [B, H, T, d], key and value [B, H_kv, S, d], by PyTorch's choice of a kernel; returns [B, H,
+    T, d].
+    """
     if query.shape[1] == key.shape[1]:  # two calls, since Dynamo of torch 2.7 takes no symbolic enable_gqa
         return F.scaled_dot_product_attention(query, key, value, **options)
     return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
@@ -79,7 +88,9 @@ def reference_attention(query, key, value, attn_metadata: VarlenMetadata):
 
 
 def padded_attention(query, key, value, attn_metadata: VarlenMetadata):
-    """Documents as a padded batch [documents, max_seqlen, ...]; padding at the end is hidden by the causal mask."""
+    """Attends to documents as a padded batch [documents, max_seqlen, ...]. The causal mask hides the padding at their
+    ends.
+    """
     index = attn_metadata.document_ids, attn_metadata.doc_positions
     batch = [x.new_zeros(attn_metadata.num_docs, attn_metadata.max_seqlen, *x.shape[1:]).index_put(index, x)
              for x in (query, key, value)]
@@ -87,8 +98,11 @@ def padded_attention(query, key, value, attn_metadata: VarlenMetadata):
 
 
 def efficient_varlen_attention(query, key, value, attn_metadata: VarlenMetadata):
-    """Memory-efficient attention on the packed row itself, without padding (Rabe and Staats 2021, arXiv 2112.05682):
-    PyTorch's kernel for all GPUs from Maxwell on, as it calls it for nested tensors."""
+    """Attends on the packed row itself, without padding, by memory-efficient attention (Rabe and Staats 2021, arXiv
+    2112.05682).
+
+    It calls PyTorch's kernel, which works on all GPUs from Maxwell on, as PyTorch does for nested tensors.
+    """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -99,6 +113,6 @@ def efficient_varlen_attention(query, key, value, attn_metadata: VarlenMetadata)
 
 
 def flash_varlen_attention(query, key, value, attn_metadata: VarlenMetadata):
-    """Flash attention on the packed row itself, without padding (lavin/kernels/flash_attention.py)."""
+    """Attends on the packed row itself, without padding, by flash attention (lavin/kernels/flash_attention.py)."""
     return flash_attention(query.contiguous(), key.contiguous(), value.contiguous(), attn_metadata.cu_seqlens,
                            attn_metadata.max_seqlen)[0]

@@ -24,12 +24,12 @@ from lavin.runtime.arithmetic import round_up
 # --- Rotary embeddings ---
 
 class RopeScaling:
-    """How a model's context was made longer than in pretraining. Fields have the names of those in config.json."""
+    """A way to use a model on a longer context than it was pretrained on. Fields have their names in config.json."""
 
     attention_factor = 1.0  # of query and key, applied with their rotation
 
     def scale(self, frequencies: torch.Tensor, theta: float) -> torch.Tensor:
-        """frequencies [head_dim / 2]: of unscaled rotary embeddings."""
+        """Returns the scaled frequencies [head_dim / 2] for unscaled ones of the same shape, in radians a position."""
         raise NotImplementedError
 
 
@@ -45,10 +45,10 @@ class LinearScaling(RopeScaling):
 
 @dataclass(frozen=True)
 class Llama3Scaling(RopeScaling):
-    """Llama 3.1's (Dubey et al. 2024, arXiv 2407.21783).
+    """The rope scaling of Llama 3.1 (Dubey et al. 2024, arXiv 2407.21783).
 
-    Frequencies with fewer than `low_freq_factor` periods in the original context are divided by `factor`, those with
-    more than `high_freq_factor` stay, and those between are interpolated.
+    Frequencies with fewer than `low_freq_factor` periods in the original context are divided by `factor`. Those with
+    more than `high_freq_factor` periods stay, and those between are interpolated.
     """
 
     factor: float
@@ -64,8 +64,11 @@ class Llama3Scaling(RopeScaling):
 
 @dataclass(frozen=True)
 class YarnScaling(RopeScaling):
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): as Llama 3's, but interpolated between the pairs of a head at which
-    `beta_slow` and `beta_fast` periods fill the original context. truncate: these are rounded to whole pairs."""
+    """YaRN (Peng et al. 2023, arXiv 2309.00071).
+
+    It interpolates as Llama 3.1 does, but between the pairs of a head at which `beta_slow` and `beta_fast` periods fill
+    the original context. With `truncate`, these pairs are rounded to whole numbers.
+    """
 
     factor: float
     original_max_position_embeddings: int
@@ -94,7 +97,9 @@ META_CONTEXTS = {500_000: 8192, 1_000_000: 16_384}
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a LLaMA, under the names of Meta's params.json; those from rope_scaling on come from other formats."""
+    """The shape of a LLaMA, under the names of Meta's params.json. The fields from `rope_scaling` on come from other
+    formats.
+    """
 
     dim: int
     n_layers: int
@@ -116,9 +121,10 @@ class LlamaConfig:
 
     @classmethod
     def from_params(cls, params: dict, vocab_size: int) -> "LlamaConfig":
-        """From the contents of params.json; vocab_size: the tokenizer's, used where params.json says -1.
+        """Makes a configuration from the contents of params.json.
 
-        Raises ValueError on unknown entries, since ignoring one would change the model.
+        `vocab_size` is the tokenizer's, and is used where params.json says -1. Raises ValueError on unknown entries,
+        since ignoring one would change the model.
         """
         names = [field.name for field in fields(cls)]
         known = set(names[:names.index("rope_scaling")])
@@ -145,7 +151,9 @@ class LlamaConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward layer: d_ff, or 2/3 * 4 * dim rounded up to `multiple_of`."""
+        """The width of the feed-forward layer: `d_ff` where it is given, else 2/3 * 4 * dim rounded up to
+        `multiple_of`.
+        """
         if self.d_ff is not None:
             return self.d_ff
         hidden = int(2 * 4 * self.dim / 3)
@@ -167,7 +175,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
-    """Angle per position of each adjacent pair of a head, in radians [head_dim / 2], float32."""
+    """Returns the angle in radians by which each adjacent pair of a head turns a position: [head_dim / 2], float32."""
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     frequencies = config.rope_theta ** -exponents
     return config.rope_scaling.scale(frequencies, config.rope_theta) if config.rope_scaling else frequencies
@@ -175,7 +183,7 @@ def rotary_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
 
 def rotary_angles(positions: torch.Tensor, frequencies: torch.Tensor, scale: float = 1.0
                   ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin [N, 1, head_dim], float32, for integer positions [N].
+    """Returns cos and signed sin, both [N, 1, head_dim] float32, for integer positions [N].
 
     Entry i of a rotated head is x[i] * cos[i] + x[pair of i] * sin[i]; the sign of sin alternates within a pair.
     """
@@ -185,7 +193,8 @@ def rotary_angles(positions: torch.Tensor, frequencies: torch.Tensor, scale: flo
 
 
 def rotary_by_layer(config: LlamaConfig, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`rotary_angles` of every layer. Where a layer has none, the rotation is by 0, so that fused layers need not know.
+    """Returns `rotary_angles` for every layer. A layer without rotary embeddings is rotated by 0, so that fused layers
+    need not know.
     """
     frequencies = rotary_frequencies(config, positions.device)
     rotary = rotary_angles(positions, frequencies, config.rope_scaling.attention_factor if config.rope_scaling else 1.0)
@@ -245,8 +254,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One decoder layer. Subclasses may change the inputs of attention and feed-forward (lavin/mm_adapter.py).
 
-    drop_path: probability of dropping a residual branch for a whole document in training (stochastic depth, Huang et
-    al. 2016, arXiv 1603.09382). routing: passed through to the subclass, unused here.
+    `drop_path` is the probability of dropping a residual branch for a whole document in training (stochastic depth,
+    Huang et al. 2016, arXiv 1603.09382). `routing` is passed through to the subclass, and unused here.
     """
 
     def __init__(self, config: LlamaConfig, drop_path: float = 0.0):
@@ -281,12 +290,12 @@ class Block(nn.Module):
 
 
 def run_block(block, *inputs):
-    """One layer of a model, compiled once for all of them, and the unit of gradient checkpointing."""
+    """Runs one layer. This function is compiled once for all layers, and is the unit of gradient checkpointing."""
     return block(*inputs)
 
 
 class Llama(nn.Module):
-    """The decoder. make_block(config, layer) builds its layers."""
+    """The decoder. `make_block(config, layer)` builds its layers."""
 
     def __init__(self, config: LlamaConfig, make_block=lambda config, layer: Block(config)):
         super().__init__()
@@ -299,10 +308,10 @@ class Llama(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(self, x, attn_metadata, routing=None):
-        """Embedded tokens [N, D] -> normalised last hidden states [N, D]; `output` turns those into logits.
+        """Turns embedded tokens [N, D] into normalised last hidden states [N, D], of which `output` makes logits.
 
-        attn_metadata: a VarlenMetadata, or an object with the same methods and position_ids. routing: see Block; its
-        `.for_layer(i)` is passed to layer i.
+        `attn_metadata` is a VarlenMetadata, or an object with the same methods and `position_ids`. `routing` is what
+        Block describes; layer i gets `routing.for_layer(i)`.
         """
         rotary = rotary_by_layer(self.config, attn_metadata.position_ids)
         for i, layer in enumerate(self.layers):

@@ -11,7 +11,7 @@ CHUNK_TOKENS = 1024  # tokens whose logits exist at the same time
 
 
 def cross_entropy(logits, targets):
-    """logits [M, V], targets [M] -> losses [M] float32, and grad_logits [M, V] = softmax - one_hot."""
+    """Returns the losses [M] float32 of logits [M, V] and targets [M], and grad_logits [M, V] = softmax - one_hot."""
     log_probs = logits.float().log_softmax(-1)
     losses = -log_probs.gather(1, targets[:, None])[:, 0]
     # a comparison in place of scatter_add, whose deterministic version synchronizes with the GPU
@@ -41,8 +41,9 @@ class AnswerLoss(torch.autograd.Function):
 
 
 def answer_loss(hidden, weight, targets, loss_weights, cross_entropy=cross_entropy):
-    """hidden [M, D], weight [V, D], targets [M], loss_weights [M] -> sum of weighted cross-entropies, float32.
+    """Returns the sum of weighted cross-entropies, a float32 scalar.
 
-    cross_entropy: the function above or a compiled version of it (lavin/fast/speed_up.py).
+    Shapes: hidden [M, D], weight [V, D], targets [M], loss_weights [M]. `cross_entropy` is the function above, or a
+    compiled version of it (lavin/fast/speed_up.py).
     """
     return AnswerLoss.apply(hidden, weight, targets, loss_weights, cross_entropy)

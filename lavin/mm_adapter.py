@@ -27,8 +27,10 @@ INIT_DEVICE = "cpu"  # adapters are initialised here even while the frozen model
 
 @dataclass(frozen=True)
 class AdapterShape(FlagGroup):
-    """Shapes of the trained parameters, and numbers that change how they are used. Checkpoints without a field were
-    trained with its default."""
+    """The shapes of the trained parameters, and the numbers that change how they are used.
+
+    A checkpoint without one of these fields was trained with the field's default.
+    """
 
     title: ClassVar[str] = "adapters"
     adapter_type: str = flag("attn", "adapters in LLaMA: before attention, or also before the feed-forward layer",
@@ -44,7 +46,8 @@ class AdapterShape(FlagGroup):
 
 @dataclass(frozen=True)
 class AdapterConfig(AdapterShape):
-    """The adapters as they are trained: with the dropout of each layer (`dropout_schedule`)."""
+    """The settings with which adapters are trained: AdapterShape, and the dropout of each layer (`dropout_schedule`).
+    """
 
     dropout_prob: Probability = flag(0.1, "adapter dropout of the first layer", Role.RECIPE, named=False)
     dropout_var: Positive = flag(1.0, "factor of the dropout from each layer to the next", Role.RECIPE, named=False)
@@ -57,11 +60,11 @@ def number(value: float) -> torch.Tensor:
 
 
 def dropout_schedule(n_layers: int, prob: float, var: float, lim: float) -> list[float]:
-    """Dropout probability of each layer, first layer first.
+    """Returns the dropout probability of each layer, first layer first.
 
-    p_1 = prob; p_i = p_(i-1) * var, clipped at lim. With var 1 the schedule is constant and lim unused.
-    Raises ValueError for a probability outside [0, 1), a var that is not positive and finite, and a lim below prob with
-    var > 1 or above it with var < 1.
+    p_1 = prob; p_i = p_(i-1) * var, clipped at lim. With var 1 the schedule is constant and lim is unused. Raises
+    ValueError for a probability outside [0, 1), a var that is not positive and finite, and a lim below prob with var >
+    1 or above it with var < 1.
     """
     if n_layers < 1:
         raise ValueError(f"a schedule needs at least one layer, not {n_layers}")
@@ -82,7 +85,10 @@ def dropout_schedule(n_layers: int, prob: float, var: float, lim: float) -> list
 
 
 class RepAdapter(nn.Module):
-    """`x + s (B z + b)`, `z = dropout(A x + a)`: A D->r, B r->D in two groups; initialised to the identity."""
+    """Computes `x + s (B z + b)` with `z = dropout(A x + a)`. A maps D to r, and B maps r to D in two groups.
+
+    It is initialised to the identity.
+    """
 
     def __init__(self, dim: int, config: AdapterConfig, dropout: float):
         super().__init__()
@@ -100,17 +106,19 @@ class RepAdapter(nn.Module):
             nn.init.zeros_(parameter)
 
     def up_columns(self) -> list:
-        """The columns of U [D, .]: weights [D, r], then biases [D, 1]."""
+        """Returns the columns of U: the weights [D, r], then the biases [D, 1]."""
         return [dense_weight(self.conv_B), self.conv_B.bias[:, None]]
 
     def projections(self, dtype) -> tuple:
-        """A [r, D], a [r] and s U [D, .]; U's columns are padded to a multiple of 8, which tensor cores require."""
+        """Returns A [r, D], a [r] and s U [D, .]. The columns of U are padded to a multiple of 8, which tensor cores
+        require.
+        """
         up = torch.cat(self.up_columns(), 1) * self.scale
         return (self.conv_A.weight[..., 0].to(dtype), self.conv_A.bias.to(dtype),
                 F.pad(up.to(dtype), (0, -up.shape[1] % 8)))
 
     def down_project(self, x, weight, bias):
-        """x [N, D] -> z [N, r], with dropout."""
+        """Returns z [N, r] for x [N, D], with dropout."""
         z = F.linear(x, weight, bias)
         if self.training:
             z = z * ((torch.rand_like(z, dtype=torch.float32) >= self.dropout) / (1 - self.dropout)).to(z.dtype)
@@ -118,24 +126,26 @@ class RepAdapter(nn.Module):
 
     @staticmethod
     def add_up_projection(x, u_columns: list, up):
-        """x + s u U^T; u_columns: the columns of u [N, 2r + 2], up: s U [D, .]."""
+        """Returns x + s u U^T. `u_columns` are the columns of u [N, 2r + 2], and `up` is s U [D, .]."""
         u = torch.cat(u_columns, 1)
         return x + F.linear(F.pad(u, (0, up.shape[1] - u.shape[1])), up)
 
     def forward(self, x):
-        """x [N, D] -> [N, D]."""
+        """Adapts x [N, D]; the result has its shape."""
         *down, up = self.projections(x.dtype)
         z = self.down_project(x, *down)
         return self.add_up_projection(x, [z, torch.ones_like(z[:, :1])], up)
 
 
 def dense_weight(conv: nn.Conv1d):
-    """The weight of a grouped 1x1 convolution as a block-diagonal matrix [D, r]."""
+    """Returns the weight of a grouped 1x1 convolution as a block-diagonal matrix [D, r]."""
     return torch.block_diag(*conv.weight[..., 0].chunk(GROUPS))
 
 
 class RepAdapterRouter(RepAdapter):
-    """`x + s w0 (B z + b) + s w1 (E z + e)`, with the mixture `(w0, w1) = softmax((W h + c) / t)`; E is conv_D."""
+    """Computes `x + s w0 (B z + b) + s w1 (E z + e)` with the mixture `(w0, w1) = softmax((W h + c) / t)`. E is
+    `conv_D`.
+    """
 
     def __init__(self, dim: int, config: AdapterConfig, dropout: float):
         super().__init__(dim, config, dropout)
@@ -146,12 +156,14 @@ class RepAdapterRouter(RepAdapter):
         self.expert_weights = nn.Linear(dim, 2, device=INIT_DEVICE)
 
     def mixture(self, h):
-        """Router input h [M, D] -> expert mixture [M, 2], float32."""
+        """Returns the mixture of the experts [M, 2] float32 for the router input h [M, D]."""
         return (self.expert_weights(h.float()) / self.temperature).softmax(-1)
 
     def routed(self, h) -> tuple:
-        """The part of a forward pass that depends on the router input h [M, D] and the parameters alone: the mixtures
-        [M, 2], and the projections in the dtype of h."""
+        """Returns the part of a forward pass that depends on the router input h [M, D] and the parameters alone.
+
+        These are the mixtures [M, 2], and the projections in the dtype of h.
+        """
         return self.mixture(h), *self.projections(h.dtype)
 
     def up_columns(self) -> list:
@@ -159,7 +171,10 @@ class RepAdapterRouter(RepAdapter):
                 self.conv_D.bias[:, None]]
 
     def forward(self, x, mixture, projections=None):  # type: ignore[override]
-        """x [N, D], mixture [N, 2] -> [N, D]. projections: `self.projections(x.dtype)`, where already computed."""
+        """Adapts x [N, D] by the mixture [N, 2]; the result has the shape of x.
+
+        `projections` is `self.projections(x.dtype)` where that has been computed already.
+        """
         *down, up = projections or self.projections(x.dtype)
         z, w = self.down_project(x, *down), mixture.to(x.dtype)
         return self.add_up_projection(x, [z * w[:, :1], z * w[:, 1:], w], up)
@@ -184,8 +199,10 @@ class AdaptedBlock(Block):
         return self.norm_and_adapter(self.ffn_norm, "adapter_mlp", x, routing)
 
     def route_modality_tokens(self, x, one_hot, rotary, attn_metadata) -> tuple:
-        """The modality tokens x [2, D], of modalities one_hot [2, 2] -> the same behind this layer, and the layer's
-        entries in a RoutingCache."""
+        """Runs this layer on the modality tokens x [2, D], whose modalities are `one_hot` [2, 2].
+
+        Returns them behind this layer, and the layer's entries in a RoutingCache.
+        """
         routed = {"adapter_attn": self.adapter_attn.routed(self.attention_norm(x))}
         x = self.add_attention(x, rotary, attn_metadata, LayerRouting(one_hot, routed))
         if self.adapter_mlp is not None:
@@ -194,20 +211,22 @@ class AdaptedBlock(Block):
 
 
 def make_adapted_block(adapter: AdapterConfig, n_layers: int, drop_path: float = 0.0):
-    """`make_block` for lavin.llama.Llama: layers with adapters, whose dropout follows the depth schedule."""
+    """Makes a layer with adapters, whose dropout follows the depth schedule. It is a `make_block` for
+    lavin.llama.Llama.
+    """
     dropout = dropout_schedule(n_layers, adapter.dropout_prob, adapter.dropout_var, adapter.dropout_lim)
     return lambda config, layer: AdaptedBlock(config, drop_path, adapter, dropout[layer])
 
 
 class AdaptedNorm(nn.Module):
-    """A ViT block's norm followed by an adapter; each position of each image has its own router input."""
+    """The norm of a ViT block, followed by an adapter. Each position of each image is its own router input."""
 
     def __init__(self, norm: nn.Module, adapter: RepAdapter):
         super().__init__()
         self.norm, self.adapter = norm, adapter
 
     def forward(self, x):
-        """x [I, T, D] -> [I, T, D]."""
+        """Normalises and adapts x [I, T, D]; the result has its shape."""
         x = self.norm(x)
         rows = x.flatten(0, 1)
         mixture = (self.adapter.mixture(rows),) if isinstance(self.adapter, RepAdapterRouter) else ()
@@ -225,7 +244,7 @@ def adapt_vit(vit: nn.Module, adapter: AdapterConfig) -> None:
 
 
 class VisualProjection(nn.Module):
-    """`adapter_proj`: CLS features [..., width] -> token embeddings [..., D], through SiLU."""
+    """Maps CLS features [..., width] to token embeddings [..., D], through SiLU (`adapter_proj` of checkpoints)."""
 
     def __init__(self, width: int, hidden: int, dim: int):
         super().__init__()

@@ -25,12 +25,15 @@ from lavin.vision import VisionEncoder
 
 @dataclass
 class Batch:
-    """Samples concatenated to N tokens.
+    """Samples whose tokens are concatenated to N tokens.
 
-    ids [N]: token ids, 0 in image slots. lengths: the number of tokens of each of the B samples. modality [B]: 0 text,
-    1 image. images [I, 3, S, S] uint8: the images of the samples that have one, in order. image_slots [I * n_prompt]:
-    rows of the image embeddings. logit_indices [M]: rows whose next token is predicted. targets [M]: those next tokens.
-    loss_weights [M] float32: the weight of each target in the loss.
+    - ids [N]: token ids; 0 in image slots.
+    - lengths: the number of tokens of each of the B samples.
+    - modality [B]: 0 for text, 1 for an image.
+    - images [I, 3, S, S] uint8: the images of the samples that have one, in order.
+    - image_slots [I * n_prompt]: the rows that get image embeddings.
+    - logit_indices [M]: the rows whose next token is predicted; targets [M]: those next tokens.
+    - loss_weights [M] float32: the weight of each target in the loss.
     """
 
     ids: torch.Tensor
@@ -44,7 +47,9 @@ class Batch:
 
 
 def pack(examples: list[Example], loss_weights: list[float] | None = None, device="cpu") -> Batch:
-    """Concatenates examples. loss_weights: one for each example, for all its answer tokens (default 1)."""
+    """Concatenates examples to a Batch. `loss_weights` has a weight for each example, which all its answer tokens get
+    (default: 1).
+    """
     ids, logit_indices, images, token_weights = [], [], [], []
     for example, weight in zip(examples, loss_weights or [1.0] * len(examples), strict=True):
         begin = len(ids)
@@ -95,7 +100,7 @@ class LaVIN(nn.Module):
         self.llama.gradient_checkpointing = self.vision.gradient_checkpointing = on
 
     def embed(self, batch: Batch):
-        """Token and image embeddings of the samples [N, D]."""
+        """Returns the embeddings of the samples' tokens and images [N, D]."""
         x = self.llama.tok_embeddings(batch.ids)
         if batch.images is not None:
             features = self.vision(batch.images)  # [I, n_prompt, width]
@@ -104,12 +109,12 @@ class LaVIN(nn.Module):
         return x
 
     def modality_tokens(self):
-        """The two modality tokens [2, D], which begin every packed row, and their modalities [2]."""
+        """Returns the two modality tokens [2, D], which begin every packed row, and their modalities [2]."""
         return (self.adapter_modality_embedding.weight.to(self.dtype),
                 torch.arange(MODALITIES, device=self.device))
 
     def attn_metadata(self, lengths: list[int]):
-        """The metadata of a packed row: two modality tokens, then samples of these lengths.
+        """Returns the metadata of a packed row: two modality tokens, then samples of these lengths.
 
         Every sample's modality token is at position 0, so its first own token is at position 1.
         """
@@ -117,7 +122,7 @@ class LaVIN(nn.Module):
                               position_offsets=[0] * MODALITIES + [1] * len(lengths), use_triton=self.use_triton)
 
     def hidden_states(self, batch: Batch):
-        """Last hidden states of the samples [N, D], normalised."""
+        """Returns the normalised last hidden states of the samples [N, D]."""
         tokens, token_modality = self.modality_tokens()
         attn_metadata = self.attn_metadata(batch.lengths)
         modality = torch.cat((token_modality, batch.modality))[attn_metadata.document_ids]  # [2 + N]
@@ -125,15 +130,16 @@ class LaVIN(nn.Module):
         return self.llama(x, attn_metadata, Routing.from_modality(modality))[MODALITIES:]
 
     def forward(self, batch: Batch):
-        """Sum of the answer tokens' weighted cross-entropies, float32."""
+        """Returns the sum of the weighted cross-entropies of the answer tokens, a float32 scalar."""
         hidden = self.hidden_states(batch)[batch.logit_indices]
         return self.answer_loss(hidden, self.llama.output.weight, batch.targets, batch.loss_weights)
 
     @torch.no_grad()
     def prefill(self, batch: Batch, make_metadata=VarlenMetadata):
-        """`hidden_states` in inference: the routers read the routing cache, so the modality tokens are left out.
+        """Returns `hidden_states` in inference. The routers read the routing cache, so the modality tokens are left
+        out.
 
-        make_metadata: VarlenMetadata, or a function with its arguments.
+        `make_metadata` is VarlenMetadata, or a function with its arguments.
         """
         x = self.embed(batch)  # first: the GPU works on the images while the host prepares the rest
         attn_metadata = make_metadata(batch.lengths, self.device, position_offsets=[1] * len(batch.lengths),

@@ -1,4 +1,4 @@
-"""Which mixture of experts each row of a pass gets from the decoder's adapters, and the cache of it for generation.
+"""The mixture of experts that each row of a pass gets from the decoder's adapters, and its cache for generation.
 
 The routers read the two modality tokens alone. So all that an adapter's router and projections compute depends only on
 parameters, and generation computes it once for all answers (`RoutingCache`), where training does in every pass.
@@ -21,25 +21,24 @@ LayerEntries = dict[str, tuple]
 
 @dataclass
 class LayerRouting:
-    """One layer's part of a Routing."""
+    """The part of a Routing that one layer needs."""
 
     one_hot: torch.Tensor
     cache: LayerEntries | None
 
     def adapter_inputs(self, name: str, adapter: Any, x) -> tuple:
-        """The arguments of an adapter's forward besides x [N, D]: its mixture [N, 2] and its projections."""
+        """Returns the arguments of an adapter's forward besides x [N, D]: its mixture [N, 2] and its projections."""
         mixtures, *projections = adapter.routed(x[:MODALITIES]) if self.cache is None else self.cache[name]
         return self.one_hot @ mixtures, projections
 
 
 @dataclass
 class Routing:
-    """The expert mixture of every row of a pass, by modality; `routing` of lavin.llama.Llama.
+    """The expert mixture of every row of a pass, by modality. It is the `routing` of lavin.llama.Llama.
 
-    one_hot [N, 2] float32: each row's modality. A matrix product with it selects mixtures, and its gradient is
-    deterministic, unlike that of indexing.
-    cache: a RoutingCache's `layers`. None: every layer computes its entries from rows 0 and 1, which must then be the
-    two modality tokens (training).
+    `one_hot` [N, 2] float32 is each row's modality: a matrix product with it selects mixtures, and its gradient is
+    deterministic, unlike that of indexing. `cache` is a RoutingCache's `layers`. Without one, every layer computes its
+    entries from rows 0 and 1, which must then be the two modality tokens (training).
     """
 
     one_hot: torch.Tensor
@@ -47,7 +46,7 @@ class Routing:
 
     @classmethod
     def from_modality(cls, modality: torch.Tensor, cache: list[LayerEntries] | None = None) -> "Routing":
-        """modality [N]: 0 text, 1 image, for each row."""
+        """Makes the routing of rows from their modality [N]: 0 for text, 1 for an image."""
         return cls(F.one_hot(modality, MODALITIES).float(), cache)
 
     def for_layer(self, layer: int) -> LayerRouting:
@@ -55,9 +54,9 @@ class Routing:
 
 
 class RoutingCache:
-    """The entries of all layers, as of the parameters that they were last computed from.
+    """The entries of all layers, computed from the parameters at the time of the last `refresh`.
 
-    layers: the entries. `refresh` writes new ones into the same tensors, since captured passes read these.
+    `refresh` writes new entries into the same tensors of `layers`, since captured passes read these.
     """
 
     def __init__(self, llama: Llama, modality_embedding: nn.Embedding):
@@ -66,9 +65,9 @@ class RoutingCache:
         self.sources = [modality_embedding, *(part for name, part in llama.named_modules() if "adapter" in name)]
 
     def versions(self) -> list[tuple[int, int]]:
-        """The address of every tensor that the entries depend on, and PyTorch's count of the writes to it.
+        """Returns the address of every tensor that the entries depend on, and PyTorch's count of the writes to it.
 
-        Loading a checkpoint, an optimizer step and another scale or temperature change one or the other; only a write
+        Loading a checkpoint, an optimizer step and another scale or temperature change one or the other. Only a write
         through a parameter's `.data` does not, and goes unnoticed.
         """
         return [(tensor.data_ptr(), tensor._version) for part in self.sources
@@ -85,7 +84,9 @@ class RoutingCache:
 
     @staticmethod
     def compute(model) -> list[LayerEntries]:
-        """The modality tokens alone go through the layers, one by one and not compiled: that would take longer."""
+        """Computes the entries: the modality tokens alone go through the layers, one by one and not compiled, which
+        would take longer.
+        """
         x, modality = model.modality_tokens()
         one_hot, attn_metadata, layers = F.one_hot(modality, MODALITIES).float(), model.attn_metadata([]), []
         rotary = rotary_by_layer(model.llama.config, attn_metadata.position_ids)

@@ -10,15 +10,19 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of each 
 
 
 def channels(values: tuple[float, ...]) -> torch.Tensor:
-    """[3, 1, 1], on the CPU even while the model is built on the meta device."""
+    """Returns the values of the three channels as [3, 1, 1], on the CPU even while the model is built on the meta
+    device.
+    """
     return torch.tensor(values, device="cpu").view(3, 1, 1)
 
 
 class VisionEncoder(nn.Module):
-    """Images -> `n_features` CLS features, without final norm or projection.
+    """Turns images into `n_features` CLS features, without final norm or projection.
 
-    vit: a timm VisionTransformer with a class token; `normalization`, its pixels' mean and std, is ImageNet's where
-    open_vit (lavin/weights/vision.py) has set no other. Raises ValueError where its depth is no multiple of n_features.
+    `vit` is a timm VisionTransformer with a class token. Its pixels are normalised by `vit.normalization` (mean and std
+    of each channel), which open_vit (lavin/weights/vision.py) sets, and by ImageNet's constants where it is not set.
+    LaVIN normalises CLIP's pictures by ImageNet's constants, as published; they are not CLIP's own. Raises ValueError
+    where `n_features` does not divide the number of blocks.
     """
 
     def __init__(self, vit: nn.Module, n_features: int):
@@ -36,7 +40,7 @@ class VisionEncoder(nn.Module):
         self.register_buffer("pixel_std", channels(self.std), persistent=False)
 
     def forward(self, images):
-        """uint8 images [I, 3, S, S] -> CLS features [I, n_features, width]."""
+        """Returns the CLS features [I, n_features, width] of uint8 images [I, 3, S, S]."""
         x = ((images / 255 - self.pixel_mean) / self.pixel_std).to(self.vit.patch_embed.proj.weight.dtype)
         x = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(x)))  # [I, 1 + patches, width]
         if self.training:

@@ -45,9 +45,11 @@ def exponential(epoch: float, epochs: float, lr: float, min_lr: float) -> float:
 class Schedule:
     """A learning-rate schedule.
 
-    formula: the rate at an epoch. display_name: in names of methods; None: the schedule of the base method. uses: the
-    flags beside the rate and the epochs that change something; with warmup_epochs, a linear warm-up comes first.
-    lowest_lr: the peak rate below which the formula makes no sense.
+    - formula: returns the rate at an epoch.
+    - display_name: the name in names of methods; None for the schedule of the base method.
+    - uses: the flags beside the rate and the epochs that change something; with warmup_epochs, a linear warm-up comes
+      first.
+    - lowest_lr: the peak rate below which the formula makes no sense.
     """
 
     formula: Callable[[float, float, float, float], float]
@@ -70,14 +72,14 @@ SCHEDULES = {
 
 
 def schedule_of(name: str) -> Schedule:
-    """Raises ValueError, naming the flag, where there is no such schedule."""
+    """Returns a schedule by its name. Raises ValueError, with the flag, where there is no such schedule."""
     if name not in SCHEDULES:
         raise ValueError(f"--lr_schedule {name}: choose one of {', '.join(SCHEDULES)}")
     return SCHEDULES[name]
 
 
 def schedules_with(flag: str) -> list[str]:
-    """The names of the schedules that use a flag."""
+    """Returns the names of the schedules that use a flag."""
     return [name for name, schedule in SCHEDULES.items() if flag in schedule.uses]
 
 
@@ -109,7 +111,9 @@ def derive_learning_rate(args: Flags, effective_batch: int) -> None:
 
 
 def check_schedule(args: Any) -> None:
-    """Raises ValueError, naming the flag, for values that make no schedule. args: LearningRate, or the parsed flags."""
+    """Raises ValueError, with the flag, for values that make no schedule. `args` is a LearningRate, or the parsed
+    flags.
+    """
     schedule = schedule_of(args.lr_schedule)
     if not args.epochs > 0:
         raise ValueError(f"--epochs {args.epochs} must be positive")
@@ -126,7 +130,10 @@ def check_schedule(args: Any) -> None:
 
 
 def learning_rate(epoch: float, args: Any) -> float:
-    """The learning rate at a fractional epoch. args: LearningRate, or the parsed flags, checked by `check_schedule`."""
+    """Returns the learning rate at a fractional epoch.
+
+    `args` is a LearningRate, or the parsed flags, checked by `check_schedule`.
+    """
     schedule = schedule_of(args.lr_schedule)
     warmup = args.warmup_epochs if schedule.warms_up else 0
     if epoch < warmup:
@@ -135,7 +142,8 @@ def learning_rate(epoch: float, args: Any) -> float:
 
 
 def adjust_learning_rate(optimizer, epoch: float, args: Any) -> float:
-    """Sets the optimizer's learning rate for a fractional epoch, and returns it. args: as of `learning_rate`."""
+    """Sets the optimizer's learning rate for a fractional epoch, and returns it. `args` is what `learning_rate` takes.
+    """
     lr = learning_rate(epoch, args)
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -36,14 +36,16 @@ def checkpoint_path(folder: Path, epoch: int) -> Path:
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints of whole epochs by epoch, in order."""
+    """Returns the checkpoints of whole epochs by epoch, in order."""
     by_epoch = {int(match[1]): path for path in folder.glob("checkpoint-*.pth")
                 if (match := re.fullmatch(r"checkpoint-([0-9]+)\.pth", path.name))}
     return dict(sorted(by_epoch.items()))
 
 
 def last_checkpoint(path: str) -> Path:
-    """`path` itself if it is a file, or the latest checkpoint of a run folder. Raises UserError if there is none."""
+    """Returns `path` itself if it is a file, else the latest checkpoint of a run folder. Raises UserError if there is
+    none.
+    """
     given = Path(path)
     if not given.is_dir():
         if not given.is_file():
@@ -66,7 +68,7 @@ def git_commit() -> str | None:
 
 
 def environment(device: torch.device, world: int) -> dict:
-    """The machine and the versions that a run is executed with."""
+    """Returns the machine and the versions that a run is executed with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {"python": platform.python_version(), "torch": torch.__version__,  # which names its CUDA version, too
                 **{package: version(package) for package in PACKAGES}}
@@ -78,8 +80,8 @@ def write_config(folder: Path, flags: dict, device: torch.device, world: int, n_
                  resumed_at: dict | None) -> None:
     """Writes config.json at a run's start, and adds to it where and with what a run is resumed.
 
-    n_layers: the number of LLaMA's layers, needed to recompute the dropout schedule. resumed_at: the epoch and the step
-    that a run goes on with.
+    `n_layers` is the number of LLaMA's layers, needed to recompute the dropout schedule. `resumed_at` is the epoch and
+    the step that a run goes on with.
     """
     path, now = folder / "config.json", environment(device, world)
     if resumed_at and path.is_file():
@@ -101,7 +103,7 @@ def user_error_if_malformed(path: Path) -> Iterator[None]:
 # --- Folders ---
 
 def run_folders(paths: list[str]) -> list[Path]:
-    """The given run folders, and the runs directly inside given folders that are no runs; without repeats."""
+    """Returns the given run folders, and the runs directly inside given folders that are no runs, without repeats."""
     folders = {}
     for path in map(Path, paths):
         if not path.is_dir():

@@ -22,7 +22,7 @@ MAX_CAPTURED_TOKENS = 1024  # longer ones keep the GPU busy without a graph
 
 
 class CapturedVisionPass(CapturedPass):
-    """bucket: the shape of the images, which need no gradient."""
+    """A captured pass of the ViT. Its bucket is the shape of the images, which need no gradient."""
 
     def __init__(self, owner, bucket, images):
         vision = owner.module
@@ -38,9 +38,12 @@ class CapturedVisionPass(CapturedPass):
 
 
 class CapturedVision(CapturedModule):
-    """Passes have an even number of images, the last one blank where needed: half as many graphs, and none for a single
-    image, for which torch.compile would make a program of its own. In inference, more than two are padded to a multiple
-    of IMAGE_BUCKET."""
+    """A ViT with captured passes.
+
+    Passes have an even number of images, the last one blank where needed: this halves the number of graphs, and spares
+    a single image, for which torch.compile would make a program of its own. In inference, more than two images are
+    padded to a multiple of IMAGE_BUCKET.
+    """
 
     pass_class = CapturedVisionPass
 
@@ -53,13 +56,16 @@ class CapturedVision(CapturedModule):
         return images.shape
 
     def captures_inference(self, images):
-        """The images of prompts always pass through a graph."""
+        """Says that prefills are captured: the images of prompts always pass through a graph."""
         return True
 
 
 class CapturedLlamaPass(CapturedPass):
-    """bucket: (rows, documents, max_seqlen, KV cache's id). Unused rows continue the last document: since attention is
-    causal, its own tokens do not see them. Their output is dropped, and its gradient is zero."""
+    """A captured pass of LLaMA. Its bucket is (rows, documents, max_seqlen, id of the KV cache).
+
+    Unused rows continue the last document: since attention is causal, its own tokens do not see them. Their output is
+    dropped, and its gradient is zero.
+    """
 
     def __init__(self, owner, bucket, x, attn_metadata, routing):
         rows, num_docs, max_seqlen, *_ = bucket
@@ -94,8 +100,11 @@ class CapturedLlama(CapturedModule):
     pass_class = CapturedLlamaPass
 
     def bucket(self, x, attn_metadata, routing):
-        """Rows, documents and the longest document's tokens, each rounded up, the last to at most all rows, as
-        memory-efficient attention requires; and the KV cache that is filled."""
+        """Returns rows, documents and the longest document's tokens, each rounded up, and the id of the KV cache that
+        is filled.
+
+        The longest document is rounded to at most all rows, as memory-efficient attention requires.
+        """
         num_docs = attn_metadata.num_docs
         single = num_docs == 1  # a size of its own for torch.compile
         rows = round_up(len(x), PREFILL_BUCKET) if single else pad_to_bucket(len(x))
@@ -107,7 +116,9 @@ class CapturedLlama(CapturedModule):
         return type(attn_metadata), attn_metadata.num_docs == 1
 
     def captures_inference(self, x, attn_metadata, routing):
-        """Prefills are captured here, with or without a KV cache; decoding steps are captured by their session."""
+        """Says that prefills are captured here, with or without a KV cache; decoding steps are captured by their
+        session.
+        """
         return (isinstance(attn_metadata, VarlenMetadata) and routing.cache is not None
                 and (attn_metadata.num_docs > 1 or len(x) <= MAX_CAPTURED_TOKENS))
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: which passes are captured (CapturedModule.__call__), and how they are captured and replayed.
+"""CUDA graphs: the choice of passes (CapturedModule.__call__), and the way they are captured and replayed.
 
 Where a step is short, the host takes longer to launch its thousands of kernels than the GPU to run them. A CUDA graph
 replays all of them with one launch. A graph always reads and writes the memory it was captured with, so inputs are
@@ -25,7 +25,7 @@ MAX_GRAPHS = 128  # buckets kept; at 7B each takes 6 MiB outside the shared pool
 
 
 def graph_pool(device: torch.device):
-    """A memory pool for graphs whose replays never overlap."""
+    """Returns a memory pool for graphs whose replays never overlap."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
@@ -46,7 +46,7 @@ def capture(run: Callable[[], None], device: torch.device, pool=None) -> Callabl
 
 
 def pad_to_bucket(n: int) -> int:
-    """n rounded up, by at most 1/32 from 512 on and to a multiple of 16 below, so that few different sizes occur."""
+    """Rounds n up, by at most 1/32 from 512 on and to a multiple of 16 below, so that few different sizes occur."""
     return round_up(n, max(16, 2 ** (n.bit_length() - 6)))
 
 
@@ -75,7 +75,7 @@ class CapturedPass:
     inputs: list[torch.Tensor] = []
 
     def __init__(self, owner: "CapturedModule", bucket, x, *others):
-        """x, *others: inputs that fall into the bucket."""
+        """Makes the static tensors; x and others are inputs that fall into the bucket."""
         raise NotImplementedError
 
     def run(self) -> torch.Tensor:
@@ -85,7 +85,7 @@ class CapturedPass:
         raise NotImplementedError
 
     def capture_graphs(self, owner: "CapturedModule", shape, dtype) -> None:
-        """shape, dtype: of the output."""
+        """Captures both passes. `shape` and `dtype` are those of the output."""
         self.owner, take = owner, owner.buffers.take
         self.output = take("output", shape, dtype)
         if not torch.is_grad_enabled():
@@ -169,7 +169,7 @@ class CapturedModule:
         raise NotImplementedError
 
     def kind(self, *inputs) -> Hashable:
-        """Inputs of another kind need another compiled program."""
+        """Returns the kind of the inputs: those of another kind need another compiled program."""
         return None
 
     def captures_inference(self, *inputs) -> bool:

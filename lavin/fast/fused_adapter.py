@@ -8,7 +8,7 @@ from lavin.mm_adapter import AdaptedBlock
 class FusedAdaptedBlock(AdaptedBlock):
     @classmethod
     def convert(cls, block: AdaptedBlock) -> None:
-        """Converts in place."""
+        """Converts a block in place."""
         block.__class__ = cls
 
     def norm_and_adapter(self, norm, name, x, routing):

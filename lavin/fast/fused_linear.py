@@ -28,7 +28,7 @@ def frozen(tensor: torch.Tensor | None) -> nn.Parameter | None:
 
 
 class FrozenLinear(nn.Module):
-    """x W^T + b for a frozen W [O, K] and b [O]."""
+    """Computes x W^T + b for a frozen W [O, K] and b [O]."""
 
     def __init__(self, weight: torch.Tensor, fp8: bool, bias: torch.Tensor | None = None):
         super().__init__()
@@ -41,7 +41,7 @@ class FrozenLinear(nn.Module):
 
     @classmethod
     def join(cls, linears: list[nn.Linear], fp8: bool) -> "FrozenLinear":
-        """One matrix for layers with the same input, of which all have a bias, or none."""
+        """Joins layers with the same input to one matrix. All of them have a bias, or none has."""
         biases = [linear.bias for linear in linears if linear.bias is not None]
         return cls(torch.cat([linear.weight for linear in linears]), fp8, torch.cat(biases) if biases else None)
 
@@ -50,40 +50,42 @@ class FrozenLinear(nn.Module):
         return (self.weight,) if self.scale is None else (self.weight, self.scale, self.weight_t, self.scale_t)
 
     def forward(self, x):
-        """[N, K] -> [N, O]."""
+        """Returns x W^T + b [N, O] for x [N, K]."""
         return add_bias(frozen_linear(x, *self.weights), self.bias)
 
 
 def is_fp8(weights: Sequence[torch.Tensor]) -> bool:
-    """Whether a matrix is stored in fp8, as four tensors, or in 16 bits, as one."""
+    """Says whether a matrix is stored in fp8, as four tensors, or in 16 bits, as one."""
     return len(weights) == 4
 
 
 def maybe_quantize(x, weights: tuple) -> tuple:
-    """The factor x of a product with these weights: (values, scales) in fp8, else (x, None)."""
+    """Returns the factor x of a product with these weights: (values, scales) in fp8, else (x, None)."""
     return quantize_rows(x) if is_fp8(weights) else (x, None)
 
 
 def matmul(scaled_x: tuple, weights: tuple, dtype):
-    """x W^T: [N, K] -> [N, O]. scaled_x: x as `maybe_quantize` returns it."""
+    """Returns x W^T [N, O] for x [N, K]. `scaled_x` is x as `maybe_quantize` returns it."""
     x, scale = scaled_x
     return scaled_matmul(x, scale, weights[0], weights[1], dtype) if is_fp8(weights) else x @ weights[0].t()
 
 
 def uses_gemv(x) -> bool:
-    """Products with one row; torch.compile makes a program of its own for them anyway."""
+    """Says whether a product has one row. torch.compile makes a program of its own for these anyway."""
     return x.shape[0] == 1 and x.is_cuda
 
 
 def linear(x, weights: tuple):
-    """x W^T: [N, K] -> [N, O], in the dtype of x."""
+    """Returns x W^T [N, O] for x [N, K], in the dtype of x."""
     if uses_gemv(x):
         return gemv(x, weights[0], weights[1] if is_fp8(weights) else None)
     return matmul(maybe_quantize(x, weights), weights, x.dtype)
 
 
 def matmul_backward(scaled_grad: tuple, weights: tuple, dtype):
-    """Gradient of x, grad_output W: [N, O] -> [N, K]. scaled_grad: grad_output as `maybe_quantize` returns it."""
+    """Returns the gradient of x, grad_output W: [N, K] for [N, O]. `scaled_grad` is grad_output as `maybe_quantize`
+    returns it.
+    """
     grad, scale = scaled_grad
     return scaled_matmul(grad, scale, weights[2], weights[3], dtype) if is_fp8(weights) else grad @ weights[0]
 
@@ -102,7 +104,10 @@ class FrozenLinearFunction(torch.autograd.Function):
 
 
 class SwiGLUMLPFunction(torch.autograd.Function):
-    """w2 (silu(w1 x) * w3 x). weights: those of [w1; w3] in one matrix, then those of w2. bias: that of [w1; w3]."""
+    """Computes w2 (silu(w1 x) * w3 x).
+
+    `weights` are those of [w1; w3] in one matrix, then those of w2. `bias` is that of [w1; w3].
+    """
 
     @staticmethod
     def forward(ctx, x, bias, *weights):
@@ -123,7 +128,7 @@ class SwiGLUMLPFunction(torch.autograd.Function):
 
 
 class QKVRopeFunction(torch.autograd.Function):
-    """Query, key and value from one matrix product, rotary embeddings applied to query and key."""
+    """Computes query, key and value by one matrix product, and applies rotary embeddings to query and key."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, heads, kv_heads, bias, *weights):
@@ -140,7 +145,7 @@ class QKVRopeFunction(torch.autograd.Function):
 
 
 def split_heads(qkv, heads: int, kv_heads: int) -> tuple:
-    """[N, (H + 2 H_kv) d] -> query [N, H, d], key and value [N, H_kv, d]."""
+    """Splits [N, (H + 2 H_kv) d] into query [N, H, d], key and value [N, H_kv, d]."""
     return qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
 
 
@@ -162,7 +167,7 @@ def qkv_rope(x, cos, sin, heads, kv_heads, bias, *weights):
 class FusedAttention(Attention):
     @classmethod
     def convert(cls, attention: Attention, fp8: bool) -> None:
-        """Converts in place: wq, wk and wv become one matrix, wqkv."""
+        """Converts an attention layer in place: wq, wk and wv become one matrix, wqkv."""
         attention.heads = attention.wq.out_features // attention.head_dim
         attention.kv_heads = attention.wk.out_features // attention.head_dim
         attention.wqkv = FrozenLinear.join([attention.wq, attention.wk, attention.wv], fp8)
@@ -182,7 +187,7 @@ class FusedAttention(Attention):
 class FusedFeedForward(FeedForward):
     @classmethod
     def convert(cls, feed_forward: FeedForward, fp8: bool) -> None:
-        """Converts in place: w1 (gate) and w3 (up) become one matrix, w13."""
+        """Converts a feed-forward layer in place: w1 (gate) and w3 (up) become one matrix, w13."""
         feed_forward.w13 = FrozenLinear.join([feed_forward.w1, feed_forward.w3], fp8)
         del feed_forward.w1, feed_forward.w3
         feed_forward.w2 = FrozenLinear(feed_forward.w2.weight, fp8, feed_forward.w2.bias)

@@ -25,8 +25,11 @@ from lavin.runtime.errors import UserError, first_line
 
 
 def fuse(model: LaVIN, fp8: bool = False) -> None:
-    """Fuses a model in place: the matrices of LLaMA's layers, but for those in 4 bits, and norms with adapters. The
-    output matrix and the ViT stay as they are."""
+    """Fuses the matrices of LLaMA's layers, unless they are in 4 bits, and norms with adapters. It changes the model in
+    place.
+
+    The output matrix and the ViT stay as they are.
+    """
     for block in model.llama.layers:
         if isinstance(block.attention.wq, nn.Linear):
             fused_linear.FusedAttention.convert(block.attention, fp8)
@@ -35,8 +38,11 @@ def fuse(model: LaVIN, fp8: bool = False) -> None:
 
 
 def allow_in_cache(functions: Iterable[Callable]) -> None:
-    """Programs with these functions may be loaded from torch.compile's cache on disk, as long as this project's code is
-    the same. torch cannot see whether it is, and would trace and partition them anew in every process."""
+    """Lets programs with these functions be loaded from torch.compile's cache on disk while this project's code is the
+    same.
+
+    torch cannot see whether it is, and would trace and partition them anew in every process.
+    """
     from torch._inductor import config  # late: the compiler takes as long to import as torch
     if hasattr(config, "unsafe_marked_cacheable_functions"):  # from torch 2.7 on
         sources = sorted(Path(__file__).parents[1].rglob("*.py"))
@@ -63,7 +69,7 @@ def compile_model(model: LaVIN) -> None:
 
 @cache
 def compiler_error(device: torch.device) -> str | None:
-    """Why Triton or Inductor does not work on this GPU, tried on a small function; None where both work.
+    """Returns why Triton or Inductor does not work on this GPU, tried on a small function, or None where both work.
 
     On clusters, the GPU may be too old for their kernels, and a C compiler or a place to write to may be missing.
     """
@@ -85,9 +91,14 @@ def compiler_error(device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class FastPaths:
-    """The faster parts that a model on a device takes. attention: a function of lavin/attention.py. fused: matrices
-    with Triton kernels. captured: training passes and decoding in CUDA graphs. note: a line that names a part that does
-    not work here."""
+    """The faster parts that a model on a device takes.
+
+    - attention: a function of lavin/attention.py.
+    - fused: whether matrices are fused with Triton kernels.
+    - compiled: whether layers are compiled.
+    - captured: whether training passes and decoding are captured in CUDA graphs.
+    - note: a line that names a part that does not work here.
+    """
 
     attention: Callable
     fused: bool
@@ -97,9 +108,10 @@ class FastPaths:
 
 
 def check_fast_paths(device: torch.device, dtype: torch.dtype, bits: str, compile: str, cuda_graphs: str) -> str | None:
-    """Why the compiler does not work on this GPU, if so. Raises UserError for what was asked for and does not work.
+    """Returns why the compiler does not work on this GPU, if so. Raises UserError for what was asked for and does not
+    work.
 
-    To be called before a model is loaded, which takes longer. Flags: as in `choose_fast_paths`.
+    Call it before a model is loaded, which takes longer. The flags are those of `choose_fast_paths`.
     """
     if bits == "fp8":
         check_fp8(device, dtype)
@@ -113,7 +125,10 @@ def check_fast_paths(device: torch.device, dtype: torch.dtype, bits: str, compil
 
 def choose_fast_paths(device: torch.device, dtype: torch.dtype, head_dim: int, bits: str = "16bit",
                       compile: str = "auto", cuda_graphs: str = "auto") -> FastPaths:
-    """compile, cuda_graphs: `auto`, `on` or `off`. Raises UserError as `check_fast_paths`."""
+    """Chooses the fast parts by device, dtype and flags.
+
+    `compile` and `cuda_graphs` are `auto`, `on` or `off`. Raises UserError where `check_fast_paths` does.
+    """
     error, gpu = check_fast_paths(device, dtype, bits, compile, cuda_graphs), device.type == "cuda"
     note = f"the model runs without torch.compile and Triton, which do not work on this GPU: {error}" if error else ""
     works = gpu and not error
@@ -123,23 +138,24 @@ def choose_fast_paths(device: torch.device, dtype: torch.dtype, head_dim: int, b
 
 
 def can_speed_up(linear: nn.Module) -> bool:
-    """Whether a model with this matrix in its layers is compiled and captured: not with a tensor-parallel one, nor with
-    one in 8 bits, whose product waits for the GPU."""
+    """Says whether a model with this matrix in its layers is compiled and captured.
+
+    It is not with a tensor-parallel matrix, nor with one in 8 bits, whose product waits for the GPU.
+    """
     return isinstance(linear, nn.Linear) or getattr(linear, "capturable", False)  # lavin/weights/quantization.py
 
 
 def choose_attention(model: LaVIN) -> None:
-    """Sets the model's use_triton: attention does without our kernels on a GPU where the compiler does not work."""
+    """Sets the model's `use_triton`: attention does without our kernels on a GPU where the compiler does not work."""
     if model.device.type == "cuda":
         model.use_triton = compiler_error(model.device) is None
 
 
 def speed_up(model: LaVIN, bits: str = "16bit", compile: str = "auto", cuda_graphs: str = "auto") -> LaVIN:
-    """Changes the model in place and returns it. bits: `fp8` for fp8 matrices. compile, cuda_graphs: `auto`, `on` or
-    `off`.
+    """Changes the model in place and returns it.
 
-    Models in 8 bits and tensor-parallel ones stay as they are, but for their attention. Raises UserError as
-    `choose_fast_paths`.
+    `bits` is `fp8` for fp8 matrices. `compile` and `cuda_graphs` are `auto`, `on` or `off`. Models in 8 bits and
+    tensor-parallel ones only get another attention. Raises UserError where `choose_fast_paths` does.
     """
     choose_attention(model)
     if not can_speed_up(model.llama.layers[0].attention.wq):

@@ -16,14 +16,15 @@ INCOMPLETE = "\ufffd"  # how SentencePiece decodes bytes that are not yet a comp
 
 
 def set_eval(model: LaVIN) -> None:
-    """model.eval() where it is needed: walking all modules of 7B takes 2 ms, for every answer."""
+    """Calls `model.eval()` where it is needed: walking all modules of 7B takes 2 ms, for every answer."""
     if model.training:
         model.eval()
 
 
 @contextmanager
 def session_for(model: LaVIN, examples: list[Example], new_tokens: int) -> Iterator[Session]:
-    """The model's latest session where it fits, else a new one. While it is in use, nobody else gets it."""
+    """Returns the model's latest session where it fits, else a new one. Nobody else gets a session while it is in use.
+    """
     wanted = model, len(examples), max(len(example.ids) for example in examples) + new_tokens
     session = model.session
     model.session = None
@@ -42,9 +43,9 @@ def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
            choose: Callable[[torch.Tensor], torch.Tensor], draft: Sequence[int] = ()) -> Iterator[torch.Tensor]:
     """Yields the next token ids [B] of all sequences, `max_new_tokens` times; the caller may stop earlier.
 
-    choose: logits [B, V] float32 -> ids [B]. draft: tokens with which answers probably begin. The prefill has them
-    behind every prompt, so that as many as all sequences choose take no steps; the ids are the same without
-    (speculative decoding, Leviathan et al. 2023, arXiv 2211.17192, for greedy choices).
+    `choose` maps logits [B, V] float32 to ids [B]. `draft` holds tokens with which answers probably begin: the prefill
+    has them behind every prompt, so that as many as all sequences choose take no steps. The ids are the same without a
+    draft (speculative decoding, Leviathan et al. 2023, arXiv 2211.17192, for greedy choices).
     """
     draft = draft[:max_new_tokens - 1]
     with session_for(model, examples, len(draft) + max_new_tokens) as session:
@@ -62,7 +63,7 @@ def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
 def warmup(model: LaVIN, max_tokens: int) -> None:
     """Compiles and captures everything that answers to single prompts need, so that the first question is fast.
 
-    max_tokens: of prompt and answer together. With CUDA graphs, prompts of every length bucket.
+    `max_tokens` counts prompt and answer together. With CUDA graphs, prompts of every length bucket are captured.
     """
     set_eval(model)
     longest_prompt = min(max_tokens - 1, MAX_CAPTURED_TOKENS) if model.use_cuda_graphs else PREFILL_BUCKET
@@ -79,7 +80,8 @@ def generate(model: LaVIN, tokenizer: Tokenizer, examples: list[Example], max_ne
              seeds: list[int] | None = None, draft: Sequence[int] = ()) -> list[str]:
     """Continues each example up to EOS, a text that `is_complete`, or max_new_tokens. Returns the new texts.
 
-    draft: see `decode`. Raises NotFinite, a UserError, for an unfinished sequence with logits that are not finite.
+    `draft` is what `decode` describes. Raises NotFinite, a UserError, for an unfinished sequence with logits that are
+    not finite.
     """
     set_eval(model)
     written: list[list[int]] = [[] for _ in examples]

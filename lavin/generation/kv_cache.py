@@ -13,7 +13,9 @@ from lavin.llama import LlamaConfig
 
 
 class KVCache:
-    """Keys and values [L, B, H_kv, T, d] of B sequences; lengths [B]: how many of the T positions are filled."""
+    """The keys and values [L, B, H_kv, T, d] of B sequences, and their lengths [B]: how many of the T positions are
+    filled.
+    """
 
     def __init__(self, config: LlamaConfig, batch_size: int, capacity: int, device, dtype):
         shape = (config.n_layers, batch_size, config.kv_heads, capacity, config.head_dim)
@@ -23,7 +25,9 @@ class KVCache:
 
 
 class PrefillMetadata(VarlenMetadata):
-    """Sequences as documents of a packed row, whose keys and values are also written to the cache."""
+    """The metadata of a prefill: sequences are documents of a packed row, whose keys and values are also written to the
+    cache.
+    """
 
     def __init__(self, cache: KVCache, *document_boundaries, **options):
         super().__init__(*document_boundaries, **options)
@@ -35,7 +39,7 @@ class PrefillMetadata(VarlenMetadata):
 
 @dataclass
 class PrefillLayer:
-    """keys, values: this layer's part of the cache [B, H_kv, T, d]."""
+    """One layer's part of a PrefillMetadata. `keys` and `values` are the layer's part of the cache [B, H_kv, T, d]."""
 
     attn_metadata: PrefillMetadata
     keys: torch.Tensor
@@ -55,7 +59,10 @@ class PrefillLayer:
 
 
 class DecodeMetadata:
-    """One new token for every sequence of the cache, B rows in all. use_triton: see VarlenMetadata."""
+    """The metadata of a decoding step: one new token for every sequence of the cache, B rows in all.
+
+    `use_triton` has the meaning that it has in VarlenMetadata.
+    """
 
     def __init__(self, cache: KVCache, use_triton: bool = HAS_TRITON):
         self.cache, self.use_triton = cache, use_triton
@@ -72,14 +79,14 @@ class DecodeMetadata:
 
 @dataclass
 class DecodeLayer:
-    """keys, values: this layer's part of the cache [B, H_kv, T, d]."""
+    """One layer's part of a DecodeMetadata. `keys` and `values` are the layer's part of the cache [B, H_kv, T, d]."""
 
     attn_metadata: DecodeMetadata
     keys: torch.Tensor
     values: torch.Tensor
 
     def attend(self, query, key, value):
-        """query [B, H, d], key and value [B, H_kv, d] -> [B, H, d]."""
+        """Attends with query [B, H, d], key and value [B, H_kv, d]; returns [B, H, d]."""
         positions = self.attn_metadata.cache_positions
         if uses_triton(key.device, key.dtype, key.shape[-1], self.attn_metadata.use_triton):
             return decode_attention(query.contiguous(), key.contiguous(), value.contiguous(), self.keys, self.values,

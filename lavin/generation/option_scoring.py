@@ -16,10 +16,10 @@ OptionExample = tuple[Example, list[int]]  # see `option_example`
 
 
 def option_example(tokenizer: Tokenizer, prompt: str, options: list[str], **layout) -> OptionExample:
-    """The longest token prefix that all answers `options` to a prompt share, and each option's next token.
+    """Returns the longest token prefix that all answers `options` to a prompt share, and each option's next token.
 
-    layout: image and n_prompt, as in Tokenizer.example. Raises UserError where two options continue with the same
-    token.
+    `layout` holds image and n_prompt, as in Tokenizer.example. Raises UserError where two options continue with the
+    same token.
     """
     ids = [tokenizer.example(prompt, option, **layout).ids for option in options]
     prefix = next(i for i, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
@@ -32,10 +32,10 @@ def option_example(tokenizer: Tokenizer, prompt: str, options: list[str], **layo
 
 @torch.no_grad()
 def score_options(model: LaVIN, batches: Iterable[list[OptionExample]]) -> Iterator[list[list[float]]]:
-    """Log-probabilities of each question's options, batch by batch. Raises NotFinite, a UserError, for logits that are
-    not finite.
+    """Returns the log-probabilities of each question's options, batch by batch.
 
     The next batch is launched before the scores of the last one are read, so that the GPU never waits for the host.
+    Raises NotFinite, a UserError, for logits that are not finite.
     """
     set_eval(model)
     in_flight = None
@@ -49,7 +49,7 @@ def score_options(model: LaVIN, batches: Iterable[list[OptionExample]]) -> Itera
 
 
 def next_token_logits(model: LaVIN, examples: list[Example]) -> torch.Tensor:
-    """[B, V] float32: of the token behind each example."""
+    """Returns the logits [B, V] float32 of the token behind each example."""
     if len(examples) == 1:  # as in the chat, which has captured a session's prefills
         with session_for(model, examples, 1) as session:
             return session.prefill(examples)[0]

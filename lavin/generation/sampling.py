@@ -12,7 +12,9 @@ NOT_FINITE = -1  # in place of a token id: read with the ids, so that the check 
 
 
 class NotFinite(UserError):
-    """indices: of the sequences whose logits hold a NaN or an infinity that a choice would depend on."""
+    """The logits of some sequences hold a NaN or an infinity that a choice would depend on. `indices` says which
+    sequences.
+    """
 
     def __init__(self, indices: list[int], whose: str = ""):
         super().__init__(f"the model gives NaN{whose}: the weights or the adapters are broken")
@@ -21,7 +23,7 @@ class NotFinite(UserError):
 
 @contextmanager
 def named_failures(names: list[str]) -> Iterator[None]:
-    """Adds to NotFinite, raised inside, which sequences it concerns. names: one for each sequence of the batch."""
+    """Adds to a NotFinite that is raised inside which sequences it concerns. `names` has one name for each sequence."""
     try:
         yield
     except NotFinite as error:
@@ -35,19 +37,20 @@ def refuse_not_finite(indices: Iterable[int]) -> None:
 
 
 def sampling_seed(seed: int, name: str) -> int:
-    """The seed of one question's draws, which depends on the --seed of the command and the question's name alone.
+    """Returns the seed of one question's draws, which depends on the --seed of the command and the question's name
+    alone.
 
-    A checksum of both, so that no question draws with one --seed what another question draws with another.
+    It is a checksum of both, so that no question draws with one --seed what another question draws with another.
     """
     return zlib.crc32(f"{seed} {name}".encode())
 
 
 def sampler(temperature: float, top_p: float, seeds: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function logits [B, V] -> ids [B]. Greedy at temperature 0, else nucleus sampling (Holtzman et al. 2020,
-    arXiv 1904.09751). The id is NOT_FINITE where a row has a NaN or an infinity, or nothing but -inf.
+    """Returns a function that maps logits [B, V] to ids [B].
 
-    seeds: one for each sequence, which draws from its own generator, so that it does not depend on the rest of the
-    batch.
+    It is greedy at temperature 0, and else samples from the nucleus (Holtzman et al. 2020, arXiv 1904.09751). An id is
+    NOT_FINITE where a row has a NaN or an infinity, or nothing but -inf. `seeds` has one seed for each sequence, which
+    draws from its own generator, so that it does not depend on the rest of the batch.
     """
     if temperature == 0:
         return greedy

@@ -46,11 +46,15 @@ class Session:
 
     @staticmethod
     def session_key(model: LaVIN) -> tuple:
-        """A session is reused while this is equal; parameter values may differ."""
+        """Returns what a session depends on: it is reused while this is equal, whatever the values of the parameters.
+        """
         return model.device, model.dtype
 
     def fits(self, model: LaVIN, batch_size: int, capacity: int) -> bool:
-        """An evaluation's batches differ by one sequence: the smaller ones leave one idle in the others' session."""
+        """Says whether the session can take a batch of this size.
+
+        The batches of an evaluation differ by one sequence: the smaller ones leave one idle.
+        """
         idle = self.batch_size - batch_size
         return (self.key == self.session_key(model) and capacity <= self.capacity
                 and 0 <= idle <= batch_size // SEQUENCES_PER_IDLE)

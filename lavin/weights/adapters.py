@@ -69,7 +69,7 @@ class PublishedCheckpoint(TypedDict):
 
 
 def published_name(name: str) -> str:
-    """Our name of a trained parameter -> its name in the published checkpoints."""
+    """Returns the name in the published checkpoints of a trained parameter with our name."""
     for prefix, published in PUBLISHED_PREFIXES.items():
         name = re.sub(f"^{re.escape(prefix)}", published, name)
     for part, published in PUBLISHED_NORM_ADAPTERS.items():
@@ -78,14 +78,15 @@ def published_name(name: str) -> str:
 
 
 def adapter_parameters(model: LaVIN) -> dict[str, torch.nn.Parameter]:
-    """The trained parameters under their published names."""
+    """Returns the trained parameters under their published names."""
     return {published_name(name): p for name, p in model.named_parameters() if "adapter" in name}
 
 
 def pack_adapters(model: LaVIN, **extra) -> bytes:
-    """A checkpoint file's content, `{"model": ..., "adapter_config": ..., **extra}`. Equal states give equal bytes.
+    """Returns the content of a checkpoint file: `{"model": ..., "adapter_config": ..., **extra}`. Equal states give
+    equal bytes.
 
-    extra: plain values and tensors. Raises UserError where adapters are not finite: they are of no use.
+    `extra` holds plain values and tensors. Raises UserError where adapters are not finite: they are of no use.
     """
     tensors = {name: p.detach().cpu().clone() for name, p in adapter_parameters(model).items()}
     not_finite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -99,8 +100,10 @@ def pack_adapters(model: LaVIN, **extra) -> bytes:
 
 
 def unshared(value):
-    """The same plain value, of which no container occurs twice, and equal strings are one object: pickle writes an
-    object that it has written as a reference to it, so that equal values would not give equal bytes."""
+    """Returns an equal plain value in which no container occurs twice and equal strings are one object.
+
+    pickle writes an object that it has written as a reference to it, so that equal values would not give equal bytes.
+    """
     if isinstance(value, dict):
         return {unshared(key): unshared(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -114,7 +117,9 @@ def save_adapters(model: LaVIN, path: Path, **extra) -> None:
 
 
 def read_adapters(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint of ours, or a published one: no `adapter_config`, names possibly prefixed with `module.`."""
+    """Reads a checkpoint of ours, or a published one, which has no `adapter_config` and may prefix names with
+    `module.`.
+    """
     content = read_torch(path)
     if not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is no adapter checkpoint (it has no entry 'model'): name a checkpoint-*.pth of a run")
@@ -129,7 +134,7 @@ def read_adapters(path: Path) -> dict[str, Any]:
 
 
 def check_sha256(content: dict, path: Path) -> None:
-    """Raises UserError where an entry is not as `pack_adapters` wrote it."""
+    """Raises UserError where an entry differs from what `pack_adapters` wrote."""
     try:
         found = value_sha256({name: value for name, value in content.items() if name != "sha256"})
     except (RuntimeError, TypeError):  # no value of ours
@@ -140,7 +145,7 @@ def check_sha256(content: dict, path: Path) -> None:
 
 
 def load_adapters(model: LaVIN, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Copies the tensors of a checkpoint's `model` entry into the model. source: names the file in error messages."""
+    """Copies the tensors of a checkpoint's `model` entry into the model. `source` names the file in error messages."""
     parameters = adapter_parameters(model)
     check_names(parameters.keys(), tensors.keys(), source)
     with torch.no_grad():

@@ -61,7 +61,7 @@ class Rope(TypedDict, total=False):
 
 @declared
 class Config(TypedDict):
-    """config.json, with the only values of its other features that lavin.llama has."""
+    """The content of config.json. Other features of LLaMA's relatives may only have the value that lavin.llama has."""
 
     model_type: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
     hidden_size: Width
@@ -98,9 +98,10 @@ def to_interleaved_rope(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 class HuggingFaceLlama(Mapping):
-    """Our name -> tensor of a LlamaForCausalLM. tied: the output projection shares the embedding's weights.
+    """A mapping from our names to the tensors of a LlamaForCausalLM, which are read on access.
 
-    tensors: read on access. meta_order: query and key are already in Meta's rotary layout.
+    `tied` says that the output projection shares the embedding's weights, and `meta_order` that query and key are
+    already in Meta's rotary layout.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], config: LlamaConfig, tied: bool, meta_order: bool = False):
@@ -130,7 +131,9 @@ class HuggingFaceLlama(Mapping):
 
 
 def read_rope(config: dict[str, Any]) -> tuple[float, str, RopeScaling | None]:
-    """Theta, type and scaling. Raises KeyError where a number of the scaling is missing."""
+    """Returns theta, type and scaling of the rotary embeddings. Raises KeyError where a number of the scaling is
+    missing.
+    """
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -151,7 +154,7 @@ def read_rope(config: dict[str, Any]) -> tuple[float, str, RopeScaling | None]:
 
 
 def make_scaling(cls: Any, rope: dict[str, Any]) -> RopeScaling:
-    """Raises KeyError where a field without a default is missing."""
+    """Makes a rope scaling from its entries. Raises KeyError where one without a default is missing."""
     values = {field.name: rope[field.name] for field in fields(cls) if field.name in rope}
     missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
     if missing:
@@ -160,7 +163,7 @@ def make_scaling(cls: Any, rope: dict[str, Any]) -> RopeScaling:
 
 
 def yarn_attention_factor(rope: dict[str, Any]) -> float:
-    """Where it is not given: the paper's, or DeepSeek's ratio."""
+    """Returns the attention factor of a YaRN scaling that gives none: the paper's, or DeepSeek's ratio."""
     def of(scale: float) -> float:
         return 0.1 * scale * math.log(max(rope["factor"], 1)) + 1
     mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
@@ -168,13 +171,13 @@ def yarn_attention_factor(rope: dict[str, Any]) -> float:
 
 
 def rope_entry(scaling: Any) -> dict[str, Any]:
-    """The opposite of `read_rope`, for one of ROPE_SCALINGS."""
+    """Returns the entry of config.json for one of ROPE_SCALINGS: the inverse of `read_rope`."""
     rope_type = next(name for name, cls in ROPE_SCALINGS.items() if type(scaling) is cls)
     return {"rope_type": rope_type, **asdict(scaling)}
 
 
 def read_biases(config: dict[str, Any]) -> tuple[str, ...]:
-    """The linear layers of a block that have a bias."""
+    """Returns the linear layers of a block that have a bias."""
     if config["model_type"] == "qwen2":
         return "wq", "wk", "wv"
     return (*(("wq", "wk", "wv", "wo") if config.get("attention_bias") else ()),
@@ -182,7 +185,7 @@ def read_biases(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def read_nope_layers(config: dict[str, Any]) -> tuple[int, ...]:
-    """Raises ValueError where the list is too short."""
+    """Returns the layers without rotary embeddings. Raises ValueError where the list is too short."""
     if config["model_type"] != "smollm3":
         return ()
     n, has_rope = config["num_hidden_layers"], config.get("no_rope_layers")
@@ -194,7 +197,8 @@ def read_nope_layers(config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def llama_config(content: Config) -> LlamaConfig:
-    """Converts config.json. Raises ValueError for sizes that contradict each other, KeyError for missing entries."""
+    """Converts config.json. Raises ValueError for sizes that contradict each other, and KeyError for missing entries.
+    """
     config: dict[str, Any] = {**DEFAULTS[content["model_type"]], **content}
     theta, rope_type, scaling = read_rope(config)
     # within the window, or the context of "dynamic", the decoder does the same without these two
@@ -212,7 +216,9 @@ def llama_config(content: Config) -> LlamaConfig:
 
 
 def open_hugging_face(folder: Path) -> tuple[LlamaConfig, HuggingFaceLlama, str]:
-    """Returns configuration, tensors, and what error messages call the files. Raises UserError for broken files."""
+    """Returns the configuration, the tensors, and what error messages call the files. Raises UserError for broken
+    files.
+    """
     path = folder / "config.json"
     content = read_validated(path, Config, fix="name another --llm_model, or fetch it again")
     try:

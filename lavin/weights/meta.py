@@ -19,7 +19,7 @@ SHARD_DIMS = {"tok_embeddings": 1, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo":
 
 @declared
 class Params(TypedDict):
-    """params.json."""
+    """The content of params.json."""
 
     dim: Width
     n_layers: Layers
@@ -45,13 +45,16 @@ def check_heads(config: LlamaConfig) -> None:
 
 
 def shard_dim(name: str) -> int | None:
-    """Dimension along which tensor parallelism shards a tensor; None if it is replicated."""
+    """Returns the dimension along which tensor parallelism shards a tensor, or None if it is replicated."""
     dim = next((SHARD_DIMS[part] for part in name.split(".") if part in SHARD_DIMS), None)
     return None if dim == 1 and name.endswith(".bias") else dim
 
 
 class MetaShards(Mapping):
-    """Name -> tensor, concatenated on access from the shards consolidated.*.pth. dim: the model's width."""
+    """A mapping from names to tensors, which are concatenated on access from the shards consolidated.*.pth.
+
+    `dim` is the width of the model.
+    """
 
     def __init__(self, shards: list[dict[str, torch.Tensor]], dim: int):
         self.shards, self.dim = shards, dim
@@ -63,7 +66,7 @@ class MetaShards(Mapping):
         return sum(1 for _ in self)
 
     def concat_dim(self, name: str) -> int | None:
-        """Dimension along which these files shard a tensor; None if it is replicated."""
+        """Returns the dimension along which these files shard a tensor, or None if it is replicated."""
         if name == "tok_embeddings.weight" and self.shards[0][name].shape[-1:] == (self.dim,):
             return 0  # Llama 3 shards the vocabulary
         return shard_dim(name)
@@ -75,9 +78,9 @@ class MetaShards(Mapping):
 
 
 def open_meta(folder: Path, vocab_size: int) -> tuple[LlamaConfig, MetaShards, str]:
-    """Returns configuration, tensors, and what error messages call the files.
+    """Returns the configuration, the tensors, and what error messages call the files.
 
-    vocab_size: the tokenizer's, used where params.json says -1. Raises UserError for broken files.
+    `vocab_size` is the tokenizer's, and is used where params.json says -1. Raises UserError for broken files.
     """
     params = folder / "params.json"
     try:

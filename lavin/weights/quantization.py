@@ -28,9 +28,9 @@ OUTLIER_THRESHOLD = 6.0  # columns of activations with larger values are multipl
 
 
 class QuantizedLinear(nn.Module):
-    """x W^T + b without a weight yet: `load` fills it. b [O], which may be None, is not quantized.
+    """Computes x W^T + b, once `load` has filled the weight. The bias [O], which may be None, is not quantized.
 
-    capturable: in CUDA graphs, since the host does not wait for the GPU.
+    `capturable` says whether the layer can be captured in CUDA graphs: the host must not wait for the GPU.
     """
 
     capturable = False
@@ -40,20 +40,20 @@ class QuantizedLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x):
-        """[N, K] -> [N, O]."""
+        """Returns x W^T + b [N, O] for x [N, K]."""
         return add_bias(self.matmul(x), self.bias)
 
 
 class Linear4bit(QuantizedLinear):
-    """x W^T with W in NF4: one scale per block of 64 weights, itself stored in 8 bits (double quantization).
+    """Computes x W^T with W in NF4: one scale per block of 64 weights, itself stored in 8 bits (double quantization).
 
-    QLoRA: Dettmers et al. 2023, arXiv 2305.14314.
+    Source: QLoRA, Dettmers et al. 2023, arXiv 2305.14314.
     """
 
     capturable = True
 
     def load(self, weight: torch.Tensor, device, dtype) -> None:
-        """Quantizes a weight [O, K] on `device`. dtype: of the matmul."""
+        """Quantizes a weight [O, K] on `device`. `dtype` is that of the product."""
         self.weight, self.state = quantize_4bit(weight.to(device).to(dtype).contiguous(), quant_type="nf4",
                                                 compress_statistics=True)
 
@@ -66,9 +66,9 @@ class Linear4bit(QuantizedLinear):
 
 
 class Linear8bit(QuantizedLinear):
-    """x W^T with W and x in int8, one scale per row of each; columns of x with outliers stay in 16 bits.
+    """Computes x W^T with W and x in int8, one scale per row of each; columns of x with outliers stay in 16 bits.
 
-    LLM.int8(): Dettmers et al. 2022, arXiv 2208.07339. On CPUs x is not quantized.
+    Source: LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339. On CPUs, x is not quantized.
     """
 
     def load(self, weight: torch.Tensor, device, dtype) -> None:
@@ -97,7 +97,7 @@ def quantize_linears(model: LaVIN, bits: str) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights and buffers on any device; exact on `meta` too."""
+    """Returns the bytes of all weights and buffers, on any device. The number is exact on `meta` too."""
     quantized = [tensor for module in model.modules() if hasattr(module, "stored_tensors")
                  for tensor in module.stored_tensors()]
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *quantized))

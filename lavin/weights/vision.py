@@ -63,7 +63,7 @@ RESAMPLED = ("pos_embed", "patch_embed.proj.weight")  # timm would resample them
 
 @declared
 class ModelArgs(TypedDict, total=False):
-    """Arguments of a timm model; those that set the size of a ViT have bounds, so that a wrong one ends early."""
+    """The arguments of a timm model. Those that set the size of a ViT have bounds, so that a wrong one ends early."""
 
     patch_size: Annotated[int, Field(ge=1, le=1024)]
     embed_dim: Width
@@ -155,7 +155,9 @@ def open_folder(folder: Path) -> OpenedViT:
 
 
 def create_on_meta(name: str, source: str, **kwargs) -> nn.Module:
-    """source: names, in the error message, what the arguments were read from."""
+    """Creates a timm model on the meta device. `source` names, in the error message, the file that the arguments were
+    read from.
+    """
     try:
         with torch.device("meta"):
             return timm.create_model(name, num_classes=0, **kwargs)
@@ -166,21 +168,28 @@ def create_on_meta(name: str, source: str, **kwargs) -> nn.Module:
 # --- timm ---
 
 def native_variant(architecture: str, tag: str) -> str:
-    """The architecture that weights called `tag` were trained as. Those of OpenAI and others with QuickGELU are listed
-    under the plain architecture too, where their outputs are wrong.
+    """Returns the architecture that weights called `tag` were trained as.
+
+    Weights of OpenAI and others with QuickGELU are listed under the plain architecture too, where their outputs are
+    wrong.
     """
     quick = architecture.replace("_clip_", "_clip_quickgelu_")
     return quick if timm.models.is_model_pretrained(f"{quick}.{tag}") else architecture
 
 
 def normalization(vit: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the pixels that it was trained on; ImageNet's in place of CLIP's, as in the published code."""
+    """Returns the mean and the std of each channel by which the pixels of a ViT are normalised.
+
+    LaVIN normalises CLIP's pictures by ImageNet's constants, as published, which are not CLIP's own. Any other ViT gets
+    the constants that it was trained with.
+    """
     own = tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"])
     return IMAGENET if own == (timm.data.OPENAI_CLIP_MEAN, timm.data.OPENAI_CLIP_STD) else own
 
 
 def hub_answers() -> bool:
-    """Whether there is a network: without one, the hub's own client tries for 50 s, even for files in its cache."""
+    """Says whether there is a network: without one, the hub's own client tries for 50 s, even for files in its cache.
+    """
     try:
         urlopen(Request(hub.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
     except HTTPError:
@@ -243,7 +252,7 @@ def open_timm_hub(name: str) -> OpenedViT:
 
 
 def open_timm_folder(folder: Path, tensors: dict[str, torch.Tensor]) -> OpenedViT:
-    """A folder with timm's config.json. tensors: the ViT's, already read."""
+    """Opens a folder with timm's config.json. `tensors` are the ViT's, already read."""
     path = folder / "config.json"
     config = read_validated(path, TimmConfig)
     vit = create_on_meta(f"local-dir:{folder}", f"{path} does", **native_activation(config))
@@ -258,7 +267,7 @@ def open_timm_folder(folder: Path, tensors: dict[str, torch.Tensor]) -> OpenedVi
 
 
 def native_activation(config: TimmConfig) -> dict[str, str]:
-    """The argument for timm where config.json names the plain architecture for weights with QuickGELU."""
+    """Returns the argument for timm where config.json names the plain architecture for weights with QuickGELU."""
     weights = config.get("pretrained_cfg", {})
     tag = weights.get("tag") or (weights.get("hf_hub_id") or "").rpartition(".")[2]
     is_native = native_variant(config["architecture"], tag) == config["architecture"]
@@ -266,7 +275,7 @@ def native_activation(config: TimmConfig) -> dict[str, str]:
 
 
 def to_timm(tensors: dict[str, torch.Tensor], vit: nn.Module) -> dict[str, torch.Tensor]:
-    """Under timm's names, from those of several programs."""
+    """Renames the tensors that several programs write to timm's names."""
     try:
         return without_head(timm.models.vision_transformer.checkpoint_filter_fn(tensors, vit))
     except Exception as error:  # timm guesses the program by a name, and then takes the others for granted
@@ -274,7 +283,7 @@ def to_timm(tensors: dict[str, torch.Tensor], vit: nn.Module) -> dict[str, torch
 
 
 def open_timm_file(path: Path) -> OpenedViT:
-    """A weight file, described by config.json in the same folder; without that, it must be a CLIP of OpenAI's."""
+    """Opens a weight file that a config.json in its folder describes; without that, it must be a CLIP of OpenAI's."""
     tensors = read_tensors(path)
     if (path.parent / "config.json").is_file():
         return open_timm_folder(path.parent, tensors)
@@ -288,7 +297,7 @@ def open_timm_file(path: Path) -> OpenedViT:
 # --- CLIP ---
 
 def sizing_tensors(tensors: Mapping[str, torch.Tensor], n_dims: dict[str, int]) -> list[torch.Tensor]:
-    """The tensors that determine a CLIP's sizes. n_dims: their names, with their numbers of dimensions."""
+    """Returns the tensors that determine a CLIP's sizes. `n_dims` has their names, with their numbers of dimensions."""
     for name, n in n_dims.items():
         if name not in tensors or tensors[name].ndim != n or not tensors[name].numel():
             raise UserError(f"its weights lack {name}, or it has not {n} dimensions, so it is no CLIP: {DOWNLOAD_HINT}")
@@ -297,9 +306,10 @@ def sizing_tensors(tensors: Mapping[str, torch.Tensor], n_dims: dict[str, int]) 
 
 def describe_clip(patch_embed: torch.Tensor, n_positions: int, depth: int, fc1: torch.Tensor, heads: int | None = None,
                   activation: str = "quick_gelu", eps: float = 1e-5) -> nn.Module:
-    """CLIP's ViT on meta, its sizes taken from its weights.
+    """Returns CLIP's ViT on the meta device, with sizes taken from its weights.
 
-    patch_embed [D, 3, P, P]: patch embedding. fc1 [hidden, D]: first matrix of an MLP. heads: OpenAI's if left out.
+    `patch_embed` [D, 3, P, P] is the patch embedding, and `fc1` [hidden, D] the first matrix of an MLP. The number of
+    `heads` is OpenAI's where it is left out.
     """
     width, patch_size = patch_embed.shape[0], patch_embed.shape[-1]
     if activation not in CLIP:
@@ -314,12 +324,12 @@ def describe_clip(patch_embed: torch.Tensor, n_positions: int, depth: int, fc1: 
 
 
 def depth_of(tensors: Mapping[str, torch.Tensor], blocks: str) -> int:
-    """Number of blocks. blocks: the prefix of their names, before the index."""
+    """Returns the number of blocks. `blocks` is the prefix of their names, before the index."""
     return len({name.split(".")[blocks.count(".") + 1] for name in tensors if name.startswith(f"{blocks}.")})
 
 
 def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a TorchScript archive, the format of OpenAI's ViT-L-14.pt.
+    """Returns the tensors of a TorchScript archive, the format of OpenAI's ViT-L-14.pt.
 
     Such an archive also contains a program in TorchScript, which is not Python and is not called here. Nevertheless,
     use only archives that come from OpenAI.
@@ -340,7 +350,9 @@ def open_openai(path: Path) -> OpenedViT:
 
 
 class HuggingFaceClip(Mapping):
-    """timm's name -> tensor of a CLIPModel's vision tower; query, key and value are concatenated, as in timm."""
+    """A mapping from timm's names to the tensors of a CLIPModel's vision tower. Query, key and value are concatenated,
+    as in timm.
+    """
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
         self.parts = {self.to_timm_name(name): [tensor] for name, tensor in tensors.items()
@@ -368,7 +380,9 @@ class HuggingFaceClip(Mapping):
 
 
 def open_hf_clip(folder: Path, config: ClipVisionConfig) -> OpenedViT:
-    """config: of the vision tower; entries that are left out have transformers' defaults."""
+    """Opens a Hugging Face CLIP. `config` is that of the vision tower; entries that are left out have transformers'
+    defaults.
+    """
     tensors = read_hf_folder(folder)
     if any(name.startswith("vision_model.") for name in tensors):
         tensors = {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()

@@ -16,7 +16,7 @@ FIRST_PORT = 7860  # Gradio's: it takes the first free one from here
 
 
 def credentials(text: str) -> tuple[str, str]:
-    """The user and the password of `USER:PASSWORD`."""
+    """Returns the user and the password of `USER:PASSWORD`."""
     user, _, password = text.partition(":")
     if not user or not password:
         raise ValueError("takes USER:PASSWORD, neither of them empty")  # without repeating a password
@@ -41,7 +41,7 @@ def check_address(name: str, port: int | None, auth: tuple[str, str] | None) -> 
 
 
 def resolve(name: str) -> tuple[int, str]:
-    """Family and address of a host name or address; an IPv6 address may be in brackets."""
+    """Returns family and address of a host name or address; an IPv6 address may be in brackets."""
     try:
         (family, *_, (address, *_)), *_ = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError, ValueError) as error:
@@ -65,13 +65,13 @@ def cannot_listen(error: OSError, name: str, port: int | None) -> UserError:
 
 
 def node(address: str) -> str:
-    """The name by which other machines know this one; an address of its own stays as it is."""
+    """Returns the name by which other machines know this one; an address of its own stays as it is."""
     ip = ip_address(address.partition("%")[0])
     return socket.gethostname() if ip.is_unspecified or ip.is_loopback else address
 
 
 def notice(name: str, port: int) -> str | None:
-    """A line that warns of a page that listens to the network; None where it does not."""
+    """Returns a line that warns of a page that listens to the network, or None where it does not."""
     address = resolve(name)[1]
     if is_loopback(address):
         return None
@@ -82,7 +82,7 @@ def notice(name: str, port: int) -> str | None:
 
 @contextmanager
 def without_proxy() -> Iterator[None]:
-    """Gradio calls its own server to see whether it runs; a cluster's proxy would answer that there is none."""
+    """Keeps Gradio's calls to its own server, by which it sees whether it runs, away from a cluster's proxy."""
     before = {name: os.environ.get(name) for name in ("no_proxy", "NO_PROXY")}
     os.environ.update(dict.fromkeys(before, "*"))
     try:

@@ -41,7 +41,9 @@ TRAINED_ON = {name: f"files of {flag}" for name, flag in (FROZEN | FROZEN_SHA256
 
 @dataclass(frozen=True)
 class Question:
-    """image: uint8 [3, S, S]. context: a hint, or Alpaca's `input`. options: none, or 2 to 5."""
+    """A question. `image` is uint8 [3, S, S] or None, `context` a hint or Alpaca's `input`, and `options` are none, or
+    2 to 5.
+    """
 
     text: str
     image: torch.Tensor | None = None
@@ -51,7 +53,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Settings:
-    """Sampling parameters. temperature 0: greedy decoding. Raises UserError where they give no answer."""
+    """The sampling parameters. Temperature 0 is greedy decoding. Raises UserError where they give no answer."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -75,7 +77,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer so far. dropped: number of turns left out. probabilities: of the options, in the last answer only."""
+    """The answer so far. `dropped` turns were left out. `probabilities` are those of the options, in the last answer
+    only.
+    """
 
     prompt: str
     text: str = ""
@@ -84,7 +88,7 @@ class Answer:
 
 
 def find_runs(folder: str) -> tuple[dict[str, Path], list[str]]:
-    """The finished runs in a folder that can share one model, by name, and a line on each run that cannot.
+    """Returns the finished runs in a folder that can share one model, by name, and a line on each run that cannot.
 
     A finished run has a config.json and a checkpoint, which is read to see that it is whole. Where runs differ in
     SHARED_FLAGS, the largest group is used. Raises UserError where there is none.
@@ -125,7 +129,8 @@ def leave_out_other_files(flags: dict[Path, dict]) -> list[str]:
 
 
 def read_flags(run: Path) -> dict:
-    """The flags of config.json, and TRAINED_ON. Raises UserError where that or the checkpoint is broken."""
+    """Returns the flags of config.json, and TRAINED_ON. Raises UserError where that file or the checkpoint is broken.
+    """
     path, checkpoint = run / "config.json", last_checkpoint(str(run))
     with user_error_if_malformed(path):
         flags = dict(read_json(path)["flags"])
@@ -135,7 +140,9 @@ def read_flags(run: Path) -> dict:
 
 
 def read_trained_format(path: Path) -> tuple[dict, str]:
-    """A checkpoint, and the prompt format that it was trained with. A published one does not say: with the default."""
+    """Returns a checkpoint, and the prompt format that it was trained with. A published one does not say: it gets the
+    default.
+    """
     checkpoint = read_adapters(path)
     if "adapter_config" not in checkpoint:
         return checkpoint, DataSettings().prompt_format
@@ -148,7 +155,8 @@ def read_trained_format(path: Path) -> tuple[dict, str]:
 
 
 def make_prompt(question: Question, prompt_format: str) -> str:
-    """Raises UserError where the question is empty or the number of options is wrong."""
+    """Returns the prompt of a question. Raises UserError where the question is empty or the number of options is wrong.
+    """
     text = question.text.strip()
     if not text:
         raise UserError("write a question")
@@ -171,7 +179,8 @@ def segments(turns: list[Turn], prompt: str) -> list[str]:
 
 def fit(tokenizer: Tokenizer, turns: list[Turn], prompt: str, image: torch.Tensor | None, n_prompt: int,
         max_seq_len: int, answer_tokens: int) -> tuple[Example, int]:
-    """The conversation as one example, and how many of its oldest turns were dropped to leave room for `answer_tokens`.
+    """Returns the conversation as one example, and how many of its oldest turns were dropped to leave room for
+    `answer_tokens`.
 
     If the question alone leaves fewer tokens than that, the answer gets what is left. Raises UserError if none is left.
     """
@@ -187,7 +196,7 @@ def fit(tokenizer: Tokenizer, turns: list[Turn], prompt: str, image: torch.Tenso
 
 
 class Chatbot:
-    """Answers with any of `runs` (name -> folder, from find_runs). The model must have their adapter shapes."""
+    """It answers with any of `runs` (name -> folder, from find_runs). The model must have their adapter shapes."""
 
     def __init__(self, model: LaVIN, tokenizer: Tokenizer, runs: dict[str, Path], max_seq_len: int):
         self.model, self.tokenizer, self.runs, self.max_seq_len = model.eval(), tokenizer, runs, max_seq_len
@@ -238,7 +247,9 @@ class Chatbot:
             yield answer
 
     def steps(self, run, turns, question, settings) -> Iterator[Answer]:
-        """One answer per generated token, and a last one with the options' probabilities where there are options."""
+        """Yields one answer per generated token, and a last one with the options' probabilities where there are
+        options.
+        """
         prompt = make_prompt(question, self.load_run(run))
         example, dropped = fit(self.tokenizer, [] if question.options else turns, prompt, question.image,
                                self.model.adapter.n_prompt, self.max_seq_len, settings.max_new_tokens)

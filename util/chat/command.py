@@ -20,7 +20,7 @@ def default_runs() -> str:
 
 
 def chosen_runs(path: str) -> tuple[dict[str, Path], list[str]]:
-    """The runs that `find_runs` gives for a folder; a checkpoint is a run, too."""
+    """Returns the runs that `find_runs` gives for a folder. A checkpoint is a run, too."""
     checkpoint = Path(path)
     if not checkpoint.is_file():
         return find_runs(path)
@@ -29,7 +29,8 @@ def chosen_runs(path: str) -> tuple[dict[str, Path], list[str]]:
 
 
 def load_chatbot(args: Flags) -> Chatbot:
-    """The base model with those of the runs in args.runs that can share it; prints these, and which runs cannot."""
+    """Loads the base model with those of the runs in args.runs that can share it; prints these, and which runs cannot.
+    """
     folder = args.runs or default_runs()
     runs, left_out = chosen_runs(folder)
     for line in (*left_out, f"runs in {folder}: {', '.join(runs)}"):
@@ -48,7 +49,7 @@ def load_chatbot(args: Flags) -> Chatbot:
 
 
 def choose_interface(args: Flags):
-    """talk(bot, settings) for the terminal or for the browser."""
+    """Returns talk(bot, settings), for the terminal or for the browser."""
     if args.cli:
         from util.chat.terminal import talk
         return talk

@@ -9,10 +9,10 @@ N_EXAMPLES = 6
 
 
 def find_examples(data_root: str) -> list[list]:
-    """Message, context and options of test questions, each on a different skill, alternately with and without image
-    where there are both.
+    """Returns message, context and options of test questions, each on a different skill.
 
-    None where there is no data set: the chat works without.
+    Questions with and without image alternate where there are both. Returns None where there is no data set: the chat
+    works without.
     """
     try:
         data = load_scienceqa(data_root, "test")

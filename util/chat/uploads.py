@@ -12,7 +12,7 @@ MAX_PIXELS = 50_000_000  # 150 MB as RGB
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The image as open_picture gives it.
+    """Returns the image in the form in which open_picture gives it.
 
     Raises UserError where the file is no image, is truncated, or its header announces more than MAX_PIXELS.
     """

@@ -47,7 +47,7 @@ MAX_UPLOAD = "20mb"
 class Conversation:
     """The conversation of one user.
 
-    image: the latest one sent. question: the one to be answered next; None if it was refused.
+    `image` is the latest one sent, and `question` the one to be answered next, or None if it was refused.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Conversation:
 
 
 class Page:
-    """Event handlers of the page. stopped: the sessions whose user pressed stop."""
+    """The event handlers of the page. `stopped` holds the sessions whose user pressed stop."""
 
     def __init__(self, bot: Chatbot):
         self.bot = bot
@@ -66,7 +66,8 @@ class Page:
         self.stopped.add(request.session_hash)
 
     def read(self, message: dict, context: str, options: str) -> tuple[Question, Image.Image | None]:
-        """A message as a question, and a thumbnail of its image. Raises UserError where the message is invalid."""
+        """Returns a message as a question, and a thumbnail of its image. Raises UserError where the message is invalid.
+        """
         question = Question((message["text"] or "").strip(), None, (context or "").strip(),
                             tuple(line.strip() for line in (options or "").split("\n") if line.strip()))
         try:
@@ -114,7 +115,7 @@ class Page:
             yield history, conversation
 
     def ask_several(self, message, context, options, runs, request: gr.Request):
-        """Like `ask`, for the comparison."""
+        """Adds a message to the comparison, as `ask` does to the conversation."""
         self.stopped.discard(request.session_hash)
         try:
             question, thumbnail = self.read(message, context, options)
@@ -238,7 +239,7 @@ def build(bot: Chatbot, settings: Settings, data_root: str) -> gr.Blocks:
 
 
 def sampling_controls(settings: Settings, max_seq_len: int) -> list:
-    """The inputs of `make_settings`, in its order."""
+    """Makes the inputs of `make_settings`, in its order."""
     with gr.Accordion("Sampling", open=True):
         greedy = gr.Checkbox(settings.temperature == 0, label="Greedy: always the likeliest token")
         temperature = gr.Slider(0.05, 2, settings.temperature or 0.7, step=0.05, label="Temperature")
@@ -250,7 +251,7 @@ def sampling_controls(settings: Settings, max_seq_len: int) -> list:
 
 def serve(bot: Chatbot, settings: Settings, data_root: str, port: int | None = None, share: bool = False,
           server_name: str = "127.0.0.1", auth: tuple[str, str] | None = None, block: bool = True, **launch):
-    """Runs the page, until interrupted if block. Only this machine can connect, unless share or server_name says
+    """Runs the page, until interrupted if `block`. Only this machine can connect, unless `share` or `server_name` says
     otherwise.
     """
     theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=["system-ui", "sans-serif"],

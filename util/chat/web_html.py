@@ -31,7 +31,7 @@ main.app {max-width: 1240px !important; width: 100%}
 
 
 def escape_html(text: str) -> str:
-    """Line breaks become <br> tags, since a blank line would end an HTML block inside Markdown."""
+    """Escapes a text. Line breaks become <br> tags, since a blank line would end an HTML block inside Markdown."""
     return escape(text).replace("\n", "<br>")
 
 
@@ -60,6 +60,6 @@ def option_html(letter: str, option: str, p: float) -> str:
 
 
 def cards_html(answers: dict[str, str]) -> str:
-    """The runs' answers, already HTML, as a row of cards."""
+    """Returns the runs' answers, which are HTML already, as a row of cards."""
     cards = "".join(f"<div class='card'><h4>{escape_html(run)}</h4>{answer}</div>" for run, answer in answers.items())
     return f"<div class='cards'>{cards}</div>"

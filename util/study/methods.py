@@ -36,7 +36,7 @@ class Entry(TypedDict):
 
 @dataclass(frozen=True)
 class NamedMethod:
-    """A method of the file. key: as in the name of its script. name: in tables and figures."""
+    """A method of the file. `key` is part of its script's name, and `name` stands in tables and figures."""
 
     key: str
     name: str
@@ -116,7 +116,9 @@ def dropout_name(flags: dict) -> str | None:
 
 
 def read_methods(path: Path) -> tuple[NamedMethod, ...]:
-    """Raises UserError, naming the file and the method, for one that train.py would refuse or that has no own name."""
+    """Reads the methods. Raises UserError, with file and method, for one that train.py would refuse or that has no own
+    name.
+    """
     content: Any = read_validated(path, dict[PlainName, Entry], FIX, FIX)
     if not content or next(iter(content.values()))["flags"]:
         raise UserError(f"{path}: the first method is the base, and has no flags: {FIX}")

@@ -28,10 +28,12 @@ NONE = "–"
 class Variances:
     """The parts of the variance of a difference between two methods, in squared points.
 
-    seeds: the variance between a method's seeds, of their accuracies on endless questions. questions: the one between
-    questions, of the difference that stays whatever the seed. noise: the one of a single answer of one seed. methods:
-    their number, of which one is the base. cluster_size: questions in a cluster, on average. notes: the source of these
-    numbers.
+    - seeds: the variance between a method's seeds, of their accuracies on endless questions.
+    - questions: the variance between questions, of the difference that stays whatever the seed.
+    - noise: the variance of a single answer of one seed.
+    - methods: their number, of which one is the base.
+    - cluster_size: the number of questions in a cluster, on average.
+    - notes: the source of these numbers.
     """
 
     seeds: float
