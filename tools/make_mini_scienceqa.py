@@ -3,7 +3,8 @@
     python -m tools.make_mini_scienceqa [--out data/mini] [--seed 0]
 
 Writes problems.json, pid_splits.json, captions.json and images/{split}/{id}/image.png, as in ScienceQA (Lu et al. 2022,
-arXiv 2209.09513). The same seed gives the same problems and pixels. No problem is in two splits.
+arXiv 2209.09513). The same seed gives the same problems and pixels. No two problems have the same question with
+the same hint: what was learned of one tells nothing about a picture that comes with another.
 """
 
 from lavin.runtime.startup import prepare_imports
@@ -11,43 +12,61 @@ from lavin.runtime.startup import prepare_imports
 if __name__ == "__main__":
     prepare_imports()
 
-from collections.abc import Iterator
+from itertools import cycle, islice, product
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from lavin.runtime.errors import one_line_errors
 from lavin.runtime.flags import Parser, parse_as
 from lavin.runtime.schema import Seed
-from tools.mini_pictures import Canvas
-from tools.mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Problem, Skill, make_problem
+from tools.mini_questions import KINDS, Kind
 from tools.output import make_folder, write_scienceqa
 
 SIZES = {"train": 2000, "val": 120, "test": 400}
-IMAGE_FRACTION = 0.45  # of problems that have an image
-MAX_ATTEMPTS = 1000  # to find a problem that no split has yet
+PICTURE_FRACTION = 0.45  # of the problems
+NAMES = ("Ada", "Ali", "Amy", "Ana", "Ben", "Bob", "Cora", "Dan", "Emma", "Eva", "Finn", "Gina", "Hugo", "Ida", "Ines",
+         "Ivan", "Jack", "Jane", "Kate", "Kim", "Leo", "Lisa", "Max", "Mia", "Noah", "Nina", "Olga", "Otto", "Paul",
+         "Rosa", "Sam", "Tom")
+OPENINGS = ("", "{name} asks: ", "{name} wants to know: ")
 
 
-def cycle_facts(skill: Skill, rng: Random) -> Iterator[tuple[str, str]]:
-    """All facts, endlessly, reshuffled in every round, so that each is asked about equally often."""
-    while True:
-        yield from rng.sample(skill.facts, len(skill.facts))
+class Problem(NamedTuple):
+    """A problem with its 14 fields of problems.json, its kind, and what its picture shows."""
+
+    fields: dict
+    kind: Kind
+    x: str
+
+    @property
+    def caption(self) -> str:
+        return self.kind.caption.format(x=self.x)
 
 
-def new_problems(skill: Skill, n: int, taken: set, rng: Random) -> list[Problem]:
-    """n problems whose keys are not in `taken`; adds their keys to it.
+def texts(kind: Kind, x: str, rng: Random) -> list[tuple[str, str]]:
+    """All questions about x with their hints, in random order."""
+    different = dict.fromkeys(((opening + kind.question).format(x=x, name=name), hint.format(x=x, name=name))
+                              for opening, hint, name in product(OPENINGS, kind.hints, NAMES))
+    return rng.sample(list(different), len(different))
 
-    Raises ValueError where the skill's tables do not give that many.
+
+def make_problem(kind: Kind, y: str, split: str, taken: set, rng: Random) -> Problem:
+    """A problem whose answer is y, with a text that is not yet in `taken`; adds its text there.
+
+    Some lectures and solutions are empty, as in the real data set. ValueError says that the kind has no text left.
     """
-    problems, facts = [], cycle_facts(skill, rng)
-    for _ in range(n):
-        fact = next(facts)
-        candidates = (make_problem(skill, fact, rng) for _ in range(MAX_ATTEMPTS))
-        problem = next((problem for problem in candidates if problem.key not in taken), None)
-        if problem is None:
-            raise ValueError(f"{skill.name}: no new problem about {fact} after {len(problems)}; ask for fewer")
-        taken.add(problem.key)
-        problems.append(problem)
-    return problems
+    x, choices = rng.choice(kind.facts[y].split(", ")), kind.choices(y)
+    text = next((text for text in texts(kind, x, rng) if text not in taken), None)
+    if text is None:
+        raise ValueError(f"{kind.skill}: all texts about {x} are taken; ask for fewer problems")
+    taken.add(text)
+    question, hint = text
+    return Problem({
+        "question": question, "choices": choices, "answer": choices.index(y), "hint": hint,
+        "image": "image.png" if kind.draw else None, "task": kind.task, "grade": f"grade{rng.randint(*kind.grades)}",
+        "subject": kind.subject, "topic": kind.topic, "category": kind.topic.replace("-", " ").capitalize(),
+        "skill": kind.skill, "lecture": kind.lecture if rng.random() < 0.9 else "",
+        "solution": kind.solution.format(x=x, y=y) if rng.random() < 0.9 else "", "split": split}, kind, x)
 
 
 def split_evenly(n: int, parts: int) -> list[int]:
@@ -55,41 +74,29 @@ def split_evenly(n: int, parts: int) -> list[int]:
     return [(n * (i + 1)) // parts - (n * i) // parts for i in range(parts)]
 
 
-def make_problems(sizes: dict[str, int], seed: int) -> dict[str, tuple[str, Problem]]:
-    """id -> (split, problem), in the order of ids; the splits are mixed."""
-    rng, taken, items = Random(seed), set(), []
+def make_problems(sizes: dict[str, int], seed: int) -> dict[str, Problem]:
+    """The problems by id, which mixes kinds and splits. A split has all answers of a kind equally often."""
+    rng, taken, problems = Random(seed), set(), []
     for split, size in sizes.items():
-        n_images = round(IMAGE_FRACTION * size)
-        for skills, n in ((PICTURE_SKILLS, n_images), (TEXT_SKILLS, size - n_images)):
-            for skill, n_problems in zip(skills, split_evenly(n, len(skills)), strict=True):
-                items += [(split, problem) for problem in new_problems(skill, n_problems, taken, rng)]
-    rng.shuffle(items)
-    return {str(i): item for i, item in enumerate(items, 1)}
+        n_pictures = round(PICTURE_FRACTION * size)
+        for has_picture, n in ((True, n_pictures), (False, size - n_pictures)):
+            kinds = [kind for kind in KINDS if bool(kind.draw) == has_picture]
+            for kind, n_problems in zip(kinds, split_evenly(n, len(kinds)), strict=True):
+                answers = cycle(rng.sample(list(kind.facts), len(kind.facts)))
+                problems += [make_problem(kind, y, split, taken, rng) for y in islice(answers, n_problems)]
+    rng.shuffle(problems)
+    return {str(i): problem for i, problem in enumerate(problems, 1)}
 
 
-def record(split: str, problem: Problem) -> dict:
-    """The 14 fields of problems.json."""
-    skill = problem.skill
-    return {"question": problem.question, "choices": list(problem.choices), "answer": problem.answer,
-            "hint": problem.hint, "image": "image.png" if skill.draw else None, "task": skill.task,
-            "grade": problem.grade, "subject": skill.subject, "topic": skill.topic, "category": skill.category,
-            "skill": skill.name, "lecture": problem.lecture, "solution": problem.solution, "split": split}
-
-
-def draw(problem: Problem, qid: str, seed: int):
-    """The picture of a problem whose skill has one."""
-    assert problem.skill.draw
-    canvas = Canvas(Random(f"{seed} {qid}"))
-    problem.skill.draw(canvas, **problem.scene)
-    return canvas.finish()
-
-
-def write_mini_scienceqa(out: Path, sizes: dict[str, int], seed: int) -> dict[str, tuple[str, Problem]]:
-    """Returns the problems."""
+def write_mini_scienceqa(out: Path, sizes: dict[str, int], seed: int) -> dict[str, Problem]:
+    """Writes the data set, and returns its problems by id."""
     problems = make_problems(sizes, seed)
-    captions = {qid: problem.caption for qid, (_, problem) in problems.items() if problem.skill.draw}
-    write_scienceqa(out, {qid: record(*item) for qid, item in problems.items()}, captions,
-                    lambda qid, path: draw(problems[qid][1], qid, seed).save(path, format="png"))
+
+    def write_picture(qid: str, path: Path) -> None:
+        problems[qid].kind.picture(problems[qid].x, Random(f"{seed} {qid}")).save(path, format="png")
+
+    write_scienceqa(out, {qid: problem.fields for qid, problem in problems.items()},
+                    {qid: problem.caption for qid, problem in problems.items() if problem.kind.draw}, write_picture)
     return problems
 
 
@@ -100,9 +107,9 @@ def main() -> None:
     args = parser.parse_args()
     make_folder(args.out)
     problems = write_mini_scienceqa(args.out, SIZES, args.seed)
-    n_images = sum(bool(problem.skill.draw) for _, problem in problems.values())
+    n_pictures = sum(bool(problem.kind.draw) for problem in problems.values())
     sizes = ", ".join(f"{size} {split}" for split, size in SIZES.items())
-    print(f"{args.out}: {len(problems)} problems ({sizes}), {n_images} with a picture")
+    print(f"{args.out}: {len(problems)} problems ({sizes}), {n_pictures} with a picture")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The mini ScienceQA: schema, layout, reproducibility, and image questions that the text alone cannot answer."""
+"""The mini ScienceQA: schema, layout, reproducibility, and picture questions that the text alone cannot answer."""
 
 import json
+import re
 from collections import Counter
 from itertools import combinations
 from random import Random
@@ -9,14 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.make_mini_scienceqa import SIZES, make_problems, new_problems, write_mini_scienceqa
-from tools.mini_pictures import Canvas
-from tools.mini_questions import PICTURE_SKILLS, TEXT_SKILLS, Skill, make_problem
+from tools import make_mini_scienceqa
+from tools.make_mini_scienceqa import SIZES, make_problem, make_problems, texts, write_mini_scienceqa
+from tools.mini_questions import KINDS
+from util.evaluation.scoring import COLUMNS
 
 SMALL = {"train": 80, "val": 40, "test": 40}
 FIELDS = {"question": str, "choices": list, "answer": int, "hint": str, "image": (str, type(None)), "task": str,
           "grade": str, "subject": str, "topic": str, "category": str, "skill": str, "lecture": str, "solution": str,
           "split": str}
+PICTURE_KINDS = [kind for kind in KINDS if kind.draw]
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.skill)
+each_picture_kind = pytest.mark.parametrize("kind", PICTURE_KINDS, ids=lambda kind: kind.skill)
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +33,30 @@ def written(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def all_problems():
-    """All problems of the default sizes, without drawing their images."""
-    return make_problems(SIZES, 0)
+    """The fields of all problems of the default sizes; no picture is drawn."""
+    return [problem.fields for problem in make_problems(SIZES, 0).values()]
 
 
 def load(root, name):
     return json.loads((root / name).read_text())
 
 
-def test_every_problem_has_the_14_fields(written):
-    for problem in load(written, "problems.json").values():
+def subjects_of(kind) -> list[str]:
+    """All that a question of the kind can be about."""
+    return [x for xs in kind.facts.values() for x in xs.split(", ")]
+
+
+def test_every_problem_has_the_14_fields(all_problems):
+    for problem in all_problems:
         assert problem.keys() == FIELDS.keys()
         assert all(isinstance(problem[name], field_type) for name, field_type in FIELDS.items())
+        assert "{" not in str([problem[name] for name in FIELDS])[1:-1]  # all templates are filled in
+
+
+def test_options_are_distinct_and_the_answer_is_one_of_them(all_problems):
+    for problem in all_problems:
         assert 2 <= len(problem["choices"]) <= 5 and 0 <= problem["answer"] < len(problem["choices"])
         assert len(set(problem["choices"])) == len(problem["choices"])
-        assert "{" not in str([problem[name] for name in FIELDS])[1:-1]  # all templates are filled in
 
 
 def test_same_fields_splits_and_captions_as_the_real_data_set(written, real_scienceqa):
@@ -81,77 +95,83 @@ def test_same_seed_gives_the_same_bytes(written, tmp_path):
     assert contents(tmp_path / "other") != contents(written)
 
 
-def test_sizes_and_variety(all_problems):
-    test = [problem for split, problem in all_problems.values() if split == "test"]
-    assert len(test) >= 300
-    assert 0.4 <= sum(bool(problem.skill.draw) for problem in test) / len(test) <= 0.5
-    assert {problem.skill.subject for problem in test} == {"natural science", "social science", "language science"}
-    assert {problem.grade for _, problem in all_problems.values()} == {f"grade{i}" for i in range(1, 13)}
-    assert {len(problem.choices) for problem in test} == {2, 3, 4, 5}
-    assert len({problem.skill.task for problem in test}) == 3
-    for text in ("hint", "lecture", "solution"):
-        assert {bool(getattr(problem, text)) for problem in test} == {True, False}
+@pytest.mark.parametrize("split", SIZES)
+def test_each_split_has_questions_in_all_columns_of_the_score_table(all_problems, split):
+    problems = [problem for problem in all_problems if problem["split"] == split]
+    counts = {column: sum(map(belongs, problems)) for column, belongs in COLUMNS.items()}
+    assert len(counts) == 9 and min(counts.values()) >= len(problems) / 10
+    assert counts["IMG"] == round(0.45 * counts["Avg"]) and counts["Avg"] == SIZES[split]
 
 
-def test_no_problem_is_in_two_splits(all_problems):
-    keys = {split: {p.key for s, p in all_problems.values() if s == split} for split in SIZES}
-    assert all(not keys[a] & keys[b] for a, b in combinations(SIZES, 2))
+def test_variety(all_problems):
+    test = [problem for problem in all_problems if problem["split"] == "test"]
+    assert {problem["grade"] for problem in all_problems} == {f"grade{i}" for i in range(1, 13)}
+    assert {len(problem["choices"]) for problem in test} == {2, 3, 4, 5}
+    assert {problem["task"] for problem in test} == {"closed choice", "yes or no", "true-or false"}
+    for optional in ("hint", "lecture", "solution", "image"):
+        assert {bool(problem[optional]) for problem in test} == {True, False}
 
 
-@pytest.mark.parametrize("skill", PICTURE_SKILLS, ids=lambda skill: skill.name)
-def test_question_and_hint_do_not_depend_on_the_image(skill):
-    for seed in range(20):
-        texts = {}
-        for fact in skill.facts:
-            problem = make_problem(skill, fact, Random(seed))
-            texts.setdefault(problem.choices, set()).add((problem.question, problem.hint))
-        assert all(len(different) == 1 for different in texts.values())
+def test_no_text_is_asked_twice(all_problems):
+    """Else a text that came with one picture in training would tell what another picture does not show."""
+    assert max(Counter((problem["question"], problem["hint"]) for problem in all_problems).values()) == 1
 
 
-@pytest.mark.parametrize("skill", PICTURE_SKILLS, ids=lambda skill: skill.name)
-def test_images_of_different_answers_differ(skill):
+@each_picture_kind
+def test_question_and_hint_do_not_depend_on_the_picture(kind):
+    assert len({frozenset(texts(kind, x, Random(0))) for x in subjects_of(kind)}) == 1
+
+
+@each_picture_kind
+def test_question_and_hint_name_no_option(kind):
+    words = {word for x in subjects_of(kind) for text in texts(kind, x, Random(0))
+             for word in re.findall(r"\w+", " ".join(text))}
+    assert not {word for y in kind.facts for word in (y, *y.split()) if word != "o'clock"} & words
+
+
+@each_picture_kind
+def test_pictures_of_different_things_differ(kind):
     """At the resolution of small models, with all else equal."""
-    def draw_small(fact):
-        canvas = Canvas(Random(1))
-        skill.draw(canvas, **make_problem(skill, fact, Random(1)).scene)
-        return np.asarray(canvas.finish().resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
-
-    for a, b in combinations([draw_small(fact) for fact in skill.facts], 2):
+    pictures = [np.asarray(kind.picture(x, Random(1)).resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
+                for x in subjects_of(kind)]
+    for a, b in combinations(pictures, 2):
         assert (np.abs(a - b).max(-1) > 60).sum() >= 6
 
 
+@each_picture_kind
+def test_pictures_of_the_same_thing_vary(kind):
+    x = subjects_of(kind)[0]
+    assert len({kind.picture(x, Random(seed)).tobytes() for seed in range(20)}) > 4
+
+
+@each_picture_kind
+def test_different_pictures_have_different_captions(kind):
+    captions = {kind.caption.format(x=x) for x in subjects_of(kind)}
+    assert len(captions) == len(set(subjects_of(kind)))
+
+
 @pytest.mark.parametrize("split", SIZES)
-def test_all_choices_of_an_image_question_are_right_equally_often(all_problems, split):
+def test_all_options_are_right_equally_often(all_problems, split):
     right_answers = {}
-    for problem_split, problem in all_problems.values():
-        if problem_split == split and problem.skill.draw:
-            right_answers.setdefault((problem.skill.name, problem.choices), Counter())[problem.answer] += 1
+    for problem in all_problems:
+        if problem["split"] == split:
+            key = problem["skill"], tuple(problem["choices"])
+            right_answers.setdefault(key, Counter())[problem["answer"]] += 1
     for (_, choices), counts in right_answers.items():
         counts = [counts[i] for i in range(len(choices))]
         assert max(counts) - min(counts) <= 1
 
 
-@pytest.mark.parametrize("skill", PICTURE_SKILLS + TEXT_SKILLS, ids=lambda skill: skill.name)
-def test_exactly_one_choice_is_right(skill):
-    for x, y in skill.facts:
-        problem = make_problem(skill, (x, y), Random(0))
-        assert problem.choices[problem.answer] == y
-        # if the hint contains the answer, other choices are right with other hints
-        if not any("{y}" in hint for hint in skill.hints):
-            assert [choice for choice in problem.choices if (x, choice) in skill.facts] == [y]
+@each_kind
+def test_exactly_one_option_is_right(kind):
+    assert len(subjects_of(kind)) == len(set(subjects_of(kind)))  # nothing has two answers
+    for y in kind.facts:
+        problem = make_problem(kind, y, "train", set(), Random(0))
+        assert problem.fields["choices"][problem.fields["answer"]] == y
+        assert problem.x in kind.facts[y].split(", ")
 
 
-def picture_skill(**changes) -> Skill:
-    return Skill(**{**vars(PICTURE_SKILLS[0]), **changes})
-
-
-def test_text_that_reveals_the_image_is_refused():
-    for changes in ({"questions": ("Is it {x}?",)}, {"hints": ("It is {y}.",)}):
-        with pytest.raises(ValueError, match="the text tells"):
-            picture_skill(**changes)
-
-
-def test_asking_for_too_many_problems_is_refused():
-    skill = picture_skill(questions=("{name}?",), hints=("",))
+def test_asking_for_too_many_problems_is_refused(monkeypatch):
+    monkeypatch.setattr(make_mini_scienceqa, "KINDS", KINDS[:1] + KINDS[-1:])
     with pytest.raises(ValueError, match="ask for fewer"):
-        new_problems(skill, 10_000, set(), Random(0))
+        make_problems({"train": 10_000}, 0)

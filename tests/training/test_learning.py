@@ -60,10 +60,11 @@ def shuffle_test_images(data: Path, out: Path) -> Path:
 
 
 def test_fine_tuning_improves_on_the_toy_base(quickstart):
-    # Several bases, seeds and dropout masks gave 85.0 to 90.0 (Avg) and 76.7 to 85.6 (IMG), and without adapters 60.0
-    # and 29.4; rounding differs between processors.
-    assert quickstart["tuned"]["Avg"] >= 82 and quickstart["tuned"]["IMG"] >= 72
-    assert quickstart["untuned"]["Avg"] < quickstart["tuned"]["Avg"] - 10
+    # Two bases gave 86.0 and 87.5 (Avg), 75.0 and 76.7 (IMG), and without adapters 47.3 and 68.3, 27.8 and 35.0;
+    # rounding differs between processors.
+    tuned, untuned = quickstart["tuned"], quickstart["untuned"]
+    assert tuned["Avg"] >= 82 and tuned["IMG"] >= 70
+    assert untuned["Avg"] < tuned["Avg"] - 10 and untuned["IMG"] < tuned["IMG"] - 30
 
 
 def test_accuracy_on_images_falls_to_chance_when_they_are_shuffled(quickstart, tmp_path):
