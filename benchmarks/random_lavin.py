@@ -67,14 +67,16 @@ def redrawn(model: LaVIN, examples: list[Example], seed: int) -> list[Example]:
                     None if example.image is None else random_image()) for example in examples]
 
 
-def random_examples(model: LaVIN, n: int, seed: int, max_seq_len: int = 512, full: bool = False, answers: bool = True
-                    ) -> list[Example]:
-    """n random samples of real lengths; with `full`, each has max_seq_len tokens and an image."""
+def random_examples(model: LaVIN, n: int, seed: int, max_seq_len: int = 512, full: bool = False, answers: bool = True,
+                    images: bool = True) -> list[Example]:
+    """n random samples of real lengths; with `full`, each has max_seq_len tokens and an image. images: whether those
+    have one whose problems do."""
     rng, vocab, random_image = random.Random(seed), model.llama.config.vocab_size, image_generator(model, seed)
     examples = []
     for prompt, total, has_image in rng.choices(length_rows(), k=n):
         if full:
             total, has_image = max_seq_len, 1
+        has_image *= images
         n_prefix = IMAGE_PREFIX if has_image else TEXT_PREFIX
         token = lambda count: [rng.randrange(3, vocab) for _ in range(count)]  # noqa: E731
         ids = token(1 + n_prefix) + [IMAGE_SLOT] * (model.adapter.n_prompt * has_image)

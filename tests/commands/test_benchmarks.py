@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from benchmarks import chat_latency, eval_throughput, scaling, train_throughput
+from benchmarks import chat_latency, eval_throughput, peers, scaling, train_throughput
 from benchmarks.published_recipe import published_answers, published_loss
 from lavin.generation.generate import decode
 from lavin.model import pack
@@ -48,6 +48,26 @@ def test_train_throughput(capsys):
     assert list(rows) == ["published recipe, fp16", "ours, plain, fp16", "ours, fp16",
                           "ours, bf16, 512 tokens each", "", "ours, bf16", "ours, fp8"]
     assert rows["published recipe, fp16"][-1].strip() == "1"
+
+
+def test_peers_says_what_is_not_installed_and_compares_the_rest(capsys, monkeypatch):
+    """Ratios are to the fastest of theirs with the same precision."""
+    monkeypatch.setitem(peers.ROWS, "  of a package that is not there", ("bf16", ("no_such_package",), None))
+    measured = {"transformers, peft: padded, 8 x 4": 50.0, "  packed": 80.0, "ours, bf16, text only": 100.0}
+    in_process = peers.in_process
+    monkeypatch.setattr(peers, "in_process", lambda args, name: {"samples/s": measured[name]} if name in measured
+                        else in_process(args, name))
+    rows = printed_table(peers, capsys, only=None, samples=2, steps=1, warm_up=1, rows=["packed", "padded", "package",
+                                                                                         "bf16, text"])
+    assert [row[-1].strip() for row in rows.values()] == ["0.625", "1", "1.25"]
+
+
+@pytest.mark.parametrize("name", ["ours, bf16, text only", "ours, fp8, with pictures"])
+def test_peers_measures_our_rows(name):
+    args = argparse.Namespace(size="tiny", device=torch.device("cpu"), dtype=torch.float32, samples=2, steps=1,
+                              warm_up=1)
+    numbers = peers.measure(args, name)
+    assert numbers["samples/s"] == pytest.approx(2000 / numbers["ms a step"])
 
 
 def test_eval_throughput(capsys):
