@@ -20,13 +20,13 @@ from lavin.weights.base import open_base
 from tiny import ROOT, tiny_model
 from tiny_weights import write_hugging_face
 from user_errors import error_message
-from util.data.datasets import load_scienceqa
+from util.data.datasets import cluster, load_scienceqa
 from util.data.images import load_images
 from util.data.prompts import answer_text, build_prompt, parse_answer
 from util.data.settings import DataSettings
 from util.evaluation import answering
 from util.evaluation.answers import read_answers
-from util.evaluation.scoring import COLUMNS, cluster, score
+from util.evaluation.scoring import COLUMNS, score
 from util.evaluation.settings import Answering
 from util.trained_model import load_model
 

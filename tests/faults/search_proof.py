@@ -174,11 +174,12 @@ def simulate_study(rng, world: World, gain: float) -> tuple[bool, bool]:
     gains = np.array([0.0] * (TRIALS - 1) + [gain])
     # the first seed is the trial's own
     outcomes, clusters = replace(world, seeds=1 + world.seeds).study(rng, gains)
-    searched = rng.permutation(world.n)[:N_SEARCH]
+    place = rng.permutation(clusters.max() + 1)[clusters]  # whole lectures, as util.data.datasets.sample_ids draws them
+    searched = np.argsort(place, kind="stable")[:N_SEARCH]
     trials = np.array([rows[0, searched] for rows in outcomes])
     best = np.argsort(-trials[1:].mean(1))[:BEST] + 1
     naive = trials[best[0]].mean() > trials[0].mean() and mcnemar(trials[best[0]], trials[0]) < 0.05
-    fresh = np.setdiff1d(np.arange(world.n), searched)
+    fresh = np.flatnonzero(place > place[searched].max())
     rows = {f"{i:03d}": outcomes[i][1:, fresh] for i in (0, *best)}
     return verdict(Confirmation(rows, np.unique(clusters[fresh], return_inverse=True)[1])).found, bool(naive)
 

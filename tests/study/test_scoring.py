@@ -3,8 +3,9 @@
 import pytest
 
 from tiny import problem
+from util.data.datasets import cluster
 from util.evaluation.answers import Answer
-from util.evaluation.scoring import COLUMNS, cluster, score
+from util.evaluation.scoring import COLUMNS, score
 
 NATURAL, SOCIAL, LANGUAGE = "natural science", "social science", "language science"
 PROBLEMS = {

@@ -1,7 +1,7 @@
 """ScienceQA (Lu et al. 2022, arXiv 2209.09513): reads and checks the problems and captions of one split."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import json_list_sha256
+from lavin.runtime.files import json_list_sha256, json_sha256
 from lavin.runtime.schema import NonBlankText, PlainName, Text, declared, distinct, read_validated, validate
 from util.data.checksums import named_files_sha256
 from util.data.prompts import OPTIONS
@@ -72,7 +72,7 @@ class ScienceQA:
 
     def sample(self, n: int) -> "ScienceQA":
         """The split with n of its problems, as `sample_ids` draws them."""
-        drawn = sample_ids(self.problems, n)
+        drawn = sample_ids({qid: cluster(qid, problem) for qid, problem in self.problems.items()}, n)
         return replace(self, problems={qid: problem for qid, problem in self.problems.items() if qid in drawn})
 
     @property
@@ -92,9 +92,24 @@ class ScienceQA:
                                 for qid, problem in self.problems.items())
 
 
-def sample_ids(ids: Iterable[str], n: int) -> set[str]:
-    """n of the question ids (all, where there are fewer): the same ones each time, whatever their order."""
-    return set(sorted(ids, key=lambda qid: hashlib.sha256(qid.encode()).digest())[:n])
+def cluster(qid: str, problem: Any) -> str:
+    """Names the problems whose answers depend on the same knowledge: those with the same lecture (by its checksum);
+    without one, of the same topic and skill; else the problem alone."""
+    if problem["lecture"].strip():
+        return f"lecture {json_sha256(problem['lecture'].strip())[:12]}"
+    topic, skill = problem.get("topic", ""), problem.get("skill", "")
+    return f"{topic}/{skill}" if topic or skill else f"question {qid}"
+
+
+def sample_ids(clusters: Mapping[str, str], n: int) -> set[str]:
+    """n of the question ids (all, where there are fewer): the same ones each time, whatever their order.
+
+    They are whole clusters, but for the last one, so that the other clusters' questions know nothing of them. clusters:
+    by question id.
+    """
+    def place(qid: str) -> list[bytes]:
+        return [hashlib.sha256(text.encode()).digest() for text in (clusters[qid], qid)]
+    return set(sorted(clusters, key=place)[:n])
 
 
 def find_problems_file(root: Path) -> Path:

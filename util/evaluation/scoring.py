@@ -1,9 +1,7 @@
-"""ScienceQA accuracy (Lu et al. 2022): nine columns in percent, with the counts they are computed from; and which
-problems belong together."""
+"""ScienceQA accuracy (Lu et al. 2022): nine columns in percent, with the counts they are computed from."""
 
 from collections.abc import Iterable
 
-from lavin.runtime.files import json_sha256
 from util.evaluation.answers import Answer
 
 COLUMNS = {
@@ -17,15 +15,6 @@ COLUMNS = {
     "G7-12": lambda p: grade(p) > 6,
     "Avg": lambda p: True,
 }
-
-
-def cluster(qid: str, problem: dict) -> str:
-    """Names the problems whose answers depend on the same knowledge: those with the same lecture (by its checksum);
-    without one, of the same topic and skill; else the problem alone."""
-    if problem["lecture"].strip():
-        return f"lecture {json_sha256(problem['lecture'].strip())[:12]}"
-    topic, skill = problem.get("topic", ""), problem.get("skill", "")
-    return f"{topic}/{skill}" if topic or skill else f"question {qid}"
 
 
 def grade(problem: dict) -> int:

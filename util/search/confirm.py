@@ -170,18 +170,19 @@ def verdict(found: Confirmation, winner: str | None = None) -> Verdict:
 
 
 def read_confirmation(runs: list[tuple[str, Path]], n_searched: int) -> Confirmation:
-    """The outcomes on the validation questions that trials were not scored on: those chose the configurations, which
-    are therefore lucky on them.
+    """The outcomes on the validation questions of lectures that trials were not scored on: their questions chose the
+    configurations, which are therefore lucky on them and on what is like them.
 
-    runs: the configuration and the folder of each run. n_searched: the number of questions of the trials; where these
-    are all, the outcomes are on all, and no winner is named.
+    runs: the configuration and the folder of each run. n_searched: the number of questions of the trials; where no
+    lecture is left, the outcomes are on all questions, and no winner is named.
     """
     rows: dict[str, list] = {}
     names: list[str | None] = []
     for configuration, folder in runs:
         answers = sorted(read_answers(folder / "val" / GENERATIONS), key=lambda answer: answer.qid)
-        searched = sample_ids((answer.qid for answer in answers), n_searched)
-        fresh = [answer for answer in answers if answer.qid not in searched]
+        clusters = {answer.qid: answer.cluster or answer.qid for answer in answers}
+        searched = {clusters[qid] for qid in sample_ids(clusters, n_searched)}
+        fresh = [answer for answer in answers if clusters[answer.qid] not in searched]
         rows.setdefault(configuration, []).append([answer.correct for answer in fresh or answers])
         names = [answer.cluster for answer in fresh or answers]
     return Confirmation({name: np.array(row, int) for name, row in rows.items()}, clusters_of(names), bool(fresh))
@@ -230,7 +231,7 @@ def sentence(verdict: Any) -> str:
         return f"Trial {verdict['winner']} is better than the base: {numbers}."
     if verdict["p"] is None:
         reason = ("one fresh seed each tells nothing about configurations: give --seeds 3" if verdict["seeds"] == 1 else
-                  "trials were scored on all validation questions: give at most half of them with --questions")
+                  "trials were scored on questions of all lectures: give at most half of them with --questions")
         return (f"No winner is named, since {reason}. The best, trial {verdict['winner']}, differs from the base by "
                 f"{numbers}.")
     return (f"Nothing better than the base was found. The best of the others, trial {verdict['winner']}, differs by "
