@@ -139,7 +139,7 @@ def register_packed_attention() -> None:
             return torch.cat(parts, 2).transpose(1, 2), None
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, width]
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, is_causal=True)[None], None
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))[None], None
 
     AttentionInterface.register("packed", attend)
 
