@@ -1,5 +1,6 @@
-# Sourced: makes .venv with the packages of a requirements file, once, and puts it first on PATH.
-#   source scripts/environment.sh requirements.txt    # or requirements/demo.txt, or another file of that folder
+# Makes .venv with the packages of a requirements file, once. Scripts source it, which also puts .venv first on PATH.
+#   bash scripts/environment.sh requirements.txt    # or requirements/demo.txt, or another file of that folder
+#   source scripts/environment.sh requirements.txt
 # PyTorch is the newest that this machine's GPUs and driver can run. On a login node without GPUs, name it:
 #   TORCH_CONSTRAINTS=requirements/constraints/v100.txt
 # or cuda12.txt or cuda11.txt of that folder (each says what for). TORCH_CONSTRAINTS= (empty) gives the newest of all.

@@ -98,8 +98,9 @@ def code() -> str:
 @cache
 def names_in_code() -> frozenset[str]:
     """The names of files and folders that the code reads or writes, as patterns: `checkpoint-{epoch}.pth` is
-    `checkpoint-*.pth`, and `LaVIN-$MODEL-$1` is `LaVIN-*-*`."""
-    text = re.sub(r"\$\{[^}]*\}|\$\w+|\{[^{}\n]*\}|\b[A-Z][A-Z0-9_]*(?=\.)", "*", code())
+    `checkpoint-*.pth`, and `LaVIN-$MODEL-$1` is `LaVIN-*-*`. Braces around a quotation mark
+    are those of a dict."""
+    text = re.sub(r"\$\{[^}]*\}|\$\w+|\{[^{}\x22\n]*\}|\b[A-Z][A-Z0-9_]*(?=\.)", "*", code())
     return frozenset(name for name in re.findall(r"[\w.*-]+", text)
                      if re.search(r"[a-zA-Z]{3}", ENDING.sub("", name) or name))
 
