@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh requirements/search.txt
 source scripts/toy.sh
 export STUDY=runs/search
-exec bash scripts/search_sqa_7b.sh --space scripts/search_quickstart.json --trials 10 --questions 120 --confirm 1 \
+exec bash scripts/search_sqa_7b.sh --space scripts/search_quickstart.json --trials 10 --questions 60 --confirm 1 \
     --seeds 2 "$@" -- "${FLAGS[@]}"
