@@ -26,7 +26,7 @@ import torch
 
 from lavin.runtime.console import format_table, summary
 from lavin.runtime.errors import one_line_errors
-from lavin.runtime.files import read_json_lines
+from lavin.runtime.files import read_json, read_json_lines
 from lavin.weights.adapters import read_adapters
 from tests.faults.cases import write_base
 from tests.simulated_studies import World
@@ -34,6 +34,7 @@ from tools.make_mini_scienceqa import write_mini_scienceqa
 from util.runs import last_checkpoint
 from util.search.confirm import Confirmation, verdict
 from util.search.folder import accuracy, read_records, read_settings
+from util.search.settings import SPACE
 from util.search.space import command_line
 from util.study.statistics import mcnemar, tango
 
@@ -184,6 +185,35 @@ def simulate_study(rng, world: World, gain: float) -> tuple[bool, bool]:
     return verdict(Confirmation(rows, np.unique(clusters[fresh], return_inverse=True)[1])).found, bool(naive)
 
 
+LAG, GAIN, NOISE = 2.0, 1.5, 0.5  # points: of a schedule at the first rung, of its best trial, of a score
+
+
+def late_riser_is_among_the_best(rng: np.random.Generator) -> bool:
+    """A study in which all cyclical trials lag by LAG points at the first rung, and one of them is better than all
+    others by GAIN: whether it is among the best three that finish."""
+    import optuna
+
+    from util.search.pruning import longest_warmup, make_pruner, rungs
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    first, *_ = rungs(20, "asha", longest_warmup({"space": read_json(SPACE), "flags": {}}))
+    study = optuna.create_study(direction="maximize", pruner=make_pruner("asha", first),
+                                sampler=optuna.samplers.RandomSampler(int(rng.integers(2**31))))
+    best, finished = int(rng.integers(TRIALS)), {}
+    for number in range(TRIALS):
+        if number == best:
+            study.enqueue_trial({"lr_schedule": "cyclical"})
+        trial = study.ask()
+        schedule = trial.suggest_categorical("lr_schedule", ["cosine", "cyclical", "step", "exponential"])
+        score = 85 + GAIN * (number == best) + NOISE * rng.standard_normal()
+        trial.report(score - LAG * (schedule == "cyclical"), first)
+        if trial.should_prune():
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            finished[number] = 85 + GAIN * (number == best) + NOISE * rng.standard_normal()
+            study.tell(trial, finished[number])
+    return best in sorted(finished, key=lambda number: -finished[number])[:BEST]
+
+
 def prove_simulation(args) -> Checks:
     rng, checks = np.random.default_rng(args.seed), []
     for world, where in ((WORLD, ""), (replace(WORLD, lectures=True), ", lectures")):
@@ -196,7 +226,9 @@ def prove_simulation(args) -> Checks:
                 checks += [(f"a false winner among equal configurations{where}", found <= 0.06,
                             f"{found:.1%} of {args.studies}"),
                            (f"the best trial's own score, significant by chance{where}", True, f"{naive:.1%}")]
-    return checks
+    kept = np.mean([late_riser_is_among_the_best(rng) for _ in range(args.studies)])
+    return [*checks, (f"a schedule {LAG:g} points behind at the first rung, whose best trial wins by {GAIN:g}, is "
+                      "confirmed", bool(kept >= 0.9), f"{kept:.1%}")]
 
 
 def get_args_parser() -> argparse.ArgumentParser:

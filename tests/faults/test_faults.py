@@ -52,10 +52,9 @@ def test_search_proof_counts_what_was_found(monkeypatch):
     pytest.importorskip("optuna")
     from tests.faults import search_proof
     flags = argparse.Namespace(studies=2, seed=0)
-    (_, holds, share), *_, (_, _, found) = search_proof.prove_simulation(flags)
-    assert holds and share == "0.0% of 2"
-    monkeypatch.setattr(search_proof, "verdict", lambda rows: argparse.Namespace(found=True))
-    assert search_proof.prove_simulation(flags)[0][1:] == (False, "100.0% of 2")
+    for found, expected in ((False, (True, "0.0% of 2")), (True, (False, "100.0% of 2"))):
+        monkeypatch.setattr(search_proof, "verdict", lambda rows, found=found: argparse.Namespace(found=found))
+        assert search_proof.prove_simulation(flags)[0][1:] == expected
 
 
 def write_finished_trial(study, number: int, right: int) -> None:

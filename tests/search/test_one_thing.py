@@ -49,7 +49,7 @@ def started(base, data, tmp_path, monkeypatch):
                 "--study", str(tmp_path / "S"), "--space", str(tmp_path / "space.json"), "--trials", "4",
                 "--questions", "100", "--pruner", "none", "--confirm", "1", "--seeds", "2", *own, "--", *base.flags,
                 "--data_root", str(data), "--device", "cpu", "--batch_size", "4", "--epochs", "3",
-                "--warmup_epochs", "1", "--max_seq_len", "160", *train]))
+                "--warmup_epochs", "0.5", "--max_seq_len", "160", *train]))
         return tmp_path / "S"
     return start
 

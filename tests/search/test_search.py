@@ -51,7 +51,7 @@ def flags(base, data, tmp_path) -> list[str]:
     (tmp_path / "space.json").write_text(json.dumps(SPACE))
     return ["--study", str(tmp_path / "S"), "--space", str(tmp_path / "space.json"), "--trials", "3", "--seeds", "2",
             "--confirm", "1", "--", *base.flags, "--data_root", str(data), "--device", "cpu", "--batch_size", "4",
-            "--epochs", "2", "--warmup_epochs", "1", "--max_seq_len", "160"]
+            "--epochs", "2", "--warmup_epochs", "0.5", "--max_seq_len", "160"]
 
 
 WITHOUT_CONFIRMATION = ("--confirm", "0")

@@ -22,9 +22,10 @@ from user_errors import error_message
 from util.search import study as study_module
 from util.search.folder import Settings, add_rung, add_seconds, read_records, read_settings
 from util.search.locks import claim, waiting_for
+from util.search.pruning import longest_warmup, make_pruner, rungs
 from util.search.space import Space
 from util.search.storage import storage_errors
-from util.search.study import COMPLETE, FAIL, PRUNED, Study, Trial, run_trial, rungs
+from util.search.study import COMPLETE, FAIL, PRUNED, Study, Trial, run_trial
 
 SPACE = Space({"blr": {"kind": "float", "low": 0.0, "high": 1.0, "default": 0.5},
                "dropout_prob": {"kind": "float", "low": 0.0, "high": 0.9, "default": 0.1}},
@@ -238,6 +239,31 @@ def test_rungs_lie_within_the_full_schedule():
     assert rungs(20, "asha") == [2, 6, 20] and rungs(9, "median") == [1, 3, 9] and rungs(27, "asha") == [3, 9, 27]
     assert rungs(3, "asha") == [1, 3] and rungs(2, "asha") == [1, 2] and rungs(1, "asha") == [1]
     assert rungs(20, "none") == [20]
+
+
+def test_no_rung_lies_within_a_warm_up_that_is_searched():
+    assert rungs(20, "asha", 5) == [6, 20] and rungs(20, "asha", 6) == [20] and rungs(20, "median", 1.5) == [2, 6, 20]
+    settings = {"space": {"parameters": {"blr": {"high": 9}, "warmup_epochs": {"high": 5}}}, "flags": {}}
+    assert longest_warmup(settings) == 5
+    settings["space"]["parameters"] = {"long": {"flag": "warmup_epochs", "choices": [1, 7]},
+                                       "short": {"flag": "warmup_epochs", "high": "epochs"}}
+    assert longest_warmup(settings) == 7
+    assert longest_warmup({"space": {"parameters": {}}, "flags": {"warmup_epochs": 2.5}}) == 2.5
+
+
+@pytest.mark.parametrize("pruner", ["asha", "median"])
+def test_a_trial_is_compared_to_those_of_its_schedule(pruner):
+    """A schedule that rises late would end at the first rung beside the others."""
+    import optuna
+    study = optuna.create_study(direction="maximize", pruner=make_pruner(pruner, 6))
+    pruned = {}
+    for number in range(36):
+        trial = study.ask()
+        schedule = trial.suggest_categorical("lr_schedule", ["cosine", "cyclical"])
+        trial.report(80 + number % 7 - 5 * (schedule == "cyclical"), 6)
+        pruned.setdefault(schedule, []).append(trial.should_prune())
+        study.tell(trial, 80.0)
+    assert all(0.2 < np.mean(of_schedule[6:]) < 0.9 for of_schedule in pruned.values()) and len(pruned) == 2
 
 
 def test_asha_promotes_a_third_and_only_the_best(tmp_path):

@@ -80,6 +80,7 @@ class Settings(TypedDict):
     trials: Annotated[int, Field(ge=1)]
     pruner: str
     questions: Annotated[int, Field(ge=1)]
+    rungs: NotRequired[list[Annotated[int, Field(ge=1)]]]  # which earlier versions did not write
     steps_per_epoch: Annotated[int, Field(ge=1)]
     confirm: Annotated[int, Field(ge=0)]
     seeds: Annotated[int, Field(ge=1)]

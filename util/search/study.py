@@ -26,6 +26,7 @@ from util.search.errors import WorkerError
 from util.search.folder import RECORD, STUDY, begin_record, change_record, load_record, read_settings, trial_folder
 from util.search.identity import FIX, Identity, differences, recorded_identity, runs_of_something_else
 from util.search.locks import claim, waiting_for
+from util.search.pruning import longest_warmup, make_pruner, rungs
 from util.search.space import Space, Values
 from util.search.storage import open_optuna
 from util.training import recipe
@@ -35,21 +36,8 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
 warnings.filterwarnings("ignore", "The reported value is ignored")  # a trial that is resumed reports its rungs again
 
-REDUCTION = 3  # of asha: about one trial of three goes on past a rung
 TIE = 1e-6  # less than a question of any data set, for any number of trials
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
-
-
-def rungs(epochs: int, pruner: str) -> list[int]:
-    """Numbers of epochs after which a trial is scored; the last is the whole schedule."""
-    first = max(1, epochs // REDUCTION**2)
-    return [rung for rung in (first, REDUCTION * first) if rung < epochs and pruner != "none"] + [epochs]
-
-
-def make_pruner(name: str, first_rung: int) -> optuna.pruners.BasePruner:
-    if name == "asha":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=REDUCTION)
-    return optuna.pruners.MedianPruner() if name == "median" else optuna.pruners.NopPruner()
 
 
 @dataclass
@@ -78,17 +66,20 @@ class Study:
 
     def __init__(self, folder: Path, space: Space, settings: dict[str, Any], storage_url: str | None, gpus: int = 1):
         self.folder, self.space, self.n_trials, self.gpus = folder, space, settings["trials"], gpus
-        self.rungs = rungs(settings["flags"]["epochs"], settings["pruner"])
+        epochs, pruner = settings["flags"]["epochs"], settings["pruner"]
         with waiting_for(folder / ".lock"):
             is_new = not (folder / STUDY).is_file()
+            self.rungs = rungs(epochs, pruner, longest_warmup(settings)) if is_new else \
+                read_settings(folder).get("rungs", rungs(epochs, pruner))  # which earlier versions did not write
             name = f"{folder.resolve().name}-{uuid.uuid4().hex[:8]}" if is_new else \
                 check_settings(folder, settings, storage_url)
             self.optuna = open_optuna(folder, name, storage_url, is_new,
-                                      make_pruner(settings["pruner"], self.rungs[0]))
+                                      make_pruner(pruner, self.rungs[0]))
             if is_new:
                 for values in space.first_sets()[:self.n_trials]:
                     self.optuna.enqueue_trial(space.encode(values))
-                write_json(folder / STUDY, {"name": name, "in_database": storage_url is not None, **settings})
+                write_json(folder / STUDY, {"name": name, "in_database": storage_url is not None, "rungs": self.rungs,
+                                            **settings})
 
     @property
     def precision(self) -> str:
