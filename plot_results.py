@@ -10,6 +10,7 @@ from lavin.runtime.startup import prepare_imports
 if __name__ == "__main__":
     prepare_imports()
 
+import shutil
 from pathlib import Path
 
 from lavin.runtime.errors import UserError, one_line_errors
@@ -65,7 +66,8 @@ def main(args: Flags) -> None:
             text = written[0].read_text()
         else:
             comparison = make_comparison(args)
-            written, text = write_comparison(comparison, Path(args.out)), text_table(comparison)
+            written = write_comparison(comparison, Path(args.out))
+            text = text_table(comparison, max(80, shutil.get_terminal_size().columns))
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot write {error.filename} ({error.strerror}): "
                         "name another folder") from error

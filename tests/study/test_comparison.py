@@ -499,6 +499,23 @@ def test_choice_of_the_base(tmp_path):
 # Tables, and comparison with the published runs
 
 
+@pytest.mark.parametrize("width", [80, 100, 130, 200, 400])
+def test_the_text_fits_the_terminal(tmp_path, width):
+    """With the most telling columns, and long names over several lines; the published table, too."""
+    for seed in range(2):
+        write_run(tmp_path / f"base{seed}", "1111100000", seed=seed)
+        write_run(tmp_path / f"long{seed}", "1111111110", seed=seed, warmup_epochs=0, lr=0.0123, adapter_dim=32,
+                  adapter_scale=0.25, visual_adapter_type="router_block", **STEP)
+    for comparison in (compare([str(tmp_path)]), published()):
+        lines = text_table(comparison, width).splitlines()
+        assert max(map(len, lines)) <= width and {"Method", "Avg", "vs."} <= {*lines[0].split()}
+        everything = lines[0].split("  ")[0] and len(lines[0]) == len(text_table(comparison).splitlines()[0])
+        assert everything != any("in a wider terminal, and in table.md" in line for line in lines)
+    narrow = text_table(compare([str(tmp_path)]), 80).splitlines()
+    assert "verdict" in narrow[0] and "NAT" not in narrow[0]
+    assert narrow[3].startswith("Step Decay + warmup_epochs") and narrow[4] == "0 + lr 0.0123"
+
+
 def test_csv_has_one_number_per_cell(tmp_path):
     write_run(tmp_path / "base", "1111100000")
     write_run(tmp_path / "step0", "1111111110", **STEP)

@@ -1,8 +1,8 @@
 """Which trials are ended early, and when: in rungs behind the warm-up, each trial among those of its schedule.
 
-Within the schedule, accuracies say little across schedules: after six of 20 epochs, an exponential rate is at a third
-of its peak, a cosine one at 0.9 of it, and a cyclical one may just be on its way up. So a trial is compared to trials
-of its own schedule, and not before the longest warm-up that is searched has ended.
+Within the epochs, accuracies say little across schedules: after two of 20 epochs, an exponential rate may be at a third
+of its peak, another one still near it, and a cyclical one on its way up. So a trial is compared to trials of its own
+schedule, and not before the longest warm-up that is searched has ended.
 """
 
 from collections.abc import Mapping

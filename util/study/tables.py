@@ -1,8 +1,12 @@
-"""A comparison as a table: aligned text, Markdown, LaTeX (rounded, with notes), CSV (unrounded, one number a cell)."""
+"""A comparison as a table: aligned text, Markdown, LaTeX (rounded, with notes), CSV (unrounded, one number a cell).
+
+The text fits the terminal: columns that have no room are in the files alone.
+"""
 
 import csv
 import io
 from collections.abc import Iterable
+from textwrap import fill, wrap
 
 import numpy as np
 
@@ -14,21 +18,54 @@ from util.study.methods import BASE_IN_WORDS
 from util.study.statistics import LEVEL, design_effect
 
 NONE = "–"
-DIFFERENCE = ["vs. base", "vs. base, 95 %", "p", "p (Holm)", "detectable"]
+DIFFERENCE = ["vs. base", "verdict", "vs. base, 95 %", "p", "p (Holm)", "detectable"]
+IN_TERMINAL = ["Avg", "vs. base", "verdict", "vs. base, 95 %", "p (Holm)", "seeds", "detectable", "Avg, 95 %"]  # first
+EFFECT_IN_TERMINAL = ["points", "95 %", "p (Holm)", "kind", "detectable"]
+LEAST_NAME = 24  # characters of a name in a line
 EFFECT = ["Effect", "kind", "points", "95 %", "p", "p (Holm)", "detectable"]
 EFFECTS_NOTE = ("Effects: a schedule's is its difference to the base's, averaged over the dropouts; a dropout's "
                 "likewise; an interaction is what both give together beyond the sum of what each gives alone. p (Holm) "
                 "is adjusted over the effects of a kind.")
+BETTER, WORSE, NO_DIFFERENCE, CANNOT_TELL = "better", "worse", "no difference", "cannot tell"
 NEGLIGIBLE = 1.0  # points: intervals that exclude more than this are said to show no difference
 LATEX = str.maketrans({"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
                        "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$", "±": r"$\pm$",
                        "−": "$-$", "–": "--"})
 
 
-def text_table(comparison: Comparison) -> str:
-    effects = find_effects(comparison)
-    of_effects = [format_table(EFFECT, list(map(effect_cells, effects))), "", EFFECTS_NOTE, ""] if effects else []
-    return "\n".join([format_table(*rounded_cells(comparison)), "", *of_effects, *notes(comparison)])
+def text_table(comparison: Comparison, width: int = 10**6) -> str:
+    """Tables and notes in lines of at most `width` characters, 80 or more."""
+    effects, sentences = find_effects(comparison), notes(comparison)
+    table, n_left_out = fitted(*rounded_cells(comparison), IN_TERMINAL, width)
+    parts = [table, ""]
+    if effects:
+        table, n_more = fitted(EFFECT, list(map(effect_cells, effects)), EFFECT_IN_TERMINAL, width)
+        parts, n_left_out = [*parts, table, "", fill(EFFECTS_NOTE, width), ""], n_left_out + n_more
+    if n_left_out:
+        sentences.append(f"{n_left_out} more column{'s' * (n_left_out > 1)} of the table{'s' * bool(effects)} in a "
+                         "wider terminal, and in table.md.")
+    return "\n".join([*parts, *(fill(sentence, width) for sentence in sentences)])
+
+
+def fitted(header: list[str], rows: list[list[str]], order: list[str], width: int) -> tuple[str, int]:
+    """An aligned table with the columns that have room, and the number of those that have none.
+
+    order: the columns that are chosen first, one after the other; the rest is there as a whole or not at all. Names in
+    the first column go over several lines where they have to.
+    """
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    left, shown = width - min(widths[0], LEAST_NAME), [0]
+    groups = [[header.index(name)] for name in order if name in header]
+    for group in [*groups, [i for i in range(1, len(header)) if header[i] not in order]]:
+        needed = sum(widths[i] + 2 for i in group)
+        if needed > left:
+            break
+        shown, left = sorted([*shown, *group]), left - needed
+    lines = []
+    for row in rows:
+        name, *more = wrap(row[0], left + min(widths[0], LEAST_NAME)) or [""]
+        lines += [[name, *(row[i] for i in shown[1:])], *([part, *[""] * (len(shown) - 1)] for part in more)]
+    return format_table([header[i] for i in shown], lines), len(header) - len(shown)
 
 
 def markdown_table(comparison: Comparison) -> str:
@@ -118,7 +155,7 @@ def difference_cells(d: Difference | None) -> list[str]:
     """The cells in the columns of DIFFERENCE."""
     if d is None:
         return [NONE] * len(DIFFERENCE)
-    return [points(d.points), f"{points(d.low)} to {points(d.high)}", p_value(d.p), p_value(d.holm),
+    return [points(d.points), verdict(d), f"{points(d.low)} to {points(d.high)}", p_value(d.p), p_value(d.holm),
             NONE if d.detectable is None else f"±{d.detectable:.2f}"]
 
 
@@ -174,17 +211,25 @@ def difference_notes(differences: list[Difference]) -> list[str]:
             "power of 80 %."]
 
 
+def verdict(difference: Difference) -> str:
+    """A word on whether the method is better than the base; none where single runs were compared."""
+    if not difference.is_of_methods or difference.holm is None:
+        return NONE
+    if difference.holm < LEVEL:
+        return BETTER if difference.points > 0 else WORSE
+    return NO_DIFFERENCE if difference.largest <= NEGLIGIBLE else CANNOT_TELL
+
+
 def verdicts(comparison: Comparison) -> list[str]:
     """The sentences that tell methods that differ from the base, those that do not, and those that nobody can tell."""
     differ, negligible, open_ = [], [], []
     for name, difference in comparison.differences.items():
-        if difference.is_of_methods:
-            if difference.holm is not None and difference.holm < LEVEL:
-                differ.append(f"{name} ({points(difference.points)})")
-            elif difference.largest <= NEGLIGIBLE:
-                negligible.append(f"{name} ({difference.largest:.2f})")
-            else:
-                open_.append(f"{name} ({difference.largest:.2f})")
+        if verdict(difference) in (BETTER, WORSE):
+            differ.append(f"{name} ({points(difference.points)})")
+        elif verdict(difference) == NO_DIFFERENCE:
+            negligible.append(f"{name} ({difference.largest:.2f})")
+        elif verdict(difference) == CANNOT_TELL:
+            open_.append(f"{name} ({difference.largest:.2f})")
     largest = "In brackets, the largest difference that the interval leaves possible."
     said = {"Differs from the base": (differ, "In brackets, the difference in points."),
             f"No difference above {NEGLIGIBLE:g} point": (negligible, largest),
