@@ -1,10 +1,12 @@
-"""Terminal output: lines and progress bars from rank 0 only, aligned tables."""
+"""Terminal output: lines and progress from rank 0 only, aligned tables."""
 
 import io
 import os
 import sys
 
 from tqdm import tqdm
+
+LINE_SECONDS = 30  # between two lines of progress, where there is no terminal
 
 
 def setup() -> None:
@@ -32,14 +34,48 @@ def is_main_process() -> bool:
 
 def print_rank0(*words) -> None:
     if is_main_process():
-        tqdm.write(" ".join(str(word) for word in words))
+        # a bar in the terminal is drawn again below the line
+        (tqdm.write if is_terminal() else print)(" ".join(str(word) for word in words))
 
 
 def progress_bar(items, description: str, total: int | None = None, unit: str = "it", initial: int = 0,
                  delay: float = 0) -> tqdm:
-    """A bar with rate and ETA, on rank 0 only. delay: seconds until it appears."""
-    return tqdm(items, desc=description, total=total, unit=unit, initial=initial, disable=not is_main_process(),
-                dynamic_ncols=True, mininterval=0.5, delay=delay)
+    """Progress with rate and ETA, on rank 0 only: a bar, or lines where there is no terminal. delay: seconds until it
+    appears."""
+    options = {"desc": description, "total": total, "unit": unit, "initial": initial, "disable": not is_main_process()}
+    if is_terminal():
+        return tqdm(items, dynamic_ncols=True, mininterval=0.5, delay=delay, **options)
+    return Lines(items, delay=delay, **options)
+
+
+def is_terminal() -> bool:
+    """Whether progress, which goes to stderr, is seen in a terminal, and not kept in a file."""
+    return sys.stderr.isatty()
+
+
+class Lines(tqdm):
+    """Progress as lines of a log: one in LINE_SECONDS, and one at the end, if that comes after `delay` seconds."""
+
+    def __init__(self, items, delay: float, **options):
+        self.shortest = delay
+        super().__init__(items, delay=LINE_SECONDS, mininterval=LINE_SECONDS, maxinterval=LINE_SECONDS,
+                         bar_format="{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}", **options)
+
+    @staticmethod
+    def status_printer(file):
+        def write_line(status: str) -> None:
+            file.write(f"{status}\n")
+            file.flush()
+        return write_line
+
+    def moveto(self, n: int) -> None:
+        """A log has no cursor to be moved."""
+
+    def close(self) -> None:
+        if not self.disable and self.n > self.initial and self._time() - self.start_t >= self.shortest:
+            self.display()
+        self.last_print_t = self.start_t = 0.0  # nothing is to be cleared
+        super().close()
 
 
 def format_table(header: list[str], rows: list[list]) -> str:

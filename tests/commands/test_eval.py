@@ -305,7 +305,7 @@ def test_two_processes_share_the_rest_and_agree(finished, unscored):
                               timeout=180)
         assert done.returncode == 0, done.stderr
         assert word in done.stdout and done.stdout.count("scores: ") == 1
-        assert ("3/3" in done.stderr) == (word != "scored before")  # rank 0's part of five questions
+        assert ("3 of 3" in done.stderr) == (word != "scored before")  # rank 0's part of five questions
         assert results(unscored) == results(finished) and partial_files(unscored) == []
 
 

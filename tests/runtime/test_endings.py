@@ -10,7 +10,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import PContext
 
 from forked import in_child
-from lavin.runtime import errors, signals
+from lavin.runtime import console, errors, signals
 from lavin.runtime.console import print_rank0, progress_bar
 from lavin.runtime.errors import UsageError, UserError, one_line_errors
 from lavin.runtime.signals import STOP_SIGNALS, Stopped
@@ -206,4 +206,23 @@ def test_only_rank_0_speaks(environment, said):
         with progress_bar(range(3), "steps") as bar:
             print(bar.disable, sum(bar))
     ended = in_child(work, **environment)
-    assert ended.out == ("epoch 0\n" if said else "") + f"{not said} 3\n" and ("3/3" in ended.errors) == said
+    assert ended.out == ("epoch 0\n" if said else "") + f"{not said} 3\n" and ("3 of 3" in ended.errors) == said
+
+
+def test_progress_in_a_log_has_lines_and_moves_no_cursor(monkeypatch):
+    """A line in LINE_SECONDS, one at the end, none of what is over at once; other lines stay whole between them."""
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.1)
+
+    def work():
+        with progress_bar(range(8), "run, epoch 1", unit="step") as bar:
+            for i in bar:
+                time.sleep(0.05)
+                bar.set_postfix_str(f"loss {i}", refresh=False)
+                if i == 4:
+                    print_rank0("saved")
+        list(progress_bar(range(3), "checksums", delay=5))
+    ended = in_child(work)
+    lines = ended.errors.splitlines()
+    assert ended.out == "saved\n" and not {"\r", "\x1b"} & {*ended.errors} and "checksums" not in ended.errors
+    assert 2 <= len(lines) <= 5 and lines[-1].startswith("run, epoch 1: 8 of 8, ") and lines[-1].endswith("loss 7")
+    assert all(line.startswith("run, epoch 1: ") and " left, loss " in line for line in lines)

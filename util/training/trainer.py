@@ -103,8 +103,9 @@ class Trainer:
         first_step = len(record.steps)
         self.metrics.restart(first_step)
         record.start_clock()
-        with progress_bar(self.batches(record.epoch, first_step), f"epoch {record.epoch}", total=self.n_steps,
-                          initial=first_step, unit="step") as bar:
+        name = f"{self.run.folder.name}, epoch {record.epoch}"  # which tells jobs side by side apart
+        with progress_bar(self.batches(record.epoch, first_step), name, total=self.n_steps, initial=first_step,
+                          unit="step") as bar:
             for step, (global_batch, local_batch) in enumerate(bar, first_step):
                 self.train_step(record, step, global_batch, local_batch)
                 self.observe(record, bar)
