@@ -1,5 +1,5 @@
-"""Device, compute dtype and launches of kernels by hardware, and copies between host and device that do not block the
-host."""
+"""The device, its compute dtype, the number of threads and the launches of kernels by hardware, and copies between
+host and device that do not block the host."""
 
 import os
 import re

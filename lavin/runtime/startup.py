@@ -8,7 +8,8 @@ def prepare_imports() -> None:
     """Settles how torch's threads wait, and lets Ctrl-C end the program in silence until `one_line_errors` takes over.
 
     Threads of OpenMP spin while they wait, unless the environment says otherwise before torch is loaded: programs that
-    share a node would take each other's cores. SIGINT stays ignored where a shell's background commands ignore it.
+    share a node would take each other's cores. `limit_threads` (lavin/runtime/device.py) sets their number later.
+    SIGINT stays ignored where a shell's background commands ignore it.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # which would show where the imports were

@@ -1,4 +1,7 @@
-"""Answers to questions of ScienceQA: one line each of generations.jsonl, from which all scores are computed."""
+"""Answers to questions of ScienceQA: one line each of generations.jsonl, from which all scores are computed.
+
+`parse_answer` in util/data/prompts.py finds the option that a text names.
+"""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -117,7 +117,7 @@ class Difference:
 
     @property
     def largest(self) -> float:
-        """The largest absolute difference that the interval leaves possible."""
+        """The largest absolute difference that the interval contains."""
         return max(-self.low, self.high)
 
 

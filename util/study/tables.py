@@ -26,8 +26,8 @@ EFFECT = ["Effect", "kind", "points", "95 %", "p", "p (Holm)", "detectable"]
 EFFECTS_NOTE = ("Effects: a schedule's is its difference to the base's, averaged over the dropouts; a dropout's "
                 "likewise; an interaction is what both give together beyond the sum of what each gives alone. p (Holm) "
                 "is adjusted over the effects of a kind.")
-BETTER, WORSE, NO_DIFFERENCE, CANNOT_TELL = "better", "worse", "no difference", "cannot tell"
-NEGLIGIBLE = 1.0  # points: intervals that exclude more than this are said to show no difference
+NEGLIGIBLE = 1.0  # points: intervals that exclude more than this are said to show no difference above it
+BETTER, WORSE, WITHIN, CANNOT_TELL = "better", "worse", f"within {NEGLIGIBLE:g} point", "cannot tell"
 LATEX = str.maketrans({"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
                        "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$", "±": r"$\pm$",
                        "−": "$-$", "–": "--"})
@@ -44,7 +44,7 @@ def text_table(comparison: Comparison, width: int = 10**6) -> str:
     if n_left_out:
         sentences.append(f"{n_left_out} more column{'s' * (n_left_out > 1)} of the table{'s' * bool(effects)} in a "
                          "wider terminal, and in table.md.")
-    return "\n".join([*parts, *(fill(sentence, width) for sentence in sentences)])
+    return "\n".join([*parts, *(fill(sentence, width, break_on_hyphens=False) for sentence in sentences)])
 
 
 def fitted(header: list[str], rows: list[list[str]], order: list[str], width: int) -> tuple[str, int]:
@@ -207,8 +207,8 @@ def difference_notes(differences: list[Difference]) -> list[str]:
                 f"{adjusted}. Another seed may give other numbers, so they do not tell whether one method is better "
                 "than another: that takes two seeds at least, better five."]
     return [f"vs. base: on the same questions; interval and p count questions and seeds as samples; {adjusted}. "
-            "detectable: the smallest true difference that these runs would show, by p (Holm) below 0.05, with a "
-            "power of 80 %."]
+            "detectable: the true difference that about four of five such studies would show by p (Holm) below 0.05 (a "
+            "power of 80 %)."]
 
 
 def verdict(difference: Difference) -> str:
@@ -217,7 +217,7 @@ def verdict(difference: Difference) -> str:
         return NONE
     if difference.holm < LEVEL:
         return BETTER if difference.points > 0 else WORSE
-    return NO_DIFFERENCE if difference.largest <= NEGLIGIBLE else CANNOT_TELL
+    return WITHIN if difference.largest <= NEGLIGIBLE else CANNOT_TELL
 
 
 def verdicts(comparison: Comparison) -> list[str]:
@@ -226,11 +226,11 @@ def verdicts(comparison: Comparison) -> list[str]:
     for name, difference in comparison.differences.items():
         if verdict(difference) in (BETTER, WORSE):
             differ.append(f"{name} ({points(difference.points)})")
-        elif verdict(difference) == NO_DIFFERENCE:
+        elif verdict(difference) == WITHIN:
             negligible.append(f"{name} ({difference.largest:.2f})")
         elif verdict(difference) == CANNOT_TELL:
             open_.append(f"{name} ({difference.largest:.2f})")
-    largest = "In brackets, the largest difference that the interval leaves possible."
+    largest = "In brackets, the largest difference that the interval contains."
     said = {"Differs from the base": (differ, "In brackets, the difference in points."),
             f"No difference above {NEGLIGIBLE:g} point": (negligible, largest),
             "Too few questions or seeds to tell": (open_, largest)}

@@ -1,4 +1,7 @@
-"""Gradient accumulation: the samples of an optimizer step in forward-backward passes as large as GPU memory allows."""
+"""Gradient accumulation: the samples of an optimizer step in forward-backward passes as large as GPU memory allows.
+
+`loss_weights` averages the loss over micro-batches or over the whole step, however the samples are divided into passes.
+"""
 
 import gc
 import math

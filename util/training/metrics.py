@@ -1,4 +1,4 @@
-"""metrics.jsonl, a line every few steps, and the same numbers for TensorBoard."""
+"""Numbers by step: metrics.jsonl, a line every few steps, and the same for TensorBoard."""
 
 import json
 import math

@@ -1,7 +1,7 @@
 """A run's recipe: everything that determines its result, on whatever machine and number of processes it runs.
 
 Paths do not belong to it, but what they lead to does: checksums of the training problems, of their pictures, and of the
-base's files.
+base's files. `refusal` in util/training/run_folder.py refuses a folder whose recipe has `differences` to the command's.
 """
 
 import torch
