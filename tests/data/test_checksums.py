@@ -17,6 +17,7 @@ from util.data import cache, checksums
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LAVIN_CACHE", str(tmp_path / "cache"))
     cache.report_no_cache.cache_clear()
+    checksums.hash_files_once.cache_clear()
     monkeypatch.setattr(checksums, "RECENT_SECONDS", 0)  # else files of a test are too young to be kept
     return tmp_path / "cache"
 
@@ -51,10 +52,15 @@ def test_every_byte_of_a_file_counts_in_parts_of_any_size(content, part_bytes, b
         assert checksums.file_sha256s([path]) == [expected]
 
 
+def later_start(files: list[Path]) -> list[str | None]:
+    checksums.hash_files_once.cache_clear()
+    return checksums.file_sha256s(files)
+
+
 def test_a_later_start_hashes_nothing(folder, files, hashed):
     first = checksums.file_sha256s(files)
     assert len(set(first)) == 3 and sorted(hashed) == ["a", "b", "c"]
-    assert checksums.file_sha256s(files) == first and len(hashed) == 3
+    assert later_start(files) == first and len(hashed) == 3
     assert checksums.file_sha256s(files[::-1]) == first[::-1]
 
 
@@ -128,13 +134,22 @@ def test_a_lost_or_broken_entry_costs_hashing_again_and_no_cache_every_time(fold
     first = checksums.file_sha256s(files)
     entry, = folder.glob("lavin-checksums-*.safetensors")
     entry.write_bytes(entry.read_bytes()[:-7])
-    assert checksums.file_sha256s(files) == first and len(hashed) == 6
+    assert later_start(files) == first and len(hashed) == 6
     shutil.rmtree(folder)
-    assert checksums.file_sha256s(files) == first and len(hashed) == 9
+    assert later_start(files) == first and len(hashed) == 9
     monkeypatch.setenv("LAVIN_CACHE", "")
     for _ in range(2):
-        assert checksums.file_sha256s(files) == first
+        assert later_start(files) == first
     assert len(hashed) == 15
+
+
+def test_without_a_cache_a_process_hashes_each_file_once(folder, files, hashed, monkeypatch):
+    """eval.py asks for the base's checksum twice, and search.py four times: 13 GB each time."""
+    monkeypatch.setenv("LAVIN_CACHE", "")
+    first = checksums.file_sha256s(files)
+    assert checksums.file_sha256s(files) == first and len(hashed) == 3
+    one_byte_more(files[1])
+    assert checksums.file_sha256s(files)[1] != first[1] and len(hashed) == 6
 
 
 def test_one_checksum_of_names_and_contents(folder, files):

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from util.data.datasets import ScienceQA, cluster
 from util.search import confirm
 from util.search.confirm import (
     Confirmation,
+    fresh_questions,
     is_current,
     is_done,
     plan,
+    questions_of_trials,
     read_confirmation,
     retested,
     run_all,
@@ -226,25 +229,40 @@ def write_answers(folder: Path, right: dict[str, int], clusters: dict[str, str] 
 def test_questions_are_matched_by_their_id(tmp_path):
     runs = [("000", write_answers(tmp_path / "x", {"b": 1, "a": 0})),
             ("000", write_answers(tmp_path / "y", {"a": 0, "b": 1}))]
-    assert read_confirmation(runs, 0).outcomes["000"].tolist() == [[0, 1], [0, 1]]
+    assert read_confirmation(runs, ()).outcomes["000"].tolist() == [[0, 1], [0, 1]]
     (tmp_path / "y" / "val" / "generations.jsonl").write_text('{"qid": "a", "answer": 1}\n')
     with pytest.raises(UserError, match="generations.jsonl, line 1: prediction: is missing"):
-        read_confirmation([("000", tmp_path / "y")], 0)
+        read_confirmation([("000", tmp_path / "y")], ())
 
 
 def test_questions_that_trials_were_scored_on_do_not_confirm(tmp_path):
     """Right in the lectures of those that eval.py --questions asks, wrong in all others."""
     problems = {str(i): {"lecture": f"Lecture {i % 5}."} for i in range(30)}
-    searched = ScienceQA(tmp_path, problems, {}).sample(10).problems.values()
-    lectures = {problem["lecture"] for problem in searched}
+    data = ScienceQA(tmp_path, problems, {})
+    searched = data.sample(10).problems
+    lectures = {problem["lecture"] for problem in searched.values()}
     assert len(searched) == 10 and len(lectures) == 2  # one of six questions, and four of another
     right = {qid: int(problem["lecture"] in lectures) for qid, problem in problems.items()}
     runs = [("000", write_answers(tmp_path / "x", right, {qid: cluster(qid, p) for qid, p in problems.items()}))]
-    found = read_confirmation(runs, 10)
+    found = read_confirmation(runs, searched)
     assert found.fresh and found.outcomes["000"].tolist() == [[0] * 18]
     assert np.bincount(found.clusters).tolist() == [6, 6, 6]
-    everything = read_confirmation(runs, 25)
-    assert not everything.fresh and everything.outcomes["000"].sum() == 12 and everything.base.shape == (1, 30)
+    for nothing_is_fresh in (data.sample(25).problems, ()):
+        everything = read_confirmation(runs, nothing_is_fresh)
+        assert not everything.fresh and everything.outcomes["000"].sum() == 12 and everything.base.shape == (1, 30)
+
+
+@pytest.mark.parametrize("clusters", [dict.fromkeys("abc", "the only topic"), dict.fromkeys("abc")])
+def test_questions_are_fresh_one_by_one_where_clusters_tell_none_apart(clusters):
+    assert fresh_questions(clusters, {"a", "another split's"}) == {"b", "c"}
+
+
+def test_the_questions_of_trials_are_those_in_their_folders(study, tmp_path):
+    """An earlier version drew them from all lectures, so that the number alone does not tell them."""
+    for name, qids in (("000", "a"), ("001", "ab"), ("002", "b")):
+        folder = write_answers(study / "trials" / name / "rungs", dict.fromkeys(qids, 1))
+        (folder / "val").rename(folder / "2")
+    assert questions_of_trials(study) == {"a", "b"}
 
 
 def test_a_verdict_of_an_earlier_version_is_tested_anew(tmp_path):
@@ -255,3 +273,5 @@ def test_a_verdict_of_an_earlier_version_is_tested_anew(tmp_path):
     assert not is_current(known) and anew["winner"] == "001" and anew["difference"] == pytest.approx(20, abs=5)
     assert anew["p"] == min(1, 2 * found.estimate("001").p_greater)
     assert retested({"winner": "001", "p": 0.5}, found) == {"winner": "001", "p": 0.5}
+    of_something_else = retested({**known, "winner": "009"}, found)  # whose runs are left out
+    assert of_something_else == asdict(verdict(found)) and of_something_else["winner"] == "002"

@@ -1,5 +1,6 @@
 """A study is of one thing: the same data, models and scoring in all of its runs, whoever resumes, joins or reports."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import search
 from lavin.runtime.files import read_json, write_json
 from simulated_commands import Machine
 from user_errors import change_json, error_message
-from util.data.datasets import ScienceQA
+from util.data.datasets import ScienceQA, cluster
 from util.evaluation.scienceqa import summarize
 from util.search.folder import STUDY, read_records
 from util.search.identity import conditions, differences, runs_of_something_else
@@ -127,6 +128,21 @@ def test_study_json_says_what_the_study_is_of_and_never_changes(begun, started):
     assert (begun / STUDY).read_bytes() == before
 
 
+@pytest.mark.parametrize("questions, n_of_first_lecture, warns", [
+    (3, None, True), (2, None, False), (2, 1, True), (2, 2, False), (2, 3, False)])
+def test_a_search_that_leaves_no_lecture_to_name_a_winner_on_says_so_when_it_begins(
+        started, data, capsys, questions, n_of_first_lecture, warns):
+    """Of two lectures, trials are asked all of the first one. A lecture of all questions tells none apart."""
+    first, second = sorted(("One.", "Two."), key=lambda text: hashlib.sha256(
+        cluster("", {"lecture": text}).encode()).digest())
+    problems, splits = (json.loads((data / name).read_text()) for name in ("problems.json", "pid_splits.json"))
+    for i, qid in enumerate(splits["val"] if n_of_first_lecture else []):
+        problems[qid]["lecture"] = first if i < n_of_first_lecture else second
+    (data / "problems.json").write_text(json.dumps(problems))
+    error_message(started, Machine(quality, kills=[1.0]), "--questions", str(questions))
+    assert ("so none is left to name a winner on" in capsys.readouterr().out) == warns
+
+
 # --- Data that changes while the search runs ---
 
 @pytest.mark.parametrize("split, words", [("val", "other data in the scores of trials"),
@@ -238,6 +254,30 @@ def test_an_old_study_is_resumed_on_the_data_of_most_of_its_trials_alone(mixed, 
     assert error_message(started, Machine(quality)) == (
         f"{study} is a study of something else (other data in the scores of trials and the scores on validation): "
         f"{PUT_BACK}")
+
+
+def test_an_old_study_whose_trials_were_asked_other_questions_is_told_so(mixed, started):
+    """Another version drew them; nothing can be put back."""
+    study, _ = mixed
+    for path in study.glob("trials/*/rungs/*/scores.json"):
+        change_json(path, {"data": "drawn otherwise"})
+    assert error_message(started, Machine(quality)) == (
+        f"{study} was begun by an earlier version, which asked its trials other questions of val: finish it with that "
+        "version, or search in another folder with --study")
+
+
+def test_what_new_runs_of_an_old_study_tell_holds_for_the_next_ones(mixed):
+    """Here most runs are of an earlier version, which recorded no pictures."""
+    study, _ = mixed
+    scores = {name: study / "trials" / name / "rungs" / "3" / "scores.json" for name in read_records(study)}
+    for name, pictures in (("001", "of val"), ("002", "of val"), ("003", "exchanged")):
+        change_json(scores[name], {"data": "1", "pictures": pictures})
+    change_json(scores["000"], {"data": "1"})
+    assert runs_of_something_else(study, read_json(study / STUDY), "trials") == {
+        "003": "other pictures in the scores of trials"}
+    change_json(scores["002"], {"pictures": None})
+    assert runs_of_something_else(study, read_json(study / STUDY), "trials") == {
+        "003": "other pictures in the scores of trials"}
 
 
 def test_a_study_whose_scores_say_nothing_is_compared_as_before(mixed):

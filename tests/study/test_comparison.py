@@ -263,6 +263,20 @@ def test_runs_that_were_trained_on_something_else_are_told(tmp_path, changes, wo
     assert comparison.notes == ([f"{tmp_path / 'b'}: was trained on {words} than {tmp_path / 'a'}"] if words else [])
 
 
+@pytest.mark.parametrize("scored, words", [
+    ({}, None), ({"base": "b", "base_sha256": "c", "vision": "v"}, None), ({"vision_sha256": None}, None),
+    ({"base": "x"}, "other files of --llm_model"), ({"base": "b", "base_sha256": "x"}, "other files of --llm_model"),
+    ({"vision": "x"}, "other files of --vision_model")])
+def test_a_run_that_was_scored_on_another_base_than_it_was_trained_on_is_told(tmp_path, scored, words):
+    """eval.py warns of it once; the base may only be stored in another format, so that the run is compared."""
+    for name, more, flags in (("a", {}, {}), ("b", scored, STEP)):
+        write_run(tmp_path / name, scored={**OWN, **more}, **flags)
+        (tmp_path / name / "recipe.json").write_text(json.dumps({"recipe": INPUTS, "flags": {}}))
+    comparison = compare([str(tmp_path)])
+    assert not comparison.excluded and len(comparison.methods) == 2
+    assert comparison.notes == ([f"{tmp_path / 'b'}: was scored on {words} than it was trained on"] if words else [])
+
+
 def test_captions_make_other_data_of_a_method(tmp_path):
     write_run(tmp_path / "a", scored=OWN, use_caption=False)
     write_run(tmp_path / "b", scored=OWN, use_caption=True)

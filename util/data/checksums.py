@@ -3,7 +3,8 @@
 A file's checksum is the SHA-256 of the SHA-256s of its parts, which threads hash side by side: 13 GB take seconds. The
 cache (cache.py) keeps the checksums of a list of files under the state of each: device, inode, size, and the times of
 the last change of content and of anything (ctime, which no program can set). Where one state differs, the list is
-hashed again. Nothing else goes by states: they only save hashing.
+hashed again. A process remembers checksums in the same way, so that without a cache it hashes each file once. Nothing
+else goes by states: they only save hashing.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -25,8 +27,9 @@ PART_BYTES = 2**26  # of a file, hashed by one thread
 BUFFER_BYTES = 2**20
 RECENT_SECONDS = 2  # a file may change again without another ctime, whose steps are up to 2 s long on some file systems
 BAR_SECONDS = 2  # after which a progress bar appears
+REMEMBERED = 16  # lists of files: the base's, the ViT's, and the pictures of each split
 
-State = list[int]
+State = tuple[int, ...]
 
 
 def file_state(path: Path) -> State | None:
@@ -37,7 +40,7 @@ def file_state(path: Path) -> State | None:
         return None
     if not stat.S_ISREG(found.st_mode) or not os.access(path, os.R_OK):
         return None
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def file_states(paths: Sequence[Path]) -> list[State | None]:
@@ -54,21 +57,27 @@ def require_unchanged(paths: Sequence[Path], before: Sequence[State | None]) -> 
 
 def file_sha256s(paths: Sequence[Path]) -> list[str | None]:
     """The checksum of each file; None where there is no regular file that can be read."""
-    states = file_states(paths)
-    files = {path: state for path, state in zip(paths, states, strict=True) if state}
+    files = {path: state for path, state in zip(paths, file_states(paths), strict=True) if state}
     if not files:
         return [None] * len(paths)
-
-    def make() -> Arrays:
-        digests = sha256_digests({path: size for path, (_, _, size, _, _) in files.items()})
-        require_unchanged(list(files), list(files.values()))
-        return {"sha256": torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)}
-
     is_recent = max(state[-1] for state in files.values()) > time.time_ns() - RECENT_SECONDS * 10**9
-    key = [[str(path.absolute()), *state] for path, state in files.items()]
-    arrays = make() if is_recent else cached("checksums", key, make, {"sha256": (torch.uint8, (len(files), 32))})
-    checksums = dict(zip(files, arrays["sha256"], strict=True))
+    hashed = (hash_files if is_recent else hash_files_once)(tuple(files.items()))
+    checksums = dict(zip(files, hashed["sha256"], strict=True))
     return [checksums[path].numpy().tobytes().hex() if path in checksums else None for path in paths]
+
+
+@lru_cache(REMEMBERED)
+def hash_files_once(files: tuple[tuple[Path, State], ...]) -> Arrays:
+    """The digests of the files [number of files, 32], from the node's cache."""
+    return cached("checksums", [[str(path.absolute()), *state] for path, state in files], lambda: hash_files(files),
+                  {"sha256": (torch.uint8, (len(files), 32))})
+
+
+def hash_files(files: tuple[tuple[Path, State], ...]) -> Arrays:
+    paths, states = zip(*files, strict=True)
+    digests = sha256_digests({path: size for path, (_, _, size, _, _) in files})
+    require_unchanged(paths, states)
+    return {"sha256": torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)}
 
 
 def sha256_digests(sizes: Mapping[Path, int]) -> Iterator[bytes]:

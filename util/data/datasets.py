@@ -72,8 +72,13 @@ class ScienceQA:
 
     def sample(self, n: int) -> "ScienceQA":
         """The split with n of its problems, as `sample_ids` draws them."""
-        drawn = sample_ids({qid: cluster(qid, problem) for qid, problem in self.problems.items()}, n)
+        drawn = sample_ids(self.clusters, n)
         return replace(self, problems={qid: problem for qid, problem in self.problems.items() if qid in drawn})
+
+    @property
+    def clusters(self) -> dict[str, str]:
+        """The cluster of each problem, by id."""
+        return {qid: cluster(qid, problem) for qid, problem in self.problems.items()}
 
     @property
     def picture_paths(self) -> dict[str, Path]:

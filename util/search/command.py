@@ -48,10 +48,10 @@ def describe_study(search: Search, space: Space, trained: Flags) -> dict:
     """The content of study.json: the settings that all workers must share, and the meaning of --precision here."""
     of_batch, files = Optimization.of(trained).entries(search.gpus), TrainingData.of(trained)
     data = {split: load_scienceqa(files.data_root, split, files.captions) for split in SPLITS}
-    n_validation = len(data["val"].problems)
-    if search.confirm and search.questions >= n_validation:
-        print_rank0(f"warning: trials are scored on all {n_validation} validation questions, so none is left to name a "
-                    f"winner on: give --questions {n_validation // 2}")
+    searched = data["val"].sample(search.questions).problems
+    if search.confirm and not confirm.fresh_questions(data["val"].clusters, searched):
+        print_rank0(f"warning: trials are scored on {len(searched)} of {len(data['val'].problems)} questions of val, "
+                    "on all lectures, so none is left to name a winner on: give fewer with --questions")
     flags = {name: value for name, value in vars(trained).items()
              if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != EFFECTIVE_BATCH}
     return {**{name: getattr(search, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},

@@ -6,7 +6,7 @@ name the winner; the test split is scored once, for the winner and the base. All
 
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import numpy as np
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import PUT_IT_THERE, load_json, write_json
-from util.data.datasets import sample_ids
 from util.evaluation.answers import GENERATIONS, read_answers
 from util.search.errors import CommandFailed
 from util.search.folder import (
@@ -28,7 +27,6 @@ from util.search.folder import (
     change_record,
     load_record,
     read_records,
-    read_settings,
 )
 from util.search.locks import claim, waiting_for
 from util.search.runner import Runner
@@ -158,9 +156,10 @@ class Confirmation:
 
 
 def verdict(found: Confirmation, winner: str | None = None) -> Verdict:
-    """The verdict on the best configuration; winner: on this one, which was named before."""
-    winner = winner or max((name for name in found.outcomes if name != BASE),
-                           key=lambda name: found.outcomes[name].mean())
+    """The verdict on the best configuration; winner: on this one, which was named before, where its runs still count.
+    """
+    if winner not in found.outcomes:
+        winner = max((name for name in found.outcomes if name != BASE), key=lambda name: found.outcomes[name].mean())
     difference = 100 * float(found.outcomes[winner].mean() - found.base.mean())
     (low, high), estimate = found.interval(winner), found.estimate(winner)
     p = min(1.0, found.n_configurations * estimate.p_greater) if estimate and found.fresh else None
@@ -169,22 +168,36 @@ def verdict(found: Confirmation, winner: str | None = None) -> Verdict:
                    p is not None and p < LEVEL)
 
 
-def read_confirmation(runs: list[tuple[str, Path]], n_searched: int) -> Confirmation:
-    """The outcomes on the validation questions of lectures that trials were not scored on: their questions chose the
-    configurations, which are therefore lucky on them and on what is like them.
+def questions_of_trials(study: Path) -> set[str]:
+    """The validation questions that trials were scored on, by their answers: versions have drawn different ones."""
+    return {answer.qid for path in study.glob(f"trials/*/rungs/*/{GENERATIONS}") for answer in read_answers(path)}
 
-    runs: the configuration and the folder of each run. n_searched: the number of questions of the trials; where no
-    lecture is left, the outcomes are on all questions, and no winner is named.
+
+def fresh_questions(clusters: Mapping[str, str | None], searched: Collection[str]) -> set[str]:
+    """The questions of clusters of which none is in `searched`. Where the clusters say nothing, each question is alone.
+
+    clusters: by question. searched: the questions that chose the configurations, which are therefore lucky on them and
+    on what is like them; where they are not known, no question is fresh.
+    """
+    known = clusters if clusters_of(list(clusters.values())) is not None else {qid: qid for qid in clusters}
+    seen = {known[qid] for qid in searched if qid in known}
+    return {qid for qid, cluster in known.items() if cluster not in seen} if searched else set()
+
+
+def read_confirmation(runs: list[tuple[str, Path]], searched: Collection[str]) -> Confirmation:
+    """The outcomes on the validation questions that are fresh; where there is none, those on all questions, and no
+    winner is named.
+
+    runs: the configuration and the folder of each run. searched: the questions of the trials.
     """
     rows: dict[str, list] = {}
     names: list[str | None] = []
     for configuration, folder in runs:
         answers = sorted(read_answers(folder / "val" / GENERATIONS), key=lambda answer: answer.qid)
-        clusters = {answer.qid: answer.cluster or answer.qid for answer in answers}
-        searched = {clusters[qid] for qid in sample_ids(clusters, n_searched)}
-        fresh = [answer for answer in answers if clusters[answer.qid] not in searched]
-        rows.setdefault(configuration, []).append([answer.correct for answer in fresh or answers])
-        names = [answer.cluster for answer in fresh or answers]
+        fresh = fresh_questions({answer.qid: answer.cluster for answer in answers}, searched)
+        counted = [answer for answer in answers if answer.qid in fresh] or answers
+        rows.setdefault(configuration, []).append([answer.correct for answer in counted])
+        names = [answer.cluster for answer in counted]
     return Confirmation({name: np.array(row, int) for name, row in rows.items()}, clusters_of(names), bool(fresh))
 
 
@@ -195,8 +208,7 @@ def finish(study: Path, runner: Runner, runs: list[FreshRun], epochs: int) -> No
         if not ((study / VERDICT).is_file() and is_current(read_verdict(study))):
             for run in runs:  # scores of something else, which an earlier version did not notice, are replaced
                 runner.score(run.folder, epochs, run.folder / "val", "val", lock)
-            found = read_confirmation([(run.configuration, run.folder) for run in runs],
-                                      read_settings(study)["questions"])
+            found = read_confirmation([(run.configuration, run.folder) for run in runs], questions_of_trials(study))
             known = read_verdict(study) if (study / VERDICT).is_file() else None
             write_json(study / VERDICT, retested(known, found) if known else asdict(verdict(found)))
         winner = read_verdict(study)["winner"]

@@ -53,14 +53,16 @@ def checksums(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recorded_identity(study: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The identity of a study by study.json or, where an earlier version wrote that, by most of its runs."""
+    """The identity of a study by study.json or, where an earlier version wrote that, by most of its runs: each entry by
+    those that tell it, since runs that it made tell less than those that this version adds."""
     known = {part: settings.get("identity", {}).get(part, SCORING.get(part, {})) for part in FILES}
-    found: dict[str, Counter] = {part: Counter() for part in FILES}
+    found: dict[str, dict[str, Counter]] = {part: {} for part in FILES}
     for folder in run_folders(study):
         for part, entries in said_by_files(folder, searched_flags(settings)):
-            found[part][json.dumps(entries, sort_keys=True)] += 1
-    return {part: {**(json.loads(found[part].most_common(1)[0][0]) if found[part] else {}), **known[part]}
-            for part in FILES}
+            for name, value in entries.items():
+                found[part].setdefault(name, Counter())[json.dumps(value)] += 1
+    return {part: {**{name: json.loads(counts.most_common(1)[0][0]) for name, counts in found[part].items()},
+                   **known[part]} for part in FILES}
 
 
 # --- What its runs are of ---

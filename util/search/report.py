@@ -11,6 +11,7 @@ from util.search.confirm import (
     VERDICT,
     Confirmation,
     is_current,
+    questions_of_trials,
     read_confirmation,
     read_verdict,
     retested,
@@ -71,7 +72,7 @@ def confirmation(report: StudyReport) -> list[str]:
     if not {BASE, verdict["winner"]} <= {record["configuration"] for record in runs.values()}:
         return [sentence(verdict), *text] if is_current(verdict) else text
     found = read_confirmation([(record["configuration"], report.folder / "confirm" / name)
-                               for name, record in runs.items()], report.settings["questions"])
+                               for name, record in runs.items()], questions_of_trials(report.folder))
     verdict = retested(verdict, found)
     kind = "validation questions that trials were not scored on" if found.fresh else "validation questions"
     return [sentence(verdict), *text, f"Accuracy in % of the {found.base.shape[1]:,} {kind}, mean over "

@@ -24,7 +24,7 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, write_json
 from util.search.errors import WorkerError
 from util.search.folder import RECORD, STUDY, begin_record, change_record, load_record, read_settings, trial_folder
-from util.search.identity import FIX, Identity, differences, recorded_identity, runs_of_something_else
+from util.search.identity import FIX, WORDS, Identity, differences, recorded_identity, runs_of_something_else
 from util.search.locks import claim, waiting_for
 from util.search.pruning import longest_warmup, make_pruner, rungs
 from util.search.space import Space, Values
@@ -185,6 +185,9 @@ def check_settings(folder: Path, settings: dict[str, Any], storage_url: str | No
     found = read_settings(folder)
     identity, known = settings.get("identity", {}), recorded_identity(folder, found)
     of_other = differences(identity, known)
+    if "identity" not in found and of_other == [f"other data in {WORDS['trials']}"]:
+        raise UserError(f"{folder} was begun by an earlier version, which asked its trials other questions of val: "
+                        "finish it with that version, or search in another folder with --study")
     if of_other:
         raise UserError(f"{folder} is a study of something else ({'; '.join(of_other)}): {FIX}")
     # the first worker's precision stays, and a path may be another one where it leads to the same content

@@ -27,7 +27,7 @@ from util.study.statistics import (
     tango,
     wilson,
 )
-from util.training.recipe import differences
+from util.training.recipe import INPUTS, other_inputs
 
 PUBLISHED = Path(__file__).parents[2] / "assets" / "published.json"
 ASSUMED_ICC = (0.01, 0.05, 0.1)  # intraclass correlations of outcomes
@@ -277,10 +277,10 @@ def why_incomparable(run: Run, reference: Run, right_options: dict[str, int]) ->
 
 def with_note_on_inputs(run: Run, reference: Run) -> Run:
     """The run, with a note where it was trained on other data, pictures or models than the reference."""
-    known = run.trained_on.keys() & reference.trained_on.keys()
+    names = set(INPUTS)
     if run.flags.get("use_caption") != reference.flags.get("use_caption"):  # trained so, and named after it
-        known -= {"data"}
-    others = differences(*({name: trained.trained_on[name] for name in known} for trained in (run, reference)))
+        names -= {"data"}
+    others = other_inputs(run.trained_on, reference.trained_on, names)
     note = f"was trained on {', '.join(others)} than {reference.folder}"
     return replace(run, notes=[*run.notes, note]) if others else run
 

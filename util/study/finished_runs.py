@@ -19,9 +19,10 @@ from lavin.runtime.flags import Flag, flags_of
 from lavin.runtime.schema import declared, read_validated, validate
 from util.evaluation.answers import GENERATIONS, Answer, read_answers
 from util.evaluation.scoring import COLUMNS
+from util.fingerprint import FROZEN, FROZEN_SHA256
 from util.lr_sched import LearningRate, check_schedule
 from util.runs import checkpoint_path
-from util.training.recipe import INPUTS
+from util.training.recipe import INPUTS, other_inputs
 from util.training.settings import EFFECTIVE_BATCH, Optimization
 
 N_LAYERS = 32  # of LLaMA-7B
@@ -161,11 +162,11 @@ def read_run(folder: Path) -> Run:
     check_counts(scores, folder / "scores.json")
     check_answers(scores, answers, predictions, folder, hint)
     check_origin(scores, flags, folder, hint)
-    losses = read_metrics(folder / "metrics.jsonl")
+    inputs, losses = trained_on(folder / "recipe.json"), read_metrics(folder / "metrics.jsonl")
     return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
                                     for line in log], scores["counts"], scores["correct"], scores["split"], answers,
-               predictions, n_layers, scored_with(scores), trained_on(folder / "recipe.json"), by_fraction(losses),
-               notes(scores, log, losses))
+               predictions, n_layers, scored_with(scores), inputs, by_fraction(losses),
+               notes(scores, inputs, log, losses))
 
 
 def read_flags(config: dict, path: Path) -> tuple[dict, int]:
@@ -266,13 +267,16 @@ def scored_with(scores: dict) -> dict:
     return found
 
 
-def notes(scores: dict, log: list[dict], losses: dict[tuple[int, int], float | None]) -> list[str]:
-    """The sentences that the table has on a run that it compares."""
+def notes(scores: dict, inputs: dict, log: list[dict], losses: dict[tuple[int, int], float | None]) -> list[str]:
+    """The sentences that the table has on a run that it compares. inputs: what it was trained on."""
     lines = []
     if "checkpoint_sha256" not in scores:
         lines.append("scored by an earlier version: which checkpoint, and how, cannot be checked")
     if scores.get("decode") == "score":
         lines.append("scored with --decode score, which compares the options' letters: answers written out may differ")
+    others = other_inputs(scores, inputs, (*FROZEN, *FROZEN_SHA256))
+    if others:
+        lines.append(f"was scored on {', '.join(others)} than it was trained on")
     skipped_steps = sum(line.get("skipped_steps", 0) for line in log)
     if skipped_steps:
         of_all = f" of {len(log) * last_step(losses):,}" if losses else ""

@@ -4,6 +4,9 @@ Paths do not belong to it, but what they lead to does: checksums of the training
 base's files. `refusal` in util/training/run_folder.py refuses a folder whose recipe has `differences` to the command's.
 """
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 
 from lavin.runtime.device import precision_name
@@ -43,6 +46,12 @@ def differences(recipe: dict, other: dict) -> list[str]:
             lines.append(f"other {DESCRIPTIONS[name]}" if isinstance(value, str) and name in DESCRIPTIONS else
                          f"{DESCRIPTIONS.get(name, f'--{name}')} {value}, not {other_value}")
     return list(dict.fromkeys(lines))  # two checksums may tell of the same files
+
+
+def other_inputs(record: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """One line for each of these entries of INPUTS that both records tell, and in which they differ."""
+    known = [name for name in names if name in record and name in other]
+    return differences({name: record[name] for name in known}, {name: other[name] for name in known})
 
 
 def fit_effective_batch(args: Flags, effective_batch: int, world: int) -> None:
