@@ -1,6 +1,7 @@
 """Terminal output: lines and progress from rank 0 only, aligned tables."""
 
 import io
+import math
 import os
 import sys
 
@@ -74,7 +75,7 @@ class Lines(tqdm):
     def close(self) -> None:
         if not self.disable and self.n > self.initial and self._time() - self.start_t >= self.shortest:
             self.display()
-        self.last_print_t = self.start_t = 0.0  # nothing is to be cleared
+        self.delay = math.inf  # super() writes a last line, unless nothing was to be seen yet
         super().close()
 
 

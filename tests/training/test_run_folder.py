@@ -407,6 +407,23 @@ def test_other_examples_than_before_are_refused(flags, finished, scienceqa_copy)
     assert "other examples" in refused(*skipping)
 
 
+def test_other_micro_batches_than_before_are_refused(flags, tmp_path):
+    """Earlier versions made other micro-batches of a step; with --loss_norm batch they do not matter."""
+    for loss_norm in ("batch", "microbatch"):
+        folder = tmp_path / loss_norm
+        command = in_folder(flags, folder, "--loss_norm", loss_norm)
+        run(*command, "--stop_after_epoch", "1")
+        path = folder / "checkpoint-0.pth"
+        content = {name: value for name, value in load_checkpoint(path).items() if name not in (
+            "tokenization", "sha256")}  # which earlier versions did not state
+        torch.save({**content, "sha256": value_sha256(content)}, path)
+        if loss_norm == "batch":
+            run(*command)
+            assert list(checkpoints(folder)) == [0, 1, 2]
+        else:
+            assert "an earlier version with --loss_norm microbatch, whose micro-batches were other" in refused(*command)
+
+
 # --- Checkpoints ---
 
 @pytest.mark.parametrize("named, read", [

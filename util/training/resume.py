@@ -90,8 +90,13 @@ def restore(model, optimizer, scaler, checkpoint: Checkpoint, examples_sha256: s
     source, content = f"checkpoint {checkpoint.path}", checkpoint.content
     if not {"sha256", "optimizer", "examples"} <= content.keys():
         raise UserError(f"{source} is not as train.py writes it: name another")
+    is_of_earlier_version = "tokenization" not in content
+    if is_of_earlier_version and content.get("flags", {}).get("loss_norm") == "microbatch":
+        raise UserError(f"{source} was trained by an earlier version with --loss_norm microbatch, whose micro-batches "
+                        "were other samples, so it cannot go on here: train it anew with --overwrite, or into another "
+                        "--output_dir")
     if content["examples"] != examples_sha256:
-        if "tokenization" not in content and any_joined():
+        if is_of_earlier_version and any_joined():
             raise UserError(f"{source} was trained by an earlier version, which tokenized prompt and answer together: "
                             "with this tokenizer its examples had other ids, so it cannot go on here: train it anew "
                             "with --overwrite, or into another --output_dir")
