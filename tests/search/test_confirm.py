@@ -172,7 +172,7 @@ def test_p_and_interval_are_of_the_one_estimate_over_all_configurations(k):
     assert result.p == min(1, k * estimate.p_greater) and 0.001 < estimate.p_greater < 0.4
     assert (result.low, result.high) == tuple(100 * end for end in estimate.interval(k))
     assert (f"adjusted for {k} configurations" in sentence(vars(result))) == (k > 1)
-    assert f"; p = {result.p:.3f}" in sentence(vars(result))
+    assert f"; one-sided p = {result.p:.3f}" in sentence(vars(result))
 
 
 def test_the_winner_is_the_best_by_the_mean_of_all_seeds():
@@ -185,7 +185,7 @@ def test_the_sentence_says_each_number_where_it_belongs():
     said = sentence({"winner": "007", "n_configurations": 3, "seeds": 2, "questions": 3241, "difference": 1.25,
                      "low": -0.5, "high": 2.75, "p": 0.0123, "found": True})
     assert said == ("Trial 007 is better than the base: +1.25 points on 3,241 validation questions with 2 fresh seeds "
-                    "(95 % interval −0.50 to +2.75; p = 0.012, adjusted for 3 configurations).")
+                    "(95 % interval −0.50 to +2.75; one-sided p = 0.012, adjusted for 3 configurations).")
 
 
 def test_one_seed_names_no_winner():

@@ -280,6 +280,13 @@ def test_what_new_runs_of_an_old_study_tell_holds_for_the_next_ones(mixed):
         "003": "other pictures in the scores of trials"}
 
 
+def test_an_old_study_is_of_what_most_of_its_runs_are_of_though_the_first_one_is_not(started):
+    study = started(Machine(quality))
+    settings = {name: value for name, value in read_json(study / STUDY).items() if name != "identity"}
+    change_json(study / "trials" / "000" / "rungs" / "3" / "scores.json", {"data": "other"})
+    assert runs_of_something_else(study, settings, "trials") == {"000": "other data in the scores of trials"}
+
+
 def test_a_study_whose_scores_say_nothing_is_compared_as_before(mixed):
     """The scores of the first versions had neither checksums nor a way of scoring."""
     study, best = mixed

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -531,18 +532,29 @@ def test_the_text_fits_the_terminal(tmp_path, width):
 
 
 def test_csv_has_one_number_per_cell(tmp_path):
-    write_run(tmp_path / "base", "1111100000")
-    write_run(tmp_path / "step0", "1111111110", **STEP)
-    write_run(tmp_path / "step1", "1111111000", seed=1, **STEP)
+    write_run(tmp_path / "base", "1111100000" * 4)
+    for seed, right in enumerate(("1111111110" * 4, "1111111100" * 4, "1111111110" * 2 + "1111111100" * 2)):
+        write_run(tmp_path / f"step{seed}", right, seed=seed, **STEP)
     comparison = compare([str(tmp_path)])
     base, step = csv.DictReader(io.StringIO(csv_table(comparison)))
     assert (base["method"], base["seeds"], base["n"], base["Avg"], base["IMG"], base["difference"]) == (
-        "Base", "1", "10", "50.0000", "", "")
-    assert (step["Avg"], step["Avg_sd"], step["difference"]) == ("80.0000", f"{2 * np.sqrt(2) * 5:.4f}", "30.0000")
+        "Base", "1", "40", "50.0000", "", "")
+    assert (step["Avg"], step["Avg_sd"], step["difference"]) == ("85.0000", "5.0000", "35.0000")
     methods, difference = comparison.methods, comparison.differences["Step Decay"]
     assert [step["Avg_low"], step["Avg_high"]] == [f"{end:.4f}" for end in methods[1].interval("Avg")]
     assert step["p"] == step["p_holm"] == f"{difference.p:.6g}"
     assert step["difference_detectable"] == f"{difference.detectable:.4f}" and base["difference_detectable"] == ""
+
+
+def test_csv_has_p_and_the_adjusted_p(tmp_path):
+    write_run(tmp_path / "base", "1111100000")
+    write_run(tmp_path / "step", "1111111110", **STEP)
+    write_run(tmp_path / "cyclical", "1111110000", **CYCLICAL)
+    comparison = compare([str(tmp_path)])
+    rows = {row["method"]: row for row in csv.DictReader(io.StringIO(csv_table(comparison)))}
+    for name, difference in comparison.differences.items():
+        assert [rows[name]["p"], rows[name]["p_holm"]] == [f"{difference.p:.6g}", f"{difference.holm:.6g}"]
+    assert rows["Step Decay"]["p"] != rows["Step Decay"]["p_holm"]
 
 
 def test_latex_is_escaped_and_has_equal_rows(tmp_path):
@@ -553,6 +565,16 @@ def test_latex_is_escaped_and_has_equal_rows(tmp_path):
     assert len(rows) == 4 and {row.count(" & ") for row in rows} == {text.splitlines()[3].count("r") - 4 + 3}
     assert r"Step Decay + warmup\_epochs 0 & 90.00" in text
     assert "%" not in text.replace(r"\%", "").replace("{!}{%", "") and "−" not in text
+
+
+def test_the_base_alone_beside_the_published_runs_has_no_design_effect_of_differences(tmp_path):
+    write_run(tmp_path / "base", "1111100000")
+    comparison = compare([str(tmp_path)])
+    of_published = published()
+    comparison = replace(comparison, methods=[*comparison.methods, *of_published.methods],
+                         differences=of_published.differences, clusters=np.arange(10) // 2)
+    text = text_table(comparison)
+    assert "nan" not in text and "5 clusters of 2 to 2 questions" in text and "for accuracies (means" in text
 
 
 def test_with_published(tmp_path):

@@ -72,12 +72,27 @@ def test_effects_by_hand(study):
 
 def test_what_is_not_crossed_is_left_out(study, tmp_path):
     write_run(study / "more", lr_schedule="cyclical", min_lr=5e-5)  # without the other dropout
-    write_run(study / "rate", "1" * N, lr=0.002, lr_schedule="step")  # differs in something else
+    for name, more in DROPOUTS.items():
+        write_run(study / f"rate {name}", "1" * N, lr=0.002, lr_schedule="step", **more)  # differs in something else
     comparison = compare([str(study)])
     grid = find_grid(comparison)
     assert grid.schedules == list(SCHEDULES) and grid.dropouts == list(DROPOUTS)
     assert all(sum(weights.values()) == pytest.approx(0)
                for effects in grid.families().values() for weights in effects.values())
+
+
+def test_of_combinations_that_are_not_complete_the_largest_grid_is_taken(tmp_path):
+    """Either other schedule has a dropout of its own beside the base's, and the second one another one, too."""
+    more = {"Base": {}, "dropout 0.3": {"dropout_prob": 0.3}, "dropout 0.25": {"dropout_prob": 0.25},
+            "dropout 0.2": {"dropout_prob": 0.2}}
+    crossed = {"Base": list(more), "Step Decay": ["Base", "dropout 0.3"],
+               "Exp. Decay": ["Base", "dropout 0.25", "dropout 0.2"]}
+    for schedule, dropouts in crossed.items():
+        for dropout in dropouts:
+            write_run(tmp_path / f"{schedule} {dropout}", **SCHEDULES[schedule], **more[dropout])
+    grid = find_grid(compare([str(tmp_path)]))
+    assert grid.schedules == ["Base", "Exp. Decay"]
+    assert grid.dropouts[0] == "Base" and set(grid.dropouts) == {"Base", "dropout 0.25", "dropout 0.2"}
 
 
 def test_nothing_crossed_has_no_effects(tmp_path):
@@ -108,13 +123,14 @@ def test_effects_are_in_tables_figures_and_plans(study, tmp_path, capsys, monkey
         assert any(line.startswith(effect.name) and f"{effect.points:+.2f}".replace("-", "−") in line
                    for line in text.splitlines())
         assert f"| {effect.name} | {effect.family} |" in (tmp_path / "out" / "table.md").read_text()
+        assert f"\n{effect.name} & {effect.family} & " in (tmp_path / "out" / "table.tex").read_text()
     rows = list(csv.DictReader((tmp_path / "out" / "effects.csv").open()))
     assert [float(row["points"]) for row in rows] == pytest.approx([effect.points for effect in effects], abs=1e-4)
     plan = run_command("--plan", "1").splitlines()
     assert plan[0].split("  ")[-3:] == ["schedule effect", "dropout effect", "interaction effect"]
     variances = measure(compare([str(study)]))
-    assert plan[3].split()[-3:] == [f"±{detectable(variances, 3, N, squares, tests):.2f}"
-                                    for squares, tests in ((1, 2), (2 / 3, 1), (4, 2))]
+    assert plan[3].split()[-3:] == [f"±{detectable(variances, 3, N, weights, tests):.2f}" for weights, tests in (
+        ((0.5, 0.5, -0.5, -0.5), 2), ((1 / 3, 1 / 3, 1 / 3, -1 / 3, -1 / 3, -1 / 3), 1), ((1, -1, -1, 1), 2))]
 
 
 def test_the_figure_fills_what_differs(study):

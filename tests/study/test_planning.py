@@ -26,6 +26,7 @@ from util.study.planning import (
     questions_needed,
     seeds_needed,
 )
+from util.study.tables import csv_table, difference_cells
 
 # What variances allow
 
@@ -33,7 +34,7 @@ from util.study.planning import (
 @pytest.mark.parametrize("seeds", [3, 4, 5, 10, 30, 100])
 def test_seeds_find_their_difference_four_times_of_five(seeds):
     """The exact power of Student's t-test."""
-    found, df = detectable(Variances(0.25, 0, 0), seeds, 1000), 2 * (seeds - 1)
+    found, df = detectable(Variances(0.25, 0, 0), seeds, 10**9), 2 * (seeds - 1)
     noncentrality = found / math.sqrt(2 * 0.25 / seeds)
     critical = t.ppf(0.975, df)
     power = nct.sf(critical, df, noncentrality) + nct.cdf(-critical, df, noncentrality)
@@ -44,22 +45,25 @@ def test_seeds_find_their_difference_four_times_of_five(seeds):
                                               (6, (2.228, 0.879)), (31, (2.000, 0.848))])
 def test_detectable_by_the_table_of_students_t(seeds, quantiles):
     """Quantiles of any textbook's table, at 97.5 and 80 % and 2 (seeds - 1) degrees of freedom; a variance of 0.25."""
-    assert detectable(Variances(0.25, 0, 0), seeds, 10) == pytest.approx(sum(quantiles) * (0.5 / seeds) ** 0.5,
+    assert detectable(Variances(0.25, 0, 0), seeds, 10**9) == pytest.approx(sum(quantiles) * (0.5 / seeds) ** 0.5,
                                                                          rel=4e-4)
 
 
 @pytest.mark.parametrize("effect, seeds", [(0.5, 64), (0.8, 26), (1.0, 17)])
 def test_seeds_needed_equal_cohens_table(effect, seeds):
     """Cohen (1988), table 2.4.1, also by statsmodels' TTestIndPower; the standard deviation between seeds is 1."""
-    assert seeds_needed(Variances(1, 0, 0), 1000, effect) == seeds
+    assert seeds_needed(Variances(1, 0, 0), 10**9, effect) == seeds
 
 
 def test_questions_alone_by_hand():
-    """10 % of the questions discordant, 1,000 questions: 2.8016 * sqrt(0.1 / 1000)."""
-    assert detectable(Variances(0, 1000, 0), 2, 1000) == pytest.approx(2.8016, rel=2e-3)  # t of 999 degrees of freedom
-    assert questions_needed(Variances(0, 1000, 0), 2, 0.5) == pytest.approx(1000 * (2.8015852 / 0.5) ** 2, rel=2e-4)
-    lectures = Variances(0, 1000, 0, cluster_size=100)  # ten clusters: t of 9 degrees of freedom
-    assert detectable(lectures, 2, 1000) == pytest.approx((2.2622 + 0.8834), rel=1e-4)
+    """10 % of the questions discordant, 1,000 questions, and two imaginary ones."""
+    variance = (999 * 1000 + 2 * 100**2) / (1001 * 1002)
+    by_hand = (1.9623 + 0.8420) * math.sqrt(variance)  # t of 1,001 degrees of freedom
+    assert detectable(Variances(0, 1000, 0), 2, 1000) == pytest.approx(by_hand, rel=1e-4)
+    assert questions_needed(Variances(0, 1000, 0), 2, 0.5) == pytest.approx(1000 * (2.8015852 / 0.5) ** 2, rel=1e-3)
+    lectures = Variances(0, 1000, 0, cluster_size=100)  # ten clusters, and two imaginary ones of a question each
+    variance = (1000 * 1000 * 9 / 10 + 2 * 100**2) / 1002**2 * 12 / 11
+    assert detectable(lectures, 2, 1000) == pytest.approx((2.2010 + 0.8755) * math.sqrt(variance), rel=1e-4)
 
 
 def test_one_seed_tells_nothing_of_methods():
@@ -106,7 +110,32 @@ def test_the_plan_for_as_many_seeds_and_questions_says_what_the_table_says(seeds
     in_table = [difference.detectable**2 for difference in differences_to_first(comparison.methods, clusters).values()]
     variances = measure(comparison)
     if variances.seeds and variances.questions:  # else the table takes the larger of the two, which the plan does not
-        assert detectable(variances, seeds, 300) == pytest.approx(math.sqrt(np.mean(in_table)), rel=0.03)
+        assert detectable(variances, seeds, 300) == pytest.approx(math.sqrt(np.mean(in_table)), rel=0.01)
+
+
+@pytest.mark.parametrize("n", [8, 100, 400])
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_equal_answers_allow_no_more_in_the_plan_than_in_the_table(n, seeds):
+    """All variances are 0, but a few equal answers tell little. In the table, two imaginary questions say so."""
+    comparison = comparison_of([np.ones((seeds, n), int)] * 2)
+    (difference,) = differences_to_first(comparison.methods).values()
+    assert detectable(measure(comparison), seeds, n) == pytest.approx(difference.detectable)
+    assert 300 < questions_needed(measure(comparison), seeds, 1.0) < 500
+    assert "–" in plan(comparison, 1) if n == 8 else "396" in plan(comparison, 1)
+
+
+def test_an_assumed_deviation_does_not_make_few_equal_answers_tell_much():
+    comparison = comparison_of([np.ones((1, 8), int)] * 2)
+    assert detectable(measure(comparison), 6, 8) > 40 and seeds_needed(measure(comparison), 8, 1.0) is None
+
+
+def test_a_difference_that_is_impossible_is_none_that_is_found():
+    """Two equal answers: a t-test would need 170 points."""
+    comparison = comparison_of([np.ones((2, 2), int)] * 2)
+    (difference,) = differences_to_first(comparison.methods).values()
+    assert difference.is_of_methods and difference.detectable == detectable(measure(comparison), 2, 2) == math.inf
+    compared = replace(comparison, differences=differences_to_first(comparison.methods))
+    assert difference_cells(difference)[-1] == "–" and csv_table(compared).splitlines()[-1].endswith(",")
 
 
 # Variances of runs
@@ -142,6 +171,13 @@ def test_variances_are_found_again():
     assert math.sqrt(many.seeds) == pytest.approx(2, rel=0.15)
     assert "12 runs of 2 methods" in found.notes[0] and "Measured, on 20,000 questions" in found.notes[1]
     assert measure(simulated_comparison(deviation=0)).seeds < 0.1
+
+
+def test_the_standard_deviation_between_seeds_has_the_interval_of_any_textbook():
+    """Two methods with three seeds each: 4 degrees of freedom, whose chi-squared quantiles are 0.484 and 11.143."""
+    rows = [(np.arange(1000) < np.array([[500], [520], [540]])).astype(int)] * 2  # a standard deviation of 2 points
+    low, high = 2 * math.sqrt(4 / 11.143), 2 * math.sqrt(4 / 0.4844)
+    assert f"of 2.00 points (95 % interval {low:.2f} to {high:.2f})" in measure(comparison_of(rows)).notes[0]
 
 
 def test_clusters_multiply_the_variance_between_questions():
@@ -188,7 +224,7 @@ def test_plan_of_the_published_runs(capsys, monkeypatch, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("  ")[-1] == "questions for 0.5 points" and "4,241 questions" in lines[0]
     assert [line.split() for line in lines[2:4]] == [["2", "±3.13", "–"], ["3", "±2.90", "–"]]
-    assert lines[7].split() == ["50", "±2.52", "211,693"]
+    assert lines[7].split() == ["50", "±2.52", "211,699"]
     assert "No number of seeds finds a difference of 0.5 points with 4,241 questions" in lines[9]
     assert sum(line.startswith("Assumed") for line in lines) == 2 and not list(tmp_path.iterdir())
 

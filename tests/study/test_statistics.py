@@ -187,6 +187,14 @@ def test_clusters_widen_tangos_interval_by_their_design_effect():
     assert tango(run, base, alternating) == tango(run, base)  # clusters that seem to add information do not
 
 
+def test_clusters_of_one_runs_answers_do_not_widen_the_interval_of_a_difference():
+    """Both runs are right on the same lectures, and each on one question of every lecture that the other misses."""
+    run = np.tile([[1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1]], (10, 1))
+    base, lectures = run[:, [5, 1, 2, 3, 4, 0]].ravel(), np.repeat(np.arange(20), 6)
+    assert design_effect(run.ravel(), lectures) > 2
+    assert tango(run.ravel(), base, lectures) == tango(run.ravel(), base)
+
+
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.7, 0.6]) == [1, 1]
@@ -211,6 +219,9 @@ def test_seed_variance_is_pooled_over_all_methods():
     coins = [drawn(rng, 40, 500, spread=0) for _ in range(3)]
     assert seed_variance(coins).answers == pytest.approx(0.7 * 0.3 / 500, rel=0.03)
     assert seed_variance(coins).accuracies == pytest.approx(0.7 * 0.3 / 500, rel=0.3)
+    copies, clusters = [np.repeat(coin, 4, axis=1) for coin in coins], np.repeat(np.arange(500), 4)
+    assert seed_variance(copies, clusters).answers == pytest.approx(seed_variance(coins).answers)
+    assert seed_variance(copies).answers == pytest.approx(seed_variance(coins).answers / 4, rel=0.01)
 
 
 def test_without_variance_between_questions_it_is_the_t_test_on_accuracies():
@@ -256,7 +267,7 @@ def test_the_variance_is_at_least_that_of_questions_and_of_seeds(questions, f, s
 
 @given(st.floats(-0.5, 0.5), st.floats(1e-8, 0.1), st.floats(2, 1000))
 def test_interval_p_and_detectable_agree(centre, variance, freedom):
-    estimate = Estimate(centre, variance, freedom)
+    estimate = Estimate(centre, variance, freedom, largest=100)
     low, high = estimate.interval()
     if abs(estimate.p - 0.05) > 1e-6 and -1 < low and high < 1:
         assert (low <= 0 <= high) == (estimate.p > 0.05)
@@ -278,6 +289,32 @@ def test_a_contrast_of_four_methods_by_hand():
     expected = max(sem(values) ** 2 + per_run * (between.accuracies - between.answers), sem(values) ** 2,
                    per_run * between.accuracies)
     assert estimate.variance == pytest.approx(expected)
+
+
+def test_the_variance_between_seeds_counts_the_squares_of_weights():
+    """A main effect over two levels of the other factor, of seeds that answer all questions rightly or none: half the
+    variance of one of the two differences."""
+    seeds = np.array([1, 0, 0, 1])
+    rows = [np.tile(seeds[:, None], (1, 20_000))] * 4
+    main_effect, pair = (contrast(rows[:len(weights)], weights, None, seed_variance(rows)).variance
+                         for weights in ((-0.5, 0.5, -0.5, 0.5), (-1, 1)))
+    assert pair == pytest.approx(2 * seeds.var(ddof=1) / 4) and main_effect == pytest.approx(pair / 2)
+
+
+def test_satterthwaites_degrees_of_freedom_by_hand():
+    """All of the variance between seeds counts, that of single answers too."""
+    variance, freedom = two_way(2.0, 10, 3.0, 1.0, 4)
+    assert variance == 4 and freedom == pytest.approx(4**2 / (2**2 / 10 + 3**2 / 4))
+
+
+def test_the_interval_of_several_seeds_by_hand():
+    """The mean of four seeds that answer all questions alike, but for their number: its variance is a quarter of the
+    seeds', with Student's quantile for their three degrees of freedom, 3.182."""
+    rows = (np.arange(10_000) < np.array([[5000], [6000], [7000], [6000]])).astype(int)
+    variance = (0.1**2 + 0.1**2) / 3 / 4
+    size = 0.6 * 0.4 / variance * (1.959964 / 3.182446) ** 2
+    found = accuracy_interval(rows, None, seed_variance([rows]))
+    assert found == pytest.approx(wilson(0.6 * size, size), abs=2e-3)
 
 
 def test_equal_answers_have_an_interval_of_some_width():

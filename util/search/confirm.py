@@ -236,7 +236,7 @@ def sentence(verdict: Any) -> str:
     seeds = f"{verdict['seeds']} fresh seed{'s' * (verdict['seeds'] > 1)}"
     n = verdict["n_configurations"]
     adjusted = f", adjusted for {n} configurations" if n > 1 else ""
-    test = "" if verdict["p"] is None else f"; p = {verdict['p']:.3f}"
+    test = "" if verdict["p"] is None else f"; one-sided p = {verdict['p']:.3f}"
     numbers = (f"{points(verdict['difference'])} points on {verdict['questions']:,} validation questions with {seeds} "
                f"(95 % interval {points(verdict['low'])} to {points(verdict['high'])}{test}{adjusted})")
     if verdict["found"]:

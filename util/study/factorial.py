@@ -67,22 +67,26 @@ class Effect:
 
 def find_grid(comparison: Comparison) -> Grid | None:
     """The schedules and dropouts that are crossed, among methods that differ from the base in nothing else; None where
-    there are not two of each, or where answers are not known."""
+    there are not two of each, or where answers are not known.
+
+    Where some combinations are missing, it is the grid of the most methods among those that have all the dropouts that
+    a schedule shares with the base's.
+    """
     base = comparison.methods[0]
     if not comparison.differences or not base.has_answers:
         return None
     cells = {levels(method, base): method for method in comparison.methods
              if not method.published and differs_in_factors_alone(method, base)}
     first_schedule, first_dropout = levels(base, base)
-    all_schedules = list(dict.fromkeys(schedule for schedule, _ in cells))
-    dropouts = [dropout for dropout in dict.fromkeys(dropout for _, dropout in cells)
-                if (first_schedule, dropout) in cells and sum((schedule, dropout) in cells
-                                                              for schedule in all_schedules) > 1]
-    schedules = [schedule for schedule in all_schedules if all((schedule, dropout) in cells for dropout in dropouts)]
-    if first_dropout not in dropouts or len(dropouts) < 2 or len(schedules) < 2:
-        return None
-    return Grid(schedules, dropouts, {(schedule, dropout): cells[schedule, dropout]
-                                      for schedule in schedules for dropout in dropouts})
+    by_schedule = {schedule: [dropout for level, dropout in cells if level == first_schedule
+                              and (schedule, dropout) in cells] for schedule, _ in cells}
+    grids = []
+    for schedule, dropouts in by_schedule.items():
+        schedules = [other for other in by_schedule if set(dropouts) <= set(by_schedule[other])]
+        if schedule != first_schedule and first_dropout in dropouts and len(dropouts) > 1:
+            grids.append(Grid(schedules, dropouts, {(level, dropout): cells[level, dropout]
+                                                    for level in schedules for dropout in dropouts}))
+    return max(grids, key=lambda grid: len(grid.methods), default=None)
 
 
 def differs_in_factors_alone(method: Method, base: Method) -> bool:

@@ -6,6 +6,7 @@ what they cannot show is assumed, which the plan says.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +17,12 @@ from lavin.runtime.errors import UserError
 from util.study.comparison import Comparison
 from util.study.factorial import find_grid
 from util.study.statistics import Estimate, seed_variance, standard_error, two_way
+from util.study.tables import NONE, half_width
 
 SEEDS = (2, 3, 5, 10, 20, 50)  # the plan's rows
 MANY = 1000  # seeds: more than anybody trains
 MOST_QUESTIONS = 10**9
 ASSUMED_DEVIATION = 0.5  # points, between seeds of one method
-NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -103,20 +104,24 @@ def between_questions(comparison: Comparison, noise: float) -> tuple[float, str]
 
 # --- What they allow ---
 
-def detectable(variances: Variances, seeds: int, n: int, squares: float = 2.0, tests: int | None = None) -> float:
+def detectable(variances: Variances, seeds: int, n: int, weights: Collection[float] = (-1, 1),
+               tests: int | None = None) -> float:
     """The smallest true difference, in points, between a method and the base that is found with a power of 80 %.
 
     All methods have as many seeds and the same n questions; 5 % hold for all differences to the base together, as by p
-    (Holm). It is infinite for one seed, which may be a lucky one. squares: the sum of the squared weights of methods'
-    accuracies, 2 for a difference. tests: how many effects 5 % hold for together.
+    (Holm). It is infinite for one seed, which may be a lucky one, and where no possible difference is found. weights:
+    those of the methods' accuracies, as `contrast` takes them, whose two imaginary questions count here, too. tests:
+    how many effects 5 % hold for together.
     """
     freedom, n_clusters = variances.methods * (seeds - 1), n / variances.cluster_size
     if freedom == 0 or n_clusters < 2:
         return math.inf
+    squares, largest = sum(weight**2 for weight in weights), sum(weight for weight in weights if weight > 0)
     noise = squares * variances.noise / (seeds * n)  # counted by questions and by seeds
-    found = two_way(squares / 2 * variances.questions / n + noise, n_clusters - 1,
-                    squares * variances.seeds / seeds + noise, noise, freedom)
-    return Estimate(0.0, *found).detectable(tests or variances.methods - 1)
+    of_answers = (squares / 2 * variances.questions * n + noise * n**2) * (n_clusters - 1) / n_clusters
+    questions = (of_answers + 2 * (100 * largest) ** 2) / (n + 2) ** 2 * (n_clusters + 2) / (n_clusters + 1)
+    found = two_way(questions, n_clusters + 1, squares * variances.seeds / seeds + noise, noise, freedom)
+    return Estimate(0.0, *found, largest=100 * largest).detectable(tests or variances.methods - 1)
 
 
 def questions_needed(variances: Variances, seeds: int, points: float) -> int | None:
@@ -147,16 +152,15 @@ def plan(comparison: Comparison, points: float) -> str:
     rows = []
     for seeds in SEEDS:
         found, needed = detectable(variances, seeds, n), questions_needed(variances, seeds, points)
-        rows.append([seeds, f"±{found:.2f}" if math.isfinite(found) else NONE, f"{needed:,}" if needed else NONE])
+        rows.append([seeds, half_width(found), f"{needed:,}" if needed else NONE])
         for effects in families.values():
             weights = next(iter(effects.values())).values()
-            of_effect = detectable(variances, seeds, n, sum(weight**2 for weight in weights), len(effects))
-            rows[-1].append(f"±{of_effect:.2f}")
+            rows[-1].append(half_width(detectable(variances, seeds, n, weights, len(effects))))
     k = variances.methods - 1
     return "\n".join([format_table(header, rows), "", verdict(variances, n, points), *variances.notes, (
         f"detectable: found with a power of 80 % between the base and one of {k} other method{'s' * (k > 1)} with as "
-        "many seeds each, on the same questions, by p (Holm) below 0.05. –: on no number of questions. One seed tells "
-        "nothing about a method, since it may just be a lucky one.")])
+        "many seeds each, on the same questions, by p (Holm) below 0.05. –: no difference is found, or on no number of "
+        "questions. One seed tells nothing about a method, since it may just be a lucky one.")])
 
 
 def verdict(variances: Variances, n: int, points: float) -> str:

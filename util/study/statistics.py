@@ -113,9 +113,11 @@ class Estimate:
         return float(student_t.sf(self.centre / self.standard_error, self.freedom))
 
     def detectable(self, tests: int = 1) -> float:
-        """The smallest true value that is found with a power of 80 %, at 5 % over several tests (Bonferroni)."""
+        """The smallest true value that is found with a power of 80 %, at 5 % over several tests (Bonferroni); infinite
+        where no possible one is."""
         quantiles = student_t.ppf([1 - 0.025 / tests, POWER], self.freedom)
-        return float(quantiles.sum()) * self.standard_error
+        found = float(quantiles.sum()) * self.standard_error
+        return found if found <= self.largest else math.inf
 
 
 def two_way(questions: float, questions_freedom: float, seeds: float, answers: float, seeds_freedom: float

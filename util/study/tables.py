@@ -5,6 +5,7 @@ The text fits the terminal: columns that have no room are in the files alone.
 
 import csv
 import io
+import math
 from collections.abc import Iterable
 from textwrap import fill, wrap
 
@@ -82,12 +83,21 @@ def markdown_rows(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def latex_table(comparison: Comparison) -> str:
     """A floating table that needs the packages booktabs and graphicx; the notes are its caption."""
-    header, rows = rounded_cells(comparison)
-    head, *body = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in (header, *rows)]
+    header, (*rows, counts) = rounded_cells(comparison)
+    effects = find_effects(comparison)
+    of_effects = [r"\par\medskip", *tabular(EFFECT, list(map(effect_cells, effects)))] if effects else []
+    caption = " ".join([*notes(comparison), *[EFFECTS_NOTE] * bool(effects)])
     return "\n".join([r"\begin{table*}", r"\centering", r"\resizebox{\textwidth}{!}{%",
-                      rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", head, r"\midrule",
-                      *body[:-1], r"\midrule", body[-1], r"\bottomrule", r"\end{tabular}}",
-                      rf"\caption{{{' '.join(notes(comparison)).translate(LATEX)}}}", r"\end{table*}", ""])
+                      "\n".join(tabular(header, rows, [counts])) + "}", *of_effects,
+                      rf"\caption{{{caption.translate(LATEX)}}}", r"\end{table*}", ""])
+
+
+def tabular(header: list[str], *parts: list[list[str]]) -> list[str]:
+    """The lines of a table in LaTeX, with a rule before each part of its rows."""
+    def line(row: list[str]) -> str:
+        return " & ".join(cell.translate(LATEX) for cell in row) + r" \\"
+    return [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", line(header),
+            *(text for rows in parts for text in (r"\midrule", *map(line, rows))), r"\bottomrule", r"\end{tabular}"]
 
 
 def csv_table(comparison: Comparison) -> str:
@@ -121,7 +131,7 @@ def effects_csv(comparison: Comparison) -> str | None:
 
 
 def fixed(numbers: Iterable[float | None]) -> list[str]:
-    return ["" if number is None else f"{number:.4f}" for number in numbers]
+    return ["" if number is None or math.isinf(number) else f"{number:.4f}" for number in numbers]
 
 
 def p_values(d: Difference | None) -> list[str]:
@@ -148,7 +158,7 @@ def method_cells(method: Method, comparison: Comparison) -> list[str]:
 
 def effect_cells(effect: Effect) -> list[str]:
     return [effect.name, effect.family, points(effect.points), f"{points(effect.low)} to {points(effect.high)}",
-            p_value(effect.p), p_value(effect.holm), f"±{effect.detectable:.2f}"]
+            p_value(effect.p), p_value(effect.holm), half_width(effect.detectable)]
 
 
 def difference_cells(d: Difference | None) -> list[str]:
@@ -156,7 +166,7 @@ def difference_cells(d: Difference | None) -> list[str]:
     if d is None:
         return [NONE] * len(DIFFERENCE)
     return [points(d.points), verdict(d), f"{points(d.low)} to {points(d.high)}", p_value(d.p), p_value(d.holm),
-            NONE if d.detectable is None else f"±{d.detectable:.2f}"]
+            NONE if d.detectable is None else half_width(d.detectable)]
 
 
 def accuracy(method: Method, column: str) -> str:
@@ -166,6 +176,10 @@ def accuracy(method: Method, column: str) -> str:
 
 def points(value: float) -> str:
     return f"{round(value, 2) + 0:+.2f}".replace("-", "−")  # + 0 turns -0.0 into 0.0
+
+
+def half_width(value: float) -> str:
+    return f"±{value:.2f}" if math.isfinite(value) else NONE
 
 
 def p_value(p: float | None) -> str:
@@ -208,7 +222,7 @@ def difference_notes(differences: list[Difference]) -> list[str]:
                 "than another: that takes two seeds at least, better five."]
     return [f"vs. base: on the same questions; interval and p count questions and seeds as samples; {adjusted}. "
             "detectable: the true difference that about four of five such studies would show by p (Holm) below 0.05 (a "
-            "power of 80 %)."]
+            "power of 80 %; –: none)."]
 
 
 def verdict(difference: Difference) -> str:
@@ -243,7 +257,7 @@ def cluster_note(comparison: Comparison, clusters: np.ndarray) -> str:
     means = [method.outcomes.mean(0) for method in comparison.methods if not method.published]
     effects = [design_effect(mean, clusters) for mean in means]
     of_differences = [design_effect(mean - means[0], clusters) for mean in means[1:]]
-    differences = f", {np.mean(of_differences):.2f} for differences" if comparison.differences else ""
+    of_pairs = f", {np.mean(of_differences):.2f} for differences" if of_differences and comparison.differences else ""
     return ("Questions with the same lecture (without one: topic and skill) are taken as correlated, here "
             f"{len(sizes):,} clusters of {sizes.min()} to {sizes.max()} questions. This multiplies variances by the "
-            f"design effect, measured as {np.mean(effects):.2f} for accuracies{differences} (means over the methods).")
+            f"design effect, measured as {np.mean(effects):.2f} for accuracies{of_pairs} (means over the methods).")
