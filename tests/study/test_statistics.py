@@ -80,7 +80,8 @@ def test_a_question_as_its_own_cluster_is_the_plain_case(drawn):
     assert design_effect(values, alone) == pytest.approx(1)
     run, base = values > 0, values > -1
     assert mcnemar(run, base, alone) == mcnemar(run, base)
-    assert tango(run, base, alone) == pytest.approx(tango(run, base))
+    (low, high), (plain_low, plain_high) = tango(run, base, alone), tango(run, base)
+    assert low <= plain_low + 1e-9 and plain_high - 1e-9 <= high  # Student's quantile is larger
     rows = np.stack([run, base, run]).astype(int)
     between = seed_variance([rows])
     assert contrast([rows, rows[:2]], (-1, 1), alone, between) == contrast([rows, rows[:2]], (-1, 1), None, between)
@@ -174,7 +175,7 @@ def test_tangos_ends_are_where_the_score_test_has_p_05(wins, losses, n):
         assert (wins - losses - n * end) ** 2 / variance == pytest.approx(1.959964**2, rel=2e-3)
 
 
-def test_clusters_widen_tangos_interval_by_their_design_effect():
+def test_clusters_widen_tangos_interval_by_their_design_effect_and_students_quantile():
     run, base = right_answers(30, 10, 60)
     rng = np.random.default_rng(0)
     clusters = np.sort(rng.integers(12, size=100))
@@ -182,9 +183,11 @@ def test_clusters_widen_tangos_interval_by_their_design_effect():
     assert effect > 2
     low, high = tango(run, base, clusters)
     plain_low, plain_high = tango(run, base)
-    assert (high - low) / (plain_high - plain_low) == pytest.approx(np.sqrt(effect), rel=0.05)
-    alternating = np.arange(100) % 2
-    assert tango(run, base, alternating) == tango(run, base)  # clusters that seem to add information do not
+    assert (high - low) / (plain_high - plain_low) == pytest.approx(np.sqrt(effect) * 2.201 / 1.96, rel=0.06)
+    spread = np.arange(100) % 50  # clusters that seem to add information do not: only the quantile is another
+    assert design_effect(run - base, spread) < 1
+    low, high = tango(run, base, spread)
+    assert (high - low) / (plain_high - plain_low) == pytest.approx(2.0096 / 1.96, rel=0.01)
 
 
 def test_clusters_of_one_runs_answers_do_not_widen_the_interval_of_a_difference():
@@ -192,7 +195,8 @@ def test_clusters_of_one_runs_answers_do_not_widen_the_interval_of_a_difference(
     run = np.tile([[1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1]], (10, 1))
     base, lectures = run[:, [5, 1, 2, 3, 4, 0]].ravel(), np.repeat(np.arange(20), 6)
     assert design_effect(run.ravel(), lectures) > 2
-    assert tango(run.ravel(), base, lectures) == tango(run.ravel(), base)
+    (low, high), (plain_low, plain_high) = tango(run.ravel(), base, lectures), tango(run.ravel(), base)
+    assert (high - low) / (plain_high - plain_low) == pytest.approx(2.093 / 1.96, rel=0.01)  # Student's, 20 clusters
 
 
 def test_holm_by_hand():

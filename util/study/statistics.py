@@ -195,8 +195,10 @@ def mcnemar(run: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = Non
 def tango(run: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:
     """The score interval of the difference between two runs' accuracies on the same questions (Tango 1998).
 
-    With clusters, all counts are divided by the design effect of the answers' differences, if it is above 1.
+    With clusters, all counts are divided by the design effect of the answers' differences, if it is above 1, and
+    Student's quantile accounts for few clusters (Korn & Graubard 1998).
     """
+    quantile = Z if clusters is None else float(student_t.ppf(0.975, clusters.max()))
     differences = run.astype(int) - base.astype(int)
     scale = 1 / max(1.0, design_effect(differences, clusters))
     n, wins, losses = scale * len(differences), scale * (differences > 0).sum(), scale * (differences < 0).sum()
@@ -211,8 +213,8 @@ def tango(run: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None)
         return distance / math.sqrt(max(variance, 1e-300)) if distance else 0.0
 
     observed = (wins - losses) / n
-    low = -1.0 if observed <= -1 else brentq(lambda d: score(d) - Z, -1 + 1e-12, observed)
-    high = 1.0 if observed >= 1 else brentq(lambda d: score(d) + Z, observed, 1 - 1e-12)
+    low = -1.0 if observed <= -1 else brentq(lambda d: score(d) - quantile, -1 + 1e-12, observed)
+    high = 1.0 if observed >= 1 else brentq(lambda d: score(d) + quantile, observed, 1 - 1e-12)
     return float(low), float(high)
 
 
