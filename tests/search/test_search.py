@@ -116,6 +116,11 @@ def test_a_study_from_its_first_trial_to_its_report(flags, commands, tmp_path, c
     assert f"- {sum(r['rungs'][-1]['epoch'] for r in records.values()) * 2} steps" in report
 
 
+def test_parameters_that_the_command_gives_are_said_not_to_be_searched(flags, commands, capsys):
+    run_search([*flags, "--lr", "0.01"], "--trials", "1", *WITHOUT_CONFIRMATION)
+    assert "not searched, since the command gives them: --lr\n" in capsys.readouterr().out
+
+
 def test_a_trial_goes_on_where_its_worker_was_killed(flags, commands, tmp_path, monkeypatch):
     """After the first rung's training; no step of it is made again."""
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

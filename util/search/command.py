@@ -21,7 +21,7 @@ from util.search.machine import resolve_precision
 from util.search.progress import cost_lines, progress_line
 from util.search.runner import HoursSpent, Runner
 from util.search.settings import Search
-from util.search.space import Space, Values, command_line, read_space
+from util.search.space import Space, Values, command_line, flag_of, read_space
 from util.training.recipe import TRAIN_FLAGS
 from util.training.settings import EFFECTIVE_BATCH, Optimization, TrainingData, TrainSettings
 from util.training.settings import get_args_parser as train_parser
@@ -161,7 +161,8 @@ def main(args: Flags) -> None:
         raise UserError(f"--{refused[0]} does not go with a search, which names the folders of its runs of ScienceQA: "
                         "leave it out")
     require_base(trained.llama_model_path, trained.llm_model, use_vicuna=trained.use_vicuna)
-    space = read_space(search.space, set(vars(trained))).fix(fixed_values(trained))
+    whole = read_space(search.space, set(vars(trained)))
+    space = whole.fix(fixed_values(trained))
     check_values = partial(check_train, given, search.gpus)
     space.check(check_values)
     settings = describe_study(search, space, trained)
@@ -171,6 +172,9 @@ def main(args: Flags) -> None:
     check_precision(search.study, study.precision, trained, here=settings["precision"])
     if os.environ.get("LAVIN_WORKER", "0") == "0":  # the first of a node's (scripts/search_sqa_7b.sh)
         print_rank0("\n".join(cost_lines(search.study, settings, study.rungs)))
+        fixed = sorted({flag_of(name, whole.parameters[name]) for name in whole.parameters.keys() - space.parameters})
+        if fixed:
+            print_rank0(f"not searched, since the command gives them: {', '.join(f'--{flag}' for flag in fixed)}")
     words = [*given, "--precision", study.precision]
     runner = Runner(words, machine_flags(train_parser().parse_args(words)), search.gpus, partial(seconds_left, search),
                     settings["identity"])
