@@ -8,7 +8,8 @@ import torch
 Q = gguf.GGMLQuantizationType
 
 
-def write_gguf(path, model, vocabulary: dict, architecture: str = "llama", dtype: Q = Q.F32, **changes):
+def write_gguf(path, model, vocabulary: dict, architecture: str = "llama",
+               dtype: gguf.GGMLQuantizationType = Q.F32, **changes):
     """vocabulary: metadata below `tokenizer.ggml`. dtype: of matrices. changes: of the metadata below the architecture;
     `tensor_NAME` adds a tensor. Returns the path."""
     config = model.config

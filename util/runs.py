@@ -4,7 +4,6 @@ train.py writes recipe.json, config.json, log.txt, metrics.jsonl, checkpoint-{ep
 last.pth; eval.py adds the results.
 """
 
-import json
 import os
 import platform
 import re
@@ -153,13 +152,21 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
     try:
         lock.acquire()
     except filelock.Timeout as error:
-        owner = json.loads((folder / OWNER).read_text()) if (folder / OWNER).is_file() else {}
+        owner = read_owner(folder)
         raise UserError(f"{folder} is in use by process {owner.get('process_id', '?')} on {owner.get('host', '?')}: "
                         "wait for it, or name another --output_dir") from error
     except NotImplementedError:
         print_rank0(f"{folder} is on a file system without locks: start nothing else in it")
     write_json(folder / OWNER, {"host": socket.gethostname(), "process_id": os.getpid()})
     return lock
+
+
+def read_owner(folder: Path) -> dict:
+    """The process that has locked the folder; empty where its file is not there or broken."""
+    try:
+        return read_json(folder / OWNER)
+    except UserError:
+        return {}
 
 
 def remove_parts(folder: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from lavin.tokenizer import Example, Tokenizer
+from poisoned_entries import LAYOUTS, is_a_link_to_an_entry, is_a_named_pipe, replace
 from tiny import ROOT
 from tools.make_toy_base import train_tokenizer
 from user_errors import change_json, error_message
@@ -289,12 +290,6 @@ def test_a_fault_that_has_passed_is_forgotten(folder, scienceqa, monkeypatch):
 
 # --- Broken entries ---
 
-def replace(path, content: bytes) -> None:
-    """As another file: the first may still be mapped."""
-    path.unlink()
-    path.write_bytes(content)
-
-
 def flip(path, at: float) -> None:
     content = bytearray(path.read_bytes())
     content[int(at * (len(content) - 1))] ^= 4
@@ -348,46 +343,6 @@ def test_every_bit_of_an_entry_counts(tmp_path):
         replace(path, changed)
         arrays = cache.read(path, layout)
         assert arrays is None or content[i // 8:i // 8 + 1].isspace()
-
-
-def has_other_names(path) -> None:
-    write_entry(path, {"pixel": torch.zeros(3, 3, 8, 8, dtype=torch.uint8), "good": torch.ones(3, dtype=torch.bool)})
-
-
-def has_a_name_more(path) -> None:
-    write_entry(path, {name: array for name, array in load_file(path).items() if name != cache.CHECKSUM}
-                | {"more": torch.zeros(1)})
-
-
-def lacks_a_row(path) -> None:
-    write_entry(path, {name: array[:-1] for name, array in load_file(path).items() if name != cache.CHECKSUM})
-
-
-def has_other_types(path) -> None:
-    write_entry(path, {name: array.int() for name, array in load_file(path).items() if name != cache.CHECKSUM})
-
-
-def has_other_dimensions(path) -> None:
-    write_entry(path, {name: array.flatten() for name, array in load_file(path).items() if name != cache.CHECKSUM})
-
-
-def write_entry(path, arrays) -> None:
-    """A whole entry, with the right checksum."""
-    replace(path, save({**arrays, cache.CHECKSUM: torch.tensor(cache.checksum(arrays))}))
-
-
-def is_a_named_pipe(path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def is_a_link_to_an_entry(path) -> None:
-    """Whose content somebody else may decide."""
-    path.rename(path.with_name("elsewhere"))
-    path.symlink_to("elsewhere")
-
-
-LAYOUTS = (has_other_names, has_a_name_more, lacks_a_row, has_other_types, has_other_dimensions)
 
 
 @pytest.mark.parametrize("poison", [*LAYOUTS, is_a_named_pipe, is_a_link_to_an_entry])

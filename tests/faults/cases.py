@@ -26,13 +26,17 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 from lavin.llama import Llama, LlamaConfig
+from lavin.runtime import files
 from lavin.runtime.files import write_json
+from lavin.runtime.flags import CHANGES_RESULTS, Flag
 from lavin.timm_compat import timm
+from tests.tiny_gguf import sentencepiece_vocabulary, write_gguf
 from tests.tiny_weights import write_hugging_face
 from tools import make_toy_base
 from tools.make_mini_scienceqa import write_mini_scienceqa
 from util.data.datasets import load_scienceqa
 from util.runs import last_checkpoint
+from util.training.recipe import TRAIN_FLAGS
 
 # --- The world ---
 
@@ -41,6 +45,7 @@ VIT: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth"
 SIZES = {"train": 12, "val": 2, "test": 6}
 BASE = ("--llama_model_path", "weights", "--llm_model", "tiny", "--vision_model", "vit", "--data_root", "data",
         "--device", "cpu")
+SAMPLE_BYTES = 64  # of the files of models, so that some as small as these have parts that are not sampled
 TRAIN = (*BASE, "--batch_size", "4", "--epochs", "2", "--warmup_epochs", "1", "--lr", "1e-2", "--max_seq_len", "500",
          "--adapter_dim", "4", "--hidden_proj", "8")
 
@@ -73,12 +78,12 @@ def perturbed(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def build_world(root: Path) -> None:
-    """Data, bases, and runs: `run` is finished and scored, `half` lacks its last epoch, `mid` ended in the middle."""
-    data = root / "data"
+    """Data, and bases of each format."""
+    data, tokenizer = root / "data", root / "weights" / "tokenizer.model"
     write_mini_scienceqa(data, SIZES, 0)
     vocab_size = write_base(root, data)
-    write_hugging_face(root / "weights" / "hf", root / "weights" / "tokenizer.model", max_shard_size="40KB",
-                       vocab_size=vocab_size)
+    model = write_hugging_face(root / "weights" / "hf", tokenizer, max_shard_size="40KB", vocab_size=vocab_size)
+    write_gguf(root / "weights" / "tiny.gguf", model, sentencepiece_vocabulary(tokenizer))
     picture = next(data.glob("images/train/*/image.png")).read_bytes()
     write_instructions(data, picture)
     write_mme(data / "mme", picture)
@@ -109,7 +114,8 @@ class Killed(BaseException):
 
 
 def train_runs() -> None:
-    """In the world's folder, after `build_world`; one process for each, since a run changes torch's settings."""
+    """In the world's folder, after `build_world`; one process for each, since a run changes torch's settings. `run` is
+    finished and scored, `half` lacks its last epoch."""
     main, argv, _ = COMMANDS["train"]
     for folder in ("run", "half"):
         call(main, [*argv, "--output_dir", folder])
@@ -119,8 +125,22 @@ def train_runs() -> None:
         call(*COMMANDS[name][:2])
 
 
+def interrupt_eval() -> None:
+    """`part` has the answers of an evaluation that ended before its scores were written."""
+    from util.evaluation import evaluate
+    evaluate.drop_partial = lambda *_: None  # type: ignore[assignment]
+    call("eval", [*COMMANDS["eval goes on"][1]])
+    for name in ("scores.json", "preds.json", "generations.jsonl"):
+        Path("part", name).unlink()
+
+
+def search() -> None:
+    """`study` has two trials, which have ended."""
+    call(*COMMANDS["search"][:2])
+
+
 def train_mid() -> None:
-    """The run that ends in its fifth step, with a checkpoint of the fourth."""
+    """`mid` ended in its fifth step, with a checkpoint of the fourth."""
     from util.training.trainer import Trainer
     made, train_step = [], Trainer.train_step
 
@@ -140,6 +160,8 @@ def train_mid() -> None:
 
 def call(module: str, argv) -> None:
     """A command in this process."""
+    if module == "search":  # its commands are processes of their own, in which nothing is changed
+        files.SAMPLE_BYTES = 2**20
     sys.argv = [f"{module.rpartition('.')[2]}.py", *argv]
     if module == "tools.data_processing":  # it parses its flags itself
         import_module(module).main()
@@ -161,6 +183,26 @@ def scores(folder: str, answers: str, name: str, parts: tuple) -> Callable[[str]
     return read
 
 
+def whole_scores(folder: str, *names: str) -> Callable[[str], str]:
+    """With the checksums of what was scored."""
+    return lambda _: json.dumps([Path(folder, name).read_text() for name in names])
+
+
+def trials(_: str) -> str:
+    """Of a study, by its folder and by its storage; not the seconds."""
+    from util.search.folder import read_records, read_settings
+    from util.search.storage import open_optuna
+    study = Path("study")
+    stored = open_optuna(study, read_settings(study)["name"], None, False, None).get_trials(deepcopy=False)
+    return json.dumps([[[name, record["state"], record["values"], record["rungs"]]
+                        for name, record in read_records(study).items()],
+                       [[trial.number, trial.state.name, trial.value, trial.params] for trial in stored]])
+
+
+def report(_: str) -> str:
+    return "\n".join(line for line in Path("plots/report.md").read_text().splitlines() if "GPU-hours" not in line)
+
+
 def content(path: str) -> Callable[[str], str]:
     return lambda _: hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -177,13 +219,17 @@ def table(_: str) -> str:
 
 SCIENCEQA = ("preds.json", "scores.json", ("Avg", "NAT", "counts", "correct"))
 MME = ("mme_answers.jsonl", "mme_scores.json", ("subtasks",))
+ALL_SCORES, ALL_MME = ("scores.json", "preds.json", "generations.jsonl"), ("mme_scores.json", "mme_answers.jsonl")
 EVAL = ("--adapter_path", "run", "--output_dir", "scored", "--device", "cpu")
+SEARCH = ("--study", "study", "--trials", "2", "--confirm", "0", "--pruner", "none", "--questions", "1", "--", *BASE,
+          "--epochs", "1", "--warmup_epochs", "0.5", "--batch_size", "4", "--accum_iter", "3", "--max_seq_len", "500")
 CHAT = ("--runs", "run", "--cli", "--device", "cpu", "--max_new_tokens", "8", "--max_seq_len", "300")
 COMMANDS: dict[str, tuple[str, tuple, Callable[[str], str]]] = {  # module, flags, and the result from what is printed
     "train": ("train", TRAIN, adapters("output_dir")),
     "captions": ("train", (*TRAIN, "--use_caption"), adapters("output_dir")),
     "pretrain": ("train", (*TRAIN, "--do_pretrain", "--batch_size", "2"), adapters("output_dir")),
     "hf": ("train", (*TRAIN, "--llm_model", "hf"), adapters("output_dir")),
+    "gguf": ("train", (*TRAIN, "--llm_model", "tiny.gguf"), adapters("output_dir")),
     "again": ("train", (*TRAIN, "--output_dir", "run"), adapters("run")),
     "go on": ("train", (*TRAIN, "--output_dir", "half"), adapters("half")),
     "go on mid": ("train", (*TRAIN, "--output_dir", "mid"), adapters("mid")),
@@ -192,7 +238,14 @@ COMMANDS: dict[str, tuple[str, tuple, Callable[[str], str]]] = {  # module, flag
     "eval again": ("eval", EVAL[:2] + EVAL[4:], scores("run", *SCIENCEQA)),
     "mme": ("eval_mme", EVAL, scores("scored", *MME)),
     "mme again": ("eval_mme", EVAL[:2] + EVAL[4:], scores("run", *MME)),
+    "eval goes on": ("eval", (*EVAL[:2], "--output_dir", "part", *EVAL[4:]), scores("part", *SCIENCEQA)),
+    "score": ("eval", EVAL, whole_scores("scored", *ALL_SCORES)),
+    "score again": ("eval", EVAL[:2] + EVAL[4:], whole_scores("run", *ALL_SCORES)),
+    "score mme": ("eval_mme", EVAL, whole_scores("scored", *ALL_MME)),
+    "score mme again": ("eval_mme", EVAL[:2] + EVAL[4:], whole_scores("run", *ALL_MME)),
     "plot": ("plot_results", ("run",), table),
+    "search": ("search", SEARCH, trials),
+    "report": ("plot_results", ("study",), report),
     "chat": ("demo", CHAT, last_answer),
     "export": ("tools.export_hf", ("--adapter_path", "run", "--out", "exported"),
                content("exported/model.safetensors")),
@@ -202,7 +255,11 @@ COMMANDS: dict[str, tuple[str, tuple, Callable[[str], str]]] = {  # module, flag
 
 @dataclass(frozen=True)
 class Case:
-    """A bad input. change: makes it in the current folder. argv: added to the command's. lines: of standard input."""
+    """A bad input. change: makes it in the current folder. argv: added to the command's. lines: of standard input.
+
+    cached: whether the command has filled the node's cache before the change. anew: the command whose result, of the
+    changed files alone, is right; REFUSED: none is. told: words that must come with the result.
+    """
 
     kind: str
     name: str
@@ -210,6 +267,12 @@ class Case:
     change: Callable[[], Any] = lambda: None
     argv: tuple = ()
     lines: tuple = ("Which pond is deeper?", "/quit")
+    cached: bool = False
+    anew: str = ""
+    told: str = ""
+
+
+REFUSED = "refused"
 
 
 # --- Wrong values ---
@@ -586,25 +649,26 @@ def is_right(action: argparse.Action, text: str) -> bool:
     return text in (*RIGHT_FLAGS.get(action.dest, ()), *(action.choices or ()))
 
 
-OTHER_VALUES = {
-    "lr": "0.5", "blr": "0.5", "min_lr": "1e-3", "epochs": "9", "batch_size": "3", "accum_iter": "3", "seed": "3",
-    "lr_schedule": "step", "warmup_epochs": "0.5", "weight_decay": "0.5", "clip_grad": "0.5", "loss_norm": "microbatch",
-    "dropout_prob": "0.3", "dropout_var": "2", "dropout_lim": "0.5", "drop_path": "0.1", "adapter_dim": "2",
-    "adapter_scale": "2", "adapter_type": "block", "visual_adapter_type": "normal", "temperature": "3",
-    "hidden_proj": "4", "n_prompt": "3", "max_seq_len": "300", "prompt_format": "QCM-A", "precision": "bf16",
-    "bits": "fp8", "llm_model": "hf", "vision_model": "nowhere", "data_root": "nowhere", "output_dir": "run",
-    "caption_file": "nowhere", "llama_model_path": "nowhere"}
+def other_value(declared: Flag, value: Any) -> tuple:
+    """Words of the command line that give the flag another value than this one."""
+    if isinstance(value, bool):
+        return ()
+    if declared.choices:
+        return (next(choice for choice in declared.choices if choice != value),)
+    if isinstance(value, int | float):
+        return (str(value + 1 if isinstance(value, int) else value / 2 or 0.5),)
+    return ("0.5" if declared.accepts(0.5) else "nowhere",)
 
 
 def resume_cases() -> Iterator[Case]:
-    for name, value in OTHER_VALUES.items():
-        yield Case("other flags", f"resume: --{name} {value}", "resume", argv=(f"--{name}", value))
-        if name != "output_dir":
-            yield Case("other flags", f"go on: --{name} {value}", "go on", argv=(f"--{name}", value))
-        if name in ADAPTER_CONFIG and not name.startswith("dropout"):
-            yield Case("other flags", f"eval: --{name} {value}", "eval", argv=(f"--{name}", value))
-    for flag in ("--use_caption", "--skip_bad", "--do_pretrain", "--use_vicuna"):
-        yield Case("other flags", f"resume: {flag}", "resume", argv=(flag,))
+    """Flags that say something else than the run that they are to go on with, or to score."""
+    recorded = json.loads(Path("half/recipe.json").read_text())["flags"]
+    for name, declared in TRAIN_FLAGS.items():
+        if declared.role in CHANGES_RESULTS or declared.stated_as:
+            argv = (f"--{name}", *other_value(declared, recorded[name]))
+            commands = ("resume", "go on", *(["eval"] if name in ADAPTER_CONFIG and "dropout" not in name else []))
+            yield from (Case("other flags", f"{command}: {' '.join(argv)}", command, argv=argv) for command in commands)
+    yield Case("other flags", "resume: --output_dir run", "resume", argv=("--output_dir", "run"))
     for path in ("nowhere", "half/checkpoint-7.pth", "half/log.txt", "data", "half/recipe.json", "/dev/null"):
         yield Case("other flags", f"train: --resume {path}", "train", argv=("--resume", path))
 
@@ -622,8 +686,5 @@ def chat_cases() -> Iterator[Case]:
                    lines=(line, "Why?", "/new", *Case.lines))
 
 
-def all_cases() -> list[Case]:
-    """In the world's folder."""
-    kinds = (data_cases, config_cases, weight_cases, checkpoint_cases, run_file_cases, picture_cases, mme_cases,
-             flag_cases, resume_cases, chat_cases)
-    return [case for kind in kinds for case in kind()]
+KINDS = (data_cases, config_cases, weight_cases, checkpoint_cases, run_file_cases, picture_cases, mme_cases, flag_cases,
+         resume_cases, chat_cases)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,11 +21,16 @@ from pathlib import Path
 
 import torch
 
+import lavin.runtime.files
 from lavin.runtime.errors import UserError, describe
-from tests.faults.cases import COMMANDS, Case, all_cases, build_world, call, train_mid, train_runs
+from tests.faults import cases, file_cases
+from tests.faults.cases import COMMANDS, REFUSED, Case, call
+from tests.faults.file_cases import USERS_FILE, USERS_TEXT
+from util.data import checksums
 
-LINE, SAME, CHANGED, TRACEBACK, CRASH = OUTCOMES = "one line", "same result", "changed result", "traceback", "crash"
-LIMIT_SECONDS = 20  # of a case; the slowest takes three
+LINE, SAME, ANEW, CHANGED, TRACEBACK, CRASH = OUTCOMES = (
+    "one line", "same result", "made anew", "changed result", "traceback", "crash")
+LIMIT_SECONDS = 60  # of a case; on a free core, the slowest takes five
 MEMORY = 4 * 2**30  # bytes of address space that a case may take
 SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
@@ -75,11 +81,49 @@ def outcome_of(run: Callable[[], Callable[[], str]], reference: str | None) -> O
 
 def run_case(case: Case) -> Callable[[], str]:
     """Runs the command in the current folder."""
-    module, argv, result = COMMANDS[case.command]
+    if case.cached:
+        fill_cache(case.command)
     case.change()
-    call(module, [*argv, *case.argv])
+    return run_command(case.command, case.argv)
+
+
+def run_command(command: str, more: tuple = ()) -> Callable[[], str]:
+    module, argv, result = COMMANDS[command]
+    call(module, [*argv, *more])
     sys.stdout.flush()
     return lambda: result(Path("stdout").read_text(errors="replace"))
+
+
+def fill_cache(command: str) -> None:
+    os.environ["LAVIN_CACHE"] = "cache"
+    checksums.RECENT_SECONDS = 0  # else files as young as these are hashed every time
+    module, argv, _ = COMMANDS[command]
+    call(module, [*argv, "--output_dir", "before"])
+    time.sleep(0.02)  # ctime has steps of milliseconds
+
+
+def of_exchanged_file(case: Case, outcome: Outcome, reference: str | None) -> Outcome:
+    """A result is right where it is that of the file which is there now, and where the words that must come with it
+    are there."""
+    if outcome.kind != SAME:
+        return outcome
+    if case.anew == REFUSED:
+        return Outcome(CHANGED, "goes on with the other file")
+    if case.told not in Path("stdout").read_text(errors="replace") + Path("stderr").read_text(errors="replace"):
+        return Outcome(CHANGED, "goes on with the other file, without a word")
+    os.environ["LAVIN_CACHE"] = ""
+    shutil.rmtree("output_dir", ignore_errors=True)
+    sys.stdin = open("stdin", encoding="utf-8")
+    expected = outcome_of(lambda: run_command(case.anew, case.argv), None)
+    if expected != outcome:
+        return Outcome(CHANGED, f"without the cache and what was there, the file gives another result: {expected}")
+    is_silent = outcome.words == reference and not case.told
+    return Outcome(CHANGED if is_silent else ANEW, outcome.words)
+
+
+def check_users_file(outcome: Outcome) -> Outcome:
+    is_whole = Path(USERS_FILE).is_file() and Path(USERS_FILE).read_text() == USERS_TEXT
+    return outcome if is_whole else Outcome(CHANGED, "a user's file was changed")
 
 
 def redirect(lines: tuple) -> None:
@@ -106,9 +150,13 @@ def start(world: Path, folder: Path, case: Case, reference: str | None) -> int:
     try:
         shutil.copytree(world, folder, symlinks=True)
         os.chdir(folder)
+        Path(USERS_FILE).write_text(USERS_TEXT)
         redirect(case.lines)
         limit()
-        outcome = outcome_of(lambda: run_case(case), reference)
+        outcome = outcome_of(lambda: run_case(case), None if case.anew else reference)
+        if case.anew:
+            outcome = of_exchanged_file(case, outcome, reference)
+        outcome = check_users_file(outcome)
         (folder.parent / f"{folder.name}.json").write_text(json.dumps([outcome.kind, outcome.words]))
     finally:
         os._exit(0)
@@ -125,11 +173,11 @@ def read_outcome(folder: Path, status: int) -> Outcome:
     return Outcome(CRASH, f"hangs for {LIMIT_SECONDS} s" if hangs else f"the interpreter ended with status {status}")
 
 
-def run_all(world: Path, scratch: Path, cases: Iterable[Case], references: dict[str, str], processes: int
+def run_all(world: Path, scratch: Path, bad: Iterable[Case], references: dict[str, str], processes: int
             ) -> Iterator[tuple[Case, Outcome]]:
     """Every case with its outcome, in the order in which they end."""
     running: dict[int, tuple[Case, Path]] = {}
-    for number, case in enumerate([*cases, *[None] * processes]):
+    for number, case in enumerate([*bad, *[None] * processes]):
         if len(running) == processes or (case is None and running):
             process, status = os.wait()
             ended, folder = running.pop(process)
@@ -171,8 +219,12 @@ def preload() -> None:
     import tools.export_hf  # noqa: F401
     import train  # noqa: F401
     import util.chat.terminal  # noqa: F401
+    import util.search.figures
+    import util.search.study  # noqa: F401
     import util.study.figures
-    util.study.figures.save_figure = lambda *_: None  # drawing takes seconds, and the result is the table
+    # drawing takes seconds, and the result is the table
+    util.study.figures.save_figure = util.search.figures.save_figure = lambda *_: None
+    lavin.runtime.files.SAMPLE_BYTES = cases.SAMPLE_BYTES
     gc.collect()
     gc.freeze()
 
@@ -183,7 +235,8 @@ def prepare(scratch: Path) -> tuple[Path, dict[str, str]]:
     preload()
     world = scratch / "world"
     world.mkdir()
-    for function in (lambda: build_world(world), train_runs, train_mid):
+    for function in (lambda: cases.build_world(world), cases.train_runs, cases.train_mid, cases.interrupt_eval,
+                     cases.search):
         in_process(function, world)
     whole = [Case("reference", command, command) for command in COMMANDS]
     outcomes = {case.command: outcome for case, outcome in run_all(world, scratch, whole, {}, 2)}
@@ -199,9 +252,9 @@ def bench_inputs(match: str = "", processes: int = 2) -> tuple[list[list], list[
     with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
         world, references = prepare(Path(scratch))
         os.chdir(world)
-        cases = sorted((case for case in all_cases() if match in f"{case.kind}: {case.name}"),
-                       key=lambda case: case.kind)
-        for kind, group in groupby(cases, key=lambda case: case.kind):
+        chosen = sorted((case for kind in (*cases.KINDS, *file_cases.KINDS) for case in kind()
+                         if match in f"{case.kind}: {case.name}"), key=lambda case: case.kind)
+        for kind, group in groupby(chosen, key=lambda case: case.kind):
             outcomes, n_known = [], len(wrong)
             for case, outcome in run_all(world, Path(scratch), group, references, processes):
                 outcomes.append(outcome)

@@ -4,11 +4,12 @@ import argparse
 import json
 import os
 import signal
+import sys
 from functools import partial
 
 import pytest
 
-from tests.faults import cases, inputs
+from tests.faults import cases, file_cases, inputs
 from util.search.folder import add_rung, begin_record, change_record
 
 
@@ -31,20 +32,59 @@ FAULT_CASES: dict[str, list] = {
                    partial(fail, MemoryError())]}
 
 
-def test_faults_are_classified(tmp_path, monkeypatch):
-    """Real cases of a command, and deliberate bugs."""
-    monkeypatch.setattr(inputs, "LIMIT_SECONDS", 1)
+@pytest.fixture
+def run(tmp_path):
+    """Runs cases of the command that needs the smallest world."""
     (tmp_path / "world" / "data").mkdir(parents=True)
     (tmp_path / "world" / ALPACA).write_text(json.dumps([{"instruction": f"Name {i}.", "output": "North."}
                                                          for i in range(3)]))
+    return partial(inputs.run_all, tmp_path / "world", tmp_path)
+
+
+def test_faults_are_classified(run, monkeypatch):
+    """Real cases of a command, and deliberate bugs."""
+    monkeypatch.setattr(inputs, "LIMIT_SECONDS", 1)
     bad = [cases.Case(kind, str(i), "prepare", change)
            for kind, changes in FAULT_CASES.items() for i, change in enumerate(changes)]
-    run = partial(inputs.run_all, tmp_path / "world", tmp_path)
     (_, whole), = run([cases.Case("reference", "", "prepare")], {}, 1)
     for case, outcome in run(bad, {"prepare": whole.words}, 2):
         assert outcome.kind == case.kind, outcome
         assert outcome.wrong == (case.kind not in (inputs.LINE, inputs.SAME))
     assert inputs.row("x", [whole, outcome])[:2] == ["x", 2]
+
+
+OTHER_TEXT = file_cases.in_json(1, "output")
+
+
+@pytest.mark.parametrize("expected, words, change, options", [
+    (inputs.ANEW, "", partial(file_cases.exchange, ALPACA, OTHER_TEXT), {"anew": "prepare"}),
+    (inputs.ANEW, "", partial(file_cases.exchange, ALPACA, OTHER_TEXT), {"anew": "prepare", "told": "records"}),
+    (inputs.LINE, "", partial(file_cases.exchange, ALPACA, lambda old: bytes(len(old))), {"anew": "prepare"}),
+    (inputs.CHANGED, "goes on", partial(file_cases.exchange, ALPACA, OTHER_TEXT), {"anew": cases.REFUSED}),
+    (inputs.CHANGED, "without a word", partial(file_cases.exchange, ALPACA, OTHER_TEXT),
+     {"anew": "prepare", "told": "another file"}),
+    (inputs.CHANGED, "", lambda: None, {"anew": "prepare"}),
+    (inputs.CHANGED, "a user's file", lambda: os.truncate(file_cases.USERS_FILE, 0), {}),
+    (inputs.CHANGED, "a user's file", lambda: os.unlink(file_cases.USERS_FILE), {"anew": "prepare"})])
+def test_an_exchanged_file_must_be_told_or_read(run, monkeypatch, expected, words, change, options):
+    """And a user's file must stay."""
+    monkeypatch.setattr(sys, "stdout", open(1, "w", closefd=False))  # as in a process that pytest does not watch
+    (_, whole), = run([cases.Case("reference", "", "prepare")], {}, 1)
+    (_, outcome), = run([cases.Case("x", "x", "prepare", change, **options)], {"prepare": whole.words}, 1)
+    assert outcome.kind == expected and words in outcome.words
+
+
+def test_every_exchange_keeps_size_and_time(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    os.utime(path, (7, 7))
+    file_cases.exchange(str(path), lambda old: b"xyz")
+    assert path.read_bytes() == b"xyz" and path.stat().st_mtime == 7
+    for make in (lambda old: old, lambda old: old + b"x"):
+        with pytest.raises(AssertionError):
+            file_cases.exchange(str(path), make)
+    with pytest.raises(AssertionError):  # a part of it by which it is known
+        file_cases.exchange(str(path), lambda old: b"abc", keeps_samples=True)
 
 
 def test_search_proof_counts_what_was_found(monkeypatch):

@@ -252,6 +252,16 @@ def test_a_second_process_in_a_folder_is_refused_until_the_first_is_gone(tmp_pat
         pass
 
 
+@pytest.mark.parametrize("content", [b"", b'{"host": ', bytes(60), b"[]", b"\xff", None])
+def test_a_second_process_is_refused_whatever_the_file_of_the_owner_holds(tmp_path, content):
+    owner = tmp_path / "run" / ".owner.json"
+    with locked(tmp_path / "run"):
+        owner.unlink()
+        os.mkfifo(owner) if content is None else owner.write_bytes(content)
+        with pytest.raises(UserError, match="in use by process"), locked(tmp_path / "run"):
+            pass
+
+
 @pytest.mark.parametrize("folder", ["file", "file/inside", "x" * 300, "/proc/nothing"])
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
     (tmp_path / "file").touch()

@@ -159,7 +159,8 @@ def test_workers_that_repair_a_journal_at_once_lose_no_record(tmp_path):
     assert found == Counter({(number, i): 2 for number in range(6) for i in range(5)}) + Counter([(-1, 0)])
 
 
-@pytest.mark.parametrize("line", [b'{"op_code":5,"wor{"op_code":4}\n', bytes(40) + b"\n", b"3\n", b"{}\n", b"\xff\n"])
+@pytest.mark.parametrize("line", [b'{"op_code":5,"wor{"op_code":4}\n', bytes(40) + b"\n", b"3\n", b"{}\n", b"\xff\n",
+                                  b"[" * 100_000 + b"\n"], ids=["glued", "NULs", "3", "{}", "no UTF-8", "deep"])
 def test_a_damaged_record_in_the_middle_is_one_line(begun, line):
     lines = (begun / JOURNAL).read_bytes().splitlines(keepends=True)
     study = open_study(begun)
@@ -169,6 +170,25 @@ def test_a_damaged_record_in_the_middle_is_one_line(begun, line):
     assert message.endswith("): put back a copy of it, or search in another folder with --study")
     append(begun / JOURNAL, line + lines[-1])
     assert f"{begun / JOURNAL} is damaged after record" in error_message(study.take)  # also in the midst of a study
+
+
+@pytest.mark.parametrize("old, new", [
+    (b'"op_code":0', b'"op_code":99'), (b'"op_code":4', b'"op_code":"x"'), (b'"study_name"', b'"stud|_name"'),
+    (b'\\"step\\"', b'\\"s|ep\\"')])
+def test_records_that_make_no_sense_are_one_line(begun, old, new):
+    """Such as those with a flipped bit."""
+    content = (begun / JOURNAL).read_bytes()
+    assert old in content
+    (begun / JOURNAL).write_bytes(content.replace(old, new, 1))
+    message = error_message(open_study, begun)
+    assert message.startswith(f"{begun / JOURNAL} is damaged (") and message.endswith("folder with --study")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_journal_is_not_opened(begun, make):
+    (begun / JOURNAL).unlink()
+    make(begun / JOURNAL)
+    assert error_message(open_study, begun).startswith(f"{begun / JOURNAL} is no file: ")
 
 
 def test_a_journal_that_was_lost_is_one_line(begun):

@@ -52,7 +52,7 @@ class Journal(JournalFileBackend):
                     raise ValueError("it is no record of Optuna")
                 number += 1
                 yield record
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WorkerError(f"{self.path} is damaged after record {number} ({first_line(error)}): {FIX}") from error
 
     def drop_torn_record(self) -> None:
@@ -74,7 +74,7 @@ def is_whole(line: bytes) -> bool:
     """Whether a line of the journal is a record that was written to its end."""
     try:
         return line.endswith(b"\n") and is_record(json.loads(line))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -92,7 +92,17 @@ def last_line(file) -> tuple[int, bytes]:
 
 
 def open_storage(folder: Path, url: str | None) -> BaseStorage:
-    return JournalStorage(Journal(folder)) if url is None else RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    if url is not None:
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    path = folder / JOURNAL
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise UserError(f"{path} is no file: {FIX}")
+    try:
+        return JournalStorage(Journal(folder))
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # Optuna raises many types for records that are whole and make no sense
+        raise UserError(f"{path} is damaged ({first_line(error)}): {FIX}") from error
 
 
 def open_optuna(folder: Path, name: str, url: str | None, is_new: bool, pruner) -> optuna.Study:
