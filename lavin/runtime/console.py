@@ -15,8 +15,9 @@ def setup() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell: the program goes on, and its words are lost
             setattr(sys, name, open(os.devnull, "w"))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a log in ascii or latin-1 gets a ? for each other character
-        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a log in ascii or latin-1 gets a ? for each other character, and each line when it is written
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
 
 
 def summary(doc: str | None) -> str:

@@ -4,6 +4,8 @@ import inspect
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,6 +16,7 @@ from lavin.runtime import console, errors, signals
 from lavin.runtime.console import print_rank0, progress_bar
 from lavin.runtime.errors import UsageError, UserError, one_line_errors
 from lavin.runtime.signals import STOP_SIGNALS, Stopped
+from tiny import ROOT
 
 RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 RANK_0 = {**RANK_1, "RANK": "0", "LOCAL_RANK": "0"}
@@ -226,3 +229,15 @@ def test_progress_in_a_log_has_lines_and_moves_no_cursor(monkeypatch):
     assert ended.out == "saved\n" and not {"\r", "\x1b"} & {*ended.errors} and "checksums" not in ended.errors
     assert 2 <= len(lines) <= 5 and lines[-1].startswith("run, epoch 1: 8 of 8, ") and lines[-1].endswith("loss 7")
     assert all(line.startswith("run, epoch 1: ") and " left, loss " in line for line in lines)
+
+
+def test_a_line_is_in_the_log_when_it_is_written(tmp_path):
+    """And not kept until the program ends, which may be hours later: the page's address, a warning."""
+    program = "import sys; from lavin.runtime import console; console.setup(); print('a line'); sys.stdin.readline()"
+    with open(tmp_path / "log", "w") as log, subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=log,
+                                                              stdin=subprocess.PIPE) as child:
+        end = time.monotonic() + 20
+        while not (tmp_path / "log").read_text() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert child.poll() is None and (tmp_path / "log").read_text() == "a line\n"
+        child.communicate(b"\n")
