@@ -135,7 +135,7 @@ def caption_bags(captions: list[str]) -> torch.Tensor:
 
 
 def pretrain_vit(data, images: dict[str, torch.Tensor], seed: int) -> nn.Module:
-    """As CLIP (Radford et al. 2021, arXiv 2103.00020): classifies which of all captions belongs to an image.
+    """Trains a ViT as CLIP is trained (Radford et al. 2021, arXiv 2103.00020): it tells which caption an image has.
 
     A caption's embedding is the sum of its phrases' vectors, an image's embedding its last CLS feature.
     """

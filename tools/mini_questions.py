@@ -66,7 +66,7 @@ def draw_flag(pencil, shown, rng):
 
 
 class Kind(NamedTuple):
-    """What all problems of one kind share.
+    """The texts, answers and drawing that all problems of one kind share.
 
     facts maps each right option {y} to what it is right for, {x}; several of them stand between commas. A question or
     hint tells {x}, but where there is a `draw`, only the picture does. caption is the picture in words. {name} is a

@@ -1,4 +1,4 @@
-"""What a program does before its imports: these load torch, and take seconds."""
+"""A program's settings that have to be made before its imports, which load torch and take seconds."""
 
 import os
 import signal

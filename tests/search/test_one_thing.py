@@ -31,14 +31,6 @@ def quality(flags, epochs: int) -> float:
 
 
 @pytest.fixture
-def data(scienceqa_copy) -> Path:
-    path = scienceqa_copy / "pid_splits.json"
-    splits = json.loads(path.read_text())
-    path.write_text(json.dumps({**splits, "val": splits["train"][9:], "train": splits["train"][:9]}))
-    return scienceqa_copy
-
-
-@pytest.fixture
 def started(base, data, tmp_path, monkeypatch):
     """A function that starts search.py on a machine, on data of its own; it returns the study."""
     (tmp_path / "space.json").write_text(json.dumps(SPACE))

@@ -38,15 +38,6 @@ SPACE = {"parameters": {"lr": {"kind": "float", "low": 1e-3, "high": 3e-2, "log"
 
 
 @pytest.fixture
-def data(scienceqa_copy) -> Path:
-    """With three questions to validate on."""
-    path = scienceqa_copy / "pid_splits.json"
-    splits = json.loads(path.read_text())
-    path.write_text(json.dumps({**splits, "val": splits["train"][9:], "train": splits["train"][:9]}))
-    return scienceqa_copy
-
-
-@pytest.fixture
 def flags(base, data, tmp_path) -> list[str]:
     (tmp_path / "space.json").write_text(json.dumps(SPACE))
     return ["--study", str(tmp_path / "S"), "--space", str(tmp_path / "space.json"), "--trials", "3", "--seeds", "2",

@@ -31,11 +31,8 @@ def quality(flags, epochs: int) -> float:
 
 
 @pytest.fixture
-def started(base, scienceqa_copy, tmp_path, monkeypatch):
+def started(base, data, tmp_path, monkeypatch):
     """A function that starts `search.py` on a machine, with flags of its own and of train.py; it returns the study."""
-    path = scienceqa_copy / "pid_splits.json"
-    splits = json.loads(path.read_text())
-    path.write_text(json.dumps({**splits, "val": splits["train"][9:], "train": splits["train"][:9]}))
     (tmp_path / "space.json").write_text(json.dumps(SPACE))
 
     def start(machine: Machine, *own: str, train: tuple[str, ...] = (), study: str = "S") -> Path:
@@ -44,7 +41,7 @@ def started(base, scienceqa_copy, tmp_path, monkeypatch):
             search.main(search.get_args_parser().parse_args([
                 "--study", str(tmp_path / study), "--space", str(tmp_path / "space.json"), "--trials", "8",
                 "--questions", "100", "--confirm", "2", "--seeds", "2", *own, "--", *base.flags,
-                "--data_root", str(scienceqa_copy), "--device", "cpu", "--batch_size", "4", "--epochs", "9",
+                "--data_root", str(data), "--device", "cpu", "--batch_size", "4", "--epochs", "9",
                 "--warmup_epochs", "1", "--max_seq_len", "160", *train]))
         return tmp_path / study
     return start

@@ -43,8 +43,10 @@ class Optimization(FlagGroup):
         return self.batch_size * self.accum_iter * world
 
     def entries(self, world: int) -> dict[str, int]:
-        """What a recipe and a study state of --batch_size and --accum_iter: the samples of one optimizer step and,
-        where the loss is a mean over micro-batches, those of a micro-batch."""
+        """The entries of a recipe and a study that stand for --batch_size and --accum_iter.
+
+        They are the samples of one optimizer step and, where the loss is a mean over micro-batches, of a micro-batch.
+        """
         of_micro_batch = {"batch_size": self.batch_size} if self.loss_norm == "microbatch" else {}
         return {EFFECTIVE_BATCH: self.effective_batch(world), **of_micro_batch}
 
