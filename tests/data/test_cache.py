@@ -22,8 +22,8 @@ from tiny import ROOT
 from tools.make_toy_base import train_tokenizer
 from user_errors import change_json, error_message
 from util.data import cache, images
-from util.data.batches import load_examples
 from util.data.datasets import load_scienceqa
+from util.data.examples import load_examples
 from util.data.images import load_images
 from util.data.prompts import build_prompt
 from util.data.settings import TrainingData

@@ -17,9 +17,9 @@ from lavin.tokenizer import IMAGE_SLOT
 from lavin.weights.load import load_base
 from tiny import IMAGE_SIZE, ROOT
 from tools import data_processing
-from util.data.batches import load_examples, load_training_data
-from util.data.images import load_image
-from util.data.instructions import Instructions, LazyImage, decode_images
+from util.data.examples import load_examples, load_training_data
+from util.data.images import LazyImage, decode_images, load_image
+from util.data.instructions import Instructions
 from util.data.settings import TrainingData
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 from lavin.runtime.errors import UserError
 from tiny import IMAGE_SIZE
 from user_errors import error_message
-from util.data.batches import load_examples, load_training_data
 from util.data.datasets import load_scienceqa
+from util.data.examples import load_examples, load_training_data
 from util.data.images import image_to_tensor, load_images, to_rgb
 from util.data.settings import TrainingData
 

@@ -18,8 +18,8 @@ from tiny import ROOT
 from util.chat.uploads import open_image
 from util.data import images as pictures
 from util.data.datasets import load_scienceqa
-from util.data.images import IMAGE_ERRORS, load_image, open_picture
-from util.data.instructions import Instructions, LazyImage, load_pictures
+from util.data.images import IMAGE_ERRORS, LazyImage, load_image, open_picture
+from util.data.instructions import Instructions, load_pictures
 
 RAMP = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)  # 16 bits
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 30, 4), np.uint8)

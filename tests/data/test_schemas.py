@@ -14,8 +14,8 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.schema import Size, Text, read_validated, validate
 from tiny import IMAGE_SIZE, problem
 from user_errors import change_json, error_message
-from util.data.batches import load_examples, load_training_data
 from util.data.datasets import Problem, ScienceQA, load_scienceqa
+from util.data.examples import load_examples, load_training_data
 from util.data.images import load_images
 from util.data.prompts import PROMPT_FORMATS, build_prompt
 from util.data.settings import TrainingData

@@ -1,4 +1,4 @@
-"""Training examples, and the batches of each optimizer step.
+"""The batches of each optimizer step, and the parts of them that processes take.
 
 Which samples an optimizer step takes, and which of them are a micro-batch of the published loss, depends only on the
 seed and the epoch, never on the number of processes: that only divides the samples.
@@ -9,55 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lavin.runtime.console import print_rank0
-from lavin.runtime.errors import UserError
-from lavin.tokenizer import Example, Tokenizer
-from util.data.datasets import ScienceQA, load_scienceqa
-from util.data.examples import tokenized
-from util.data.images import load_images
-from util.data.instructions import Instructions, instruction_examples, read_instructions
-from util.data.prompts import build_prompt
-from util.data.settings import TrainingData
-
 PUBLISHED_GPUS = 4  # of the study's published runs
-
-
-def load_training_data(settings: TrainingData) -> ScienceQA | Instructions:
-    """The train split, or with --do_pretrain the records of instruction tuning: read and checked, which is fast."""
-    if settings.do_pretrain:
-        return read_instructions(settings.data_root, settings.data_path)
-    return load_scienceqa(settings.data_root, "train", settings.captions)
-
-
-def load_examples(data: ScienceQA | Instructions, settings: TrainingData, tokenizer: Tokenizer, image_size: int,
-                  n_prompt: int, threads: int) -> dict[str, Example]:
-    """The tokenized examples by question id or, for instruction tuning, `record N`; ScienceQA's have decoded images.
-
-    n_prompt: the number of image features. threads: how many decode pictures.
-    """
-    max_seq_len = settings.max_seq_len
-    if isinstance(data, Instructions):
-        examples = instruction_examples(data, tokenizer, image_size, n_prompt, max_seq_len, threads, settings.skip_bad)
-        report("records", examples, len(data.records) - len(examples), max_seq_len)
-        return examples
-
-    def text(qid: str) -> tuple[str, str]:
-        return build_prompt(data.problems[qid], settings.prompt_format, data.captions.get(qid, ""))
-
-    images = load_images(data, image_size, threads, settings.skip_bad)
-    examples = tokenized(list(data.problems), text, images, tokenizer, n_prompt, max_seq_len, "problems")
-    report("problems", examples, len(data.bad_pictures), max_seq_len)
-    return examples
-
-
-def report(what: str, examples: dict[str, Example], bad_pictures: int, max_seq_len: int) -> None:
-    """One line of counts. Raises UserError where truncation leaves no answer at all."""
-    n_truncated = sum(example.answer_start == len(example.ids) for example in examples.values())
-    if n_truncated == len(examples):
-        raise UserError(f"--max_seq_len {max_seq_len} leaves no answer to learn from: raise it")
-    n_pictures = sum(example.image is not None for example in examples.values())
-    print_rank0(f"{len(examples)} {what}, {n_pictures} with a picture, {bad_pictures} dropped for a bad picture"
-                + (f", {n_truncated} whose answer lies beyond --max_seq_len {max_seq_len}" if n_truncated else ""))
 
 
 def steps_per_epoch(n_examples: int, effective_batch: int) -> int:

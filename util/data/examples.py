@@ -1,6 +1,7 @@
-"""Tokenized examples: the ids of all of them in one array, from the node's cache.
+"""Training examples: problems of ScienceQA, or records of instruction tuning, as token ids with their pictures.
 
-As Python's integers, the ids of ScienceQA's 12,726 problems would take 150 MB in every process.
+The ids of all examples lie in one array, which comes from the node's cache: as Python's integers, those of ScienceQA's
+12,726 problems would take 150 MB in every process.
 """
 
 from array import array
@@ -11,11 +12,73 @@ from typing import Any
 import numpy as np
 import torch
 
-from lavin.runtime.console import progress_bar
+from lavin.runtime.console import print_rank0, progress_bar
+from lavin.runtime.errors import UserError
 from lavin.runtime.files import json_list_sha256, sha256
 from lavin.tokenizer import IMAGE_SLOT, Example, Tokenizer
 from util.data.cache import Arrays, Layout, cached
+from util.data.datasets import ScienceQA, load_scienceqa
+from util.data.images import load_images
+from util.data.instructions import Instructions, load_pictures, read_instructions
+from util.data.prompts import build_prompt
+from util.data.settings import TrainingData
 
+
+def load_training_data(settings: TrainingData) -> ScienceQA | Instructions:
+    """The train split, or with --do_pretrain the records of instruction tuning: read and checked, which is fast."""
+    if settings.do_pretrain:
+        return read_instructions(settings.data_root, settings.data_path)
+    return load_scienceqa(settings.data_root, "train", settings.captions)
+
+
+def load_examples(data: ScienceQA | Instructions, settings: TrainingData, tokenizer: Tokenizer, image_size: int,
+                  n_prompt: int, threads: int) -> dict[str, Example]:
+    """The tokenized examples by question id or, for instruction tuning, `record N`; ScienceQA's have decoded images.
+
+    n_prompt: the number of image features. threads: how many decode pictures.
+    """
+    max_seq_len = settings.max_seq_len
+    if isinstance(data, Instructions):
+        examples = instruction_examples(data, tokenizer, image_size, n_prompt, max_seq_len, threads, settings.skip_bad)
+        report("records", examples, len(data.records) - len(examples), max_seq_len)
+        return examples
+
+    def text(qid: str) -> tuple[str, str]:
+        return build_prompt(data.problems[qid], settings.prompt_format, data.captions.get(qid, ""))
+
+    images = load_images(data, image_size, threads, settings.skip_bad)
+    examples = tokenized(list(data.problems), text, images, tokenizer, n_prompt, max_seq_len, "problems")
+    report("problems", examples, len(data.bad_pictures), max_seq_len)
+    return examples
+
+
+def report(what: str, examples: dict[str, Example], bad_pictures: int, max_seq_len: int) -> None:
+    """One line of counts. Raises UserError where truncation leaves no answer at all."""
+    n_truncated = sum(example.answer_start == len(example.ids) for example in examples.values())
+    if n_truncated == len(examples):
+        raise UserError(f"--max_seq_len {max_seq_len} leaves no answer to learn from: raise it")
+    n_pictures = sum(example.image is not None for example in examples.values())
+    print_rank0(f"{len(examples)} {what}, {n_pictures} with a picture, {bad_pictures} dropped for a bad picture"
+                + (f", {n_truncated} whose answer lies beyond --max_seq_len {max_seq_len}" if n_truncated else ""))
+
+
+def instruction_examples(data: Instructions, tokenizer: Tokenizer, image_size: int, n_prompt: int, max_seq_len: int,
+                         threads: int, skip_bad: bool) -> dict[str, Example]:
+    """The records, tokenized; `image` is a LazyImage or None. With skip_bad, those of a bad picture are left out."""
+    pictures = load_pictures(data, image_size, threads, skip_bad)
+    kept = {f"record {i}": record for i, record in enumerate(data.records)
+            if record["image"] is None or record["image"] in pictures}
+    if not kept:
+        raise UserError(f"no record is left: all pictures in {data.root}/images/train2014 are missing or broken")
+
+    def text(name: str) -> tuple[str, str]:
+        return kept[name]["instruction"], kept[name]["answer"]
+
+    images = {name: pictures[record["image"]] for name, record in kept.items() if record["image"]}
+    return tokenized(list(kept), text, images, tokenizer, n_prompt, max_seq_len, "records")
+
+
+# --- Token ids ---
 
 def tokenized(names: list[str], text: Callable[[str], tuple[str, str]], images: Mapping[str, Any],
               tokenizer: Tokenizer, n_prompt: int, max_seq_len: int, unit: str) -> dict[str, Example]:

@@ -4,10 +4,11 @@ Pixels stay whole numbers: the ViT normalises them (lavin/vision.py).
 
 The images of a ScienceQA split are all decoded before the first step, once a node (util/data/cache.py, by the content
 of the files): a bad file is reported at the start, not an hour later, and no step waits for decoding. (Instruction
-tuning has too many: util/data/instructions.py.)
+tuning has too many: it keeps a LazyImage of each, util/data/instructions.py.)
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from lavin.runtime.console import progress_bar
 from lavin.runtime.distributed import all_gather_object
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import json_sha256, refuse_pipes, sha256
+from lavin.tokenizer import Example
 from util.data.cache import Arrays, cached
 from util.data.checksums import file_sha256s, file_states, require_unchanged
 from util.data.datasets import ScienceQA
@@ -201,3 +203,34 @@ def require_equal_ranks(checksums: dict[str, str | None], what: str) -> None:
     example = min((name for name, _ in set(of_rank_0) ^ set(others)), default=of_rank_0[0][0])
     raise UserError(f"{what} {example}: rank 0 and rank {rank} differ in it, and have {len(of_rank_0):,} and "
                     f"{len(others):,} left: give all nodes the same pictures and problems")
+
+
+# --- Pictures that are decoded in the step that needs them ---
+
+@dataclass(frozen=True)
+class LazyImage:
+    """An Example's image that is not decoded yet; `decode` gives uint8 [3, size, size]."""
+
+    path: Path
+    size: int
+
+    def decode(self) -> torch.Tensor:
+        return load_image(self.path, self.size)
+
+    def problem(self) -> str | None:
+        """Says what is wrong with the file; None where it decodes."""
+        try:
+            self.decode()
+        except IMAGE_ERRORS as error:
+            return image_fault(error)
+        return None
+
+
+def decode_images(examples: list[Example], threads: int = 4) -> list[Example]:
+    """The examples with every LazyImage decoded; other images stay as they are."""
+    lazy_images = {i: example.image for i, example in enumerate(examples) if isinstance(example.image, LazyImage)}
+    if not lazy_images:
+        return examples
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        decoded = dict(zip(lazy_images, pool.map(LazyImage.decode, lazy_images.values()), strict=True))
+    return [replace(example, image=decoded.get(i, example.image)) for i, example in enumerate(examples)]

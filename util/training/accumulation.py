@@ -11,7 +11,7 @@ import torch
 from lavin.fast.captured_models import free_graphs
 from lavin.model import pack
 from lavin.runtime import distributed
-from util.data.instructions import decode_images
+from util.data.images import decode_images
 
 PROBE_TOKENS = 2048  # size of the pass that measures the memory per token
 MEMORY_FRACTION = 0.9  # of the GPU's memory, which passes may fill

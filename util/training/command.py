@@ -9,7 +9,7 @@ from lavin.runtime.device import choose_device, choose_dtype
 from lavin.runtime.flags import Flags
 from lavin.weights.base import require_base
 from lavin.weights.load import load_base
-from util.data.batches import load_examples, load_training_data
+from util.data.examples import load_examples, load_training_data
 from util.runs import locked, write_config
 from util.training.epoch_record import EpochRecord
 from util.training.metrics import drop_metrics, summary_writer

@@ -16,7 +16,7 @@ from lavin.tokenizer import TOKENIZATION, Tokenizer
 from lavin.weights.adapters import pack_adapters
 from util.data.batches import epoch_batches, micro_batches, steps_per_epoch
 from util.data.examples import any_joined, examples_sha256
-from util.data.instructions import decode_images
+from util.data.images import decode_images
 from util.fingerprint import FROZEN, FROZEN_SHA256
 from util.lr_sched import adjust_learning_rate
 from util.trained_model import image_statistics
