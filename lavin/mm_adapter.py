@@ -4,7 +4,7 @@ Notable:
 - Parameters are stored as the 1x1 convolutions of the published checkpoints, but applied as two matrix products: down
   to z [N, r], then both experts, their mixture, biases and residual at once as `x + u U^T`, with u [N, 2r + 2].
 - The decoder's router reads the two modality tokens, rows 0 and 1 of the packed row. So each layer's mixture depends
-  only on the modality and the parameters, and can be cached for generation (lavin/routing.py).
+  only on the modality and the parameters, and can be cached for generation (lavin/routing_cache.py).
 
 LaVIN: Luo et al. 2023, arXiv 2305.15023; RepAdapter: Luo et al. 2023, arXiv 2302.08106.
 """
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lavin.llama import Block
-from lavin.routing import LayerRouting
 from lavin.runtime.flags import FlagGroup, Role, flag
 from lavin.runtime.schema import Factor, Positive, Probability, Width
 
 GROUPS = 2  # of the up-projections
+MODALITIES = 2  # text, image
 INIT_DEVICE = "cpu"  # adapters are initialised here even while the frozen model is built on the meta device
 
 
@@ -180,6 +180,46 @@ class RepAdapterRouter(RepAdapter):
         return self.add_up_projection(x, [z * w[:, :1], z * w[:, 1:], w], up)
 
 
+# --- In the decoder ---
+
+# a layer's part of a RoutingCache: the adapter's name -> (mixtures [2, 2], *projections), see RepAdapterRouter.routed
+LayerEntries = dict[str, tuple]
+
+
+@dataclass
+class LayerRouting:
+    """The part of a Routing that one layer needs."""
+
+    one_hot: torch.Tensor
+    cache: LayerEntries | None
+
+    def adapter_inputs(self, name: str, adapter: RepAdapterRouter, x) -> tuple:
+        """Returns the arguments of an adapter's forward besides x [N, D]: its mixture [N, 2] and its projections."""
+        mixtures, *projections = adapter.routed(x[:MODALITIES]) if self.cache is None else self.cache[name]
+        return self.one_hot @ mixtures, projections
+
+
+@dataclass
+class Routing:
+    """The expert mixture of every row of a pass, by modality. It is the `routing` of lavin.llama.Llama.
+
+    `one_hot` [N, 2] float32 is each row's modality: a matrix product with it selects mixtures, and its gradient is
+    deterministic, unlike that of indexing. `cache` is a RoutingCache's `layers`. Without one, every layer computes its
+    entries from rows 0 and 1, which must then be the two modality tokens (training).
+    """
+
+    one_hot: torch.Tensor
+    cache: list[LayerEntries] | None = None
+
+    @classmethod
+    def from_modality(cls, modality: torch.Tensor, cache: list[LayerEntries] | None = None) -> "Routing":
+        """Makes the routing of rows from their modality [N]: 0 for text, 1 for an image."""
+        return cls(F.one_hot(modality, MODALITIES).float(), cache)
+
+    def for_layer(self, layer: int) -> LayerRouting:
+        return LayerRouting(self.one_hot, None if self.cache is None else self.cache[layer])
+
+
 class AdaptedBlock(Block):
     """A decoder layer with an adapter before attention and, with --adapter_type block, before the feed-forward."""
 
@@ -217,6 +257,8 @@ def make_adapted_block(adapter: AdapterConfig, n_layers: int, drop_path: float =
     dropout = dropout_schedule(n_layers, adapter.dropout_prob, adapter.dropout_var, adapter.dropout_lim)
     return lambda config, layer: AdaptedBlock(config, drop_path, adapter, dropout[layer])
 
+
+# --- In the ViT ---
 
 class AdaptedNorm(nn.Module):
     """The norm of a ViT block, followed by an adapter. Each position of each image is its own router input."""

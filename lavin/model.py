@@ -16,8 +16,16 @@ from torch import nn
 from lavin.attention import HAS_TRITON, VarlenMetadata
 from lavin.llama import Llama, LlamaConfig
 from lavin.loss import answer_loss
-from lavin.mm_adapter import INIT_DEVICE, AdapterConfig, VisualProjection, adapt_vit, make_adapted_block
-from lavin.routing import MODALITIES, Routing, RoutingCache
+from lavin.mm_adapter import (
+    INIT_DEVICE,
+    MODALITIES,
+    AdapterConfig,
+    Routing,
+    VisualProjection,
+    adapt_vit,
+    make_adapted_block,
+)
+from lavin.routing_cache import RoutingCache
 from lavin.runtime.device import stack_on_device, to_device
 from lavin.tokenizer import IMAGE_SLOT, Example
 from lavin.vision import VisionEncoder

@@ -12,8 +12,8 @@ from torch import nn
 
 from lavin.attention import VarlenMetadata
 from lavin.fast.cuda_graphs import CapturedModule, CapturedPass, copy_and_zero_pad, pad_to_bucket
+from lavin.mm_adapter import MODALITIES, Routing
 from lavin.model import LaVIN
-from lavin.routing import MODALITIES, Routing
 from lavin.runtime.arithmetic import round_up
 
 PREFILL_BUCKET = 64  # prefills of single prompts are padded to a multiple of this many tokens

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from lavin.fast.cuda_graphs import capture, graph_pool
 from lavin.generation.kv_cache import DecodeMetadata, KVCache, PrefillMetadata
+from lavin.mm_adapter import MODALITIES, Routing
 from lavin.model import LaVIN, pack
-from lavin.routing import MODALITIES, Routing
 from lavin.runtime.arithmetic import round_up
 from lavin.runtime.device import to_device
 from lavin.tokenizer import Example

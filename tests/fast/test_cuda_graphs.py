@@ -21,7 +21,7 @@ from lavin.fast.cuda_graphs import pad_to_bucket
 from lavin.generation.generate import decode, warmup
 from lavin.generation.option_scoring import score_options
 from lavin.model import pack
-from lavin.routing import RoutingCache
+from lavin.routing_cache import RoutingCache
 from tiny import (
     BATCHES,
     VARIANTS,

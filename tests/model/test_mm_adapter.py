@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from lavin.attention import VarlenMetadata
 from lavin.llama import Llama
-from lavin.mm_adapter import AdapterConfig, RepAdapter, RepAdapterRouter, dropout_schedule
+from lavin.mm_adapter import AdapterConfig, RepAdapter, RepAdapterRouter, Routing, dropout_schedule
 from lavin.model import pack
-from lavin.routing import Routing
 from reference import adapter, router
 from tiny import VARIANTS, mixed_examples, tiny_config, tiny_model, tiny_vit
 

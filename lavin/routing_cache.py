@@ -1,56 +1,15 @@
-"""The mixture of experts that each row of a pass gets from the decoder's adapters, and its cache for generation.
+"""The cache of the routers' mixtures, which generation computes once for all answers.
 
-The routers read the two modality tokens alone. So all that an adapter's router and projections compute depends only on
-parameters, and generation computes it once for all answers (`RoutingCache`), where training does in every pass.
+The decoder's routers read the two modality tokens alone. So all that an adapter's router and projections compute
+depends only on parameters, and need not be computed in every pass as it is in training.
 """
-
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lavin.llama import Llama, rotary_by_layer
-
-MODALITIES = 2  # text, image
-
-# a layer's part of the cache: the adapter's name -> (mixtures [2, 2], *projections), see RepAdapterRouter.routed
-LayerEntries = dict[str, tuple]
-
-
-@dataclass
-class LayerRouting:
-    """The part of a Routing that one layer needs."""
-
-    one_hot: torch.Tensor
-    cache: LayerEntries | None
-
-    def adapter_inputs(self, name: str, adapter: Any, x) -> tuple:
-        """Returns the arguments of an adapter's forward besides x [N, D]: its mixture [N, 2] and its projections."""
-        mixtures, *projections = adapter.routed(x[:MODALITIES]) if self.cache is None else self.cache[name]
-        return self.one_hot @ mixtures, projections
-
-
-@dataclass
-class Routing:
-    """The expert mixture of every row of a pass, by modality. It is the `routing` of lavin.llama.Llama.
-
-    `one_hot` [N, 2] float32 is each row's modality: a matrix product with it selects mixtures, and its gradient is
-    deterministic, unlike that of indexing. `cache` is a RoutingCache's `layers`. Without one, every layer computes its
-    entries from rows 0 and 1, which must then be the two modality tokens (training).
-    """
-
-    one_hot: torch.Tensor
-    cache: list[LayerEntries] | None = None
-
-    @classmethod
-    def from_modality(cls, modality: torch.Tensor, cache: list[LayerEntries] | None = None) -> "Routing":
-        """Makes the routing of rows from their modality [N]: 0 for text, 1 for an image."""
-        return cls(F.one_hot(modality, MODALITIES).float(), cache)
-
-    def for_layer(self, layer: int) -> LayerRouting:
-        return LayerRouting(self.one_hot, None if self.cache is None else self.cache[layer])
+from lavin.mm_adapter import MODALITIES, LayerEntries
 
 
 class RoutingCache:
