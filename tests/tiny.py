@@ -10,6 +10,7 @@ from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN, pack
 from lavin.timm_compat import timm
 from lavin.tokenizer import IMAGE_SLOT, Example
+from lavin.weights.adapters import pack_adapters
 
 ROOT = Path(__file__).parents[1]  # the repository
 VOCAB_SIZE = 50
@@ -127,3 +128,8 @@ def greedy_logits(model, examples, steps: int, draft=()):
 def normalize_imagenet(images):
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (images / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+def save_adapters(model, path, **extra) -> None:
+    """Write a checkpoint with these entries beside the adapters."""
+    path.write_bytes(pack_adapters(model, **extra))

@@ -29,3 +29,18 @@ def quantized_and_dequantized_model(bits: str, device="cpu", dtype=torch.float32
                 module, weight.shape[1], device, dtype)
             module.bias = bias
     return quantized, dequantized
+
+
+def stored_tensors(linear: nn.Module) -> list[torch.Tensor]:
+    """All tensors that a quantized layer keeps of its weight."""
+    state = linear.state
+    if hasattr(state, "CB"):  # 8 bits
+        return [state.CB, state.SCB]
+    return [linear.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """The bytes of all weights and buffers of a model, quantized or not. The number is exact on `meta` too."""
+    quantized = [tensor for module in model.modules() if hasattr(module, "load")
+                 for tensor in stored_tensors(module)]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *quantized))

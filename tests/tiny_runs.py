@@ -9,9 +9,8 @@ import torch
 
 import train
 from lavin.mm_adapter import AdapterConfig
-from lavin.weights.adapters import save_adapters
 from lavin.weights.load import load_base
-from tiny import randomise_adapters
+from tiny import randomise_adapters, save_adapters
 
 NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
 

@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import atomic_write, value_sha256
+from lavin.runtime.files import value_sha256
 from lavin.runtime.flags import flags_of
 from lavin.runtime.schema import declared, strictly_declared, validate
 from lavin.weights.tensor_files import check_names, check_shape, is_weight, read_torch
@@ -109,11 +109,6 @@ def unshared(value):
     if isinstance(value, list | tuple):
         return type(value)(map(unshared, value))
     return sys.intern(value) if type(value) is str else value
-
-
-def save_adapters(model: LaVIN, path: Path, **extra) -> None:
-    with atomic_write(path) as tmp_path:
-        tmp_path.write_bytes(pack_adapters(model, **extra))
 
 
 def read_adapters(path: Path) -> dict[str, Any]:

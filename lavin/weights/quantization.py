@@ -57,10 +57,6 @@ class Linear4bit(QuantizedLinear):
         self.weight, self.state = quantize_4bit(weight.to(device).to(dtype).contiguous(), quant_type="nf4",
                                                 compress_statistics=True)
 
-    def stored_tensors(self) -> list[torch.Tensor]:
-        state = self.state
-        return [self.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-
     def matmul(self, x):
         return bitsandbytes.matmul_4bit(x, self.weight.t(), self.state)
 
@@ -77,9 +73,6 @@ class Linear8bit(QuantizedLinear):
         self.state.has_fp16_weights, self.state.threshold = False, OUTLIER_THRESHOLD
         self.state.CB, self.state.SCB, _ = int8_vectorwise_quant(weight.to(device).to(torch.float16).contiguous())
 
-    def stored_tensors(self) -> list[torch.Tensor]:
-        return [self.state.CB, self.state.SCB]
-
     def matmul(self, x):
         return bitsandbytes.matmul(x, self.state.CB, state=self.state)
 
@@ -94,10 +87,3 @@ def quantize_linears(model: LaVIN, bits: str) -> None:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(parent, name, QUANTIZED_LINEARS[bits](child.bias))
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Returns the bytes of all weights and buffers, on any device. The number is exact on `meta` too."""
-    quantized = [tensor for module in model.modules() if hasattr(module, "stored_tensors")
-                 for tensor in module.stored_tensors()]
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *quantized))

@@ -156,6 +156,21 @@ def test_a_killed_run_goes_on_from_its_last_save(flags, unbroken, tmp_path, monk
     assert same_tensors(folder, unbroken)
 
 
+def test_an_interrupted_save_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    run, path = run_folder.RunFolder(tmp_path, recipe={}, epochs=2), tmp_path / "checkpoint-0.pth"
+    run.save(b"the first content", 0, {"epoch": 0})
+
+    def broken_write(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:9])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_bytes", broken_write)
+    with pytest.raises(OSError):
+        run.save(b"the second content", 0, {"epoch": 0})
+    assert path.read_bytes() == b"the first content" and read_log(tmp_path) == [{"epoch": 0}]
+
+
 def test_another_recipe_is_refused_by_its_flags(flags, finished, scienceqa_copy):
     before = contents(finished)
     message = refused(*in_folder(flags, finished, "--lr", "0.5", "--seed", "7"))

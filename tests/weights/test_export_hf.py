@@ -14,9 +14,8 @@ from lavin.mm_adapter import AdapterConfig
 from lavin.model import pack
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import Example, Tokenizer
-from lavin.weights.adapters import save_adapters
 from lavin.weights.load import load_base
-from tiny import randomise_adapters
+from tiny import randomise_adapters, save_adapters
 from tiny_weights import HF_VARIANTS, write_hugging_face, write_tiktoken
 from tools import export_hf
 from util.data.images import load_image

@@ -17,10 +17,9 @@ from lavin.model import pack
 from lavin.runtime.errors import UserError
 from lavin.runtime.schema import read_validated
 from lavin.tokenizer import Example
-from lavin.weights.adapters import save_adapters
 from lavin.weights.hugging_face import Config, HuggingFaceLlama, llama_config
 from lavin.weights.load import frozen_parameters, load_base
-from tiny import loss_and_gradients, mixed_examples, randomise_adapters, tiny_model
+from tiny import loss_and_gradients, mixed_examples, randomise_adapters, save_adapters, tiny_model
 from tiny_runs import run_workers
 from tools import export_hf
 from user_errors import error_message

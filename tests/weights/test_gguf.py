@@ -22,11 +22,10 @@ from tokenizers import ByteLevelBPETokenizer
 from lavin.llama import LinearScaling, Llama3Scaling
 from lavin.mm_adapter import AdapterConfig
 from lavin.tokenizer import Tokenizer
-from lavin.weights.adapters import save_adapters
 from lavin.weights.base import base_files, open_base, require_base
 from lavin.weights.gguf import weights as module
 from lavin.weights.load import load_base
-from tiny import randomise_adapters
+from tiny import randomise_adapters, save_adapters
 from tiny_gguf import Q, sentencepiece_vocabulary, write_gguf
 from tools import export_hf
 from user_errors import error_message

@@ -20,7 +20,7 @@ from lavin.model import LaVIN, pack
 from lavin.runtime.errors import UserError
 from lavin.weights.load import frozen_parameters, load_base, load_frozen_tensor, quantize_model
 from tiny import greedy, loss_and_gradients, mixed_examples, tiny_model, tiny_vit
-from tiny_quantized import dequantized_weight, quantized_and_dequantized_model
+from tiny_quantized import dequantized_weight, quantized_and_dequantized_model, weight_bytes
 from tiny_runs import load_checkpoint, read_log, train_run
 from util.flags import stays_plain
 
@@ -90,7 +90,7 @@ def test_only_the_quantized_weight_is_kept(quantization, weight, bits, num_bytes
     weight = weight.clone()
     linear, original = make_linear(quantization, weight, bits), weakref.ref(weight)
     del weight
-    assert original() is None and quantization.weight_bytes(linear) == num_bytes
+    assert original() is None and weight_bytes(linear) == num_bytes
 
 
 QWEN = {"biases": ("wq", "wk", "wv", "wo", "w1", "w2", "w3"), "qk_norm": True}
@@ -183,7 +183,7 @@ def test_memory_of_real_sizes(quantization, size, bits, num_quantized):
         load_frozen_tensor(model.llama.get_submodule(module_name), name, tensor, "meta", torch.bfloat16)
     adapter_bytes = sum(p.nbytes for name, p in model.llama.named_parameters() if "adapter" in name)
     bytes_in_16_bits = 2 * config.dim * (2 * config.vocab_size + 2 * config.n_layers + 1)
-    quantized_bytes = quantization.weight_bytes(model.llama) - adapter_bytes - bytes_in_16_bits
+    quantized_bytes = weight_bytes(model.llama) - adapter_bytes - bytes_in_16_bits
     bytes_per_weight = {"4bit": 1 / 2 + 1 / 64 + 4 / 64 / 256, "8bit": 1 + 4 / 4096}[bits]
     assert quantized_bytes == pytest.approx(num_quantized * bytes_per_weight, rel=1e-3)
 

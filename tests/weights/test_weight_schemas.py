@@ -15,12 +15,12 @@ from lavin.mm_adapter import AdapterConfig
 from lavin.runtime.schema import validate
 from lavin.timm_compat import timm
 from lavin.tokenizer import Tokenizer
-from lavin.weights.adapters import AdapterSettings, adapter_parameters, read_adapters, save_adapters
+from lavin.weights.adapters import AdapterSettings, adapter_parameters, read_adapters
 from lavin.weights.base import open_base
 from lavin.weights.hugging_face import Config
 from lavin.weights.load import load_base
 from lavin.weights.vision import open_vit
-from tiny import IMAGE_SIZE, tiny_model, tiny_vit
+from tiny import IMAGE_SIZE, save_adapters, tiny_model, tiny_vit
 from tiny_weights import LLAMA_3, write_hugging_face
 from user_errors import change_json, error_message
 
