@@ -20,12 +20,11 @@ from util.study.comparison import (
     Difference,
     Method,
     compare,
-    method_name,
     published,
     with_published,
 )
 from util.study.finished_runs import Run, flags_computed_with, read_metrics, read_run
-from util.study.methods import named_methods
+from util.study.methods import method_name, named_methods
 from util.study.statistics import contrast, newcombe, seed_variance, tango
 from util.study.tables import csv_table, latex_table, markdown_table, text_table, verdicts
 

@@ -12,12 +12,13 @@ from user_errors import error_message
 from util.lr_sched import SCHEDULES
 from util.search.settings import SPACE
 from util.search.space import read_space
-from util.study.comparison import PUBLISHED, method_name
+from util.study.comparison import PUBLISHED
 from util.study.methods import (
     BASE_IN_WORDS,
     METHODS,
     WORDED,
     may_be_base,
+    method_name,
     named_methods,
     read_methods,
     usual_min_lr,

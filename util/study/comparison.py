@@ -1,4 +1,4 @@
-"""Groups runs into methods (runs whose flags differ only in the seed) and computes their differences to the base.
+"""Compares methods, each of which has a run per seed (methods.py), and computes their differences to the base.
 
 Runs that cannot be compared are excluded, with the reason. Differences between methods with several seeds come from
 one estimate, which counts questions and seeds as samples; those between single runs are of these runs alone.
@@ -15,7 +15,7 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from util.runs import run_folders
 from util.study.finished_runs import Run, read_run
-from util.study.methods import find_method, may_be_base, method_name, method_names, named_methods
+from util.study.methods import find_base, group_by_method, method_names, named_methods
 from util.study.statistics import (
     accuracy_interval,
     contrast,
@@ -151,7 +151,8 @@ def compare(paths: list[str], base_path: str | None = None) -> Comparison:
     base = find_base(runs, base_path)
     runs, incomparable = same_questions(runs, base)
     runs = [with_note_on_inputs(run, base or runs[0]) for run in runs]
-    methods, duplicates = group_by_method(runs, base)
+    groups, duplicates = group_by_method(runs, base)
+    methods = [Method(name, runs_of_method) for name, runs_of_method in groups.items()]
     clusters = known_clusters(runs)
     return Comparison(with_intervals(methods, clusters), differences_to_first(methods, clusters) if base else {},
                       unread + incomparable + duplicates, collect_notes(methods), clusters)
@@ -198,23 +199,6 @@ def with_published(comparison: Comparison) -> Comparison:
     renamed = {new_names[name]: difference for name, difference in reference.differences.items()}
     return replace(comparison, methods=methods, differences=comparison.differences | renamed,
                    notes=comparison.notes + reference.notes)
-
-
-def find_base(runs: list[Run], path: str | None) -> Run | None:
-    """The run at `path`; without a path, the one with the base's schedule, and its dropout over the layers."""
-    if path is not None:
-        for run in runs:
-            if Path(run.folder).resolve() == Path(path).resolve():
-                return run
-        raise UserError(f"--base {path} is none of the runs: name one of them")
-    candidates = [run for run in runs if may_be_base(run.flags)]
-    # beside the base method, a constant dropout of another probability is a variant of it
-    candidates = [run for run in candidates if find_method(run.flags) == named_methods()[0]] or candidates
-    names = {method_name(run.flags, candidates[0].flags): run.folder for run in candidates}
-    if len(names) > 1:
-        raise UserError("the base may be " + " or ".join(f"{folder} ({name})" for name, folder in names.items())
-                        + ": choose with --base")
-    return candidates[0] if candidates else None
 
 
 def same_questions(runs: list[Run], base: Run | None) -> tuple[list[Run], list[str]]:
@@ -293,22 +277,6 @@ def collect_notes(methods: list[Method]) -> list[str]:
             for note in run.notes:
                 folders.setdefault(note, []).append(run.folder)
     return [f"{', '.join(names)}: {note}" for note, names in folders.items()]
-
-
-def group_by_method(runs: list[Run], base: Run | None) -> tuple[list[Method], list[str]]:
-    """The methods (the base first, then the order of scripts/methods.json), and a line on each run that has another
-    one's flags and seed."""
-    runs_by_seed: dict[str, dict] = {}  # by method name
-    duplicates = []
-    reference = (base or runs[0]).flags
-    for run in runs:
-        first = runs_by_seed.setdefault(method_name(run.flags, reference), {}).setdefault(run.flags.get("seed"), run)
-        if first is not run:
-            duplicates.append(f"{run.folder}: has the flags and the seed of {first.folder}")
-    base_name = base and method_name(base.flags, reference)
-    methods = [Method(name, list(by_seed.values())) for name, by_seed in runs_by_seed.items()]
-    methods.sort(key=lambda method: (method.name != base_name, [*method_names(), method.name].index(method.name)))
-    return methods, duplicates
 
 
 def differences_to_first(methods: list[Method], clusters: np.ndarray | None = None) -> dict[str, Difference]:

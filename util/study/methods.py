@@ -1,4 +1,7 @@
-"""Methods and their names: which runs count as one method, and scripts/methods.json, which lists those with a name.
+"""Methods and their names: which runs are one method, and scripts/methods.json, which lists the methods with a name.
+
+Runs are of one method where their flags give them the same name (`method_name`): the seed, and flags that change no
+result, do not count.
 
 - The first method is the base; the others follow in the order of tables and figures.
 - The file holds the flags in which a method differs from the base, which has the defaults of train.py, and those that
@@ -17,6 +20,7 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.flags import shown
 from lavin.runtime.schema import NonBlankText, PlainName, read_validated, strictly_declared
 from util.lr_sched import SCHEDULES, Schedule
+from util.study.finished_runs import Run
 from util.training.recipe import TRAIN_FLAGS
 
 METHODS = Path(__file__).parents[2] / "scripts" / "methods.json"
@@ -114,6 +118,45 @@ def dropout_name(flags: dict) -> str | None:
     named = find_method({"dropout_prob": prob, "dropout_var": var, "dropout_lim": lim})
     return named.name if named else f"{'Inc.' if var > 1 else 'Dec.'} Drop. Prob {prob:g} x {var:g} to {lim:g}"
 
+
+# --- Runs ---
+
+def find_base(runs: list[Run], path: str | None) -> Run | None:
+    """The run at `path`; without a path, the one with the base's schedule, and its dropout over the layers."""
+    if path is not None:
+        for run in runs:
+            if Path(run.folder).resolve() == Path(path).resolve():
+                return run
+        raise UserError(f"--base {path} is none of the runs: name one of them")
+    candidates = [run for run in runs if may_be_base(run.flags)]
+    # beside the base method, a constant dropout of another probability is a variant of it
+    candidates = [run for run in candidates if find_method(run.flags) == named_methods()[0]] or candidates
+    names = {method_name(run.flags, candidates[0].flags): run.folder for run in candidates}
+    if len(names) > 1:
+        raise UserError("the base may be " + " or ".join(f"{folder} ({name})" for name, folder in names.items())
+                        + ": choose with --base")
+    return candidates[0] if candidates else None
+
+
+def group_by_method(runs: list[Run], base: Run | None) -> tuple[dict[str, list[Run]], list[str]]:
+    """The runs of each method by its name, one run per seed, and a line on each run that has another one's flags and
+    seed.
+
+    The base comes first, then the order of scripts/methods.json.
+    """
+    runs_by_seed: dict[str, dict] = {}  # by method name
+    duplicates = []
+    reference = (base or runs[0]).flags
+    for run in runs:
+        first = runs_by_seed.setdefault(method_name(run.flags, reference), {}).setdefault(run.flags.get("seed"), run)
+        if first is not run:
+            duplicates.append(f"{run.folder}: has the flags and the seed of {first.folder}")
+    base_name = base and method_name(base.flags, reference)
+    names = sorted(runs_by_seed, key=lambda name: (name != base_name, [*method_names(), name].index(name)))
+    return {name: list(runs_by_seed[name].values()) for name in names}, duplicates
+
+
+# --- scripts/methods.json ---
 
 def read_methods(path: Path) -> tuple[NamedMethod, ...]:
     """Reads the methods. Raises UserError, with file and method, for one that train.py would refuse or that has no own
