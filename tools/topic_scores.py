@@ -16,7 +16,8 @@ from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import read_json
 from lavin.runtime.flags import Parser
 from util.data.datasets import find_problems_file
-from util.evaluation.answers import GENERATIONS, read_answers
+from util.evaluation.answers import read_answers
+from util.runs import GENERATIONS
 
 
 def correct_by_topic(folder: Path, problems: dict) -> dict[str, list[bool]]:

@@ -21,9 +21,12 @@ from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import PART_SUFFIX, read_json, write_json
 
-RUN_FILES = ("config.json", "log.txt", "scores.json", "preds.json")  # a folder with any of them is a run
+RECIPE, CONFIG, LOG, METRICS = "recipe.json", "config.json", "log.txt", "metrics.jsonl"  # of train.py
+GENERATIONS, PREDICTIONS, SCORES = "generations.jsonl", "preds.json", "scores.json"  # of eval.py
+MME_ANSWERS, MME_SCORES = "mme_answers.jsonl", "mme_scores.json"  # of eval_mme.py
+RUN_FILES = (CONFIG, LOG, SCORES, PREDICTIONS)  # a folder with any of them is a run
 # what is scored from a checkpoint; a run that is trained on must not keep it
-RESULTS = ("preds.json", "generations.jsonl", "scores.json", "mme_answers.jsonl", "mme_scores.json")
+RESULTS = (PREDICTIONS, GENERATIONS, SCORES, MME_ANSWERS, MME_SCORES)
 PARTIAL_SUFFIX = ".partial.jsonl"  # of files of answers as they come
 PACKAGES = ("timm", "sentencepiece", "numpy", "pillow")
 LOCK, OWNER = ".lock", ".owner.json"  # OWNER: which process has locked the folder
@@ -82,7 +85,7 @@ def write_config(folder: Path, flags: dict, device: torch.device, world: int, n_
     `n_layers` is the number of LLaMA's layers, needed to recompute the dropout schedule. `resumed_at` is the epoch and
     the step that a run goes on with.
     """
-    path, now = folder / "config.json", environment(device, world)
+    path, now = folder / CONFIG, environment(device, world)
     if resumed_at and path.is_file():
         config = read_json(path)
         write_json(path, {**config, "resumed": [*config.get("resumed", []), {**resumed_at, **now}]})

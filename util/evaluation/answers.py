@@ -15,8 +15,6 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json_lines, write_json_lines
 from lavin.runtime.schema import declared, validate
 
-GENERATIONS = "generations.jsonl"
-
 
 @declared
 class Line(TypedDict):

@@ -22,10 +22,10 @@ from util.evaluation import evaluate
 from util.evaluation.results import model_identity
 from util.evaluation.settings import Answering, take_run
 from util.flags import BaseSettings, Execution
+from util.runs import MME_ANSWERS, MME_SCORES
 from util.trained_model import Trained, read_trained
 
 MAX_ANSWER_TOKENS = 20  # generation stops earlier, as soon as the answer is decided
-ANSWERS = "mme_answers.jsonl"
 
 
 @dataclass
@@ -40,7 +40,7 @@ class MMETask:
     threads: int  # that decode pictures
 
     partial_prefix = "mme_answers"
-    scores_file = "mme_scores.json"
+    scores_file = MME_SCORES
 
     def identity(self) -> dict[str, Any]:
         answering = replace(self.answering, decode="generate").identity()  # yes and no are always written
@@ -56,13 +56,13 @@ class MMETask:
         return answer_pairs(model, tokenizer, self.pairs, keys, self.answering, self.threads)
 
     def write_answers(self, folder: Path, answers: list[Any]) -> None:
-        write_json_lines(folder / ANSWERS, (answer for of_pair in answers for answer in of_pair))
+        write_json_lines(folder / MME_ANSWERS, (answer for of_pair in answers for answer in of_pair))
 
     def scores(self, answers: list[Any]) -> dict[str, Any]:
         return score([answer for of_pair in answers for answer in of_pair])
 
     def rescore(self, folder: Path, scores: dict[str, Any]) -> dict[str, Any]:
-        return score(read_json_lines(folder / ANSWERS))
+        return score(read_json_lines(folder / MME_ANSWERS))
 
     def report(self, scores: dict[str, Any]) -> list[str]:
         return [score_table(scores)]

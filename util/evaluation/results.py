@@ -11,14 +11,14 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, sha256
 from util.fingerprint import RECENT, fingerprints, is_comparable, report_unrecorded
 from util.flags import BaseSettings
-from util.runs import checkpoints, user_error_if_malformed
+from util.runs import CONFIG, RECIPE, checkpoints, user_error_if_malformed
 from util.trained_model import Trained
 
 # --- The folder ---
 
 def config_file(folder: Path) -> Path | None:
     """The file with the flags of the run that the folder belongs to, if it is a run's."""
-    return next((path for path in (folder / "config.json", folder / "recipe.json") if path.is_file()), None)
+    return next((path for path in (folder / CONFIG, folder / RECIPE) if path.is_file()), None)
 
 
 def final_checkpoint(folder: Path) -> Path | None:

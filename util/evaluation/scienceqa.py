@@ -14,14 +14,13 @@ from util.data.images import load_images
 from util.data.settings import DataSettings
 from util.evaluation import evaluate
 from util.evaluation.answering import answer_questions, answers_first
-from util.evaluation.answers import GENERATIONS, Answer, from_json, predictions_of, read_answers, write_answers
+from util.evaluation.answers import Answer, from_json, predictions_of, read_answers, write_answers
 from util.evaluation.results import model_identity
 from util.evaluation.scoring import COLUMNS, score
 from util.evaluation.settings import Answering, take_run
 from util.flags import BaseSettings, Execution
+from util.runs import GENERATIONS, PREDICTIONS, SCORES
 from util.trained_model import Trained, read_trained
-
-PREDICTIONS = "preds.json"
 
 
 @dataclass
@@ -39,7 +38,7 @@ class ScienceQATask:
     images: dict = field(default_factory=dict)
 
     partial_prefix = "answers"
-    scores_file = "scores.json"
+    scores_file = SCORES
 
     def identity(self) -> dict[str, Any]:
         """All that determines the scores."""

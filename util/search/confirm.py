@@ -15,7 +15,8 @@ import numpy as np
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import PUT_IT_THERE, load_json, write_json
-from util.evaluation.answers import GENERATIONS, read_answers
+from util.evaluation.answers import read_answers
+from util.runs import GENERATIONS
 from util.search.errors import CommandFailed
 from util.search.folder import (
     BASE,

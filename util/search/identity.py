@@ -17,6 +17,7 @@ from lavin.runtime.files import read_json
 from util.data.datasets import ScienceQA
 from util.evaluation.results import read_scores
 from util.evaluation.scienceqa import summarize
+from util.runs import RECIPE, SCORES
 from util.search.errors import WorkerError
 from util.search.folder import RUN_FOLDERS
 from util.training.recipe import TRAIN_FLAGS, make_recipe
@@ -25,7 +26,7 @@ from util.training.settings import EFFECTIVE_BATCH, TrainSettings
 Identity = Mapping[str, Mapping[str, Any]]  # the entries of each part
 
 # the parts of an identity: the file of a run's folder that says it, and the words of messages
-FILES = {"train": "recipe.json", "trials": "rungs/*/scores.json", "val": "val/scores.json", "test": "scores.json"}
+FILES = {"train": RECIPE, "trials": f"rungs/*/{SCORES}", "val": f"val/{SCORES}", "test": SCORES}
 WORDS = {"train": "training", "trials": "the scores of trials", "val": "the scores on validation",
          "test": "the scores on test"}
 # how eval.py is asked in each part

@@ -19,7 +19,7 @@ from lavin.runtime import signals
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from util.evaluation.results import read_scores
-from util.runs import checkpoint_path, checkpoints
+from util.runs import SCORES, checkpoint_path, checkpoints
 from util.search.errors import CommandFailed, WorkerError, is_shortage
 from util.search.folder import LOG, add_seconds, change_record, sign_of_life
 from util.search.identity import FILES, SCORING, Identity, checksums, differences, require_same
@@ -72,7 +72,7 @@ class Runner:
         """The scores of the checkpoint after this number of epochs, in the folder `out`. part: of the study's
         identity. Scores of something else that are there are replaced; raises WorkerError where the new ones are, too.
         """
-        path = out / "scores.json"
+        path = out / SCORES
         if not self.is_scored(path, part):
             self.run(folder, lock, "eval.py", *self.machine, "--adapter_path", str(checkpoint_path(folder, epochs - 1)),
                      "--output_dir", str(out), *command_line(SCORING[part]), *more)

@@ -17,11 +17,11 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json_lines, sha256, whole_lines
 from lavin.runtime.flags import Flag, flags_of
 from lavin.runtime.schema import declared, read_validated, validate
-from util.evaluation.answers import GENERATIONS, Answer, read_answers
+from util.evaluation.answers import Answer, read_answers
 from util.evaluation.scoring import COLUMNS
 from util.fingerprint import FROZEN, FROZEN_SHA256
 from util.lr_sched import LearningRate, check_schedule
-from util.runs import checkpoint_path
+from util.runs import CONFIG, GENERATIONS, LOG, METRICS, PREDICTIONS, RECIPE, SCORES, checkpoint_path
 from util.training.recipe import INPUTS, other_inputs
 from util.training.settings import EFFECTIVE_BATCH, Optimization
 
@@ -147,22 +147,22 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """The run in a folder of train.py and eval.py. Raises UserError where it cannot be compared, and says why."""
-    config: Any = read_validated(folder / "config.json", Config,
+    config: Any = read_validated(folder / CONFIG, Config,
                                  "train.py writes it: name the folder of a training run", FIX)
-    flags, n_layers = read_flags(config, folder / "config.json")
-    log = read_log(folder / "log.txt", flags["epochs"])
+    flags, n_layers = read_flags(config, folder / CONFIG)
+    log = read_log(folder / LOG, flags["epochs"])
     hint = f"run eval.py --adapter_path {folder}"
-    scores: Any = read_validated(folder / "scores.json", Scores, hint, FIX)
+    scores: Any = read_validated(folder / SCORES, Scores, hint, FIX)
     answers: list[Answer] = []
     predictions: dict[str, int] = {}
     if (folder / GENERATIONS).is_file():
         answers = sorted(read_answers(folder / GENERATIONS, FIX), key=lambda answer: answer.qid)
     else:
-        predictions = read_validated(folder / "preds.json", dict[str, int], hint, FIX)
-    check_counts(scores, folder / "scores.json")
+        predictions = read_validated(folder / PREDICTIONS, dict[str, int], hint, FIX)
+    check_counts(scores, folder / SCORES)
     check_answers(scores, answers, predictions, folder, hint)
     check_origin(scores, flags, folder, hint)
-    inputs, losses = trained_on(folder / "recipe.json"), read_metrics(folder / "metrics.jsonl")
+    inputs, losses = trained_on(folder / RECIPE), read_metrics(folder / METRICS)
     return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
                                     for line in log], scores["counts"], scores["correct"], scores["split"], answers,
                predictions, n_layers, scored_with(scores), inputs, by_fraction(losses),
@@ -235,7 +235,7 @@ def check_counts(scores: dict, path: Path) -> None:
 
 def check_answers(scores: dict, answers: list[Answer], predictions: dict[str, int], folder: Path, hint: str) -> None:
     """Raises UserError where scores are not of the answers beside them."""
-    path, name = folder / "scores.json", GENERATIONS if (folder / GENERATIONS).is_file() else "preds.json"
+    path, name = folder / SCORES, GENERATIONS if (folder / GENERATIONS).is_file() else PREDICTIONS
     n, n_found = scores["counts"]["Avg"], len(answers or predictions)
     if not n == n_found > 0:
         raise UserError(f"{path} is broken ({n} questions, {n_found} in {name}): {FIX}")

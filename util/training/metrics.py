@@ -9,10 +9,10 @@ from typing import Any
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_whole_lines, write_json_lines
 from lavin.tokenizer import Example
+from util.runs import METRICS
 from util.training.epoch_record import EpochRecord
 from util.training.throughput import FrozenWeights, step_flops
 
-METRICS = "metrics.jsonl"
 STEPS_PER_LINE = 10
 
 

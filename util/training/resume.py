@@ -11,7 +11,7 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flag, Flags, Parser, Role, check_flags
 from lavin.runtime.schema import declared, read_validated
 from lavin.weights.adapters import load_adapters
-from util.runs import checkpoints
+from util.runs import RECIPE, checkpoints
 from util.training.epoch_record import EpochRecord
 from util.training.run_folder import Checkpoint
 from util.training.settings import get_args_parser
@@ -49,7 +49,7 @@ def take_flags_of_run(args: Flags, parser: Parser) -> int:
     if not named.exists():
         raise UserError(f"--resume: no checkpoint {named}: name a run's folder, or a checkpoint in it")
     folder = named if named.is_dir() else named.parent
-    path = folder / "recipe.json"
+    path = folder / RECIPE
     if not path.is_file():
         raise UserError(f"--resume {named}: {folder} has no recipe.json, so it is no run that train.py can go on with")
     content: Any = read_validated(path, RecipeFile, fix="name another run")

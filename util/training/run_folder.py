@@ -17,11 +17,23 @@ from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import atomic_write, read_json, read_json_lines, write_json, write_json_lines
 from lavin.weights.adapters import read_adapters
 from util.fingerprint import report_unrecorded
-from util.runs import LAST, PARTIAL_SUFFIX, RESULTS, RUN_FILES, checkpoint_path, checkpoints, user_error_if_malformed
+from util.runs import (
+    CONFIG,
+    LAST,
+    LOG,
+    METRICS,
+    PARTIAL_SUFFIX,
+    RECIPE,
+    RESULTS,
+    RUN_FILES,
+    checkpoint_path,
+    checkpoints,
+    user_error_if_malformed,
+)
 from util.training.recipe import differences
 from util.training.settings import RunSettings
 
-COPIED = ("recipe.json", "config.json", "log.txt", "metrics.jsonl")  # when going back
+COPIED = (RECIPE, CONFIG, LOG, METRICS)  # when going back
 FILES = (*COPIED, LAST)  # that train.py writes, beside checkpoints
 STAGING = ".staging"  # folder of what replaces a run or its later part, until its first checkpoint is whole
 PROMOTING = ".promoting"  # the same folder while its files are moved to the place of the old ones
@@ -90,7 +102,7 @@ class RunFolder:
         if self.staged and self.path.exists():
             shutil.rmtree(self.path)
         if not self.checkpoint:
-            write_json(self.path / "recipe.json", {"recipe": self.recipe, "flags": flags})
+            write_json(self.path / RECIPE, {"recipe": self.recipe, "flags": flags})
         elif self.staged:
             for path in filter(Path.exists, map(self.folder.joinpath, COPIED)):
                 with atomic_write(self.path / path.name) as tmp_path:
@@ -140,7 +152,7 @@ def open_run(settings: RunSettings, recipe: dict, epochs: int) -> RunFolder:
 
 def refusal(folder: Path, recipe: dict) -> str | None:
     """The reason why a run of this recipe may not be written to the folder; None where it may."""
-    path = folder / "recipe.json"
+    path = folder / RECIPE
     trained = [name for name in (*RESULTS, LAST) if (folder / name).exists()]
     trained += [checkpoint.name for checkpoint in checkpoints(folder).values()]
     if not path.is_file():
@@ -209,7 +221,7 @@ def drop_stale(folder: Path, next_epoch: int) -> None:
 
 def append_log(folder: Path, entry: dict) -> None:
     """Adds an epoch's line to log.txt; replaces lines of this and later epochs, which an interrupted run left."""
-    path = folder / "log.txt"
+    path = folder / LOG
     with user_error_if_malformed(path):
         earlier = [line for line in read_json_lines(path) if line["epoch"] < entry["epoch"]] if path.is_file() else []
     write_json_lines(path, [*earlier, entry])
