@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.files import parse_json, read_text, write_json
+from lavin.runtime.files import PUT_IT_THERE, load_json, write_json
 from lavin.runtime.flags import Parser
 from lavin.runtime.schema import is_plain_name
 from util.data.prompts import instruction_prompt
@@ -56,10 +56,7 @@ def llava_records(item: dict, number: int, source: str) -> list[dict]:
 
 
 def read_list(path: Path) -> list:
-    try:
-        items = parse_json(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from error
+    items = load_json(path, PUT_IT_THERE, "fetch it again")
     if not isinstance(items, list):
         raise UserError(f"{path} holds no list of records: fetch it again")
     return items

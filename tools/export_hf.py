@@ -40,7 +40,7 @@ from lavin.tokenizer import Example, FastTokenizer, Tokenizer
 from lavin.weights.hugging_face import HF_NAMES, rope_entry
 from tools.output import make_folder, save_tensors
 from util.data.images import IMAGE_ERRORS, load_image
-from util.flags import SHARED
+from util.flags import INHERITED, SHARED
 from util.trained_model import load_model
 
 MODALITIES = ("text", "image")
@@ -49,8 +49,7 @@ DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float
 
 
 def get_args_parser() -> Parser:
-    parser = Parser("export_hf.py", __doc__, *SHARED, epilog=(
-        "Flags of the model and the data that are left out take the values of the training run."))
+    parser = Parser("export_hf.py", __doc__, *SHARED, epilog=INHERITED)
     parser.set_defaults(precision="fp16", device="cpu")
     add = parser.add_argument
     add("--adapter_path", required=True, help="a checkpoint, or a run's folder")

@@ -40,9 +40,17 @@ def vision_fingerprint(vision_model: str) -> str:
 
 # --- Records ---
 
+def both_tell(name: str, record: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records have an entry. None says that it is not known, as in records of earlier versions."""
+    return None not in (record.get(name), other.get(name))
+
+
 def is_comparable(name: str, record: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two records can differ in an entry: an entry of RECENT is compared only where both have it."""
-    return name not in RECENT or None not in (record.get(name), other.get(name))
+    """Whether two recipes, or the scores of two evaluations, can differ in an entry.
+
+    One that lacks an entry is of something else. Only entries of RECENT are compared where both tell them.
+    """
+    return name not in RECENT or both_tell(name, record, other)
 
 
 def report_unrecorded(path: Path, record: Mapping[str, Any]) -> None:

@@ -55,6 +55,7 @@ class Execution(FlagGroup):
 
 # what a command needs that loads a model: the groups of flags that train.py, eval.py and demo.py have in common
 SHARED = (BaseSettings, AdapterShape, DataSettings, Execution)
+INHERITED = "Flags of the model and the data that are left out take the values of the training run."  # in --help
 
 
 def inherit(args: Flags, trained: dict) -> None:

@@ -4,7 +4,9 @@ make two passes (one for the row's maximum, one to scale)."""
 import triton
 import triton.language as tl
 
-FP8_MAX = tl.constexpr(448.0)  # of e4m3
+from lavin.kernels import fp8
+
+FP8_MAX = tl.constexpr(fp8.FP8_MAX)
 
 
 @triton.jit

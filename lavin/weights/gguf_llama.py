@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from lavin.llama import Llama3Scaling, LlamaConfig
-from lavin.runtime.errors import UserError
 from lavin.weights.gguf.file import open_file
 from lavin.weights.gguf.weights import META_ORDER, ROPE_FACTORS, GGUFTensors, dequantize, read_config
-from lavin.weights.hugging_face import HuggingFaceLlama, llama_config
+from lavin.weights.hugging_face import HuggingFaceLlama, llama_config, no_llama
 
 
 def open_gguf(path: Path) -> tuple[LlamaConfig, HuggingFaceLlama, str]:
@@ -26,7 +25,7 @@ def open_gguf(path: Path) -> tuple[LlamaConfig, HuggingFaceLlama, str]:
         if ROPE_FACTORS in file.tensors:
             config = replace(config, rope_scaling=llama3_scaling(dequantize(file.tensors[ROPE_FACTORS], path), config))
     except ValueError as error:
-        raise UserError(f"{path} describes no LLaMA that can be loaded ({error}): name another --llm_model") from error
+        raise no_llama(path, error) from error
     meta_order = content["model_type"] in META_ORDER
     return config, HuggingFaceLlama(GGUFTensors(file), config, content["tie_word_embeddings"], meta_order), str(path)
 

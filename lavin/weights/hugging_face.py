@@ -215,6 +215,11 @@ def llama_config(content: Config) -> LlamaConfig:
     return converted
 
 
+def no_llama(path: Path, error: ValueError) -> UserError:
+    """Returns the error of a file from which `llama_config` makes no configuration."""
+    return UserError(f"{path} describes no LLaMA that can be loaded ({error}): name another --llm_model")
+
+
 def open_hugging_face(folder: Path) -> tuple[LlamaConfig, HuggingFaceLlama, str]:
     """Returns the configuration, the tensors, and what error messages call the files. Raises UserError for broken
     files.
@@ -226,7 +231,7 @@ def open_hugging_face(folder: Path) -> tuple[LlamaConfig, HuggingFaceLlama, str]
     except KeyError as error:
         raise UserError(f"{path} has no entry {error}: fetch or copy it again") from error
     except ValueError as error:
-        raise UserError(f"{path} describes no LLaMA that can be loaded ({error}): name another --llm_model") from error
+        raise no_llama(path, error) from error
     tied = {**DEFAULTS[content["model_type"]], **content}.get("tie_word_embeddings", False)
     tensors = read_hf_folder(folder)
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")

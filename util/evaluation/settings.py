@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag, flags_of
 from lavin.runtime.schema import Count, FileName, Fraction, NonNegative, PathText, Seed, Text
-from util.flags import SHARED
+from util.flags import INHERITED, SHARED
 from util.training.resume import finished_run
 
 
@@ -68,8 +68,6 @@ class MME(FlagGroup):
                                  aliases=("--root_dir_",))
     options: list[str] | None = flag(None, "published flag, without effect", Role.EXECUTION, nargs="+")
 
-
-INHERITED = "Flags of the model and the data that are left out take the values of the training run."
 
 
 def scienceqa_parser() -> Parser:

@@ -12,11 +12,12 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.flags import CHANGES_RESULTS, Flags, Role, flags_of
 from lavin.weights.base import require_base
 from util.data.batches import steps_per_epoch
-from util.data.datasets import load_scienceqa
+from util.data.datasets import DISJOINT_SPLITS, load_scienceqa
 from util.flags import Execution
 from util.search import confirm
 from util.search.folder import LOG, add_rung, all_records, gpu_seconds, longest_unended
 from util.search.identity import study_identity
+from util.search.locks import WAIT_SECONDS
 from util.search.machine import resolve_precision
 from util.search.progress import cost_lines, progress_line
 from util.search.runner import HoursSpent, Runner
@@ -26,9 +27,7 @@ from util.training.recipe import TRAIN_FLAGS
 from util.training.settings import EFFECTIVE_BATCH, Optimization, TrainingData, TrainSettings
 from util.training.settings import get_args_parser as train_parser
 
-SPLITS = ("train", "val", "test")
 MAX_FAILURES = 3  # of a worker's first trials: then something is wrong with all of them
-WAIT_SECONDS = 2.0
 
 
 # --- What is searched ---
@@ -47,7 +46,7 @@ def fixed_values(trained: Flags) -> Values:
 def describe_study(search: Search, space: Space, trained: Flags) -> dict:
     """The content of study.json: the settings that all workers must share, and the meaning of --precision here."""
     of_batch, files = Optimization.of(trained).entries(search.gpus), TrainingData.of(trained)
-    data = {split: load_scienceqa(files.data_root, split, files.captions) for split in SPLITS}
+    data = {split: load_scienceqa(files.data_root, split, files.captions) for split in DISJOINT_SPLITS}
     searched = data["val"].sample(search.questions).problems
     if search.confirm and not confirm.fresh_questions(data["val"].clusters, searched):
         print_rank0(f"warning: trials are scored on {len(searched)} of {len(data['val'].problems)} questions of val, "

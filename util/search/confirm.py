@@ -29,7 +29,7 @@ from util.search.folder import (
     load_record,
     read_records,
 )
-from util.search.locks import claim, waiting_for
+from util.search.locks import WAIT_SECONDS, claim, waiting_for
 from util.search.runner import Runner
 from util.search.space import Values
 from util.study.comparison import clusters_of
@@ -37,7 +37,6 @@ from util.study.statistics import LEVEL, Estimate, contrast, seed_variance, tang
 from util.study.tables import points
 
 VERDICT = "verdict.json"
-WAIT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)

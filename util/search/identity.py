@@ -17,6 +17,7 @@ from lavin.runtime.files import read_json
 from util.data.datasets import ScienceQA
 from util.evaluation.results import read_scores
 from util.evaluation.scienceqa import summarize
+from util.fingerprint import both_tell
 from util.runs import RECIPE, SCORES
 from util.search.errors import WorkerError
 from util.search.folder import RUN_FOLDERS
@@ -111,7 +112,7 @@ def differences(identity: Identity, other: Identity) -> list[str]:
     parts: dict[str, list[str]] = {}
     for part in identity.keys() & other.keys():
         for name, value in identity[part].items():
-            if None not in (value, other[part].get(name)) and value != other[part][name]:
+            if both_tell(name, identity[part], other[part]) and value != other[part][name]:
                 parts.setdefault(name.removesuffix("_sha256"), []).append(WORDS[part])
     return [f"other {name} in {' and '.join(sorted(set(words)))}" for name, words in sorted(parts.items())]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from lavin.runtime.errors import UserError
 
 POLL_SECONDS = 0.05
+WAIT_SECONDS = 2.0  # of a worker, for the trials and runs of others, before it looks again
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 

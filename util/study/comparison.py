@@ -13,6 +13,7 @@ import numpy as np
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
+from util.fingerprint import both_tell
 from util.runs import run_folders
 from util.study.finished_runs import Run, read_run
 from util.study.methods import find_base, group_by_method, method_names, named_methods
@@ -252,10 +253,11 @@ def why_incomparable(run: Run, reference: Run, right_options: dict[str, int]) ->
     if run.answers and run.right_options != right_options:
         return "its questions have other right answers: evaluate on the same data"
     for name, (words, flag) in SCORED_WITH.items():
-        value, expected = run.scored_with.get(name), reference.scored_with.get(name)
         is_method = flag and run.flags.get(flag) != reference.flags.get(flag)  # trained so, and named after it
-        if None not in (value, expected) and value != expected and not is_method:
-            return f"scored with {words} {value}, not {expected}: run eval.py as for the others"
+        if both_tell(name, run.scored_with, reference.scored_with) and not is_method:
+            value, expected = run.scored_with[name], reference.scored_with[name]
+            if value != expected:
+                return f"scored with {words} {value}, not {expected}: run eval.py as for the others"
     return None
 
 

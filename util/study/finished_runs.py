@@ -19,7 +19,7 @@ from lavin.runtime.flags import Flag, flags_of
 from lavin.runtime.schema import declared, read_validated, validate
 from util.evaluation.answers import Answer, read_answers
 from util.evaluation.scoring import COLUMNS
-from util.fingerprint import FROZEN, FROZEN_SHA256
+from util.fingerprint import FROZEN, FROZEN_SHA256, both_tell
 from util.lr_sched import LearningRate, check_schedule
 from util.runs import CONFIG, GENERATIONS, LOG, METRICS, PREDICTIONS, RECIPE, SCORES, checkpoint_path
 from util.training.recipe import INPUTS, other_inputs
@@ -253,9 +253,9 @@ def check_origin(scores: dict, flags: dict, folder: Path, hint: str) -> None:
     if known and last.is_file() and sha256(last) != known:
         raise UserError(f"its scores are of another {last.name} than the one there: {hint}")
     for flag in ("prompt_format", "bits"):
-        trained, scored = flags.get(flag), scores.get(flag)
-        if None not in (trained, scored) and trained != scored:
-            raise UserError(f"scored with --{flag} {scored}, trained with {trained}: {hint} --{flag} {trained}")
+        if both_tell(flag, flags, scores) and flags[flag] != scores[flag]:
+            raise UserError(f"scored with --{flag} {scores[flag]}, trained with {flags[flag]}: "
+                            f"{hint} --{flag} {flags[flag]}")
 
 
 def scored_with(scores: dict) -> dict:

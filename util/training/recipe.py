@@ -12,7 +12,7 @@ import torch
 from lavin.runtime.device import precision_name
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags, flags_of
-from util.fingerprint import FROZEN, FROZEN_SHA256, fingerprints, is_comparable
+from util.fingerprint import FROZEN, FROZEN_SHA256, both_tell, fingerprints, is_comparable
 from util.training.settings import EFFECTIVE_BATCH, GROUPS, Optimization, TrainSettings
 
 TRAIN_FLAGS = flags_of(*GROUPS)
@@ -50,7 +50,7 @@ def differences(recipe: dict, other: dict) -> list[str]:
 
 def other_inputs(record: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """One line for each of these entries of INPUTS that both records tell, and in which they differ."""
-    known = [name for name in names if name in record and name in other]
+    known = [name for name in names if both_tell(name, record, other)]
     return differences({name: record[name] for name in known}, {name: other[name] for name in known})
 
 
