@@ -50,7 +50,7 @@ def random_lavin(size: str, device, dtype, dropout: float = 0.1, bits: str = "16
 
 @cache
 def length_rows() -> list[tuple[int, int, int]]:
-    """For 150 real problems: [prompt tokens with BOS, all tokens with BOS and EOS, has an image]."""
+    """Returns the lengths of 150 real problems: [prompt tokens with BOS, all tokens with BOS and EOS, has an image]."""
     return json.loads(Path(__file__).with_name("token_lengths.json").read_text())["rows"]
 
 

@@ -19,7 +19,8 @@ class Ended(NamedTuple):
 
 
 def in_child(function: Callable[[], object], **environment: str) -> Ended:
-    """What a forked child says that calls the function, and how it ends. environment: added to this process's."""
+    """Calls the function in a forked child; returns what the child prints, and how it ends. environment: variables that
+    are added to this process's."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         child = os.fork()
         if not child:
@@ -36,7 +37,7 @@ def in_child(function: Callable[[], object], **environment: str) -> Ended:
 
 
 def call_and_end(function: Callable[[], object], out: int, errors: int, environment: dict[str, str]) -> None:
-    """In the child. Nothing of pytest is run in it, whatever the function raises."""
+    """Calls the function in the child. No code of pytest is run there, whatever the function raises."""
     status: object = 1
     try:
         os.dup2(out, 1)

@@ -9,7 +9,7 @@ from util.data import cache
 
 
 def replace(path, content: bytes) -> None:
-    """As another file: the first may still be mapped."""
+    """Puts another file in its place: the first may still be mapped."""
     path.unlink()
     path.write_bytes(content)
 
@@ -46,7 +46,7 @@ def is_a_named_pipe(path) -> None:
 
 
 def is_a_link_to_an_entry(path) -> None:
-    """Whose content somebody else may decide."""
+    """Says whether it is a link to an entry, whose content somebody else may decide."""
     path.rename(path.with_name("elsewhere"))
     path.symlink_to("elsewhere")
 

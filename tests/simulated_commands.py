@@ -29,7 +29,7 @@ QUESTIONS = {"val": 200, "test": 300}
 
 
 def checksums(flags, split: str, questions: int | None = None) -> dict[str, str]:
-    """Those of the files that lie there now, as recipe.json and scores.json hold them."""
+    """The checksums of the files that lie there now, as recipe.json and scores.json hold them."""
     data = load_scienceqa(flags.data_root, split)
     return {"data": (data.sample(questions) if questions else data).fingerprint, **fingerprints(BaseSettings.of(flags))}
 
@@ -55,7 +55,7 @@ class Machine:
         monkeypatch.setattr(os, "fsync", lambda _: None)  # no machine crashes here, and most of the time goes there
 
     def flags_of(self, program: str) -> list[SimpleNamespace]:
-        """Those of each command of this program, in order."""
+        """The flags of each command of this program, in order."""
         return [flags for name, flags, _ in self.commands if name == program]
 
 
@@ -104,7 +104,7 @@ class Process:
         return Path(self.flags.output_dir)
 
     def train(self) -> tuple[float, Callable]:
-        """From what an earlier command has left in the middle of an epoch, or from the last checkpoint."""
+        """Trains on from what an earlier command has left in the middle of an epoch, or from the last checkpoint."""
         self.begun, goal = max(checkpoints(self.folder), default=-1) + 1, self.flags.stop_after_epoch
         self.goal = self.flags.epochs if goal is None else goal
         partial = self.folder / "last.pth"

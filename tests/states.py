@@ -28,7 +28,7 @@ sys.addaudithook(look)
 
 
 def contents(folder: Path) -> State:
-    """Of every file but those of locks, and those that are being written."""
+    """The content of every file but those of locks, and those that are being written."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name[0] != "."}
 

@@ -92,7 +92,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(base, scienceqa, runs, tmp_path_factory) -> dict:
-    """What the process found that uses the copy in which the recipes were followed."""
+    """The findings of a process that uses the copy in which the recipes were followed."""
     copy = tmp_path_factory.mktemp("copy")
     for name in ("lavin", "util", "scripts", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -21,7 +21,7 @@ KNOWN = set(vars(train.get_args_parser().parse_args([])))
 
 
 def quality(values: dict) -> float:
-    """Of a made-up world: the rate matters most, then the schedule."""
+    """The accuracy in a made-up world, where the rate matters most, and then the schedule."""
     rate = -0.04 * (math.log10(values["blr"]) + 1.8) ** 2
     return 0.80 + rate - 0.02 * (values["lr_schedule"] == "step") + 0.01 * (values.get("adapter_type") == "block")
 

@@ -63,7 +63,8 @@ def read_list(path: Path) -> list:
 
 
 def records_of(path: Path) -> Iterator[tuple[list[dict], str]]:
-    """For each item of a file: its records and an empty string, or no records and what is wrong with the item."""
+    """Yields, for each item of a file, its records and an empty string, or no records and what is wrong with the
+    item."""
     for number, item in enumerate(read_list(path)):
         try:
             if path.name == ALPACA:

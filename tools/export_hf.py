@@ -229,8 +229,8 @@ def begin_with(model, bos: str | None) -> None:
 
 
 def part_from_prefix(model) -> None:
-    """In training, `Image: N/A` and the prompt are tokenized apart. Lets a space between them do the same where it
-    would become a part of the prompt's first token, as with byte-level BPE."""
+    """Lets the space between `Image: N/A` and the prompt keep them apart, as training tokenizes them, where it would
+    become a part of the prompt's first token, as with byte-level BPE."""
     from tokenizers import Regex, pre_tokenizers
     prefix, prompt, both = (model.encode(text, add_special_tokens=False).ids
                             for text in ("Image: N/A", "Question:", "Image: N/A Question:"))
@@ -240,8 +240,8 @@ def part_from_prefix(model) -> None:
 
 
 def picture_names(paths: list[Path]) -> list[str]:
-    """For the output files: each picture's stem, behind as many of its folders as tell all apart, since ScienceQA's
-    pictures are all image.png. Raises UserError where folders do not tell them apart."""
+    """The names of the output files: each picture's stem, behind as many of its folders as tell all apart, since
+    ScienceQA's pictures are all image.png. Raises UserError where folders do not tell them apart."""
     absolute = [Path(os.path.abspath(path)) for path in paths]
     parts = [[*path.parts[1:-1], path.stem] for path in absolute]
     for depth in range(1, 1 + max(map(len, parts), default=1)):

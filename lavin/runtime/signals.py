@@ -58,7 +58,7 @@ def install(numbers: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
 
 
 def finish(action: signal.Handlers) -> None:
-    """From now on, stop signals are ignored or end the process silently: it is about to end by itself."""
+    """Lets stop signals be ignored, or end the process silently, from now on: it is about to end by itself."""
     global _ending
     _ending = True
     for number in STOP_SIGNALS:

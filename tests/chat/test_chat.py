@@ -194,7 +194,7 @@ def test_switched_adapters_answer_as_their_run(bot, runs):
 
 
 def letter_probabilities(run, prompt: str, reason: str = "") -> torch.Tensor:
-    """Of A, B and C where an answer names one, from one forward pass."""
+    """The probabilities of A, B and C where an answer names its option, from one forward pass."""
     model, tokenizer = load_run_model(run)
     a, b, c = (tokenizer.example(prompt, f"{reason}The answer is {letter}.") for letter in "ABC")
     at = next(i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=True)) if x != y)  # the token of the letter
@@ -207,7 +207,7 @@ def letter_probabilities(run, prompt: str, reason: str = "") -> torch.Tensor:
     ("The north is deep. The answer is B.", "The north is deep. "), ("The answer is A. BECAUSE: it is.", ""),
     ("It is deep.", ""), ("The answer is", "")])
 def test_probabilities_follow_the_reason_that_was_written(bot, runs, monkeypatch, text, reason):
-    """As with --prompt_format QCM-EA."""
+    """A model that was trained with --prompt_format QCM-EA writes its reason first."""
     monkeypatch.setattr("util.chat.chatbot.stream", lambda *arguments: iter([text]))
     *_, answer = bot.answer("scaled", [], Question(QUESTION, options=("north", "south", "old")), Settings())
     torch.testing.assert_close(torch.tensor(answer.probabilities),
@@ -334,7 +334,7 @@ def test_terminal_chat(runs, monkeypatch, capsys):
 
 
 def test_compare_asks_the_last_question_as_it_was_asked(runs, monkeypatch, capsys):
-    """After the turns before it, without its own answer; and with all flags of sampling."""
+    """The question comes after the turns before it, without its own answer, and with all flags of sampling."""
     lines = iter([QUESTION, "And the second?", "/compare 2 3", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     asked, answer = [], Chatbot.answer
@@ -398,7 +398,7 @@ def test_keys_of_an_ascii_environment_are_utf_8(runs, monkeypatch, capsys):
 # --- The published demo ---
 
 def test_published_flags_are_accepted(runs, monkeypatch):
-    """Those of the published demo.py, and of eval.py's published script."""
+    """These flags are those of the published demo.py, and of eval.py's published script."""
     command = """--server_name 127.0.0.1 --ckpt_dir ../data/weights/ --llm_model 13B --max_seq_len 512
         --adapter_type attn --adapter_path ./15-eph-pretrain.pth --temperature 5. --use_vicuna --options a=b c=d
         --tokenizer_path ../data/weights/tokenizer.model --adapter_dim 8 --adapter_scale 1 --n_prompt 6

@@ -45,7 +45,7 @@ def served(run, *flags: str, **environment: str):
 
 
 def answer(client: Client) -> str:
-    """Of a whole round: a question is asked and answered."""
+    """Asks a question on the page, and returns the answer."""
     history, *_ = client.predict(QUESTION, "", "", [], api_name="/ask")
     history = client.predict("first", *SAMPLING, history, api_name="/answer")
     return history[-1]["content"][0]["text"]

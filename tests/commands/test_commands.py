@@ -292,7 +292,7 @@ def test_published_flags_are_accepted():
 
 @pytest.mark.parametrize("command", [f"train.py {PUBLISHED_TRAIN}", f"eval.py {PUBLISHED_EVAL}"])
 def test_published_commands_name_the_missing_weights_in_one_line(command, tmp_path):
-    """In a subprocess: exit status 1, and a single line on stderr."""
+    """Each runs in a subprocess, which ends with exit status 1 and a single line on stderr."""
     script, *flags = shlex.split(command)
     (tmp_path / "code").mkdir()
     result = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=tmp_path / "code", capture_output=True,

@@ -54,7 +54,7 @@ def assert_one(problems: list[str], *words: str) -> None:
 
 
 def find(lines: list[str], label: str) -> str:
-    """What a line says of its label; the columns are aligned."""
+    """Returns the text that stands beside a label, in the second of two aligned columns."""
     text, = (line[22:] for line in lines if line[:22].strip() == label)
     return text
 
@@ -87,7 +87,7 @@ def test_gpus_are_listed_as_nvidia_smi_tells(check, monkeypatch):
 
 
 def on_gpu(monkeypatch, capability=(7, 0), paths=None):
-    """As on a machine with a GPU. paths: what choose_fast_paths answers."""
+    """Lets this machine look like one with a GPU. paths: the answer of choose_fast_paths."""
     monkeypatch.setattr(doctor, "choose_device", lambda name, local_rank: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     for module in ("tools.doctor", "lavin.runtime.device", "lavin.kernels.fp8"):

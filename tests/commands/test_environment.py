@@ -44,7 +44,7 @@ class Project:
         path.chmod(0o755)
 
     def gpus(self, answer: str, status: int = 0) -> None:
-        """What nvidia-smi says of --query-gpu=compute_cap,driver_version, and ends with."""
+        """Sets the answer of nvidia-smi to --query-gpu=compute_cap,driver_version, and its exit status."""
         self.stub(self.bin / "nvidia-smi", f"#!/usr/bin/env bash\ncat <<'END'\n{answer}\nEND\nexit {status}\n")
 
     def install(self, code: int = 0, requirements: str = "requirements.txt", **environment: str) -> list[str]:

@@ -44,7 +44,7 @@ def change_content(path, change) -> None:
 
 
 def change_pixels(path) -> None:
-    """Of a bitmap."""
+    """Changes the pixels of a bitmap."""
     change_content(path, lambda content: content.__setitem__(slice(-9, None), bytes(9)))
 
 
@@ -105,7 +105,7 @@ def forget(path, *names) -> None:
 
 
 def scored_again(run, capsys) -> str | None:
-    """What eval.py says on scores that are there; None: it scores without a word."""
+    """Returns the line that eval.py prints on the scores that are there; None where it prints none, and scores."""
     capsys.readouterr()
     run_eval("--adapter_path", run, "--decode", "score")
     lines = capsys.readouterr().out.splitlines()
@@ -222,7 +222,7 @@ def test_checkpoints_and_recipe_name_the_same_content(run):
 
 
 def test_a_model_of_timms_hub_is_known_by_the_file_in_the_cache(base, tmp_path, monkeypatch):
-    """Before timm has fetched it, by its name alone."""
+    """Before timm has fetched the file, the model is known by its name alone."""
     name = "vit_base_patch16_224.augreg_in21k"
     settings = BaseSettings(llm_model="tiny", llama_model_path=str(base.weights), vision_model=name)
     folder = tmp_path / "snapshot"

@@ -290,7 +290,7 @@ SHOWING_GPUS = STUB.replace('echo "$name $*"', 'echo "gpus=${CUDA_VISIBLE_DEVICE
     ("4", "1", "", ["all"]), ("1", "2", "", ["all"]), ("4", "4", "GPU-a,GPU-b,GPU-c,GPU-d", ["GPU-a", "GPU-b",
                                                                                         "GPU-c", "GPU-d"])])
 def test_jobs_share_the_gpus_of_a_node(sandbox, gpus, jobs, visible, shares):
-    """Without communication where each has one; the effective batch stays 32."""
+    """Processes do not communicate where each job has one GPU; the effective batch stays 32."""
     (sandbox.folder / "bin" / "python").write_text(SHOWING_GPUS)
     environment = {"GPUS": gpus, "JOBS": jobs, **({"CUDA_VISIBLE_DEVICES": visible} if visible else {})}
     calls = sandbox.run("scripts/run_all_variants.sh", **environment)
@@ -435,7 +435,7 @@ def test_a_job_trains_on_the_gpus_that_it_was_given(sandbox):
 
 
 def test_job_that_ends_otherwise_is_not_requeued(sandbox):
-    """After a SIGTERM, Slurm requeues preempted jobs itself, and cancelled ones must not come back."""
+    """Slurm itself requeues preempted jobs after a SIGTERM, and cancelled jobs must not come back."""
     calls = sandbox.stop(*JOB, signals=[signal.SIGTERM], **slurm(sandbox))
     assert calls[-1] == "TERM"
     calls = sandbox.stop("slurm/one_node.sbatch", "scripts/vl_instruction_tuning_13b.sh", STATUS="0", code=0,
@@ -515,7 +515,7 @@ def test_quickstart_smollm2_scores_untuned_tuned_and_with_exchanged_pictures(san
     ("search_quickstart.sh", "make_toy_base")])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_quickstart_that_is_stopped_leaves_no_process_and_goes_on(sandbox, script, step, number):
-    """Also with a step that knows nothing of exit status 75."""
+    """This holds also for a step that knows nothing of exit status 75."""
     sandbox.install()
     status = "75" if step == "train.py" else "143"
     calls = sandbox.stop(f"scripts/{script}", HANG=step, signals=(number,), STATUS=status)

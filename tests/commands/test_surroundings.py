@@ -79,7 +79,7 @@ def test_without_docstrings_and_assertions(run):
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "eval_mme.py", "search.py", "demo.py", "plot_results.py",
                                     "tools/export_hf.py", "tools/make_toy_base.py"])
 def test_without_docstrings(script, capsys, monkeypatch):
-    """As with PYTHONOPTIMIZE=2, but for what the script imports, and without a process each."""
+    """The script runs as with PYTHONOPTIMIZE=2, but in this process, and with the docstrings of what it imports."""
     path = ROOT / script
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     code = compile(path.read_bytes(), path, "exec", optimize=2)

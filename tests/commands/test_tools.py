@@ -20,7 +20,7 @@ from util.data.datasets import load_scienceqa
 
 
 def errors(tool: str, *arguments: str, code: int = 1) -> str:
-    """What a tool that fails prints to stderr, without its progress bars."""
+    """Runs a tool that fails; returns what it prints to stderr, without its progress bars."""
     done = subprocess.run([sys.executable, "-m", f"tools.{tool}", *arguments], cwd=ROOT, capture_output=True, text=True,
                           timeout=120)
     assert done.returncode == code, done.stderr
@@ -93,7 +93,7 @@ def test_folders_are_made_and_left_empty(tmp_path):
 
 
 def test_where_problems_json_is_all_is_whole_whenever_the_writer_was_killed(tmp_path):
-    """Also where it writes over other data, of which there is more."""
+    """This holds also where the tool writes over other data, of which there is more."""
     def write(name: str, content: str, n: int) -> None:
         splits = ["train", "val", "test"] * n
         problems = {str(i): {"split": split, "question": content} for i, split in enumerate(splits)}

@@ -95,7 +95,7 @@ def examples(data, tokenizer_file, **changes) -> dict:
 
 
 def test_entries_have_the_permissions_of_other_files(folder, scienceqa):
-    """In a cache that several people share, each can read them."""
+    """Several people may share a cache, in which each can read the others' entries."""
     load(scienceqa)
     (folder / "other").touch()
     assert entry(folder).stat().st_mode == (folder / "other").stat().st_mode
@@ -136,7 +136,7 @@ def test_other_texts_pictures_and_tokenizers_have_other_ids(folder, scienceqa_co
 
 
 def test_ids_of_other_code_are_not_used(folder, scienceqa, tokenizer_file, monkeypatch, tmp_path):
-    """Such as those of the versions that tokenized prompt and answer as one text."""
+    """Earlier versions, for instance, tokenized prompt and answer as one text."""
     data = load_scienceqa(scienceqa, "train")
     examples(data, tokenizer_file)
     (tmp_path / "tokenizer.py").write_text("# changed")
@@ -186,7 +186,7 @@ def exchange(root) -> None:
 
 
 def test_pictures_of_the_same_size_and_time_are_told_by_their_content(folder, decoded, bitmaps, tmp_path, monkeypatch):
-    """In place, and between two copies of the data."""
+    """The pictures change in place, and between two copies of the data."""
     first = load(bitmaps)
     shutil.copytree(bitmaps, tmp_path / "other")
     for root in (tmp_path / "other", bitmaps):
@@ -235,7 +235,7 @@ def test_another_size_split_pillow_or_code_decodes_again(folder, decoded, scienc
 
 
 def test_a_copy_of_the_data_elsewhere_is_not_decoded(folder, decoded, scienceqa_copy, tmp_path):
-    """As jobs copy it to a node's own disk."""
+    """Jobs make such copies on a node's own disk."""
     first = load(scienceqa_copy)
     shutil.copytree(scienceqa_copy, tmp_path / "node")
     assert_equal(load(tmp_path / "node"), first)
@@ -246,7 +246,7 @@ def test_a_copy_of_the_data_elsewhere_is_not_decoded(folder, decoded, scienceqa_
 
 @pytest.fixture
 def faulty(scienceqa_copy):
-    """Of three pictures, one is missing and one is broken."""
+    """One of three pictures is missing, and one is broken."""
     folder = scienceqa_copy / "images" / "test"
     (folder / "113" / "image.png").unlink()
     (folder / "117" / "image.png").write_bytes(b"no image")
@@ -514,7 +514,7 @@ def test_a_file_system_without_locks(folder, decoded, scienceqa, monkeypatch):
 
 
 def test_a_lock_that_is_never_granted(folder, decoded, scienceqa, monkeypatch, capsys):
-    """As of a process that hangs: after a time, the others go on."""
+    """A process that hangs may hold it: after a time, the others go on."""
     load(scienceqa)
     monkeypatch.setattr(cache, "WAIT_SECONDS", 0.1)
     path = entry(folder)

@@ -71,7 +71,7 @@ def other_content_same_size_and_time(path) -> None:
 
 
 def another_file_of_the_same_size_and_time(path) -> None:
-    """As rsync puts it there: ctime says when it came."""
+    """Puts another file there as rsync does: ctime says when it came."""
     found = path.stat()
     new = path.with_name("new")
     new.write_bytes(b"z" * found.st_size)

@@ -113,7 +113,7 @@ def test_variety(all_problems):
 
 
 def test_no_text_is_asked_twice(all_problems):
-    """Else a text that came with one picture in training would tell what another picture does not show."""
+    """A text that came with one picture in training would otherwise tell what another picture does not show."""
     assert max(Counter((problem["question"], problem["hint"]) for problem in all_problems).values()) == 1
 
 
@@ -131,7 +131,7 @@ def test_question_and_hint_name_no_option(kind):
 
 @each_picture_kind
 def test_pictures_of_different_things_differ(kind):
-    """At the resolution of small models, with all else equal."""
+    """They differ at the resolution of small models, with all else equal."""
     pictures = [np.asarray(kind.picture(x, Random(1)).resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
                 for x in subjects_of(kind)]
     for a, b in combinations(pictures, 2):

@@ -89,7 +89,7 @@ def test_cmyk_without_adobes_marker(tmp_path):
 @pytest.mark.parametrize("name, data", [
     (b"gAMA", struct.pack(">I", 100_000)), (b"cHRM", struct.pack(">8I", *[30_000] * 8)), (b"iCCP", b"x\0\0garbage")])
 def test_gamma_and_profiles_do_not_change_pixels(tmp_path, name, data):
-    """As in the training of CLIP."""
+    """CLIP was trained on pixels that were not corrected either."""
     content = png(8, 2, 1, [b"\x64\x96\xc8"])
     (tmp_path / "a.png").write_bytes(content[:33] + chunk(name, data) + content[33:])
     assert np.asarray(open_picture(tmp_path / "a.png")).tolist() == [[[100, 150, 200]]]
@@ -120,7 +120,7 @@ def test_alpha_of_a_palette_with_an_alpha_channel():
 
 
 def test_a_palette_of_colours_with_alpha():
-    """As some TGAs have."""
+    """Some TGAs have such palettes."""
     image = Image.new("P", (2, 1))
     image.putpalette([0, 0, 0, 255, 0, 0, 0, 0], "RGBA")
     image.putpixel((1, 0), 1)
@@ -236,7 +236,7 @@ def test_broken_exif_does_not_break_the_picture(tmp_path, exif, suffix):
 
 
 def test_orientation_beside_other_tags_that_cannot_be_written_again(tmp_path):
-    """Only the orientation matters: exif_transpose writes all tags, and fails on such a one."""
+    """The orientation alone matters: exif_transpose writes all tags, and fails on such a one."""
     tags = struct.pack("<HHHIHHHHIBBBBI", 2, 0x0112, 3, 1, 6, 0, 0xA005, 7, 1, 9, 9, 9, 9, 0)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + tags
     Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
@@ -244,7 +244,7 @@ def test_orientation_beside_other_tags_that_cannot_be_written_again(tmp_path):
 
 
 def test_orientation_in_xmp(tmp_path):
-    """As Adobe's programs write it."""
+    """Adobe's programs write it there."""
     xmp = (b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
            b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>')
     Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", xmp=xmp)
@@ -271,7 +271,7 @@ def test_transparent_gif(tmp_path):
 
 
 def test_a_jpeg_of_several_pictures(tmp_path):
-    """As phones and cameras write them (MPO), named .jpg."""
+    """Phones and cameras write such files (MPO), and name them .jpg."""
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
     frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:], exif=exif_bytes(6))
     for read in (open_picture, open_image):

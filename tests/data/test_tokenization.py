@@ -125,7 +125,8 @@ def test_a_cut_answer_begins_where_the_prompt_ends(chosen, kind):
 @settings(max_examples=200, deadline=None)
 @given(prompt=st.sampled_from(PROMPTS[:-3]), answer=ANSWERS.filter(lambda answer: answer[0] not in ":.'"))
 def test_ids_of_llama_are_those_of_one_text(chosen, kind, prompt, answer):
-    """Where no piece of LLaMA's joins a colon and what follows, which are punctuation alone (`:(`, `://`)."""
+    """No piece of LLaMA's joins a colon and what follows but those of punctuation alone (`:(`, `://`), which do not
+    occur."""
     assert chosen.example(prompt, answer).ids == as_one_text(chosen, prompt, answer)
     assert not chosen.joins(prompt, answer)
 
@@ -187,7 +188,7 @@ def test_options_and_drafts_are_of_training(chosen):
 
 @KINDS
 def test_options_behind_a_written_reason_are_of_training(chosen, monkeypatch):
-    """As the chat scores them for a run of QCM-LEA."""
+    """The chat scores options in this way for a run of QCM-LEA."""
     asked = []
     monkeypatch.setattr("util.chat.chatbot.score_options",
                         lambda model, batches: asked.append(batches) or iter([[[0.0, 0.0]]]))

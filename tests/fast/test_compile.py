@@ -28,7 +28,7 @@ def loss_and_gradients(model, examples):
 
 
 def capture_without_compiling(run, device, pool=None):
-    """On a GPU, what would have to be compiled while a pass is captured runs eagerly."""
+    """Captures as on a GPU, where what would have to be compiled while a pass is captured runs eagerly."""
     def replay():
         with torch.compiler.set_stance("fail_on_recompile"):
             run()
@@ -52,7 +52,7 @@ def compiled(monkeypatch):
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_training_compiles_once(compiled, captured):
-    """Only the first pass compiles: captured ones must not."""
+    """The first pass alone compiles: captured ones must not."""
     eager, model, counter = compiled
     eager.train(), model.train()
     if captured:

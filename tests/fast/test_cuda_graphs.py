@@ -105,7 +105,7 @@ def test_least_recently_used_buckets_are_evicted(monkeypatch):
 
 
 def test_freed_graphs_do_not_wait_for_the_garbage_collector(monkeypatch):
-    """After gc.freeze it would never collect them, and their GPU memory would leak."""
+    """The collector would never free them after gc.freeze, and their GPU memory would leak."""
     def capture(run, device, pool=None):  # like a CUDA graph, keeps no reference to the pass
         run = WeakMethod(run)
         return lambda: run()()
@@ -201,7 +201,7 @@ def test_reused_sessions_answer_as_new_models():
 
 
 def test_a_session_serves_slightly_smaller_batches():
-    """Not of 38: two of 40 sequences would be idle, and one in 32 may be."""
+    """A batch of 38 gets a session of its own: two of 40 sequences would be idle, and one in 32 may be."""
     model, sessions = tiny_model(), []
     capture_passes(model)
     for n, seed in ((40, 0), (39, 100), (39, 200), (38, 300)):
@@ -288,7 +288,7 @@ def test_a_session_serves_one_answer_at_a_time_and_any_adapters():
 
 
 def test_captured_prefills_and_steps_see_new_adapters():
-    """Also another scale and temperature, as the chatbot sets them."""
+    """They also see another scale and temperature, as the chatbot sets them."""
     def answers(model):
         return torch.stack([greedy_logits(model, [example], 5) for example in mixed_examples(0)[:2] * 2])
 

@@ -31,7 +31,7 @@ NEEDS_BITSANDBYTES = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="n
 
 
 def close(actual, expected, tolerance: float) -> bool:
-    """By the relative error's norm."""
+    """Asserts that the norm of the relative error stays within the tolerance."""
     actual, expected = actual.float().cpu(), expected.float().cpu()
     return ((actual - expected).norm() / expected.norm()).item() < tolerance
 
@@ -97,7 +97,7 @@ def test_gemv_with_swiglu_equals_pytorch(quantized, biased):
 
 @pytest.mark.parametrize("rank", [8, 6])
 def test_norm_adapter_equals_the_adapted_block(rank):
-    """Of two modalities; neither the width nor the rank is a multiple of a block."""
+    """The mixtures are of two modalities; neither the width nor the rank is a multiple of a block."""
     torch.manual_seed(0)
     adapter = RepAdapterRouter(1500, AdapterConfig(adapter_dim=rank, adapter_scale=0.7), 0.0).eval()
     for parameter in adapter.parameters():

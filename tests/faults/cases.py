@@ -71,7 +71,7 @@ def write_base(root: Path, data: Path, llama: dict = LLAMA, vit: dict = VIT) -> 
 
 
 def perturbed(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """With initial norms and flat attention, many faults would not show."""
+    """The tensor, with other norms and sharper attention: many faults would not show with the initial ones."""
     if tensor.ndim == 1:
         return tensor + 0.3 * torch.randn_like(tensor)
     return 3 * tensor if "wq" in name or "wk" in name else tensor
@@ -114,8 +114,8 @@ class Killed(BaseException):
 
 
 def train_runs() -> None:
-    """In the world's folder, after `build_world`; one process for each, since a run changes torch's settings. `run` is
-    finished and scored, `half` lacks its last epoch."""
+    """Trains runs in the world's folder, after `build_world`, in a process each, since a run changes torch's settings.
+    `run` is finished and scored, and `half` lacks its last epoch."""
     main, argv, _ = COMMANDS["train"]
     for folder in ("run", "half"):
         call(main, [*argv, "--output_dir", folder])
@@ -184,12 +184,12 @@ def scores(folder: str, answers: str, name: str, parts: tuple) -> Callable[[str]
 
 
 def whole_scores(folder: str, *names: str) -> Callable[[str], str]:
-    """With the checksums of what was scored."""
+    """Reads files of scores whole, with the checksums of what was scored."""
     return lambda _: json.dumps([Path(folder, name).read_text() for name in names])
 
 
 def trials(_: str) -> str:
-    """Of a study, by its folder and by its storage; not the seconds."""
+    """The trials of a study, by its folder and by its storage, without their seconds."""
     from util.search.folder import read_records, read_settings
     from util.search.storage import open_optuna
     study = Path("study")
@@ -311,7 +311,7 @@ def set_json(file: str, path: tuple, new: Any) -> None:
 
 
 def set_line(file: str, path: tuple, new: Any) -> None:
-    """In the first line of a file of JSON lines."""
+    """Sets the value at this path in the first line of a file of JSON lines."""
     first, *rest = Path(file).read_text().splitlines()
     Path(file).write_text("\n".join([json.dumps(replace_at(json.loads(first), path, new)), *rest]) + "\n")
 
@@ -625,7 +625,7 @@ RIGHT_FLAGS = {
 
 
 def flags_of(command: str) -> Iterator[argparse.Action]:
-    """Of train.py and eval.py all, of the other commands those that they do not share with these."""
+    """All flags of train.py and eval.py; of another command, those that it does not share with these."""
     shared = vars(evaluation.get_args_parser().parse_args([])) if command not in ("train", "eval") else ()
     for action in import_module(COMMANDS[command][0]).get_args_parser()._actions:
         if action.option_strings and action.dest not in shared and action.dest not in UNTRIED:

@@ -49,7 +49,7 @@ def exchange(file: str, make: Exchange, keeps_samples: bool = False) -> None:
 
 
 def other_picture(old: bytes) -> bytes:
-    """Of one colour, with bytes behind its end, which do not matter."""
+    """A picture of one colour and equal size: the bytes behind its end do not matter."""
     content = io.BytesIO()
     Image.new("RGB", (9, 9), (250, 3, 70)).save(content, "PNG")
     return content.getvalue().ljust(len(old), b"\0")
@@ -273,7 +273,7 @@ def instead_of_itself(make: Callable[[str], Any], entry: Path) -> None:
 
 
 def instead_of_a_part(make: Callable[[str], Any], entry: Path) -> None:
-    """Where the process will write the entry before it renames it."""
+    """Puts something where the process will write the entry, before it renames it."""
     make(str(entry.with_name(f".{entry.name}.{socket.gethostname()}.{os.getpid()}.part")))
     entry.unlink()
 
@@ -329,12 +329,12 @@ DEPTHS = (90, 400, 900, 980, 5000)
 
 
 def with_nested_value(depth: int, old: bytes) -> bytes:
-    """In an entry that its first object has no use for."""
+    """Puts a deeply nested value into the first object, as an entry that it has no use for."""
     return old.replace(b"{", b'{"unused": ' + bombs.nested(depth) + b", ", 1)
 
 
 def alone(file: str, other: str, content: bytes) -> None:
-    """In the place of another file."""
+    """Writes a file that takes the place of another one, which is removed."""
     Path(other).unlink()
     write(file, content)
 
@@ -379,7 +379,7 @@ def header_cases() -> Iterator[Case]:
 
 
 def flip_beginning(seed: int, old: bytes) -> bytes:
-    """Of the first 600 bytes, which are metadata."""
+    """Flips a bit of the first 600 bytes, which are metadata."""
     new = bytearray(old)
     new[seed * 6] ^= 1 << seed % 8
     return bytes(new)

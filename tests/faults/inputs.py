@@ -37,7 +37,7 @@ SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case came to: one of OUTCOMES, and its words or, of a result, the result."""
+    """The end of a case: one of OUTCOMES, with its words or, where the command gave a result, that result."""
 
     kind: str
     words: str
@@ -55,7 +55,7 @@ def row(kind: str, outcomes: list[Outcome]) -> list:
 # --- A case, in a process of its own ---
 
 def classify(error: BaseException) -> Outcome:
-    """As `one_line_errors` treats it."""
+    """The outcome of an error, as `one_line_errors` treats it."""
     message = describe(error)
     if message is None or "\n" in message.strip():
         frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -207,7 +207,7 @@ def in_process(function: Callable[[], None], folder: Path) -> None:
 
 
 def preload() -> None:
-    """What every case would import."""
+    """Imports here what every case would import."""
     import matplotlib.pyplot  # noqa: F401
     import safetensors.torch  # noqa: F401
     import sentencepiece  # noqa: F401

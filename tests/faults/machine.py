@@ -103,7 +103,7 @@ def start(folder: Path, *command: str, environment: dict | None = None, **popen:
 
 
 def wait_for_training(process: subprocess.Popen, run: Path) -> None:
-    """Until it has saved a checkpoint, which is in the first epoch that it trains, or ended."""
+    """Waits until the process has saved a checkpoint, which is in the first epoch that it trains, or has ended."""
     begin = time.time()
     while process.poll() is None and not any(modified(path) > begin for path in run.glob("*.pth")):
         time.sleep(0.01)
@@ -124,7 +124,7 @@ def run(folder: Path, *command: str, **popen: Any) -> Ending:
 
 
 def difference(reference: list[bytes], found: list[bytes]) -> str:
-    """Of results; empty: none."""
+    """Says which results differ; empty where none does."""
     if reference == found:
         return ""
     values = [[json.dumps(torch.load(io.BytesIO(content), weights_only=True), default=torch.Tensor.tolist)

@@ -67,7 +67,7 @@ OTHER_TEXT = file_cases.in_json(1, "output")
     (inputs.CHANGED, "a user's file", lambda: os.truncate(file_cases.USERS_FILE, 0), {}),
     (inputs.CHANGED, "a user's file", lambda: os.unlink(file_cases.USERS_FILE), {"anew": "prepare"})])
 def test_an_exchanged_file_must_be_told_or_read(run, monkeypatch, expected, words, change, options):
-    """And a user's file must stay."""
+    """A user's file must stay, too."""
     monkeypatch.setattr(sys, "stdout", open(1, "w", closefd=False))  # as in a process that pytest does not watch
     (_, whole), = run([cases.Case("reference", "", "prepare")], {}, 1)
     (_, outcome), = run([cases.Case("x", "x", "prepare", change, **options)], {"prepare": whole.words}, 1)
@@ -88,7 +88,7 @@ def test_every_exchange_keeps_size_and_time(tmp_path):
 
 
 def test_search_proof_counts_what_was_found(monkeypatch):
-    """With a verdict that always finds something, the promise is broken."""
+    """The promise is broken with a verdict that always finds something."""
     pytest.importorskip("optuna")
     from tests.faults import search_proof
     flags = argparse.Namespace(studies=2, seed=0)

@@ -55,7 +55,7 @@ def test_logits_equal_hugging_face(changes, attention, monkeypatch):
 
 
 def test_memory_efficient_attention_has_an_operator_with_gradients():
-    """Without a GPU, PyTorch checks the operator's arguments and infers shapes, of grouped heads too."""
+    """PyTorch checks the operator's arguments and infers shapes even without a GPU, of grouped heads too."""
     attn_metadata = VarlenMetadata([4, 9, 6], "cpu")
     attn_metadata.cu_seqlens = attn_metadata.cu_seqlens.to("meta")
     inputs = [torch.empty(19, heads, 16, device="meta", dtype=torch.float16, requires_grad=True) for heads in (4, 2, 2)]

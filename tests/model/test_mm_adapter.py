@@ -54,7 +54,7 @@ def test_parameters_equal_the_published_convolutions():
 
 
 def test_dropout_applies_to_z_in_training_only():
-    """With B the identity for each group, the branch outputs z: 0 where dropped, else scaled by 1 / (1 - p)."""
+    """The branch outputs z where B is the identity for each group: 0 where dropped, else scaled by 1 / (1 - p)."""
     module, p, _ = random_adapter(RepAdapter, dropout=0.25)
     x = torch.randn(4000, 10)
     module.conv_B.weight.data.zero_()

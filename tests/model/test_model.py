@@ -110,7 +110,7 @@ def test_mixtures_depend_only_on_modality_and_parameters():
 
 
 def test_train_and_eval_set_every_part():
-    """As PyTorch promises, also where a part's mode was set by itself."""
+    """PyTorch promises so, also where a part's mode was set by itself."""
     model = tiny_model()
     for mode in (False, True):
         model.train(mode)
@@ -119,7 +119,7 @@ def test_train_and_eval_set_every_part():
 
 
 def test_no_position_attends_to_the_modality_token():
-    """With the routers' weights at zero, only attention could carry the modality token into the text."""
+    """The routers' weights are zero, so that only attention could carry the modality token into the text."""
     model = tiny_model()
     for layer in model.llama.layers:
         layer.adapter_attn.expert_weights.weight.data.zero_()
@@ -178,7 +178,7 @@ def test_only_adapters_are_trained(adapter_type, visual_type):
 
 
 def test_number_of_trained_parameters_at_7b():
-    """On the meta device, with the shapes of LLaMA-7B and CLIP's ViT-L/14."""
+    """The model is on the meta device, and has the shapes of LLaMA-7B and CLIP's ViT-L/14."""
     with torch.device("meta"):
         vit = timm.create_model("vit_large_patch14_clip_quickgelu_224", num_classes=0)
         model = LaVIN(LlamaConfig(4096, 32, 32, 32000, norm_eps=1e-6), vit, AdapterConfig())
@@ -203,7 +203,7 @@ def test_gradient_checkpointing_keeps_gradients():
 
 @pytest.mark.parametrize("heads", [None, 2])
 def test_fused_projections_keep_loss_and_gradients(heads):
-    """Also the names of the trained parameters."""
+    """The names of the trained parameters stay, too."""
     model = tiny_model(adapter_type="block", llama={"n_kv_heads": heads}).train()
     results = []
     for fused in (False, True):

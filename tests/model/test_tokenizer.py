@@ -66,7 +66,7 @@ KINDS = pytest.mark.parametrize("kind", ["sentencepiece", "json", "tiktoken"])
 
 
 def special_ids(kind: str, tokenizer: Tokenizer) -> set[int]:
-    """Of all special tokens, BOS and EOS among them."""
+    """The ids of all special tokens, BOS and EOS among them."""
     n = {"sentencepiece": 3, "json": len(SPECIAL), "tiktoken": 0}[kind]
     return {*range(n), tokenizer.bos_id, tokenizer.eos_id, *range(tokenizer.n_words, tokenizer.n_words + 9)}
 
@@ -139,7 +139,7 @@ def test_ids_of_the_vocabulary_may_have_gaps(bpe, tmp_path):
 
 @pytest.fixture
 def qwen_folder(bpe, tmp_path):
-    """As Qwen's: transformers leaves BOS out, though config.json has an id."""
+    """A folder such as Qwen's: transformers leaves BOS out, though config.json has an id."""
     write_json(tmp_path, bpe, bos_token=None, eos_token="<|end_of_text|>", tokenizer_class="Qwen2Tokenizer")
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0}))
     return tmp_path
@@ -176,7 +176,7 @@ def test_tokenizer_model_knows_its_own_bos_and_eos(tokenizer_file, tmp_path):
 
 
 def test_an_added_token_counts_as_a_word(bpe, tmp_path):
-    """So that a base without a row for it is refused (tests/weights/test_base_weights.py)."""
+    """A base without a row for it is therefore refused (tests/weights/test_base_weights.py)."""
     padded = HuggingFace.from_str(bpe.to_str())
     padded.add_special_tokens(["[PAD]"])
     assert Tokenizer(write_json(tmp_path, padded)).n_words == bpe.get_vocab_size() + 1

@@ -76,7 +76,7 @@ def test_gpus_that_a_job_was_not_given_are_left_alone(gpus_without_torch, monkey
 
 
 def test_gpus_without_device_files_are_left_alone(gpus_without_torch, monkeypatch, tmp_path):
-    """As in a container, or a job on a GPU node that asked for none."""
+    """Containers lack these files, and so do jobs on a GPU node that asked for none."""
     monkeypatch.setattr(device, "NVIDIA_DEVICES", tmp_path / "nowhere")
     assert device.choose_device(None, 0) == torch.device("cpu")
 
@@ -132,7 +132,7 @@ def test_unknown_devices_are_refused(gpu, name):
 
 @pytest.fixture
 def threads(monkeypatch):
-    """What torch is told, of its own 16, where this process may use 12 of more cores."""
+    """The list of the numbers of threads that torch is told: 16 at first, in a process that may use 12 cores."""
     told = [16]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

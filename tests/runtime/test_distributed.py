@@ -12,7 +12,7 @@ from lavin.runtime.errors import UserError
 
 @pytest.fixture
 def group(monkeypatch):
-    """Of this process alone."""
+    """A process group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -23,7 +23,7 @@ RANK_0 = {**RANK_1, "RANK": "0", "LOCAL_RANK": "0"}
 
 
 def send(*numbers: int) -> None:
-    """To this process, which then waits for what they do."""
+    """Sends signals to this process, which then waits for what they do."""
     for number in numbers:
         os.kill(os.getpid(), number)
     time.sleep(0.05)
@@ -232,7 +232,7 @@ def test_progress_in_a_log_has_lines_and_moves_no_cursor(monkeypatch):
 
 
 def test_a_line_is_in_the_log_when_it_is_written(tmp_path):
-    """And not kept until the program ends, which may be hours later: the page's address, a warning."""
+    """A line such as the page's address or a warning is not kept until the program ends, which may be hours later."""
     program = "import sys; from lavin.runtime import console; console.setup(); print('a line'); sys.stdin.readline()"
     with open(tmp_path / "log", "w") as log, subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=log,
                                                               stdin=subprocess.PIPE) as child:

@@ -122,7 +122,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_
 
 @given(JSON)
 def test_a_checksum_of_a_value_is_that_of_its_copy_and_of_no_other(value):
-    """Also as part of others, where lengths tell lists apart."""
+    """This holds also for values inside others, where lengths tell lists apart."""
     assert value_sha256(value) == value_sha256(json.loads(json.dumps(value)))
     assert len({value_sha256(other) for other in ([value], [[value]], {"a": value}, [value, value])}) == 4
 
@@ -140,7 +140,7 @@ def test_a_checksum_sees_every_bit_shape_and_dtype_of_a_tensor():
 
 
 def write_private(path):
-    """As safetensors does, and a copy of a file that only its owner may read."""
+    """Writes a file that only its owner may read, as safetensors does, and as a copy of such a file is."""
     path.write_text("x")
     path.chmod(0o600)
 

@@ -91,7 +91,7 @@ def test_what_no_flag_can_have_is_refused_in_one_line(words, message):
 
 @given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)))
 def test_files_may_hold_what_the_command_line_could_have_given_and_nothing_else(value):
-    """By the same declaration: a number of a file is taken if and only if its text is taken."""
+    """One declaration decides both: a number of a file is taken if and only if its text is taken."""
     for name, declared in flags_of(Group).items():
         if declared.kind is bool or value is None:
             continue

@@ -188,7 +188,7 @@ def test_complete_variables_are_taken(monkeypatch):
 # --- Frozen processes ---
 
 class Store(dict):
-    """As torch's: keys to bytes."""
+    """A store such as torch's, which maps keys to bytes."""
 
     def set(self, key, value):
         self[key] = value if isinstance(value, bytes) else value.encode()
@@ -293,7 +293,7 @@ def test_the_launcher_stops_its_processes_at_the_signal_that_srun_passes_on(tmp_
 
 
 def test_ctrl_c_stops_an_answer_of_the_chat_and_not_the_chat(tmp_path):
-    """In a process with demo.py's signals, over longer than the grace period."""
+    """The process handles signals as demo.py does, and goes on for longer than the grace period."""
     code = ("\n    for _ in range(2):\n        try:\n            print('ready', flush=True); time.sleep(30)\n"
             "        except KeyboardInterrupt:\n            time.sleep(0.5)\n    print('still here')")
     script = WAITING.format(path=sys.path, code=code).replace("one_line_errors()", "one_line_errors((15, 1))")

@@ -30,7 +30,7 @@ from util.training.trainer import Trainer
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the process asks of the disk: (fsync, inode, size then) and (replace, inode)."""
+    """The list of what the process asks of the disk: (fsync, inode, size then) and (replace, inode)."""
     done, fsync = [], os.fsync
 
     def synced(descriptor):
@@ -143,13 +143,13 @@ def test_a_checkpoint_comes_after_its_configuration_and_its_records(training):
 
 
 def test_a_line_of_the_log_is_written_with_its_checkpoint(training):
-    """At most one is there before it."""
+    """No more than one line is there before its checkpoint."""
     for state in training:
         assert len(entries(state, "log.txt")) <= max(saved(state), default=(0, 0))[0] + 1
 
 
 def test_of_two_checkpoints_the_later_one_counts(training, base, scienceqa, tmp_path, capsys):
-    """Where a process was killed before it removed last.pth, beside the checkpoint of the whole epoch."""
+    """A process was killed before it removed last.pth, which lies beside the checkpoint of the whole epoch."""
     state = next(state for state in training if {"checkpoint-0.pth", "last.pth"} <= state.keys())
     assert saved(state) == [(0, 11), (1, 0)]
     for name, content in state.items():
@@ -180,7 +180,7 @@ PARTIAL = {evaluation: "answers", eval_mme: "mme_answers"}
 
 @pytest.fixture(scope="module")
 def root(base, scienceqa, tmp_path_factory):
-    """Of a run with random adapters, and of MME's pictures. Read-only."""
+    """The read-only folder of a run with random adapters, and of MME's pictures."""
     from PIL import Image
     root = tmp_path_factory.mktemp("scores")
     write_run(root / "run", base, 1)
@@ -221,7 +221,7 @@ def answered(state: State, command) -> int:
     ids=["eval.py", "eval_mme.py"])
 def test_answers_are_kept_until_their_scores_are_there_and_scores_are_of_the_answers_beside_them(
         score, command, n, again):
-    """Also where those of another evaluation are replaced."""
+    """This holds also where the answers and scores of another evaluation are replaced."""
     first, second = score(command), score(command, *again)
     for states in (first, second):
         final = states[-1]
@@ -254,7 +254,7 @@ def test_answers_of_several_processes_are_put_together_before_any_is_removed(sco
 # --- Exports and searches ---
 
 def test_an_export_has_its_config_once_all_else_is_there(base, root, tmp_path):
-    """By config.json, a folder is taken for a model."""
+    """A folder with a config.json is taken for a model."""
     with watched(tmp_path / "hf") as states:
         export_hf.main(export_hf.get_args_parser().parse_args([
             *base.flags, "--adapter_path", str(root / "run"), "--out", str(tmp_path / "hf")]))

@@ -95,7 +95,7 @@ def test_workers_share_the_runs_and_none_is_done_twice(study, monkeypatch):
 
 
 def test_all_workers_end_with_the_verdict(study):
-    """Also one that comes while another computes it."""
+    """A worker that comes while another one computes the verdict ends with it, too."""
     lock = claim(study / ".locks" / "verdict")
     other = threading.Thread(target=confirm.finish, args=(study, None, [], 20))
     other.start()
@@ -130,7 +130,8 @@ def outcomes(rng, accuracies, seeds: int = 3, n: int = 400, spread: float = 0.0)
 
 
 def rows_of(*accuracies: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Of 1,000 questions, of which each run answers the easiest; accuracies in tenths of a percent, by seed."""
+    """Outcomes on 1,000 questions, of which each run answers the easiest. accuracies: in tenths of a percent, by
+    seed."""
     return {f"{i:03d}": np.array([[1] * correct + [0] * (1000 - correct) for correct in seeds])
             for i, seeds in enumerate(accuracies)}
 

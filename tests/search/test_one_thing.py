@@ -124,7 +124,8 @@ def test_study_json_says_what_the_study_is_of_and_never_changes(begun, started):
     (3, None, True), (2, None, False), (2, 1, True), (2, 2, False), (2, 3, False)])
 def test_a_search_that_leaves_no_lecture_to_name_a_winner_on_says_so_when_it_begins(
         started, data, capsys, questions, n_of_first_lecture, warns):
-    """Of two lectures, trials are asked all of the first one. A lecture of all questions tells none apart."""
+    """Trials are asked all questions of the first of two lectures. One lecture of all questions tells no questions
+    apart."""
     first, second = sorted(("One.", "Two."), key=lambda text: hashlib.sha256(
         cluster("", {"lecture": text}).encode()).digest())
     problems, splits = (json.loads((data / name).read_text()) for name in ("problems.json", "pid_splits.json"))
@@ -179,7 +180,7 @@ def test_a_torn_recipe_ends_no_trial(begun, started):
 
 
 def test_fresh_runs_are_scored_again_where_their_scores_are_of_something_else(started, data, tmp_path):
-    """As an earlier version left them, before it named a winner."""
+    """An earlier version left such scores, before it named a winner."""
     study = started(Machine(quality))
     changed = study / "confirm" / "000-seed1" / "val" / "scores.json"
     change_json(changed, {"data": "other"})
@@ -259,7 +260,7 @@ def test_an_old_study_whose_trials_were_asked_other_questions_is_told_so(mixed, 
 
 
 def test_what_new_runs_of_an_old_study_tell_holds_for_the_next_ones(mixed):
-    """Here most runs are of an earlier version, which recorded no pictures."""
+    """Most of these runs are of an earlier version, which recorded no pictures."""
     study, _ = mixed
     scores = {name: study / "trials" / name / "rungs" / "3" / "scores.json" for name in read_records(study)}
     for name, pictures in (("001", "of val"), ("002", "of val"), ("003", "exchanged")):
@@ -317,7 +318,7 @@ def test_fresh_runs_that_are_of_something_else_are_in_no_table_and_it_is_said(st
 
 
 def test_the_table_of_the_test_split_has_the_base_and_the_winner_alone(started):
-    """Also where somebody has scored another configuration on the test split by hand."""
+    """This holds also where somebody has scored another configuration on the test split by hand."""
     study = started(Machine(quality), "--confirm", "2")
     winner, text = read_json(study / "verdict.json")["winner"], markdown(StudyReport(study), [])
     runs = read_records(study, "confirm")

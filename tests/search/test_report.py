@@ -40,7 +40,7 @@ def study(searched, tmp_path):
 
 
 def report_of(study) -> str:
-    """Without drawing the pictures."""
+    """The text of the report, for which no pictures are drawn."""
     return markdown(StudyReport(study), [])
 
 

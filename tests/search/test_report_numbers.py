@@ -156,7 +156,7 @@ def test_trials_are_read_in_their_order_also_beyond_a_thousand(study):
 
 @pytest.mark.parametrize("since, counted", [(9_000, 1000), (10_500, 0)])
 def test_a_killed_commands_seconds_last_to_its_last_sign_of_life_and_are_never_negative(study, since, counted):
-    """Also where the file system's clock was set back."""
+    """This holds also where the file system's clock was set back."""
     folder = study / "trials" / "007"
     (folder / "search.log").touch()
     os.utime(folder / "search.log", (10_000, 10_000))
@@ -165,14 +165,14 @@ def test_a_killed_commands_seconds_last_to_its_last_sign_of_life_and_are_never_n
 
 
 def test_progress_names_the_best_finished_trial_and_counts_what_has_ended(study):
-    """Not the better ones that were pruned, or that run still. Nine have ended in 9,600 s, and one runs."""
+    """Better trials that were pruned, or that run still, are not named. Nine have ended in 9,600 s, and one runs."""
     seconds = sum(trial[3] for trial in TRIALS if trial[0] != "RUNNING") / 9 * 3
     assert progress_line(study, 12) == ("9 of 12 trials: 4 complete, 4 pruned, 1 failed; best 80.00 (trial 001); about "
                                         f"{round(seconds / 60)} min left")
 
 
 def test_the_cost_is_foretold_by_gpu_seconds_an_epoch(study):
-    """Of all trials that have a score, on all of their GPUs, by their epochs."""
+    """The GPU-seconds of all trials that have a score are divided by their epochs."""
     settings = {"trials": 12, "confirm": 1, "seeds": 2, "steps_per_epoch": 397, "pruner": "asha",
                 "flags": {"epochs": 20}}
     per_epoch = sum(TRIALS[i][3] * TRIALS[i][4] for i in SCORED) / 102
@@ -242,7 +242,7 @@ def lines(ax) -> dict[str, list[tuple[float, float]]]:
 
 
 def points_of(ax) -> list[tuple[float, float]]:
-    """Of all lines but those that mark a value of the base."""
+    """The points of all lines but those that mark a value of the base."""
     return sorted(point for line in ax.lines if line.get_linestyle() != "--" for point in zip(
         map(float, line.get_xdata()), np.round(np.asarray(line.get_ydata(), float), 6), strict=True))
 
@@ -265,7 +265,7 @@ def test_the_learning_curves_are_those_of_the_trials_and_mark_the_best_finished_
 
 
 def test_flags_are_drawn_against_the_score_at_the_rung_where_trials_are_compared(drawn):
-    """For all trials that were scored there and have the flag; filled are those that have finished."""
+    """A point stands for each trial that was scored there and has the flag; those of finished trials are filled."""
     assert points_of(drawn["rates"].axes[0]) == sorted((TRIALS[i][1], percent) for i, percent in AFTER_6.items())
     by_flag = {ax.get_xlabel(): ax for ax in drawn["parameters"].axes if ax.get_visible()}
     for flag in ("blr", "min_lr"):

@@ -98,7 +98,7 @@ def test_a_bound_that_is_another_flags_value_holds_in_each_trial_and_the_range_i
 
 @pytest.mark.parametrize("log", [False, True])
 def test_whole_numbers_are_sampled_evenly_or_by_their_logarithm(tmp_path, log):
-    """Where it is log, a number k has the probability of the logarithms of k - 0.5 to k + 0.5."""
+    """A number k has the probability of the logarithms of k - 0.5 to k + 0.5 where `log` is set."""
     path = write_space(tmp_path, {"adapter_dim": {"kind": "int", "low": 2, "high": 9, "log": log, "default": 2}})
     numbers = np.arange(2, 10)
     values = [trial["adapter_dim"] for trial in samples(path, 600)]
@@ -123,7 +123,7 @@ def test_rates_and_factors_are_searched_by_their_logarithm_on_both_sides_of_the_
 
 
 def test_choices_of_numbers_lie_evenly_on_both_sides_of_the_base():
-    """Of the default space: the choices of a size are factors of 2 apart, up to fourfold in each direction; those of
+    """In the default space, the choices of a size are factors of 2 apart, up to fourfold in each direction. Those of
     the dropout's factor lie symmetrically about 1, two hundredths or less apart, and hold those of all methods."""
     parameters = in_full(SPACE)["parameters"]
     numeric = {flag: parameter for flag, parameter in parameters.items() if "choices" in parameter
@@ -157,7 +157,7 @@ def test_sampled_numbers_are_short_but_no_coarser_than_a_thousandth(tmp_path):
 
 
 def test_every_end_of_the_quick_starts_space_is_taken_by_train():
-    """With the flags that its script gives to all trials."""
+    """train.py also gets the flags that the quick start's script gives to all trials."""
     given = re.search(r"--device cpu [^)]*", (ROOT / "scripts" / "toy.sh").read_text())[0].split()
     space = read_space(ROOT / "scripts" / "search_quickstart.json", KNOWN)
     space.check(lambda values: command.check_train(given, 1, values))
@@ -186,7 +186,7 @@ def test_a_condition_on_a_flag_that_is_given_counts_its_given_value(tmp_path):
 
 
 def test_a_condition_on_a_flag_that_is_itself_not_searched_does_not_hold(tmp_path):
-    """Not by the default of the flag either, which would be 0 here."""
+    """The default of the flag, which would be 0 here, does not make it hold either."""
     path = write_space(tmp_path, {**CONDITIONAL, "min_lr": {"kind": "categorical", "choices": [0, 1e-4], "default": 0,
                                                             "when": {"lr_schedule": ["cosine"]}},
                                   "weight_decay": {"kind": "float", "low": 0, "high": 0.2, "default": 0.02,

@@ -113,7 +113,7 @@ def test_parameters_that_the_command_gives_are_said_not_to_be_searched(flags, co
 
 
 def test_a_trial_goes_on_where_its_worker_was_killed(flags, commands, tmp_path, monkeypatch):
-    """After the first rung's training; no step of it is made again."""
+    """The worker was killed after the first rung's training, no step of which is made again."""
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Runner, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         run_search(flags, *WITHOUT_CONFIRMATION)
@@ -173,14 +173,14 @@ def test_the_hours_are_kept(flags, commands, tmp_path, capsys, monkeypatch):
 # --- The machine ---
 
 def use_gpu(monkeypatch, capability: tuple[int, int]) -> None:
-    """Of this compute capability, as far as the worker sees; its commands run on the CPU."""
+    """Lets the worker see a GPU of this compute capability; its commands run on the CPU."""
     monkeypatch.setattr(machine, "choose_device", lambda *_, **__: torch.device("cuda"))
     for module in (device, fp8):
         monkeypatch.setattr(module, "compute_capability", lambda _: capability)
 
 
 def precisions(study: Path) -> set[str]:
-    """Of the recipes of all trials."""
+    """The precisions in the recipes of all trials."""
     return {read_json(path)["recipe"]["precision"] for path in study.glob("trials/*/recipe.json")}
 
 
@@ -223,7 +223,7 @@ def test_a_worker_that_cannot_train_fails_no_trial(flags, commands, tmp_path, mo
 
 
 def test_the_worker_itself_stays_off_the_gpu(monkeypatch):
-    """Which the process that asks would see here."""
+    """Another process asks for the precision, and that one sees that there is no GPU here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert error_message(machine.resolve_precision, "auto", "cuda", "16bit").startswith(
         "--device cuda: no GPU is visible here")
@@ -294,7 +294,7 @@ def lines_of(error: BaseException) -> str:
     ("import os; os.kill(os.getpid(), 9)", "was killed (SIGKILL), as the system does where memory is short"),
     ("print('traceback : Signal 9 (SIGKILL) received by PID 7\\n====='); raise SystemExit(1)", "was killed (SIGKILL)")])
 def test_a_machine_that_is_short_of_something_fails_no_trial(tmp_path, script, words):
-    """By the words of train.py, of Python and of torchrun."""
+    """The shortage is known by the words of train.py, of Python or of torchrun."""
     with pytest.raises(WorkerError) as caught:
         command(tmp_path / "trial", script)
     assert words in str(caught.value) and str(tmp_path / "trial") in str(caught.value)
@@ -345,7 +345,8 @@ SILENT = "import time; time.sleep(60)"
 
 
 def start_worker(folder: Path, child: str) -> subprocess.Popen:
-    """In a session of its own, with a command that runs `child`; returns when both have shown signs of life."""
+    """Starts a worker in a session of its own, with a command that runs `child`; returns when both have shown signs of
+    life."""
     (folder / "child.py").write_text(child)
     worker = ("from pathlib import Path; from util.search.locks import claim; from util.search.runner import Runner\n"
               f"folder = Path({str(folder)!r})\n"
@@ -384,7 +385,7 @@ def test_the_seconds_of_a_killed_command_are_counted_once(tmp_path):
 
 
 def test_the_seconds_of_a_command_that_outlives_its_worker_are_counted(tmp_path):
-    """To the last line that it says."""
+    """They are counted up to the last line that the command writes."""
     folder = tmp_path / "trials" / "000"
     begin_record(folder, 1, values={})
     waits = f"for _ in range(600): Path({str(tmp_path / 'go')!r}).exists() or time.sleep(0.05)"

@@ -48,7 +48,7 @@ def space():
 
 
 def published_flags(script) -> list[str]:
-    """Those that a script of the study gives to train.py, from its own text and that of common.sh."""
+    """The flags that a script of the study gives to train.py, from its own text and that of common.sh."""
     recipe = re.search(r"RECIPE=\(\n(.*?)\n\)", (ROOT / "scripts" / "common.sh").read_text(), re.S)[1]
     setup = re.search(r"SETUP=\(\n(.*?)\n\)", (ROOT / "scripts" / "common.sh").read_text(), re.S)[1]
     own = re.search(r"finetune_and_evaluate \w+ (.*)\"\$@\"", script.read_text().replace("\\\n", " "))[1]
@@ -113,7 +113,7 @@ def test_flags_that_are_given_are_not_searched(space):
 
 
 def make(parameters: dict, enqueue: Any = ({},)):
-    """As read from a file."""
+    """The space that is read from a file with these parameters."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "space.json")
         path.write_text(json.dumps({"parameters": parameters, "enqueue": enqueue}))
@@ -133,7 +133,7 @@ def test_choices_and_the_schedules_that_use_a_flag_follow_from_its_declaration()
 
 
 def test_a_space_in_full_is_the_same_space(space):
-    """So wrote it the versions without short forms, whose studies go on only in the same space."""
+    """Versions without short forms wrote the space in full, and their studies go on only in the same space."""
     content = json.loads(SPACE.read_text())
     content["enqueue"] = [{}, {"lr_schedule": "cyclical", "min_lr": 5e-5}, {"lr_schedule": "step"}]
     content["parameters"]["lr_schedule"]["choices"] = list(SCHEDULES)

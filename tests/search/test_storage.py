@@ -176,7 +176,7 @@ def test_a_damaged_record_in_the_middle_is_one_line(begun, line):
     (b'"op_code":0', b'"op_code":99'), (b'"op_code":4', b'"op_code":"x"'), (b'"study_name"', b'"stud|_name"'),
     (b'\\"step\\"', b'\\"s|ep\\"')])
 def test_records_that_make_no_sense_are_one_line(begun, old, new):
-    """Such as those with a flipped bit."""
+    """A flipped bit, for instance, makes such records."""
     content = (begun / JOURNAL).read_bytes()
     assert old in content
     (begun / JOURNAL).write_bytes(content.replace(old, new, 1))

@@ -74,7 +74,7 @@ def open_study(folder: Path, url: str | None = None, **changes) -> Study:
 
 
 def quality(trial: Trial) -> int:
-    """Of 100 questions: the more, the nearer blr is to 0.25."""
+    """The number of 100 questions that are answered: the more, the nearer blr is to 0.25."""
     return round(90 - 80 * abs(trial.values["blr"] - 0.25))
 
 
@@ -140,7 +140,7 @@ def test_an_abandoned_trial_comes_before_a_new_one_and_is_the_same(tmp_path):
 
 
 def test_a_worker_killed_while_it_asks_leaves_a_trial_that_is_completed(tmp_path, monkeypatch):
-    """After the trial has its number, and after one of its two parameters."""
+    """The worker is killed after the trial has its number, and after it has one of its two parameters."""
     for number, n_params in enumerate((0, 1)):
         study, locks = open_study(tmp_path), []
         with monkeypatch.context() as patched, pytest.raises(Killed):
@@ -167,7 +167,8 @@ def test_a_trial_killed_between_its_folder_and_the_storage_is_ended_again(tmp_pa
 
 
 def test_a_trial_that_has_ended_in_the_storage_has_ended_in_its_folder(tmp_path, monkeypatch):
-    """Also where the worker is killed right after it has told the storage: nobody would take the trial again."""
+    """This holds also where the worker is killed right after it has told the storage: nobody would take the trial
+    again."""
     study = open_study(tmp_path)
     tell = study.optuna.tell
     with monkeypatch.context() as patched, pytest.raises(Killed):
@@ -328,7 +329,7 @@ def test_a_trial_ends_early_by_the_scores_of_those_that_came_as_far(tmp_path, pr
 
 
 def test_a_rung_is_met_once_in_a_schedule_of_any_length(tmp_path):
-    """Of 27 epochs the first rung is the third one: a trial is compared there once, and a third goes on."""
+    """The first rung of 27 epochs is the third epoch: a trial is compared there once, and a third of them goes on."""
     scores = [random.Random(i).randrange(40, 60) for i in range(18)]
     study = open_study(tmp_path, trials=18, flags={"epochs": 27, "seed": 0})
     while (trial := study.take()) is not None:
@@ -417,7 +418,7 @@ def test_the_effective_batch_of_an_earlier_version_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("space", "flags", "identity")])
 def test_each_setting_is_the_same_for_all_workers(tmp_path, name):
-    """Also the steps of an epoch, and so the number of questions that are trained on."""
+    """The steps of an epoch are one of these settings, and so is the number of questions that are trained on."""
     open_study(tmp_path)
     other = "median" if name == "pruner" else SETTINGS[name] + 1
     assert f"--{name} {other}, not {SETTINGS[name]}" in error_message(open_study, tmp_path, None, **{name: other})
@@ -455,7 +456,7 @@ def test_a_study_killed_while_it_begins_is_begun_again(tmp_path, monkeypatch):
 # --- Locks ---
 
 def test_a_command_that_outlives_its_worker_keeps_the_lock(tmp_path):
-    """What a killed worker had started is not started again before it has ended."""
+    """A command that a killed worker had started is not started again before it has ended."""
     child = (f"import time; from pathlib import Path; Path({str(tmp_path / 'up')!r}).touch()\n"
              f"while not Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.05)")
     worker = ("import sys; from pathlib import Path; from util.search.locks import claim; "

@@ -52,7 +52,8 @@ def states(study: Path) -> list[str]:
 
 
 def part_of(flags) -> str:
-    """Of the study's folder, in which a command of train.py writes, or of which eval.py reads a checkpoint."""
+    """The part of the study's folder in which a command of train.py writes, or from which eval.py reads a
+    checkpoint."""
     folder = Path(flags.output_dir if hasattr(flags, "epochs") else flags.adapter_path)
     return "confirm" if "confirm" in folder.parts else "trials"
 
@@ -86,7 +87,7 @@ def test_the_best_are_confirmed_by_what_they_scored_at_the_end(started):
 
 @pytest.mark.parametrize("seed", [0, 5])
 def test_all_trials_train_with_the_seed_given_and_fresh_runs_with_those_after_it(started, seed):
-    """Also of the base: no configuration is compared to another one under other seeds."""
+    """The base has the same seeds: no configuration is compared to another one under other seeds."""
     machine = Machine(quality)
     study = started(machine, train=("--seed", str(seed)))
     trained = [(part_of(flags), flags.seed) for flags in machine.flags_of("train")]
@@ -137,7 +138,7 @@ def test_a_trials_log_keeps_what_all_of_its_commands_said(started):
 
 
 def test_the_scores_are_those_of_the_checkpoints(started):
-    """Of the number of epochs that each was trained for; none is the best or the first of a trial's."""
+    """A rung has the score after as many epochs as it states, and not the best or the first score of its trial."""
     def falling(flags, epochs: int) -> float:
         return 0.9 - 0.02 * epochs - 4 * flags.lr
 
@@ -248,8 +249,8 @@ def test_a_study_ends_when_its_gpu_hours_are_spent_and_goes_on_with_more(started
 
 
 def test_what_is_left_of_the_hours_is_shared_by_the_trials_that_run(tmp_path):
-    """Of 7,200 GPU-seconds, (600 + 200) x 2 are used by trials, and 300 x 4 by a fresh run: 4,400 are left, for two
-    trials on two GPUs each."""
+    """Trials use (600 + 200) x 2 of 7,200 GPU-seconds, and a fresh run 300 x 4: 4,400 are left for two trials on two
+    GPUs each."""
     for name, state, seconds, gpus in (("trials/000", "COMPLETE", 600, 2), ("trials/001", "RUNNING", 200, 2),
                                        ("trials/002", "RUNNING", 0, 2), ("confirm/000-seed1", "COMPLETE", 300, 4)):
         begin_record(tmp_path / name, gpus, values={})

@@ -67,7 +67,7 @@ def test_the_table_states_the_clusters_and_their_design_effects(tmp_path):
 
 @pytest.mark.parametrize("clusters", [[], CLUSTERS[:-1], [0] * 10, range(10)])
 def test_without_clusters_all_questions_are_independent(tmp_path, clusters):
-    """Of an earlier version, of one that was updated in between, all the same, and all different."""
+    """The clusters are not saved, saved for some answers, all the same, or all different."""
     write_clustered(tmp_path / "base", "1111100000", clusters)
     write_clustered(tmp_path / "step", "1111111110", clusters, **STEP)
     comparison = compare([str(tmp_path)])

@@ -200,7 +200,7 @@ def test_the_answers_count_and_not_the_predictions_that_were_written_of_them(tmp
 
 
 def test_scores_that_were_raised_are_refused(tmp_path):
-    """Also where all their percentages are those of their counts."""
+    """This holds also where all percentages are those of their counts."""
     folder = Path(write_run(tmp_path / "run"))
     scores = json.loads((folder / "scores.json").read_text())
     columns = [column for column, n in scores["counts"].items() if n]
@@ -515,7 +515,7 @@ def test_choice_of_the_base(tmp_path):
 
 @pytest.mark.parametrize("width", [80, 100, 130, 200, 400])
 def test_the_text_fits_the_terminal(tmp_path, width):
-    """With the most telling columns, and long names over several lines; the published table, too."""
+    """The text has the most telling columns, and long names over several lines; the published table fits, too."""
     for seed in range(2):
         write_run(tmp_path / f"base{seed}", "1111100000", seed=seed)
         write_run(tmp_path / f"long{seed}", "1111111110", seed=seed, warmup_epochs=0, lr=0.0123, adapter_dim=32,

@@ -352,7 +352,7 @@ def test_without_arguments_the_published_runs_are_plotted(tmp_path, monkeypatch,
 
 
 def test_own_runs_beside_the_published_ones_keep_the_published_files(tmp_path, monkeypatch):
-    """Those have names of their own, as assets/ and README have them."""
+    """The published files have names of their own, by which assets/ and README know them."""
     monkeypatch.setattr(figures, "FIGURES", {"dropout": FIGURES["dropout"]})
     facts = published()
     counts, correct = facts.counts, facts.methods[0].runs[0].correct

@@ -35,7 +35,7 @@ def test_wilson_equals_scipy(correct, n):
 
 
 def test_wilson_holds_the_proportion_itself():
-    """Without any rounding error, which would be an error bar of negative length."""
+    """No rounding error may leave it outside, which would be an error bar of negative length."""
     for n in range(1, 4242):
         assert wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1
 
@@ -249,8 +249,8 @@ def test_without_variance_between_seeds_it_is_the_t_test_on_questions():
 
 
 def test_balanced_data_have_the_standard_error_of_a_mixed_model():
-    """By statsmodels 0.15: MixedLM by REML, `correct ~ method` with question, question x method and seed as random
-    effects, on these outcomes (seed 3): the standard error of `method` is 0.033024."""
+    """The oracle is statsmodels 0.15: MixedLM by REML, `correct ~ method` with question, question x method and seed as
+    random effects, on these outcomes (seed 3), gives `method` a standard error of 0.033024."""
     rng = np.random.default_rng(3)
     question = rng.standard_normal(150)
     rows = [(question + 0.6 * rng.standard_normal(150) + 0.7 * rng.standard_normal((4, 150))

@@ -48,7 +48,7 @@ def eleven(scienceqa, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(base, scienceqa, eleven, tmp_path_factory):
-    """For each run: the folder, and the passes of both processes."""
+    """The folder of each run, and the passes of both processes."""
     out = tmp_path_factory.mktemp("two")
     flags = {"0": (scienceqa, *DROPOUT, "--seed", "0", "--epochs", "2"), "1": (scienceqa, *DROPOUT, "--seed", "1"),
              "microbatch": (eleven, *UNEVEN, "--loss_norm", "microbatch"), "batch": (eleven, *UNEVEN)}

@@ -25,14 +25,15 @@ SHORT = ("--epochs", str(EPOCHS), "--warmup_epochs", "0.5", "--blr", "0.1", "--d
 
 
 def settings_of_scripts(gpus: int) -> TrainSettings:
-    """What scripts/common.sh gives to train.py, with few epochs, a higher rate, and no dropout."""
+    """The settings that scripts/common.sh gives to train.py, with few epochs, a higher rate, and no dropout."""
     words = subprocess.run(["bash", "-c", "source scripts/common.sh && printf '%s\\n' \"${RECIPE[@]}\""], cwd=ROOT,
                            env={**os.environ, "GPUS": str(gpus)}, check=True, capture_output=True, text=True).stdout
     return TrainSettings.of(get_args_parser().parse_args([*words.split("\n")[:-1], *SHORT]), gpus)
 
 
 def samples() -> list:
-    """Those of an epoch, with answers of 1 to 11 tokens, so that a mean over micro-batches is not the step's mean."""
+    """The samples of an epoch, with answers of 1 to 11 tokens, so that a mean over micro-batches is not the step's
+    mean."""
     return [tiny_example(i, 2 + i % 5, 1 + 7 * i % 11, image=i % 3 == 0) for i in range(STEPS * 32)]
 
 

@@ -32,7 +32,8 @@ TIMES = ("samples_per_s", "tokens_per_s", "peak_memory_gib")  # which differ fro
 
 @pytest.fixture(scope="module")
 def flags(base, scienceqa):
-    """Of two epochs of twelve steps: lines of metrics.jsonl are due after the tenth and the twelfth."""
+    """The flags of a run of two epochs of twelve steps: lines of metrics.jsonl are due after the tenth and the
+    twelfth."""
     return run_flags(base, scienceqa, "unused", "--batch_size", "1", "--epochs", "2")
 
 
@@ -85,7 +86,7 @@ def test_the_lines_of_a_run_count_each_step_that_is_not_finite_once(unbroken):
 
 
 def test_losses_are_means_over_the_steps_that_were_made(unbroken):
-    """Of the first epoch's twelve steps: eight of the first ten, and one of the last two."""
+    """Eight of the first ten steps of the first epoch were made, and one of its last two."""
     first, last, *_ = lines(unbroken)
     assert (8 * first["loss"] + last["loss"]) / 9 == pytest.approx(read_log(unbroken)[0]["train_closs"], rel=1e-9)
     assert abs(first["loss"] - last["loss"]) > 1e-4
@@ -156,7 +157,7 @@ def test_a_step_without_a_loss_goes_on_from_a_checkpoint(flags, tmp_path, monkey
 
 
 def test_lines_of_epochs_that_are_made_anew_are_replaced(flags, unbroken, tmp_path):
-    """And none is left of an epoch that is not made yet."""
+    """No line is left of an epoch that is not made yet."""
     folder = Path(shutil.copytree(unbroken, tmp_path / "run"))
     for path in folder.glob("*.pth"):
         path.unlink()
@@ -185,7 +186,7 @@ def test_a_run_that_was_stopped_and_killed_has_the_lines_of_one_that_was_not(
 @pytest.mark.parametrize("steps", [6, 11, 13])
 def test_a_line_is_there_before_the_checkpoint_that_goes_on_after_it(
         flags, unbroken, not_finite, tmp_path, monkeypatch, steps):
-    """With a checkpoint after each step, killed in step number `steps`."""
+    """The run saves a checkpoint after each step, and is killed in step number `steps`."""
     end_at(monkeypatch, steps, Killed, *in_folder(flags, tmp_path / "run", *OFTEN))
     run(*in_folder(flags, tmp_path / "run"))
     assert without_times(lines(tmp_path / "run")) == without_times(lines(unbroken))
@@ -223,8 +224,8 @@ def test_every_resumption_is_recorded_beside_the_flags_that_the_run_began_with(f
 # --- TensorBoard ---
 
 class Events:
-    """As TensorBoard's writer: what is not flushed is lost with the process, and a reader drops all scalars of an
-    earlier writer from `purge_step` on."""
+    """Stands for TensorBoard's writer: what is not flushed is lost with the process, and a reader drops all scalars of
+    an earlier writer from `purge_step` on."""
 
     on_disk: dict[tuple, float]
 
@@ -307,7 +308,7 @@ def test_peak_memory_is_in_gib(unbroken, monkeypatch):
 # --- Locks ---
 
 def files(folder: Path) -> dict[Path, tuple]:
-    """What every file in the folder is, also the hidden ones: which one, when it was changed, and what it holds."""
+    """The inode, the time of change and the content of every file in the folder, hidden ones included."""
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
             for path in [folder, *folder.rglob("*")]}
 

@@ -39,7 +39,7 @@ def refused(*flags) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Of every file; hidden ones are those of the lock."""
+    """The content of every file but the hidden ones, which are those of the lock."""
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
 
 
@@ -62,7 +62,7 @@ def die_at_file(monkeypatch, n: int) -> list:
 
 @pytest.fixture(scope="module")
 def flags(base, scienceqa):
-    """Of three epochs of three steps, without the folder."""
+    """The flags of a run of three epochs of three steps, without its folder."""
     return run_flags(base, scienceqa, "unused", *DROPOUT)
 
 
@@ -146,7 +146,7 @@ def test_a_run_that_trains_on_drops_the_results_of_its_former_checkpoint(flags, 
 
 @pytest.mark.parametrize("steps", [2, 5, 9])
 def test_a_killed_run_goes_on_from_its_last_save(flags, unbroken, tmp_path, monkeypatch, steps):
-    """With a checkpoint after each step."""
+    """The run saves a checkpoint after each step."""
     folder, often = tmp_path / "run", ("--save_every_minutes", "1e-9")
     with monkeypatch.context() as patched, pytest.raises(Killed):
         stop_after(patched, steps, Killed)
@@ -310,7 +310,7 @@ def test_going_back_drops_what_came_later_once_a_new_checkpoint_is_whole(flags, 
 
 
 def go_back(folder: Path, content: bytes) -> None:
-    """As train.py --resume FOLDER/checkpoint-0.pth does it, up to its first checkpoint."""
+    """Goes back as train.py --resume FOLDER/checkpoint-0.pth does, up to its first checkpoint."""
     checkpoint = run_folder.Checkpoint.read(folder / "checkpoint-0.pth")
     run = run_folder.RunFolder(folder, {}, 3, checkpoint=checkpoint, went_back_to=0, staged=True)
     run.begin({})
@@ -319,7 +319,8 @@ def go_back(folder: Path, content: bytes) -> None:
 
 
 def state(folder: Path) -> tuple:
-    """After what the next command does first: the checkpoint where it goes on, and what the folder then says."""
+    """The checkpoint where the next command goes on, and what the folder says after the first thing that this command
+    does."""
     take_flags_of_run(train.get_args_parser().parse_args(["--resume", str(folder)]), train.get_args_parser())
     run_folder.recover_promotion(folder)
     run = run_folder.RunFolder(folder, {}, epochs=3)
@@ -444,7 +445,8 @@ def test_other_micro_batches_than_before_are_refused(flags, tmp_path):
 @pytest.mark.parametrize("named, read", [
     ("", ["checkpoint-1.pth"]), ("checkpoint-0.pth", ["checkpoint-1.pth", "checkpoint-0.pth"])])
 def test_a_command_reads_each_checkpoint_once(finished, monkeypatch, named, read):
-    """That is enough to look for damage, for the epoch that training went back to, and to go on from there."""
+    """Reading it once is enough to look for damage, for the epoch that training went back to, and to go on from
+    there."""
     (finished / "checkpoint-2.pth").unlink()
     paths, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda path, **options: paths.append(Path(path)) or load(path, **options))
@@ -459,7 +461,7 @@ def test_only_the_last_checkpoints_are_kept(flags, unbroken, tmp_path):
 
 
 def test_the_checkpoint_that_a_command_names_is_kept(flags, finished):
-    """Else the same command, submitted again, would not find it."""
+    """The same command, submitted again, would not find it otherwise."""
     back = ("--resume", finished / "checkpoint-0.pth", "--keep_last", "1")
     run(*back)
     assert list(checkpoints(finished)) == [0, 2]
@@ -612,7 +614,7 @@ def test_the_rate_within_an_epoch_goes_by_the_share_of_its_samples(flags, tmp_pa
 
 
 def test_the_last_checkpoint_is_the_same_file_byte_for_byte(flags, tmp_path, monkeypatch):
-    """In folders of the same name, since a checkpoint holds its run's flags."""
+    """The folders have the same name, since a checkpoint holds its run's flags."""
     contents = []
     for name, steps in (("unbroken", 99), ("stopped", 4)):
         (tmp_path / name).mkdir()

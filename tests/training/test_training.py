@@ -39,7 +39,7 @@ from util.training.optimizer import make_optimizer, optimizer_step
 
 
 def test_gradients_equal_finite_differences(monkeypatch):
-    """In float64, along one random direction for each trained tensor."""
+    """They are taken in float64, along one random direction for each trained tensor."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the model casts to float32 with .float()
     model = tiny_model(adapter_type="block", visual_adapter_type="router_block", llama={"n_layers": 2}).double()
     batch = pack(mixed_examples())
@@ -277,7 +277,7 @@ def test_two_processes_give_the_same_run(two_processes, base, scienceqa, tmp_pat
 
 
 def test_missing_gradients_become_zeros():
-    """Without images, the ViT's adapters get no gradient; weight decay and moments must be updated all the same."""
+    """The ViT's adapters get no gradient without images; weight decay and moments must be updated all the same."""
     p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1, 2))
     p.grad = torch.tensor([3.0, 4.0])
     assert distributed.all_reduce_gradients([p, q], torch.tensor([5.0, 2.0])).tolist() == [5, 2]
@@ -345,7 +345,7 @@ def test_balanced_parts_cost_about_the_same(costs, n_parts):
 
 
 def test_ranks_get_equal_numbers_of_tokens():
-    """By turns, the first rank would get all long examples."""
+    """The first rank would get all long examples if samples were dealt by turns."""
     costs = [512.0, 64.0] * 16
     for global_batch, local_batch in epoch_batches(costs, 16, 0, 2, 0, 0):
         assert abs(2 * sum(costs[i] for i in local_batch) - sum(costs[i] for i in global_batch)) <= 512 - 64
@@ -407,7 +407,7 @@ def identical(a, b) -> bool:
 
 
 def test_runs_are_reproducible_and_resume_bit_for_bit(base, scienceqa, tmp_path):
-    """With dropout and stochastic depth, whose masks must repeat too."""
+    """The masks of dropout and stochastic depth must repeat, too."""
     flags = ("--drop_path", "0.2", "--dropout_prob", "0.3", "--dropout_lim", "0.3")
     first = train_run(base, scienceqa, tmp_path / "a", *flags)
     assert identical(train_run(base, scienceqa, tmp_path / "b", *flags), first)

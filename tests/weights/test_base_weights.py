@@ -158,7 +158,7 @@ def test_sharded_folder(base, tokenizer_file, tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])  # PyTorch's file format since 1.6, and the one before
 @pytest.mark.parametrize("files", [1, 2])
 def test_pytorch_bin(base, tokenizer_file, tmp_path, files, zipped):
-    """With inv_freq, which older versions of transformers saved."""
+    """The file also has inv_freq, which older versions of transformers saved."""
     theirs = write_hugging_face(tmp_path / "hf", tokenizer_file)
     (tmp_path / "hf" / "model.safetensors").unlink()
     tensors = {**theirs.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
@@ -197,7 +197,7 @@ def test_error_names_the_broken_file(base, tokenizer_file, tmp_path, file, conte
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_a_pointer_of_git_lfs(base, tokenizer_file, tmp_path, file):
-    """What a clone without git-lfs leaves in the place of large files."""
+    """A clone without git-lfs leaves such pointers in the place of large files."""
     write_hugging_face(tmp_path / "hf", tokenizer_file)
     (tmp_path / "hf" / "model.safetensors").unlink()
     (tmp_path / "hf" / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476939\n")
@@ -244,7 +244,7 @@ def test_names_of_wrapped_models_are_not_taken_for_others(base, tokenizer_file, 
 
 @pytest.mark.parametrize("shape, words", [((0,), "tok_embeddings.weight is [0]"), ((1,), "is [1] and the model has")])
 def test_matrices_that_a_sharded_training_left_empty(base, tokenizer_file, tmp_path, shape, words):
-    """As DeepSpeed's ZeRO-3 does, where nothing gathers them first."""
+    """DeepSpeed's ZeRO-3 leaves them empty where nothing gathers them first."""
     from safetensors.torch import load_file, save_file
     write_hugging_face(tmp_path / "hf", tokenizer_file)
     path = tmp_path / "hf" / "model.safetensors"
@@ -255,7 +255,7 @@ def test_matrices_that_a_sharded_training_left_empty(base, tokenizer_file, tmp_p
 @pytest.mark.parametrize("name, dtype", [("qweight", torch.int32), ("weight", torch.uint32), ("weight", torch.int8),
                                          ("weight", torch.float8_e4m3fn)])
 def test_quantized_weights_without_a_word_in_the_configuration(base, tokenizer_file, tmp_path, name, dtype):
-    """Of GPTQ with its own quantize_config.json, of MLX, and others."""
+    """GPTQ with its own quantize_config.json writes such weights, and so do MLX and others."""
     from safetensors.torch import load_file, save_file
     write_hugging_face(tmp_path / "hf", tokenizer_file)
     path = tmp_path / "hf" / "model.safetensors"
@@ -310,7 +310,7 @@ def test_safetensors_are_taken_before_a_bin_beside_them(base, tokenizer_file, tm
 
 @pytest.mark.parametrize("target", ["../../blobs/4d7a", "model.safetensors"])
 def test_a_link_to_a_file_that_is_not_there(base, tokenizer_file, tmp_path, target):
-    """As in the hub's cache, after its blobs were removed; and a link to itself."""
+    """The hub's cache holds such links after its blobs were removed; another one leads to itself."""
     write_hugging_face(tmp_path / "hf", tokenizer_file)
     path = tmp_path / "hf" / "model.safetensors"
     path.unlink()

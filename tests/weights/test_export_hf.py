@@ -204,7 +204,7 @@ def test_logits_with_an_image(base, trained, scienceqa, tmp_path):
 
 @torch.no_grad()
 def test_pictures_of_one_name_keep_apart(base, trained, scienceqa, tmp_path):
-    """As ScienceQA's, which are all image.png: their folder, the question's id, tells them apart."""
+    """ScienceQA's are all image.png: their folder, the question's id, tells them apart."""
     from safetensors.torch import load_file
     model, tokenizer, path = trained
     folder = scienceqa / "images" / "train"
@@ -228,7 +228,7 @@ def test_names_of_pictures(paths, names):
 
 
 def test_export_of_a_base_from_hugging_face(base, tokenizer_file, tmp_path):
-    """With Llama 3's RoPE scaling, wide heads and tied embeddings."""
+    """The base has Llama 3's RoPE scaling, wide heads and tied embeddings."""
     write_hugging_face(tmp_path / "llama3", tokenizer_file, **HF_VARIANTS["llama3"], tie_word_embeddings=True)
     flags = ["--llm_model", tmp_path / "llama3", "--vision_model", base.vision]
     model, tokenizer = load_base("nowhere", str(tmp_path / "llama3"), str(base.vision), AdapterConfig(**ADAPTER),
@@ -256,7 +256,7 @@ def test_invalid_flags(base, trained, tmp_path, flags, words):
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660)])
 def test_others_can_read_an_export_as_the_umask_lets_them(base, trained, tmp_path, umask, mode):
-    """Also the copy of a tokenizer that only its owner may read."""
+    """This holds also for the copy of a tokenizer that only its owner may read."""
     private = shutil.copy(base.weights / "tokenizer.model", tmp_path)
     Path(private).chmod(0o600)
     before = os.umask(umask)

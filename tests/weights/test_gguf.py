@@ -53,7 +53,7 @@ def make_model(family: str = "Llama", **changes):
 
 
 def read_by_transformers(path):
-    """As from_pretrained(folder, gguf_file=name), which needs the package accelerate too."""
+    """The model that from_pretrained(folder, gguf_file=name) gives, which would need the package accelerate too."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**load_gguf_checkpoint(path)["config"])).eval()
@@ -134,7 +134,7 @@ def write_llama3(path, vocabulary, factor=32.0):
 
 @pytest.mark.parametrize("write", [write_qwen3, write_linear, write_biases, write_llama3])
 def test_logits_equal_those_of_the_model_that_was_written(base, vocabulary, tmp_path, write):
-    """Where transformers ignores metadata or tensors of the file."""
+    """The model that was written is the oracle where transformers ignores metadata or tensors of the file."""
     model, _ = write(tmp_path / "m.gguf", vocabulary)
     assert_same_logits(load("nowhere", tmp_path / "m.gguf", base.vision), model)
 
@@ -145,7 +145,7 @@ def test_scalings(vocabulary, tmp_path):
 
 
 def test_tensors_are_dequantized_one_at_a_time(base, vocabulary, model, tmp_path, monkeypatch):
-    """Only the one before is still there, until its name is bound to the next."""
+    """The one before is the only other that is still there, until its name is bound to the next."""
     path, dequantized, n_alive = write_gguf(tmp_path / "m.gguf", model, vocabulary, dtype=Q.Q8_0), [], []
 
     def recorded(tensor, path, dequantize=module.dequantize):
@@ -193,7 +193,7 @@ def by_pre_tokenizer(tmp_path_factory, model, byte_pairs):
 
 
 def qwen2_of_transformers(byte_pairs):
-    """Of its own class: from a GGUF file, transformers leaves out the model's normalizer."""
+    """Qwen2's tokenizer, of its own class: from a GGUF file, transformers leaves out the model's normalizer."""
     from transformers import Qwen2Tokenizer
     tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(byte_pairs["tokens"])},
                                merges=[tuple(merge.split(" ")) for merge in byte_pairs["merges"]],
@@ -218,7 +218,7 @@ def test_byte_level_ids(by_pre_tokenizer, pre, text):
 
 
 def test_pre_tokenizers_differ(by_pre_tokenizer):
-    """Else the tests above would not show which was taken."""
+    """The tests above would not show which was taken if they were equal."""
     texts = ["123 12", "a  12", "\n\ny", "e\u0301"]
     assert len({str([tokenizer.encode(text) for text in texts]) for tokenizer in by_pre_tokenizer[0].values()}) == 4
 
@@ -265,7 +265,7 @@ def test_bos_of_sentencepiece_files(model, vocabulary, tmp_path, flag, bos):
 # --- Files ---
 
 def open_all(path) -> None:
-    """What train.py opens."""
+    """Opens the parts of a file that train.py opens."""
     require_base("nowhere", str(path))
     open_base(path, Tokenizer(path).n_words)
 
@@ -381,7 +381,7 @@ def test_missing_file_and_missing_package(vocabulary, model, tmp_path, monkeypat
 
 
 def test_a_changed_file_is_noticed(vocabulary, model, base, tmp_path):
-    """By checkpoints, by the tokenizer's cache, and by what is kept of the last file that was read."""
+    """Checkpoints, the tokenizer's cache, and what is kept of the last file that was read must notice it."""
     from types import SimpleNamespace
     args = SimpleNamespace(llama_model_path=str(tmp_path), llm_model="m.gguf", use_vicuna=False,
                            vision_model=str(base.vision))
@@ -397,7 +397,7 @@ def test_a_changed_file_is_noticed(vocabulary, model, base, tmp_path):
 # --- Exports ---
 
 def export(base, path, folder, model, *flags):
-    """Of a model with its adapters; as read by transformers."""
+    """Exports a model with its adapters; returns it as transformers reads it."""
     from transformers import AutoModelForCausalLM
     save_adapters(model, folder.with_suffix(".pth"), epoch=0, flags={})
     export_hf.main(export_hf.get_args_parser().parse_args([
@@ -411,7 +411,7 @@ def export(base, path, folder, model, *flags):
 @pytest.mark.parametrize("architecture, dtype, changes", [
     ("llama", Q.F32, {}), ("llama", Q.Q4_1, {"tie_word_embeddings": True}), ("qwen2", Q.Q8_0, {})])
 def test_an_export_of_the_untuned_base_equals_the_file(base, vocabulary, tmp_path, architecture, dtype, changes):
-    """As transformers reads both."""
+    """They are equal as transformers reads both."""
     path = write_gguf(tmp_path / "m.gguf", make_model(architecture.capitalize(), **changes), vocabulary, architecture,
                       dtype)
     exported, ids = export(base, path, tmp_path / "hf", load("nowhere", path, base.vision)), torch.arange(40)[None]
@@ -421,7 +421,7 @@ def test_an_export_of_the_untuned_base_equals_the_file(base, vocabulary, tmp_pat
 
 @pytest.mark.parametrize("write", [write_qwen3, write_linear, write_biases, write_llama3])
 def test_an_export_of_the_untuned_base_equals_the_model_that_was_written(base, vocabulary, tmp_path, write):
-    """Where transformers ignores metadata or tensors of the file."""
+    """The model that was written is the oracle where transformers ignores metadata or tensors of the file."""
     model, path = write(tmp_path / "m.gguf", vocabulary)
     exported, ids = export(base, path, tmp_path / "hf", load("nowhere", path, base.vision)), torch.arange(40)[None]
     with torch.no_grad():

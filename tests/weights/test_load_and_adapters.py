@@ -138,7 +138,7 @@ def test_adapters_are_saved_and_loaded(tmp_path):
 
 
 def test_published_checkpoints_load(tmp_path):
-    """Only {"model": {...}}, in float16, with the `module.` prefix of DistributedDataParallel."""
+    """They hold {"model": {...}} alone, in float16, with the `module.` prefix of DistributedDataParallel."""
     model = tiny_model(seed=1)
     tensors = {f"module.{name}": p.detach().half() for name, p in adapter_parameters(model).items()}
     torch.save({"model": tensors}, tmp_path / "published.pth")
@@ -160,7 +160,7 @@ def test_checkpoints_of_the_published_code_load(tmp_path):
 
 
 def test_saved_checkpoint_has_the_published_names_and_shapes_at_7b(tmp_path):
-    """Those of the public 7B checkpoint; the saved tensors equal the model's."""
+    """Names and shapes are those of the public 7B checkpoint; the saved tensors equal the model's."""
     with torch.device("meta"):
         vit = timm.create_model("vit_large_patch14_clip_quickgelu_224", num_classes=0)
         model = LaVIN(LlamaConfig(4096, 32, 32, 32000), vit, AdapterConfig())

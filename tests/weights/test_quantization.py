@@ -69,7 +69,7 @@ def test_8_bit_weights_are_within_half_a_step(quantization, weight):
 
 @pytest.mark.parametrize("bits, min_error, max_error", [("4bit", 0.08, 0.11), ("8bit", 0.004, 0.01)])
 def test_outputs_are_close_to_those_of_exact_weights(quantization, weight, bits, min_error, max_error):
-    """For normal weights, the relative error is 9% with NF4, and 3.0 / 127 / sqrt(12) = 0.7% with 8 bits."""
+    """The relative error of normal weights is 9% with NF4, and 3.0 / 127 / sqrt(12) = 0.7% with 8 bits."""
     x = torch.randn(33, 256, generator=torch.Generator().manual_seed(1))
     exact = x @ weight.t()
     assert min_error < (make_linear(quantization, weight, bits)(x) - exact).norm() / exact.norm() < max_error
@@ -152,7 +152,7 @@ def test_4_bit_models_are_captured(quantization, monkeypatch):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_training_and_evaluation(quantization, base, scienceqa, tmp_path, bits):
-    """With train.py and eval.py, which reads --bits from the run."""
+    """train.py trains, and eval.py scores, which reads --bits from the run."""
     train_run(base, scienceqa, tmp_path, "--bits", bits, "--gradient_checkpointing")
     losses = [line["train_closs"] for line in read_log(tmp_path)]
     train_run(base, scienceqa, tmp_path / "exact", "--gradient_checkpointing")
@@ -171,7 +171,8 @@ CONFIGS = {"7B": LlamaConfig(4096, 32, 32, 32000), "13B": LlamaConfig(5120, 40, 
     ("7B", "4bit", 32 * (4 * 4096**2 + 3 * 4096 * 11008)), ("7B", "8bit", 32 * (4 * 4096**2 + 3 * 4096 * 11008)),
     ("13B", "4bit", 40 * (4 * 5120**2 + 3 * 5120 * 13824))])
 def test_memory_of_real_sizes(quantization, size, bits, num_quantized):
-    """On the meta device: adapters in float32, embeddings, output layer and norms in 16 bits, the rest quantized."""
+    """The model is on the meta device: adapters in float32, embeddings, output layer and norms in 16 bits, the rest
+    quantized."""
     config = CONFIGS[size]
     with torch.device("meta"):
         model = LaVIN(config, tiny_vit(), AdapterConfig())

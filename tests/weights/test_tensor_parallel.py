@@ -116,7 +116,7 @@ def one_process(base, two_processes):
 
 @pytest.mark.parametrize("base_index", [0, 1, 2], ids=["one file", "one file per process", "two files per process"])
 def test_loss_and_gradients_equal_those_of_one_process(two_processes, one_process, base_index):
-    """On both ranks, which must draw the same dropout masks."""
+    """Both ranks are compared, which must draw the same dropout masks."""
     for results in two_processes[0]:
         torch.testing.assert_close(results[base_index]["loss"], one_process["loss"])
         for name, gradient in one_process["gradients"].items():
@@ -153,7 +153,7 @@ def assert_same_run(folder: Path, one_process: Path) -> None:
 
 
 def test_run_equals_that_of_one_process(two_processes, base, scienceqa, tmp_path):
-    """With dropout: all ranks of a model draw the same masks as a single process."""
+    """The run has dropout: all ranks of a model draw the same masks as a single process."""
     train_run(base, scienceqa, tmp_path, "--dropout_prob", str(DROPOUT), "--dropout_lim", str(DROPOUT))
     assert_same_run(two_processes[1], tmp_path)
 

@@ -158,7 +158,7 @@ def state(path, **tokenization) -> None:
 
 
 def use_joining_tokenizer(copy) -> None:
-    """With a token `:The`, and with fewer tokens than the base has."""
+    """Gives the base a tokenizer with a token `:The`, and with fewer tokens than the base has."""
     tokenizer, path = Tokenizer(write_json(copy.weights / "tiny", qwen())), copy.weights / "tiny" / "params.json"
     assert tokenizer.joins("Response:", "The answer is A.")
     n_words = Tokenizer(copy.weights / "tokenizer.model").n_words

@@ -104,7 +104,7 @@ def test_clip_as_saved_before_transformers_5(base, tmp_path):
 # --- OpenAI ---
 
 class OpenAITower(torch.nn.Module):
-    """Has the parameter names of OpenAI's VisionTransformer; the tensors are those of a timm ViT."""
+    """A tower with the parameter names of OpenAI's VisionTransformer, and the tensors of a timm ViT."""
 
     def __init__(self, vit):
         super().__init__()
@@ -338,7 +338,7 @@ def test_without_network_a_cached_model_loads(monkeypatch):
 
 
 def test_timm_is_imported_at_its_first_use():
-    """By lavin.timm_compat: with a torchvision for another torch, a plain `import timm` fails."""
+    """lavin.timm_compat imports it: with a torchvision for another torch, a plain `import timm` fails."""
     script = ("import sys, demo, eval, search, train; assert not {'timm', 'torch._inductor'} & sys.modules.keys(); "
               "from lavin.weights.vision import timm; timm.models")
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

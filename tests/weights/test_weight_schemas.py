@@ -231,7 +231,7 @@ def test_weights_are_not_resampled_to_another_size_in_silence(tmp_path, changes,
 
 
 def test_weights_in_an_entry_of_a_training_checkpoint(tmp_path):
-    """As timm's train.py saves them."""
+    """timm's train.py saves them so."""
     vit = tiny_vit()
     write_vit(tmp_path, vit)
     torch.save({"state_dict": vit.state_dict(), "args": argparse.Namespace(lr=1.0)}, tmp_path / "a.pth")

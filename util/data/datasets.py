@@ -140,7 +140,7 @@ def load_scienceqa(data_root: str, split: str, caption_file: str | None = None) 
 
 
 def warn_of_repeated_choices(problems: dict) -> None:
-    """Such a problem can be answered, but only one of two equal choices counts as correct."""
+    """Warns of problems that list a choice twice: they can be answered, but only one of the two counts as correct."""
     repeated = [qid for qid, problem in problems.items()
                 if len({choice.strip() for choice in problem["choices"]}) < len(problem["choices"])]
     if repeated:

@@ -28,7 +28,7 @@ class Scored(FlagGroup):
 
 @dataclass(frozen=True)
 class Questions(FlagGroup):
-    """Which questions of ScienceQA are asked."""
+    """The questions of ScienceQA that are asked."""
 
     title: ClassVar[str] = "questions"
     split: Text = flag("test", "split of pid_splits.json", Role.DATA)

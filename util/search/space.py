@@ -146,7 +146,8 @@ class Space:
         return params
 
     def extremes(self) -> Iterator[tuple[str, Values]]:
-        """For each choice and each end of each range: the parameter's name, and flags with it and defaults else."""
+        """Yields each parameter's name with flags that take one of its choices, or an end of its range, and that are
+        the defaults otherwise."""
         for name, parameter in self.parameters.items():
             conditions = {flag: allowed[0] for flag, allowed in parameter.get("when", {}).items()}
             for end in parameter.get("choices", (0, 1)):
