@@ -168,7 +168,8 @@ def write_scienceqa(root: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def scienceqa(tmp_path_factory) -> Path:
-    """Shared by all tests and read-only; tests that change files use `scienceqa_copy`."""
+    """The folder of a small ScienceQA, which all tests share and none may change; those that change files use
+    `scienceqa_copy`."""
     return write_scienceqa(tmp_path_factory.mktemp("data"))
 
 

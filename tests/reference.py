@@ -11,7 +11,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def grouped_linear(z, weight, bias):
-    """Two groups: the first half of z [..., r] gives the first half of the output [..., D]; weight [D, r/2, 1]."""
+    """Applies a linear layer in two groups: the first half of z [..., r] gives the first half of the output [..., D];
+    weight is [D, r/2, 1]."""
     r, d = z.shape[-1], weight.shape[0]
     first = torch.einsum("...r,dr->...d", z[..., :r // 2], weight[:d // 2, :, 0])
     second = torch.einsum("...r,dr->...d", z[..., r // 2:], weight[d // 2:, :, 0])
@@ -19,7 +20,7 @@ def grouped_linear(z, weight, bias):
 
 
 def adapter(p, name, x, config, mixture=None):
-    """x + s w0 (B z + b) + s w1 (E z + e) with mixture weights w [..., 2], or x + s (B z + b) without."""
+    """Returns x + s w0 (B z + b) + s w1 (E z + e) with mixture weights w [..., 2], or x + s (B z + b) without them."""
     z = torch.einsum("...d,rd->...r", x, p[f"{name}.conv_A.weight"][:, :, 0]) + p[f"{name}.conv_A.bias"]
     first = grouped_linear(z, p[f"{name}.conv_B.weight"], p[f"{name}.conv_B.bias"])
     if mixture is None:
@@ -42,7 +43,7 @@ def adapted_norm(model, p, block_index, norm, x):
 
 
 def image_features(model, image):
-    """uint8 [3, S, S] -> CLS features [n_prompt, width]."""
+    """Returns the CLS features [n_prompt, width] of a picture, uint8 [3, S, S]."""
     p, config, vit = dict(model.named_parameters()), model.adapter, model.vision.vit
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed((image / 255 - mean)[None] / std)))

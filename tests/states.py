@@ -1,4 +1,4 @@
-"""What a folder holds at every moment, and so after every death of the process that writes to it."""
+"""The states of a folder at every moment, and so after every death of the process that writes to it."""
 
 import os
 import sys

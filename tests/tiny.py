@@ -47,7 +47,7 @@ def perturb_weights(llama) -> None:
 
 
 def randomise_adapters(model) -> None:
-    """Adapters as after training: no parameter is zero."""
+    """Gives adapters random values, so that none of their parameters is zero, as after training."""
     for name, parameter in model.named_parameters():
         if "adapter" in name:
             parameter.data = 0.3 * torch.randn_like(parameter)
@@ -82,7 +82,7 @@ def tiny_example(seed: int, prompt: int, answer: int = 3, image: bool = False) -
 
 
 def mixed_examples(answer: int = 3) -> list[Example]:
-    """Different lengths, with and without images."""
+    """Makes examples of different lengths, with and without images."""
     return [tiny_example(1, 5, answer), tiny_example(2, 9, answer, image=True), tiny_example(3, 2, answer),
             tiny_example(4, 7, answer, image=True)]
 

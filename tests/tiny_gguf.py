@@ -38,7 +38,7 @@ def write_gguf(path, model, vocabulary: dict, architecture: str = "llama",
 
 
 def add(writer, key: str, value) -> None:
-    """None: left out."""
+    """Adds an entry of the metadata; None leaves it out."""
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
              list: writer.add_array}
     if value is not None:

@@ -1,4 +1,4 @@
-"""A tiny model in 4 or 8 bits, and its twin with the weights that it multiplies with."""
+"""A tiny model in 4 or 8 bits, and an unquantized one with the weights that the first one multiplies with."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""What a UserError must be: one line."""
+"""Errors of users, of which each must be one line."""
 
 import json
 

@@ -122,7 +122,7 @@ def run(args) -> Iterator[str]:
 
 
 def data(args) -> Iterator[str]:
-    """train.py reads the train split, and eval.py, after it, the test split."""
+    """Yields the rows on the data. train.py reads the train split, and eval.py, after it, the test split."""
     if args.do_pretrain:
         yield row("instructions", f"{len(read_instructions(args.data_root, args.data_path).records):,} records")
         return

@@ -56,7 +56,7 @@ def package_data() -> Path:
 
 @cache
 def read_questions(folder: Path) -> list[Question]:
-    """folder: data/train or data/test of the package."""
+    """Reads the questions in data/train or data/test of the package."""
     return [Question(text, answer, folder / "images" / f"{picture}.png")
             for text, answer, picture in json.loads((folder / "questions.json").read_text(encoding="utf-8"))]
 
@@ -80,8 +80,8 @@ def describe(folder: Path) -> dict[Path, str]:
 
 
 def choose(questions: list[Question], n: int, taken: set[Path], rng: Random) -> list[tuple[str, Question]]:
-    """n questions with their topics: of each topic, answer and wording about as many. Adds their pictures to `taken`,
-    and takes none that is in it already."""
+    """Chooses n questions, about as many of each topic, answer and wording; returns them with their topics. Adds their
+    pictures to `taken`, and takes none that is in it already."""
     by_wording = defaultdict(lambda: defaultdict(list))
     for question in rng.sample(questions, len(questions)):
         by_wording[question.answer][question.text].append(question)

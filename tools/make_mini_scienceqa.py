@@ -70,7 +70,7 @@ def make_problem(kind: Kind, y: str, split: str, taken: set, rng: Random) -> Pro
 
 
 def split_evenly(n: int, parts: int) -> list[int]:
-    """n as a sum of `parts` integers that differ by at most one."""
+    """Returns n as a sum of `parts` integers that differ by at most one."""
     return [(n * (i + 1)) // parts - (n * i) // parts for i in range(parts)]
 
 

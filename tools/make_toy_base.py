@@ -177,7 +177,7 @@ def check_amount(data, images: dict) -> None:
 
 
 def write_vit(vit: nn.Module, folder: Path) -> None:
-    """model.safetensors is written last: where it is, all is there, and of one ViT."""
+    """Writes a ViT as a folder. model.safetensors comes last: where it is, all is there, and of one ViT."""
     (folder / "model.safetensors").unlink(missing_ok=True)
     config = {"architecture": VIT_NAME, "model_args": VIT, "num_classes": 0,
               "pretrained_cfg": {"input_size": [3, VIT["img_size"], VIT["img_size"]], "num_classes": 0}}

@@ -1,4 +1,4 @@
-"""What the tools write: folders that can be written, ScienceQA's files, and safetensors files."""
+"""Output of the tools: folders that can be written, ScienceQA's files, and safetensors files."""
 
 import json
 import tempfile
@@ -26,7 +26,7 @@ def make_folder(path: Path) -> None:
 
 
 def split_ids(problems: dict[str, dict]) -> dict[str, list[str]]:
-    """pid_splits.json: ids of every split, of trainval, and of the mini splits."""
+    """The content of pid_splits.json: the ids of every split, of trainval, and of the mini splits."""
     splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for qid, problem in problems.items():
         splits.setdefault(problem["split"], []).append(qid)

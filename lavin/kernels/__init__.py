@@ -1,1 +1,1 @@
-"""Custom operators: GPU kernels in Triton, each with a plain PyTorch twin that computes the same."""
+"""Custom operators: GPU kernels in Triton, each with a reference implementation in PyTorch."""

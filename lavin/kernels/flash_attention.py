@@ -14,10 +14,10 @@ from lavin.runtime.arithmetic import ceil_div
 @torch.library.custom_op("lavin::flash_attention", mutates_args=())
 def flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor,
                     max_seqlen: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """query [N, H, d], key and value [N, H_kv, d], all contiguous -> output [N, H, d] and lse [H, N] float32.
+    """Returns output [N, H, d] and lse [H, N] float32 of query [N, H, d], key and value [N, H_kv, d], all contiguous.
 
-    cu_seqlens [documents + 1] int32: where each document begins in the packed row. lse: log2-sum-exp2 of each query's
-    scores, kept for the backward pass.
+    `cu_seqlens` [documents + 1] int32 says where each document begins in the packed row. `lse` is log2-sum-exp2 of each
+    query's scores, kept for the backward pass.
     """
     from lavin.kernels.flash_attention_triton import flash_fwd
     out, lse = empty_output(query, key, value, cu_seqlens, max_seqlen)
@@ -35,7 +35,8 @@ def empty_output(query, key, value, cu_seqlens, max_seqlen):
 def flash_attention_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor,
                              max_seqlen: int, out: torch.Tensor, lse: torch.Tensor, grad_output: torch.Tensor
                              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value. Two kernels, so that no sum depends on the order of atomic additions."""
+    """Returns the gradients of query, key and value, by two kernels, so that no sum depends on the order of atomic
+    additions."""
     from lavin.kernels.flash_attention_triton import flash_bwd_dkv, flash_bwd_dq
     dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
     delta = torch.empty_like(lse)
@@ -52,7 +53,8 @@ def _(query, key, value, cu_seqlens, max_seqlen, out, lse, grad_output):
 
 
 def launch(kernel, query, key, cu_seqlens, max_seqlen, heads, tensors, BLOCK, **constants):
-    """Grid: blocks of the longest document x heads x documents; programs beyond a document's end return at once."""
+    """Launches a kernel for blocks of the longest document x heads x documents; programs beyond a document's end return
+    at once."""
     N, H, D = query.shape
     scale = D ** -0.5 * math.log2(math.e)  # softmax in powers of two
     grid = (ceil_div(max_seqlen, BLOCK), heads, len(cu_seqlens) - 1)

@@ -15,7 +15,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_tile(x, rows, mask, head, HEADS, D: tl.constexpr):
-    """Rows of one head of x [N, HEADS, D] -> [len(rows), D]; zeros where masked."""
+    """Loads rows of one head of x [N, HEADS, D] as [len(rows), D], with zeros where they are masked."""
     cols = tl.arange(0, D)
     return tl.load(x + (rows.to(tl.int64) * HEADS + head)[:, None] * D + cols[None, :], mask[:, None], 0.0)
 
@@ -30,7 +30,7 @@ def store_tile(x, tile, rows, mask, head, HEADS, D: tl.constexpr):
 @triton.jit(do_not_specialize=["N"])
 def flash_fwd(query, key, value, cu_seqlens, out, lse, scale, N, H, H_KV, D: tl.constexpr, BLOCK: tl.constexpr,
               STEP: tl.constexpr):
-    """One block of queries of one head of one document, over its keys in steps of STEP."""
+    """Computes the output of one block of queries of one head of one document, over its keys in steps of STEP."""
     begin, end = tl.load(cu_seqlens + tl.program_id(2)), tl.load(cu_seqlens + tl.program_id(2) + 1)
     start_m, head = begin + tl.program_id(0) * BLOCK, tl.program_id(1)
     if start_m >= end:
@@ -58,7 +58,7 @@ def flash_fwd(query, key, value, cu_seqlens, out, lse, scale, N, H, H_KV, D: tl.
 @triton.jit(do_not_specialize=["N"])
 def flash_bwd_dq(query, key, value, cu_seqlens, out, lse, grad_output, grad_query, delta, scale, N, H, H_KV,
                  D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """One block of queries; also writes delta [H, N], which flash_bwd_dkv reads."""
+    """Computes the gradient of one block of queries, and writes delta [H, N], which flash_bwd_dkv reads."""
     begin, end = tl.load(cu_seqlens + tl.program_id(2)), tl.load(cu_seqlens + tl.program_id(2) + 1)
     start_m, head = begin + tl.program_id(0) * BLOCK, tl.program_id(1)
     if start_m >= end:
@@ -86,7 +86,8 @@ def flash_bwd_dq(query, key, value, cu_seqlens, out, lse, grad_output, grad_quer
 @triton.jit(do_not_specialize=["N"])
 def flash_bwd_dkv(query, key, value, cu_seqlens, lse, grad_output, delta, grad_key, grad_value, scale, N, H, H_KV,
                   D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """One block of keys of one key-value head, over the queries behind it of all heads that share this one."""
+    """Computes the gradients of one block of keys and values of one head, over the queries behind it of all heads that
+    share this one."""
     begin, end = tl.load(cu_seqlens + tl.program_id(2)), tl.load(cu_seqlens + tl.program_id(2) + 1)
     start_n, kv_head = begin + tl.program_id(0) * BLOCK, tl.program_id(1)
     if start_n >= end:

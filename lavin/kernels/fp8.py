@@ -13,14 +13,14 @@ FP8_MAX = torch.finfo(FP8_DTYPE).max
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [N, K] -> e4m3 values [N, K] and float32 scales [N, 1], with x ~ values * scales."""
+    """Returns e4m3 values [N, K] and float32 scales [N, 1] for x [N, K], with x ~ values * scales."""
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
     return (x / scale).to(FP8_DTYPE), scale
 
 
 def scaled_matmul(a, a_scale, b, b_scale, dtype: torch.dtype):
-    """a b^T for row-quantized a [N, K] and b [O, K] -> [N, O], on fp8 tensor cores; on a CPU in float32."""
+    """Returns a b^T [N, O] for row-quantized a [N, K] and b [O, K], on fp8 tensor cores, or on a CPU in float32."""
     if a.is_cuda:
         return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), out_dtype=dtype, use_fast_accum=True)
     return ((a.float() * a_scale) @ (b.float() * b_scale).t()).to(dtype)

@@ -19,13 +19,14 @@ def empty_output(like: torch.Tensor, width: int, quantize: bool) -> tuple[torch.
 
 
 def cast_output(x: torch.Tensor, dtype: torch.dtype, quantize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The counterpart of `empty_output` in the reference implementations: x float32, quantized or cast to dtype."""
+    """Returns what a kernel writes into `empty_output`, for the reference implementations: x float32, quantized or cast
+    to dtype."""
     return quantize_rows(x) if quantize else (x.to(dtype), x.new_empty(0, 1, dtype=torch.float32))
 
 
 @torch.library.custom_op("lavin::swiglu", mutates_args=())
 def swiglu(gate_up: torch.Tensor, quantize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) * up, for gate_up = [gate | up] of shape [N, 2H] -> [N, H]."""
+    """Returns silu(gate) * up [N, H] for gate_up = [gate | up] [N, 2H]."""
     H = gate_up.shape[1] // 2
     if not gate_up.is_cuda:
         gate, up = gate_up.float().split(H, 1)
@@ -44,7 +45,7 @@ def _(gate_up, quantize):
 @torch.library.custom_op("lavin::swiglu_backward", mutates_args=())
 def swiglu_backward(gate_up: torch.Tensor, grad_output: torch.Tensor, quantize: bool
                     ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of gate_up [N, 2H], from grad_output [N, H]."""
+    """Returns the gradient of gate_up [N, 2H] for grad_output [N, H]."""
     H = grad_output.shape[1]
     if not gate_up.is_cuda:
         gate, up = gate_up.float().split(H, 1)
@@ -67,9 +68,10 @@ def _(gate_up, grad_output, quantize):
 @torch.library.custom_op("lavin::qkv_rope_backward", mutates_args=())
 def qkv_rope_backward(grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor, cos: torch.Tensor,
                       sin: torch.Tensor, quantize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of the joint projection [N, (H + 2 H_kv) d], before rotary embeddings.
+    """Returns the gradient of the joint projection [N, (H + 2 H_kv) d], before rotary embeddings.
 
-    grad_query [N, H, d], grad_key and grad_value [N, H_kv, d]: gradients of what attention reads; cos, sin [N, 1, d].
+    `grad_query` [N, H, d], `grad_key` and `grad_value` [N, H_kv, d] are the gradients of what attention reads; cos and
+    sin are [N, 1, d].
     """
     N, H, D = grad_query.shape
     Q, K = H * D, grad_key.shape[1] * D

@@ -16,7 +16,7 @@ def row_scale(abs_max):
 
 @triton.jit
 def swiglu_fwd(gate_up, out, scale, H, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr):
-    """gate_up [N, 2H] -> out [N, H], scale [N, 1]."""
+    """Writes out [N, H] and scale [N, 1] of gate_up [N, 2H]."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < H
@@ -32,7 +32,7 @@ def swiglu_fwd(gate_up, out, scale, H, BLOCK: tl.constexpr, QUANTIZE: tl.constex
 
 @triton.jit
 def swiglu_bwd(gate_up, grad_output, out, scale, H, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr):
-    """gate_up [N, 2H], grad_output [N, H] -> out [N, 2H], scale [N, 1]."""
+    """Writes out [N, 2H] and scale [N, 1] of gate_up [N, 2H] and grad_output [N, H]."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < H
@@ -52,7 +52,8 @@ def swiglu_bwd(gate_up, grad_output, out, scale, H, BLOCK: tl.constexpr, QUANTIZ
 
 @triton.jit
 def rope_inverse(grad, cos, sin, row, cols, mask, W, D: tl.constexpr):
-    """One row [W] of a gradient, all heads, rotated back; `cols ^ 1` is the other entry of an adjacent pair."""
+    """Returns one row [W] of a gradient, of all heads, rotated back; `cols ^ 1` is the other entry of an adjacent
+    pair."""
     own = tl.load(grad + row * W + cols, mask, 0.0).to(tl.float32)
     pair = tl.load(grad + row * W + (cols ^ 1), mask, 0.0).to(tl.float32)
     angle = row * D + cols % D  # all heads share the angles [N, D]
@@ -62,7 +63,8 @@ def rope_inverse(grad, cos, sin, row, cols, mask, W, D: tl.constexpr):
 @triton.jit
 def qkv_rope_bwd(grad_query, grad_key, grad_value, cos, sin, out, scale, Q, K, D: tl.constexpr, BLOCK_Q: tl.constexpr,
                  BLOCK_K: tl.constexpr, QUANTIZE: tl.constexpr):
-    """grad_query [N, Q], grad_key and grad_value [N, K] -> out [N, Q + 2K], scale [N, 1]; Q, K: heads times D."""
+    """Writes out [N, Q + 2K] and scale [N, 1] of grad_query [N, Q], grad_key and grad_value [N, K]; Q and K are heads
+    times D."""
     row = tl.program_id(0).to(tl.int64)
     q_cols, kv_cols = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     q_mask, kv_mask = q_cols < Q, kv_cols < K

@@ -31,7 +31,7 @@ def fill_cache(keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, valu
 def decode_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor,
                      values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Stores the new tokens' key and value [B, H_kv, d] at positions [B] int64, and attends from query [B, H, d] to all
-    positions up to them -> [B, H, d]. All contiguous."""
+    positions up to them; returns [B, H, d]. All tensors are contiguous."""
     from lavin.kernels.kv_cache_triton import combine, decode_fwd
     (B, H, D), T, out = query.shape, keys.shape[2], torch.empty_like(query)
     blocks = ceil_div(T, BLOCK)  # programs a head: a single sequence has too few heads to keep the GPU busy

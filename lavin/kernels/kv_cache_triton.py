@@ -8,7 +8,7 @@ from lavin.kernels.single_row_triton import wait_and_launch_dependents
 
 @triton.jit(do_not_specialize=["T"])
 def fill(keys, values, key, value, sequence_ids, positions, H_KV, T, D: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of key and value [N, H_KV, D], to its place in the cache [B, H_KV, T, D]."""
+    """Copies one row of key and value [N, H_KV, D] to its place in the cache [B, H_KV, T, D]."""
     row = tl.program_id(0).to(tl.int64)
     sequence, position = tl.load(sequence_ids + row), tl.load(positions + row)
     offs = tl.arange(0, BLOCK)
@@ -21,8 +21,8 @@ def fill(keys, values, key, value, sequence_ids, positions, H_KV, T, D: tl.const
 @triton.jit(do_not_specialize=["T"])
 def decode_fwd(query, key, value, keys, values, positions, partial_out, lse, scale, T, H, H_KV, D: tl.constexpr,
                BLOCK: tl.constexpr, USE_PDL: tl.constexpr):
-    """One head of one sequence, over a block of its positions; the new token belongs to the first block. Grid: (blocks,
-    heads, sequences). partial_out [B, H, blocks, D] and lse [B, H, blocks], float32."""
+    """Attends from one head of one sequence to a block of its positions; the new token belongs to the first block. The
+    grid is (blocks, heads, sequences); partial_out [B, H, blocks, D] and lse [B, H, blocks] are float32."""
     block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head, cols = head // (H // H_KV), tl.arange(0, D)
     wait_and_launch_dependents(USE_PDL)
@@ -55,8 +55,8 @@ def decode_fwd(query, key, value, keys, values, positions, partial_out, lse, sca
 
 @triton.jit
 def combine(partial_out, lse, out, blocks, D: tl.constexpr, BLOCKS: tl.constexpr, USE_PDL: tl.constexpr):
-    """The blocks of one head of one sequence, weighted by their sums of exponentials. BLOCKS: rounded up to a power of
-    two."""
+    """Adds up the blocks of one head of one sequence, weighted by their sums of exponentials. BLOCKS is rounded up to a
+    power of two."""
     head, parts, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCKS), tl.arange(0, D)
     wait_and_launch_dependents(USE_PDL)
     scores = tl.load(lse + head * blocks + parts, parts < blocks, float("-inf"))

@@ -24,7 +24,7 @@ def gemv_options(scale: torch.Tensor | None, device: torch.device) -> dict:
 
 @torch.library.custom_op("lavin::gemv", mutates_args=())
 def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """x W^T for x [1, K], weight [O, K], scale [O, 1] float32 of fp8 weights -> [1, O].
+    """Returns x W^T [1, O] for x [1, K], weight [O, K] and, where the weight is in fp8, its scale [O, 1] float32.
 
     fp8 weights are read as they are, and x stays in 16 bits.
     """
@@ -47,7 +47,8 @@ def _(x, weight, scale):
 @torch.library.custom_op("lavin::gemv_swiglu", mutates_args=())
 def gemv_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
                 ) -> torch.Tensor:
-    """silu(gate) * up for [gate | up] = x W^T + bias, weight [2H, K], bias [2H] -> [1, H]. Otherwise as `gemv`."""
+    """Returns silu(gate) * up [1, H] for [gate | up] = x W^T + bias, weight [2H, K] and bias [2H]. All else is as in
+    `gemv`."""
     if not x.is_cuda:
         gate_up = gemv(x, weight, scale)
         return swiglu(gate_up if bias is None else gate_up + bias, False)[0]
@@ -68,8 +69,8 @@ def _(x, weight, scale, bias):
 @torch.library.custom_op("lavin::norm_adapter", mutates_args=())
 def norm_adapter(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, one_hot: torch.Tensor, mixtures: torch.Tensor,
                  down: torch.Tensor, down_bias: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """x [1, D] -> [1, D]. norm_weight [D]; one_hot [1, 2] and mixtures [2, 2] float32: see Routing; down A [r, D], its
-    bias a [r] and up s U [D, .]: RepAdapter.projections."""
+    """Normalises and adapts x [1, D]; returns [1, D]. norm_weight is [D]; one_hot [1, 2] and mixtures [2, 2] float32
+    are those of Routing; down A [r, D], its bias a [r] and up s U [D, .] are RepAdapter.projections."""
     from lavin.kernels.single_row_triton import norm_adapter_fwd
     out, (R, D), BLOCK = torch.empty_like(x), down.shape, 64  # and STEP: the fastest for 7B on an H100
     norm_adapter_fwd[(ceil_div(D, BLOCK),)](x, norm_weight, one_hot, mixtures, down, down_bias, up, out, eps, D, R,

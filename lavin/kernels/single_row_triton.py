@@ -27,7 +27,7 @@ def wait_and_launch_dependents(USE_PDL: tl.constexpr):
 @triton.jit
 def row_products(x, weight, scale, rows, row_mask, K, BLOCK_K: tl.constexpr, SCALED: tl.constexpr,
                  USE_PDL: tl.constexpr):
-    """weight[rows] x, float32. The first part of the weight is read before x is there."""
+    """Returns weight[rows] x in float32. The first part of the weight is read before x is there."""
     cols = tl.arange(0, BLOCK_K)
     start = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
     w = tl.load(start, row_mask[:, None] & (cols < K)[None, :], 0.0, eviction_policy="evict_first")
@@ -46,7 +46,7 @@ def row_products(x, weight, scale, rows, row_mask, K, BLOCK_K: tl.constexpr, SCA
 @triton.jit
 def gemv_fwd(x, weight, scale, out, n_rows, K, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr,
              USE_PDL: tl.constexpr):
-    """x [K], weight [O, K] -> out [O]; scale [O], where SCALED."""
+    """Writes out [O], the product of weight [O, K] and x [K]; the weight has a scale [O] where SCALED."""
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     y = row_products(x, weight, scale, rows, rows < n_rows, K, BLOCK_K, SCALED, USE_PDL)
     tl.store(out + rows, y.to(out.dtype.element_ty), rows < n_rows)
@@ -55,7 +55,7 @@ def gemv_fwd(x, weight, scale, out, n_rows, K, BLOCK_O: tl.constexpr, BLOCK_K: t
 @triton.jit
 def gemv_swiglu_fwd(x, weight, scale, bias, out, H, K, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
                     SCALED: tl.constexpr, BIASED: tl.constexpr, USE_PDL: tl.constexpr):
-    """x [K], weight [2H, K], bias [2H] -> out [H]. A program has pairs of rows: of the gate, and of up."""
+    """Writes out [H] for x [K], weight [2H, K] and bias [2H]. A program has pairs of rows: of the gate, and of up."""
     half: tl.constexpr = BLOCK_O // 2
     pairs = tl.arange(0, BLOCK_O)
     rows = tl.program_id(0) * half + pairs // 2
@@ -71,7 +71,7 @@ def gemv_swiglu_fwd(x, weight, scale, bias, out, H, K, BLOCK_O: tl.constexpr, BL
 
 @triton.jit
 def normalise(x, norm_weight, cols, mask, rms):
-    """A block of the normalised row, rounded as RMSNorm rounds it, in float32."""
+    """Returns a block of the normalised row, rounded as RMSNorm rounds it, in float32."""
     dtype = x.dtype.element_ty
     y = (tl.load(x + cols, mask, 0.0).to(tl.float32) * rms).to(dtype)
     return (y.to(tl.float32) * tl.load(norm_weight + cols, mask, 0.0).to(tl.float32)).to(dtype).to(tl.float32)
@@ -80,7 +80,8 @@ def normalise(x, norm_weight, cols, mask, rms):
 @triton.jit
 def norm_adapter_fwd(x, norm_weight, one_hot, mixtures, down, down_bias, up, out, eps, D, R, U, BLOCK: tl.constexpr,
                      STEP: tl.constexpr, ROWS: tl.constexpr, USE_PDL: tl.constexpr):
-    """x [D] -> out [D]; down [R, D], up [D, U] with U >= 2 R + 2. ROWS: R, rounded up to a power of two."""
+    """Writes out [D] for x [D], down [R, D] and up [D, U] with U >= 2 R + 2. ROWS is R, rounded up to a power of
+    two."""
     dtype = x.dtype.element_ty
     steps, rows = tl.arange(0, STEP), tl.arange(0, ROWS)
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -40,8 +40,8 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """architecture: of torch.cuda.get_arch_list(): sm_75 is machine code for 7.5 and later 7.x, and compute_75 is
-    compiled by the driver for 7.5 and anything newer."""
+    """Says whether a GPU of this capability runs code of an architecture in torch.cuda.get_arch_list(): sm_75 is
+    machine code for 7.5 and later 7.x, and compute_75 is compiled by the driver for 7.5 and anything newer."""
     found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
     if not found:
         return False
@@ -78,8 +78,8 @@ def unusable_gpu() -> str | None:
 
 
 def limit_threads(device: torch.device) -> None:
-    """torch's threads: on a CPU, one for each core that this process may use, and one on the host of a GPU, whose work
-    there is small. The processes of a node share its cores. OMP_NUM_THREADS wins, the user's own or torchrun's."""
+    """Gives torch one thread for each core that this process may use and, on the host of a GPU, whose work there is
+    small, one thread. The processes of a node share its cores. OMP_NUM_THREADS wins, the user's own or torchrun's."""
     if "OMP_NUM_THREADS" not in os.environ:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cores = 1 if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) // processes)
@@ -117,7 +117,7 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """bf16, fp16 or fp32."""
+    """Returns the name of a precision, as --precision has it: bf16, fp16 or fp32."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 

@@ -46,10 +46,10 @@ CHANGES_RESULTS = (Role.MODEL, Role.DATA, Role.RECIPE)
 class Flag:
     """The declaration of one flag.
 
-    stated_as: the entry of a recipe that states the flag's effect in another form, such as a checksum of the files that
-    the flag names. named: whether a method is named by the flag where its value differs from the base's. reloadable:
-    whether a model that is in memory can take the value of another run. aliases: other spellings of the flag.
-    positional: whether the value is given without the flag's name.
+    kind: the type of its values, which pydantic checks. stated_as: the entry of a recipe that states the flag's effect
+    in another form, such as a checksum of the files that the flag names. named: whether a method is named by the flag
+    where its value differs from the base's. reloadable: whether a model that is in memory can take the value of another
+    run. aliases: other spellings of the flag. positional: whether the value is given without the flag's name.
     """
 
     name: str

@@ -66,7 +66,7 @@ def shard_model(model: LaVIN) -> None:
 
 
 def answer_loss(hidden, weight, targets, loss_weights):
-    """lavin.loss.answer_loss for a shard of the output projection. hidden [M, D], weight [V / size, D]."""
+    """Returns lavin.loss.answer_loss for a shard of the output projection: hidden [M, D], weight [V / size, D]."""
     logits = F.linear(copy_to_model_parallel_region(hidden), weight).float()
     return (vocab_parallel_cross_entropy(logits, targets) * loss_weights).sum()
 

@@ -1,4 +1,4 @@
-"""What files must hold: every fault is one line that names file, record and field, before anything is loaded."""
+"""The schemas of input files: every fault is one line that names file, record and field, before anything is loaded."""
 
 import copy
 import gzip

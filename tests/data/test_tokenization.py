@@ -69,7 +69,7 @@ def as_one_text(tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
 
 
 def check(tokenizer: Tokenizer, example: Example, question: Example) -> None:
-    """question: the same prompt for generation."""
+    """Checks the ids of an example. question: the same prompt, for generation."""
     assert list(example.ids[:len(question.ids)]) == list(question.ids)
     assert example.answer_start == question.answer_start == len(question.ids) < len(example.ids)
     assert example.ids[-1] == tokenizer.eos_id and example.ids.count(tokenizer.eos_id) == 1

@@ -1,4 +1,4 @@
-"""What a model uses on which hardware, with and without a working compiler."""
+"""The fast parts that a model uses on each hardware, with and without a working compiler."""
 
 from types import SimpleNamespace
 

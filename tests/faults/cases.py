@@ -212,7 +212,7 @@ def last_answer(output: str) -> str:
 
 
 def table(_: str) -> str:
-    """Numbers only: notes may differ."""
+    """Reads the numbers of a table: its notes may differ."""
     rows = list(csv.reader(StringIO(Path("plots/table.csv").read_text())))
     return json.dumps([[cell for cell in row if not cell.endswith("run")] for row in rows])
 
@@ -321,7 +321,7 @@ def set_torch(file: str, path: tuple, new: Any) -> None:
 
 
 def fields(kind: str, commands: tuple, file: str, values: Mapping[Any, list], change=set_json) -> Iterator[Case]:
-    """values: the wrong ones of each path."""
+    """Yields cases in which an entry of a file has a wrong value. values: the wrong ones by the path of the entry."""
     for path, wrong_values in values.items():
         for new, command in product(wrong_values, commands):
             yield Case(kind, f"{command}: {file} {'.'.join(map(str, path))} = {str(new)[:60]!r}", command,
@@ -369,7 +369,8 @@ CUTS = (0.1, 0.5, 0.9, 0.99)
 
 
 def damage(kind: str, commands: tuple, file: str, json_file: bool = True, skip: tuple = ()) -> Iterator[Case]:
-    """skip: what is right for this file."""
+    """Yields cases in which a file is missing, cut, changed or of another format. skip: the changes that this file may
+    have."""
     changes: dict[str, Callable[[], Any]] = {
         **{f"is {what}": partial(instead, file, make) for what, make in NO_FILE.items()},
         **{f"is {what}": partial(write, file, new) for what, new in CONTENTS.items()},

@@ -39,7 +39,8 @@ Exchange = Callable[[bytes], bytes]
 
 
 def exchange(file: str, make: Exchange, keeps_samples: bool = False) -> None:
-    """keeps_samples: whether the parts of the file by which earlier versions knew it must stay."""
+    """Replaces a file by another one of its size and time. keeps_samples: whether the parts by which earlier versions
+    knew the file must stay."""
     found, old, sampled = os.stat(file), Path(file).read_bytes(), sampled_sha256([Path(file)])
     new = make(old)
     assert new != old and len(new) == len(old)
@@ -83,7 +84,7 @@ def other_pieces(old: bytes) -> bytes:
 
 
 def swapped(old: bytes, first: bytes, second: bytes) -> bytes:
-    """Two parts of equal length, each of which is there once, in each other's place."""
+    """Puts two parts of equal length, each of which is there once, into each other's place."""
     new = bytearray(old)
     for part, other in ((first, second), (second, first)):
         begin = old.index(part)
@@ -92,7 +93,7 @@ def swapped(old: bytes, first: bytes, second: bytes) -> bytes:
 
 
 def in_json(*path: str | int) -> Exchange:
-    """Upper case for lower in the text at this path."""
+    """Puts upper case for lower into the text at this path."""
     def make(old: bytes) -> bytes:
         text: Any = json.loads(old)
         for key in path:

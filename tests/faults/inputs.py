@@ -67,7 +67,8 @@ def classify(error: BaseException) -> Outcome:
 
 
 def outcome_of(run: Callable[[], Callable[[], str]], reference: str | None) -> Outcome:
-    """run: works, and returns what reads the result. reference: the result without the fault; None: this is it."""
+    """The outcome of a case. run: does the work, and returns the function that reads the result. reference: the result
+    without the fault; None: this is it."""
     try:
         read = run()
     except BaseException as error:  # SystemExit too

@@ -1,4 +1,4 @@
-"""What machines do to runs: kills, stop signals, full disks, read-only folders, frozen processes.
+"""Faults of the machine under a run: kills, stop signals, full disks, read-only folders, frozen processes.
 
 A run that was interrupted is started again by the same command, and must end with the same bytes as an unbroken one.
 Both work in folders of the same names under other parents, with relative paths, since checkpoints name their folder.
@@ -133,7 +133,7 @@ def difference(reference: list[bytes], found: list[bytes]) -> str:
 
 
 def results(folder: Path, names: tuple[str, ...]) -> list[bytes]:
-    """names: of files; of run, the last checkpoint."""
+    """Reads results by the names of their files; the result of `run` is its last checkpoint."""
     paths = [checkpoints(folder / name)[max(checkpoints(folder / name))] if name == "run" else folder / name
              for name in names]
     return [path.read_bytes() for path in paths]
@@ -143,8 +143,8 @@ def results(folder: Path, names: tuple[str, ...]) -> list[bytes]:
 
 @dataclass
 class Interrupted:
-    """endings: of the processes that were interrupted. repeated: steps that were made twice after each. differences:
-    of each finished run's result from the reference's."""
+    """The results of interruptions. endings: those of the processes that were interrupted. repeated: the number of
+    steps that were made twice after each. differences: how each finished run's result differs from the reference's."""
 
     endings: list[Ending] = field(default_factory=list)
     repeated: list[int] = field(default_factory=list)
@@ -159,14 +159,14 @@ def steps_done(run: Path) -> tuple[int, int]:
 
 
 def repeated_steps(out: str, done: tuple[int, int]) -> int:
-    """out: of the run that went on; none are repeated where it was finished."""
+    """Counts the steps that a run repeated, by its output `out`; it repeats none where it was finished."""
     found = re.search(r"goes on from .*: epoch (\d+), step (\d+) of", out)
     return max(0, (done[0] - int(found[1])) * STEPS_PER_EPOCH + done[1] - int(found[2])) if found else 0
 
 
 def interrupt(machine: Machine, n: int, number: signal.Signals, command: tuple[str, ...], reference: list[bytes],
               most_seconds: float) -> Interrupted:
-    """n signals at random moments after training began, and runs that go on to their end."""
+    """Sends n signals at random moments after training began, and lets the runs go on to their end."""
     result, folder, left, done = Interrupted(), machine.folder("interrupted"), n, None
     while left or done:
         process, before = start(folder, *command), done
@@ -201,7 +201,7 @@ def unbroken(machine: Machine, *launcher: str) -> tuple[list[bytes], float]:
 
 
 def bench_kills(device: str, n: int, jobs: int) -> tuple[list[list], list[str]]:
-    """jobs: runs that are killed side by side, n / jobs times each."""
+    """Kills runs n times. jobs: the number of runs that are killed side by side, n / jobs times each."""
     with tempfile.TemporaryDirectory() as root:
         machine = build(Path(root), device)
         reference, seconds = unbroken(machine)
@@ -230,7 +230,8 @@ def bench_kills(device: str, n: int, jobs: int) -> tuple[list[list], list[str]]:
 
 @dataclass
 class Check:
-    """right: whether the fault was answered as it should be. difference: of what the same command then gave."""
+    """The end of a fault. right: whether the fault was answered as it should be. difference: that of what the same
+    command then gave."""
 
     right: bool
     difference: str

@@ -1,4 +1,4 @@
-"""What programs do before their imports. A torch of one's own stands for all that they import."""
+"""The start of programs, before their imports. A torch of one's own stands for all that they import."""
 
 import os
 import signal

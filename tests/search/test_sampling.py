@@ -1,4 +1,4 @@
-"""What a search samples: the distributions that a space file promises, and the first trials that it lists."""
+"""Sampling of a search: the distributions that a space file promises, and the first trials that it lists."""
 
 import json
 import re

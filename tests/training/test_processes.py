@@ -1,4 +1,4 @@
-"""What depends on the number of processes: the learning rate, the loss's weights, and who draws which dropout mask."""
+"""Numbers that could depend on the number of processes: the rate, the weights of the loss, who draws which mask."""
 
 import json
 import shutil

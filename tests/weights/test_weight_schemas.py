@@ -1,4 +1,4 @@
-"""What configurations, weight files, tokenizers and checkpoints must hold: every fault is one line with its field."""
+"""The schemas of configurations, weight files, tokenizers and checkpoints: every fault is one line with its field."""
 
 import argparse
 import dataclasses

@@ -118,7 +118,7 @@ def sample_ids(clusters: Mapping[str, str], n: int) -> set[str]:
 
 
 def find_problems_file(root: Path) -> Path:
-    """problems.json, or problem.json, as some READMEs spell it, where only that exists."""
+    """Returns the path of problems.json or, where that alone exists, of problem.json, as some READMEs spell it."""
     singular = root / "problem.json"
     return singular if singular.is_file() and not (root / "problems.json").is_file() else root / "problems.json"
 

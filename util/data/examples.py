@@ -100,7 +100,8 @@ def layout(n: int) -> Layout:
 
 
 def packed(examples: Iterable[Example]) -> Arrays:
-    """ids [sum of lengths] int32; for each example: ends, where it ends in them, and answer_starts."""
+    """Packs examples: ids [sum of lengths] int32 and, for each example, where it ends in them, and where its answer
+    starts."""
     ids, ends, answer_starts = array("i"), [], []
     for example in examples:
         ids.extend(example.ids)

@@ -88,7 +88,7 @@ def on_white(image: Image.Image, clear) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image, clear: int | None) -> np.ndarray:
-    """uint8 [H, W] of a grey picture of 16 or more bits."""
+    """Turns a grey picture of 16 or more bits into uint8 [H, W]."""
     values = np.asarray(image).astype(np.float64)
     white = white_level(image, values)
     if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
@@ -115,7 +115,7 @@ def white_level(image: Image.Image, values: np.ndarray) -> int:
 
 
 def load_image(path: Path, size: int) -> torch.Tensor:
-    """uint8 [3, size, size]; resized bicubically, without keeping the aspect ratio."""
+    """Reads a picture as uint8 [3, size, size], resized bicubically, without keeping the aspect ratio."""
     return image_to_tensor(open_picture(path), size)
 
 
@@ -125,7 +125,7 @@ def image_fault(error: Exception) -> str:
 
 
 def image_to_tensor(image: Image.Image, size: int) -> torch.Tensor:
-    """image: RGB, from open_picture."""
+    """Resizes a picture that is RGB, from open_picture, to uint8 [3, size, size]."""
     pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -164,8 +164,8 @@ def load_images(data: ScienceQA, size: int, threads: int, skip_bad: bool) -> dic
 
 
 def decode_all(paths: list[Path], size: int, threads: int, skip_bad: bool) -> Arrays:
-    """pixels uint8 [number of paths, 3, size, size], and whether each picture is good, which with skip_bad may be
-    False."""
+    """Decodes pictures to pixels uint8 [number of paths, 3, size, size], and says which of them are good: with
+    skip_bad, some may not be."""
     pixels = torch.zeros(len(paths), 3, size, size, dtype=torch.uint8)
     good = torch.zeros(len(paths), dtype=torch.bool)
 

@@ -83,7 +83,7 @@ def answers_first(prompt_format: str) -> bool:
 
 def make_question(tokenizer, n_prompt: int, problems: ScienceQA, qid: str, image: torch.Tensor | None,
                   data: DataSettings, seed: int) -> EvalQuestion:
-    """seed: the --seed of the command."""
+    """The question as the model gets it. seed: the --seed of the command."""
     problem = problems.problems[qid]
     whole, _ = build_prompt(problem, data.prompt_format, problems.captions.get(qid, ""))
     prompt = fit_prompt(tokenizer, whole, image, n_prompt, data.max_seq_len)

@@ -77,5 +77,5 @@ def write_answers(path: Path, answers: Iterable[Answer]) -> None:
 
 
 def predictions_of(answers: Iterable[Answer]) -> dict[str, int]:
-    """preds.json: the chosen option by question."""
+    """The content of preds.json: the chosen option by question."""
     return {answer.qid: answer.prediction for answer in answers}

@@ -28,7 +28,7 @@ class Task(Protocol):
     scores_file: str
 
     def identity(self) -> dict[str, Any]:
-        """All that determines the scores."""
+        """The identity of the evaluation: all that determines the scores."""
 
     def prepare(self, model) -> list[str]:
         """Loads what the questions need; returns their keys, in order."""

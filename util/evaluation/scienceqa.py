@@ -41,7 +41,7 @@ class ScienceQATask:
     scores_file = SCORES
 
     def identity(self) -> dict[str, Any]:
-        """All that determines the scores."""
+        """The identity of the evaluation: all that determines the scores."""
         return {**model_identity(self.base, self.trained, self.tokenizer_path),
                 "prompt_format": self.data.prompt_format, "max_seq_len": self.data.max_seq_len,
                 **self.answering.identity(), "split": self.split,

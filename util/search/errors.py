@@ -1,4 +1,4 @@
-"""Whose an error is: a trial's own ends the trial; its worker's leaves the trial to be resumed."""
+"""Errors of a search: one of a trial ends the trial, and one of its worker leaves the trial to be resumed."""
 
 import errno
 import os

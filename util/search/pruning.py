@@ -1,4 +1,4 @@
-"""Which trials are ended early, and when: in rungs behind the warm-up, each trial among those of its schedule.
+"""Pruning: which trials are ended early, and when: in rungs behind the warm-up, each trial among those of its schedule.
 
 Within the epochs, accuracies say little across schedules: after two of 20 epochs, an exponential rate may be at a third
 of its peak, another one still near it, and a cyclical one on its way up. So a trial is compared to trials of its own

@@ -158,7 +158,7 @@ class Space:
                 yield name, self.walk(choose)
 
     def check(self, check_flags: Callable[[Values], object]) -> None:
-        """check_flags raises UserError for values that train.py refuses."""
+        """Raises UserError for ends and choices that train.py refuses, as `check_flags` does for its flags."""
         for name, values in self.extremes():
             try:
                 check_flags(values)

@@ -23,7 +23,7 @@ class Recipe(TypedDict):
 
 
 class RecipeFile(TypedDict):
-    """recipe.json. The flags are checked by train.py's parser."""
+    """The content of recipe.json. The flags are checked by train.py's parser."""
 
     recipe: Recipe
     flags: dict[str, Any]

@@ -2,8 +2,9 @@
 
 - recipe.json is written first and never changed, once there is a checkpoint. The same recipe goes on from its last
   whole checkpoint.
-- Nothing old is changed before the first new checkpoint is whole: --overwrite and going back write into a folder of
-  their own until then.
+- Nothing old is changed before the first new checkpoint is whole. Until then, a run that replaces another one
+  (--overwrite), or that goes back to one of its earlier checkpoints (--resume), writes into a folder of its own,
+  STAGING.
 """
 
 import shutil
@@ -33,7 +34,7 @@ from util.runs import (
 from util.training.recipe import differences
 from util.training.settings import RunSettings
 
-COPIED = (RECIPE, CONFIG, LOG, METRICS)  # when going back
+COPIED = (RECIPE, CONFIG, LOG, METRICS)  # into STAGING, where a run goes back to a checkpoint
 FILES = (*COPIED, LAST)  # that train.py writes, beside checkpoints
 STAGING = ".staging"  # folder of what replaces a run or its later part, until its first checkpoint is whole
 PROMOTING = ".promoting"  # the same folder while its files are moved to the place of the old ones
@@ -64,7 +65,7 @@ class Checkpoint:
 
     @property
     def went_back_to(self) -> int | None:
-        """The epoch of the checkpoint that --resume named when the run last went back."""
+        """The epoch of the checkpoint that the run last went back to, because --resume named it."""
         return self.content.get("went_back_to")
 
 
