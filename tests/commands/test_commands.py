@@ -22,10 +22,10 @@ from tiny_weights import write_hugging_face
 from user_errors import error_message
 from util.data.datasets import cluster, load_scienceqa
 from util.data.images import load_images
-from util.data.prompts import answer_text, build_prompt, parse_answer
+from util.data.prompts import answer_text, build_prompt
 from util.data.settings import DataSettings
 from util.evaluation import answering
-from util.evaluation.answers import read_answers
+from util.evaluation.answers import parse_answer, read_answers
 from util.evaluation.scoring import COLUMNS, score
 from util.evaluation.settings import Answering
 from util.trained_model import load_model

@@ -8,7 +8,8 @@ import torch
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import IMAGE_SLOT, Example
 from tiny import IMAGE_SIZE, problem
-from util.data.prompts import PROMPT_FORMATS, build_prompt, parse_answer
+from util.data.prompts import PROMPT_FORMATS, build_prompt
+from util.evaluation.answers import parse_answer
 
 PROBLEM = problem(question="Which pond freezes first?", choices=["the old pond", "the new pond", "neither"], answer=1,
                   hint="It is a  cold night.", lecture="Water freezes.\nShallow water freezes first.",

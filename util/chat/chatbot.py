@@ -26,8 +26,9 @@ from lavin.runtime.files import read_json
 from lavin.runtime.flags import flags_of
 from lavin.tokenizer import Example, Tokenizer
 from lavin.weights.adapters import load_adapters, read_adapters
-from util.data.prompts import OPTIONS, PROMPT_FORMATS, answer_text, build_prompt, given_reason, instruction_prompt
+from util.data.prompts import OPTIONS, PROMPT_FORMATS, answer_text, build_prompt, instruction_prompt
 from util.data.settings import DataSettings
+from util.evaluation.answers import given_reason
 from util.fingerprint import FROZEN, FROZEN_SHA256
 from util.flags import BaseSettings
 from util.runs import checkpoints, last_checkpoint, run_folders, user_error_if_malformed

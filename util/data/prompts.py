@@ -1,10 +1,10 @@
-"""Prompts and answers as text: ScienceQA's formats `INPUT-OUTPUT` (Lu et al. 2022, arXiv 2209.09513), the option that a
-text names, and instructions.
+"""Prompts and answers as text: ScienceQA's formats `INPUT-OUTPUT` (Lu et al. 2022, arXiv 2209.09513), and instructions.
+
+`parse_answer` in util/evaluation/answers.py finds the option that a model's text names.
 
 Letters: Q question, C context, M multiple options, L lecture, E explanation (the field `solution`), A answer.
 """
 
-import re
 from bisect import bisect_left
 
 OPTIONS = "ABCDE"
@@ -13,7 +13,7 @@ PROMPT_FORMATS = tuple(f"{order}-{output}" for order in ("CQM", "QCM")
     "QCML-A", "QCME-A", "QCMLE-A", "QCLM-A", "QCEM-A", "QCLEM-A", "QCML-AE")
 PREFIX_TOKENS = 16  # at most, of the modality token, BOS and "Image: N/A"
 RESPONSE = "Response:"  # the end of every prompt
-ANSWER = re.compile(r"The answer is ([A-Z])\.")
+ANSWER_WORDS = "The answer is"  # they come before the letter of the option in every answer
 
 
 def context(problem: dict, caption: str) -> str:
@@ -81,22 +81,4 @@ def instruction_prompt(instruction: str, input: str = "") -> str:
 
 
 def answer_text(index: int) -> str:
-    return f"The answer is {OPTIONS[index]}."
-
-
-def is_answered(text: str) -> bool:
-    """Whether a text names an option, so that generation may stop."""
-    return parse_answer(text, len(OPTIONS)) is not None
-
-
-def given_reason(text: str) -> str:
-    """The part of a text before it names an option, which is the reason in QCM-EA; empty where it names none."""
-    match = ANSWER.search(text)
-    return text[:match.start()] if match else ""
-
-
-def parse_answer(text: str, n_choices: int) -> int | None:
-    """Index of the option that the text names, or None where it names none of the n_choices options."""
-    match = ANSWER.search(text)
-    index = OPTIONS.find(match.group(1)) if match else -1
-    return index if 0 <= index < n_choices else None
+    return f"{ANSWER_WORDS} {OPTIONS[index]}."

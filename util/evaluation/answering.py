@@ -13,9 +13,9 @@ from lavin.runtime.console import progress_bar
 from lavin.tokenizer import Example
 from util.data.batches import balanced_parts
 from util.data.datasets import ScienceQA, cluster
-from util.data.prompts import answer_text, build_prompt, fit_prompt, is_answered, parse_answer
+from util.data.prompts import answer_text, build_prompt, fit_prompt
 from util.data.settings import DataSettings
-from util.evaluation.answers import Answer
+from util.evaluation.answers import Answer, is_answered, parse_answer
 from util.evaluation.settings import Answering
 
 MAX_ANSWER_TOKENS = 64  # in formats that begin with the answer; in others, --max_seq_len

@@ -1,8 +1,8 @@
-"""Answers to questions of ScienceQA: one line each of generations.jsonl, from which all scores are computed.
-
-`parse_answer` in util/data/prompts.py finds the option that a text names.
+"""Answers to questions of ScienceQA: the option that a text names, and the lines of generations.jsonl, from which all
+scores are computed.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +14,32 @@ from typing_extensions import NotRequired, TypedDict
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json_lines, write_json_lines
 from lavin.runtime.schema import declared, validate
+from util.data.prompts import ANSWER_WORDS, OPTIONS
 
+NAMED_OPTION = re.compile(rf"{ANSWER_WORDS} ([A-Z])\.")
+
+
+# --- The option that a text names ---
+
+def is_answered(text: str) -> bool:
+    """Whether a text names an option, so that generation may stop."""
+    return parse_answer(text, len(OPTIONS)) is not None
+
+
+def given_reason(text: str) -> str:
+    """The part of a text before it names an option, which is the reason in QCM-EA; empty where it names none."""
+    match = NAMED_OPTION.search(text)
+    return text[:match.start()] if match else ""
+
+
+def parse_answer(text: str, n_choices: int) -> int | None:
+    """Index of the option that the text names, or None where it names none of the n_choices options."""
+    match = NAMED_OPTION.search(text)
+    index = OPTIONS.find(match.group(1)) if match else -1
+    return index if 0 <= index < n_choices else None
+
+
+# --- generations.jsonl ---
 
 @declared
 class Line(TypedDict):
