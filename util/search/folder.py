@@ -1,4 +1,11 @@
-"""The files of a study's folder, which its report is made from; no storage is needed to read them."""
+"""The files of a study's folder, which its report is made from; no storage is needed to read them.
+
+study.json     what the study is: space, flags, pruner, number of trials, precision; it never changes
+journal.log    Optuna's journal, unless the study is in a database (storage.py)
+trials/NNN/    a run of train.py; trial.json: flags, state, accuracy at each rung, seconds
+trials/NNN/rungs/K/  the scores after K epochs
+confirm/NAME/  the runs with fresh seeds (confirm.py)
+"""
 
 import time
 from pathlib import Path

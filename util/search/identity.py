@@ -1,7 +1,8 @@
 """A study is of one thing: the same data, the same frozen models and the same way of scoring in all of its runs.
 
-What a run is of is said by the files in its folder: its recipe (train.py) and its scores (eval.py). study.json says it
-of the study. Entries that an earlier version did not write are not compared.
+The files in a run's folder say what the run is of: its recipe (train.py) and its scores (eval.py). study.json says it
+of the study. Entries that an earlier version did not write are not compared. A command means the study in a folder
+where this, and its settings, are the same (`check_settings`).
 """
 
 import json
@@ -20,8 +21,9 @@ from util.evaluation.scienceqa import summarize
 from util.fingerprint import both_tell
 from util.runs import RECIPE, SCORES
 from util.search.errors import WorkerError
-from util.search.folder import RUN_FOLDERS
+from util.search.folder import RUN_FOLDERS, read_settings
 from util.training.recipe import TRAIN_FLAGS, make_recipe
+from util.training.recipe import differences as recipe_differences
 from util.training.settings import EFFECTIVE_BATCH, TrainSettings
 
 Identity = Mapping[str, Mapping[str, Any]]  # the entries of each part
@@ -122,3 +124,51 @@ def require_same(path: Path, identity: Identity, other: Identity, fix: str = FIX
     lines = differences(identity, other)
     if lines:
         raise WorkerError(f"{path} is of something else than its study ({'; '.join(lines)}): {fix}")
+
+
+# --- The study that a command means ---
+
+def check_settings(folder: Path, settings: dict[str, Any], storage_url: str | None) -> str:
+    """The name of the study in the storage. Raises UserError, which names what differs."""
+    found = read_settings(folder)
+    identity, known = settings.get("identity", {}), recorded_identity(folder, found)
+    of_other = differences(identity, known)
+    if "identity" not in found and of_other == [f"other data in {WORDS['trials']}"]:
+        raise UserError(f"{folder} was begun by an earlier version, which asked its trials other questions of val: "
+                        "finish it with that version, or search in another folder with --study")
+    if of_other:
+        raise UserError(f"{folder} is a study of something else ({'; '.join(of_other)}): {FIX}")
+    # the first worker's precision stays, and a path may be another one where it leads to the same content
+    wanted = {name: value for name, value in settings.items() if name not in ("precision", "identity")}
+    compared = names_of(identity) & names_of(known)
+    other = differing_settings(*(without_flags(entries, compared) for entries in (
+        wanted, {name: found.get(name) for name in wanted})))
+    if other:
+        raise UserError(f"{folder} is a study of other settings ({'; '.join(other)}): give its own, or name another "
+                        "folder with --study")
+    if found["in_database"] != (storage_url is not None):
+        raise UserError(f"{folder} is a study in " + ("a database: name it with --storage" if found["in_database"] else
+                                                      "journal.log: leave --storage out"))
+    return found["name"]
+
+
+def names_of(identity: Identity) -> set[str]:
+    return {name for part in identity.values() for name in part}
+
+
+def without_flags(settings: dict[str, Any], entries: set[str]) -> dict[str, Any]:
+    """The settings without the flags that one of these entries of recipes states."""
+    return {**settings, "flags": {name: value for name, value in settings["flags"].items() if
+                                  name not in TRAIN_FLAGS or TRAIN_FLAGS[name].stated_as not in entries}}
+
+
+def differing_settings(settings: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """One line for each entry that differs, which begins with the flag."""
+    lines = []
+    for name in settings.keys() | found.keys():
+        value, other = settings.get(name), found.get(name)
+        if name == "flags":
+            lines += [f"train.py's {line}" for line in recipe_differences(value or {}, other or {})]
+        elif value != other:
+            lines.append(f"other --{name}" if isinstance(value, dict) else f"--{name} {value}, not {other}")
+    return sorted(lines)

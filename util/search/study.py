@@ -1,10 +1,6 @@
-"""A study's folder, and its trials in Optuna's storage: any number of workers take, resume and end them.
+"""A study and its trials in Optuna's storage: any number of workers take, resume and end them.
 
-study.json     what the study is: space, flags, pruner, number of trials, precision; it never changes
-journal.log    Optuna's journal, unless the study is in a database
-trials/NNN/    a run of train.py; trial.json: flags, state, accuracy at each rung, seconds
-trials/NNN/rungs/K/  the scores after K epochs
-confirm/NAME/  the runs with fresh seeds (confirm.py)
+folder.py has the files of a study, and identity.py decides whether a folder's study is the one that a command means.
 """
 
 import os
@@ -24,13 +20,11 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, write_json
 from util.search.errors import WorkerError
 from util.search.folder import RECORD, STUDY, begin_record, change_record, load_record, read_settings, trial_folder
-from util.search.identity import FIX, WORDS, Identity, differences, recorded_identity, runs_of_something_else
+from util.search.identity import check_settings, runs_of_something_else
 from util.search.locks import claim, waiting_for
 from util.search.pruning import longest_warmup, make_pruner, rungs
 from util.search.space import Space, Values
 from util.search.storage import open_optuna
-from util.training import recipe
-from util.training.recipe import TRAIN_FLAGS
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -176,51 +170,3 @@ def run_trial(study: Study, trial: Trial, reach: Callable[[Trial, int], float]) 
         return FAIL, str(error)
     finally:
         os.close(trial.lock)
-
-
-# --- What the study is ---
-
-def check_settings(folder: Path, settings: dict[str, Any], storage_url: str | None) -> str:
-    """The name of the study in the storage. Raises UserError, which names what differs."""
-    found = read_settings(folder)
-    identity, known = settings.get("identity", {}), recorded_identity(folder, found)
-    of_other = differences(identity, known)
-    if "identity" not in found and of_other == [f"other data in {WORDS['trials']}"]:
-        raise UserError(f"{folder} was begun by an earlier version, which asked its trials other questions of val: "
-                        "finish it with that version, or search in another folder with --study")
-    if of_other:
-        raise UserError(f"{folder} is a study of something else ({'; '.join(of_other)}): {FIX}")
-    # the first worker's precision stays, and a path may be another one where it leads to the same content
-    wanted = {name: value for name, value in settings.items() if name not in ("precision", "identity")}
-    compared = names_of(identity) & names_of(known)
-    other = differing_settings(*(without_flags(entries, compared) for entries in (
-        wanted, {name: found.get(name) for name in wanted})))
-    if other:
-        raise UserError(f"{folder} is a study of other settings ({'; '.join(other)}): give its own, or name another "
-                        "folder with --study")
-    if found["in_database"] != (storage_url is not None):
-        raise UserError(f"{folder} is a study in " + ("a database: name it with --storage" if found["in_database"] else
-                                                      "journal.log: leave --storage out"))
-    return found["name"]
-
-
-def names_of(identity: Identity) -> set[str]:
-    return {name for part in identity.values() for name in part}
-
-
-def without_flags(settings: dict[str, Any], entries: set[str]) -> dict[str, Any]:
-    """The settings without the flags that one of these entries of recipes states."""
-    return {**settings, "flags": {name: value for name, value in settings["flags"].items() if
-                                  name not in TRAIN_FLAGS or TRAIN_FLAGS[name].stated_as not in entries}}
-
-
-def differing_settings(settings: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """One line for each entry that differs, which begins with the flag."""
-    lines = []
-    for name in settings.keys() | found.keys():
-        value, other = settings.get(name), found.get(name)
-        if name == "flags":
-            lines += [f"train.py's {line}" for line in recipe.differences(value or {}, other or {})]
-        elif value != other:
-            lines.append(f"other --{name}" if isinstance(value, dict) else f"--{name} {value}, not {other}")
-    return sorted(lines)
