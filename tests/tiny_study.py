@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-import train
 from util.search.confirm import VERDICT, FreshRun, finish, plan, run_all
 from util.search.folder import add_rung, add_seconds, begin_record, change_record
 from util.search.pruning import make_pruner
@@ -17,7 +16,6 @@ from util.search.space import read_space
 from util.search.study import Study, run_trial
 
 N_QUESTIONS = 1000
-KNOWN = set(vars(train.get_args_parser().parse_args([])))
 
 
 def quality(values: dict) -> float:
@@ -33,7 +31,7 @@ def scores(n_correct: int, n: int) -> dict:
 def search_study(folder: Path, trials: int, true_quality: Callable[[dict], float] = quality, seed: int = 0,
                  **settings) -> Study:
     """All trials of the default space, pruned as usual, on N_QUESTIONS questions."""
-    rng, space = random.Random(seed), read_space(SPACE, KNOWN)
+    rng, space = random.Random(seed), read_space(SPACE)
     content = {"trials": trials, "pruner": "asha", "questions": N_QUESTIONS, "confirm": 3, "seeds": 3,
                "steps_per_epoch": 397, "flags": {"epochs": 20, "seed": 0},
                "space": {"parameters": space.parameters, "enqueue": space.enqueue}, **settings}

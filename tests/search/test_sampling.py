@@ -21,14 +21,13 @@ from util.search.space import read_space
 from util.search.study import COMPLETE, Study, run_trial
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-KNOWN = set(vars(train.get_args_parser().parse_args([])))
 SPACES = sorted((ROOT / "scripts").glob("search_*.json"))
 IMPLAUSIBLE = 1e-4  # p-value of samples that do not follow the distribution; the seeds are fixed
 
 
 def samples(path, n: int, fixed=None) -> list[dict]:
     """Flags of n trials that Optuna draws at random."""
-    space = read_space(path, KNOWN).fix(fixed or {})
+    space = read_space(path).fix(fixed or {})
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     return [space.suggest(study.ask()) for _ in range(n)]
 
@@ -159,7 +158,7 @@ def test_sampled_numbers_are_short_but_no_coarser_than_a_thousandth(tmp_path):
 def test_every_end_of_the_quick_starts_space_is_taken_by_train():
     """train.py also gets the flags that the quick start's script gives to all trials."""
     given = re.search(r"--device cpu [^)]*", (ROOT / "scripts" / "toy.sh").read_text())[0].split()
-    space = read_space(ROOT / "scripts" / "search_quickstart.json", KNOWN)
+    space = read_space(ROOT / "scripts" / "search_quickstart.json")
     space.check(lambda values: command.check_train(given, 1, values))
 
 
@@ -198,7 +197,7 @@ def test_a_condition_on_a_flag_that_is_itself_not_searched_does_not_hold(tmp_pat
 
 def test_flags_of_the_learning_rate_are_searched_with_the_schedules_that_use_them():
     """Judged by the rate itself: it changes with the flag, or it does not."""
-    parameters, expected = read_space(SPACE, KNOWN).parameters, in_full(SPACE)["parameters"]
+    parameters, expected = read_space(SPACE).parameters, in_full(SPACE)["parameters"]
     assert parameters["lr_schedule"]["choices"] == list(SCHEDULES)
     for flag in ("min_lr", "warmup_epochs"):
         assert set(parameters[flag]["when"]["lr_schedule"]) == set(expected[flag]["when"]["lr_schedule"]) < {*SCHEDULES}
@@ -214,7 +213,7 @@ def settings_of(space, trials: int, **changes) -> dict:
 
 def taken(folder, path, trials: int, n: int) -> list[dict]:
     """Flags of the first n trials of a study of so many, as they would be trained; each one scores the same."""
-    space = read_space(path, KNOWN)
+    space = read_space(path)
     study = Study(folder, space, settings_of(space, trials), None)
     values = []
     for _ in range(n):
@@ -242,7 +241,7 @@ def test_the_first_trials_are_the_sets_of_the_file_in_its_order(path, tmp_path):
 
 def test_the_base_is_what_train_does_without_a_search():
     trained = vars(train.get_args_parser().parse_args([]))
-    base = read_space(SPACE, KNOWN).first_sets()[0]
+    base = read_space(SPACE).first_sets()[0]
     assert base == {flag: trained[flag] for flag in base}
 
 
@@ -252,11 +251,11 @@ def test_a_default_that_a_listed_set_moves_out_of_its_range_is_the_nearest_value
         "dropout_lim": {"kind": "float", "low": "dropout_prob", "high": 0.4, "default": 0.2}},
         [{}, {"dropout_prob": 0.3}])
     sets = [{"dropout_prob": 0.1, "dropout_lim": 0.2}, {"dropout_prob": 0.3, "dropout_lim": 0.3}]
-    assert read_space(path, KNOWN).first_sets() == sets == taken(tmp_path / "S", path, 4, 2)
+    assert read_space(path).first_sets() == sets == taken(tmp_path / "S", path, 4, 2)
 
 
 def test_a_study_of_fewer_trials_than_sets_takes_the_first_ones(tmp_path):
-    space = read_space(SPACE, KNOWN)
+    space = read_space(SPACE)
     assert taken(tmp_path, SPACE, 3, 3) == space.first_sets()[:3]
     study = Study(tmp_path, space, settings_of(space, 3), None)
     assert study.take() is None and len(study.trials(COMPLETE)) == 3

@@ -21,7 +21,6 @@ from util.search.settings import SPACE
 from util.search.space import command_line, read_space
 from util.study.methods import named_methods
 
-KNOWN = set(vars(train.get_args_parser().parse_args([])))
 EFFECTIVE_32 = ["--batch_size", "2", "--accum_iter", "16"]
 FLOAT = {"kind": "float", "low": 0, "high": 0.3, "default": 0.1}
 
@@ -44,7 +43,7 @@ class Draws:
 
 @pytest.fixture(scope="module")
 def space():
-    return read_space(SPACE, KNOWN)
+    return read_space(SPACE)
 
 
 def published_flags(script) -> list[str]:
@@ -117,7 +116,7 @@ def make(parameters: dict, enqueue: Any = ({},)):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "space.json")
         path.write_text(json.dumps({"parameters": parameters, "enqueue": enqueue}))
-        return read_space(path, KNOWN)
+        return read_space(path)
 
 
 SCHEDULE = {"lr_schedule": {"kind": "categorical", "default": "cosine"}}

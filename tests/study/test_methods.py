@@ -69,7 +69,7 @@ def test_the_base_schedule_is_the_first_and_is_named_in_one_place():
 
 
 def test_a_search_tries_all_methods_first():
-    space = read_space(SPACE, set(TRAIN_FLAGS))
+    space = read_space(SPACE)
     assert space.enqueue == [method.flags for method in named_methods()]
 
 

@@ -1,4 +1,5 @@
-"""Results of an evaluation: the folder that they belong to, their identity, and whether they are there already."""
+"""Results of an evaluation: the folder that they belong to, their identity (all that determines them), and whether they
+are there already."""
 
 from collections.abc import Callable
 from dataclasses import asdict

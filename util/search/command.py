@@ -160,7 +160,7 @@ def main(args: Flags) -> None:
         raise UserError(f"--{refused[0]} does not go with a search, which names the folders of its runs of ScienceQA: "
                         "leave it out")
     require_base(trained.llama_model_path, trained.llm_model, use_vicuna=trained.use_vicuna)
-    whole = read_space(search.space, set(vars(trained)))
+    whole = read_space(search.space)
     space = whole.fix(fixed_values(trained))
     check_values = partial(check_train, given, search.gpus)
     space.check(check_values)

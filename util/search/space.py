@@ -167,24 +167,24 @@ class Space:
                 raise UserError(f"{self.source}: {name} {value}: {error}") from error
 
 
-def read_space(path: str | Path, known: set[str]) -> Space:
-    """The space that a file declares. known: names of train.py's flags."""
+def read_space(path: str | Path) -> Space:
+    """The space that a file declares."""
     content: Any = read_validated(path, SpaceFile, "name it with --space", FIX)
     parameters = {name: fill_in(name, parameter, str(path)) for name, parameter in content["parameters"].items()}
     for name, parameter in parameters.items():
         check_parameter(parameter, f"{path}: {name}")
     space = Space(parameters, [{}], str(path))
-    check_references(space, known)
-    space = replace(space, enqueue=sets_to_try(content["enqueue"], space, known))
+    check_references(space)
+    space = replace(space, enqueue=sets_to_try(content["enqueue"], space))
     space.first_sets()
     return space
 
 
-def sets_to_try(enqueue: Any, space: Space, known: set[str]) -> list[Values]:
+def sets_to_try(enqueue: Any, space: Space) -> list[Values]:
     """The sets of `enqueue`, or all methods that lie in the space."""
     if enqueue == ALL_METHODS:
         return [method.flags for method in named_methods() if space.is_possible(method.flags)]
-    unknown = {flag for values in enqueue for flag in values} - known
+    unknown = {flag for values in enqueue for flag in values} - TRAIN_FLAGS.keys()
     if unknown:
         raise UserError(f"{space.source}: enqueue: --{min(unknown)} is no flag of train.py: {FIX}")
     return enqueue
@@ -281,13 +281,13 @@ def check_range(parameter: Any) -> str | None:
     return None
 
 
-def check_references(space: Space, known: set[str]) -> None:
+def check_references(space: Space) -> None:
     """Raises UserError for flags that train.py does not know, and for conditions and bounds that are not known yet."""
     seen: set[str] = set()
     for name, parameter in space.parameters.items():
         flag, source = flag_of(name, parameter), f"{space.source}: {name}"
-        changes_nothing = flag in known and TRAIN_FLAGS[flag].role not in CHANGES_RESULTS
-        if flag not in known or changes_nothing:
+        changes_nothing = flag in TRAIN_FLAGS and TRAIN_FLAGS[flag].role not in CHANGES_RESULTS
+        if flag not in TRAIN_FLAGS or changes_nothing:
             reason = "changes no result" if changes_nothing else "is no flag of train.py"
             raise UserError(f"{source}: --{flag} {reason}: {FIX}")
         bound_flags = [parameter[bound] for bound in ("low", "high") if isinstance(parameter.get(bound), str)]
