@@ -2,6 +2,8 @@
 
 The output matrix needs no gradient, so the gradient of the hidden states can be computed along with the loss: the
 forward pass handles CHUNK_TOKENS tokens at a time, and the backward pass only scales what it kept.
+
+The loss is a weighted sum; `loss_weights` in util/training/accumulation.py makes it the average over a step.
 """
 
 import torch

@@ -1,4 +1,7 @@
-"""The record of an epoch's steps. A step's numbers are read while the GPU works on the next, so that no step waits."""
+"""The record of an epoch's steps, from which its line of log.txt is made.
+
+A step's numbers are read while the GPU works on the next one, so that no step waits.
+"""
 
 import time
 from collections.abc import Callable
@@ -68,6 +71,13 @@ class EpochRecord:
     def skipped_steps(self, start: int = 0) -> int:
         """The number of steps from `start` that were skipped, since their gradients were not finite."""
         return sum(not stepped for _, stepped, _ in self.steps[start:])
+
+    def log_line(self, n_samples: int, memory_gib: float) -> dict:
+        """The epoch's line of log.txt. n_samples: the number of samples that its steps took."""
+        seconds = self.seconds
+        return {"epoch": self.epoch, "train_lr": sum(self.rates) / len(self.rates), "train_closs": self.mean_loss(),
+                "skipped_steps": self.skipped_steps(), "samples_per_s": n_samples / seconds, "seconds": seconds,
+                "peak_memory_gib": memory_gib}
 
 
 def loss_in_words(loss: float | None) -> str:

@@ -79,8 +79,8 @@ class Trainer:
         with signals.deferred():
             while record.epoch < self.end:
                 self.train_epoch(record)
-                entry = log_entry(record, self.n_steps * min(self.effective_batch, len(self.examples)),
-                                  peak_memory_gib(self.model.device))
+                entry = record.log_line(self.n_steps * min(self.effective_batch, len(self.examples)),
+                                        peak_memory_gib(self.model.device))
                 self.save(record, entry)
                 print_rank0(f"epoch {record.epoch}: {loss_in_words(entry['train_closs'])}, "
                             f"{entry['samples_per_s']:.1f} samples/s"
@@ -181,11 +181,3 @@ def dropout_seed(seed: int, epoch: int, step: int, rank: int) -> int:
     """The seed of a step's dropout masks: a run that goes on in the middle of an epoch repeats them without a saved
     state."""
     return int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0])
-
-
-def log_entry(record: EpochRecord, n_samples: int, memory_gib: float) -> dict:
-    """The epoch's line of log.txt."""
-    seconds = record.seconds
-    return {"epoch": record.epoch, "train_lr": sum(record.rates) / len(record.rates),
-            "train_closs": record.mean_loss(), "skipped_steps": record.skipped_steps(),
-            "samples_per_s": n_samples / seconds, "seconds": seconds, "peak_memory_gib": memory_gib}
