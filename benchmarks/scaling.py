@@ -49,7 +49,7 @@ EFFECTIVE_BATCH = 32
 
 
 class RandomTensors(Mapping):
-    """Name -> random frozen weight, seeded by its name, so that all processes get the same."""
+    """Maps names to random frozen weights, each seeded by its name, so that all processes get the same."""
 
     def __init__(self, parameters: dict, device):
         self.shapes, self.device = {name: shape for name, (_, shape) in parameters.items()}, device

@@ -226,11 +226,11 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None for _ in "qk")
 
     def project(self, x):
-        """[N, D] -> query [N, H, d], key and value [N, H_kv, d]."""
+        """Returns query [N, H, d], key and value [N, H_kv, d] of x [N, D]."""
         return (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
 
     def query_key_value(self, x, rotary):
-        """Query [N, H, d], key and value [N, H_kv, d] for attention, from x [N, D]."""
+        """Returns query [N, H, d], key and value [N, H_kv, d] for attention, from x [N, D]."""
         query, key, value = self.project(x)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)

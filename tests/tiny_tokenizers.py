@@ -23,8 +23,8 @@ NO_MODEL = SimpleNamespace(state_dict=dict, config=SimpleNamespace(
 
 
 def byte_level(words=None, spaced: bool = False) -> Tokenizer:
-    """words: the pre-tokenizer that divides text into words before the bytes; GPT-2's come last where it is None or
-    Digits. spaced: whether a text gets a space before it, as some converters write."""
+    """Trains a byte-level tokenizer. words: the pre-tokenizer that divides text into words before the bytes; GPT-2's
+    come last where it is None or Digits. spaced: whether a text gets a space before it, as some converters write."""
     is_gpt2 = not isinstance(words, pre_tokenizers.Split)
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence([

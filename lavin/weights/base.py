@@ -156,7 +156,7 @@ def is_delta(weights: BaseWeights) -> bool:
     return norm is not None and norm.numel() > 0 and bool(norm.float().mean().abs() < 0.05)
 
 class WeightsWithDelta(Mapping):
-    """Name -> base + delta, added in float32. The delta's extra vocabulary row, v0's [PAD], is dropped."""
+    """Maps names to base + delta, added in float32. The delta's extra vocabulary row, v0's [PAD], is dropped."""
 
     def __init__(self, base: BaseWeights, delta: BaseWeights):
         self.base, self.delta = base, delta

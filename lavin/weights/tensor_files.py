@@ -109,7 +109,7 @@ def check_records(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Name -> tensor of floating-point numbers; buffers of integers are left out."""
+    """Returns the tensors of floating-point numbers by name; buffers of integers are left out."""
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     for wrapper in WRAPPERS:
         content = content[wrapper] if isinstance(content.get(wrapper), dict) else content

@@ -72,7 +72,7 @@ def answer_loss(hidden, weight, targets, loss_weights):
 
 
 class ShardedTensors(Mapping):
-    """Name -> this rank's shard. If the base has one file per rank, only this rank's file is read."""
+    """Maps names to this rank's shards. If the base has one file per rank, only this rank's file is read."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
         self.tensors, self.rank, self.size = tensors, get_model_parallel_rank(), distributed.model_parallel_size

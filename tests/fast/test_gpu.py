@@ -37,7 +37,7 @@ def close(actual, expected, tolerance: float) -> bool:
 
 
 def test_copies_to_the_gpu():
-    """No views, for which torch.compile would make other programs; copies in flight are not overwritten."""
+    """They are no views, for which torch.compile would make other programs; copies in flight are not overwritten."""
     for n in (1, 3, 300):
         tensors = [[torch.arange(n) + i, torch.empty(0), torch.rand(n, 2), torch.tensor(i), torch.arange(n).int() - i]
                    for i in range(3)]

@@ -42,7 +42,7 @@ def test_router_equations():
 
 
 def test_parameters_equal_the_published_convolutions():
-    """conv_A, conv_B, conv_D as 1x1 convolutions, B and E in two groups; compared with F.conv1d."""
+    """F.conv1d is the oracle: conv_A, conv_B and conv_D are 1x1 convolutions, the latter two in two groups."""
     module, _, x = random_adapter(RepAdapterRouter)
     channels_first = x.t()[None]  # [1, D, N]
     z = F.conv1d(channels_first, module.conv_A.weight, module.conv_A.bias)

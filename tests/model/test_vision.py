@@ -16,7 +16,7 @@ IMAGES = torch.randint(0, 256, (3, 3, IMAGE_SIZE, IMAGE_SIZE), generator=torch.G
 @pytest.mark.parametrize("n_features", [6, 3, 1])
 @torch.no_grad()
 def test_features_equal_timms_intermediates(vit_name, n_features):
-    """Both without adapters and with fresh adapters, which are the identity."""
+    """They are equal without adapters, and with fresh adapters, which are the identity."""
     torch.manual_seed(0)
     vit = tiny_vit(vit_name).eval()
     layers = vit.forward_intermediates(normalize_imagenet(IMAGES), return_prefix_tokens=True, intermediates_only=True,

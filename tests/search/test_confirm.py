@@ -237,7 +237,7 @@ def test_questions_are_matched_by_their_id(tmp_path):
 
 
 def test_questions_that_trials_were_scored_on_do_not_confirm(tmp_path):
-    """Right in the lectures of those that eval.py --questions asks, wrong in all others."""
+    """A configuration answers the lectures of the questions that eval.py --questions asks, and no other ones."""
     problems = {str(i): {"lecture": f"Lecture {i % 5}."} for i in range(30)}
     data = ScienceQA(tmp_path, problems, {})
     searched = data.sample(10).problems

@@ -23,7 +23,7 @@ def answers(predictions: dict[str, int]) -> list[Answer]:
 
 
 def test_nine_accuracies():
-    """Right: a, c, d, f. Wrong: b, e."""
+    """The answers to a, c, d and f are right, and those to b and e are wrong."""
     result = score(PROBLEMS, answers({"a": 0, "b": 0, "c": 0, "d": 1, "e": 0, "f": 0}))
     assert result["counts"] == {"NAT": 2, "SOC": 1, "LAN": 3, "TXT": 2, "IMG": 2, "NO": 3, "G1-6": 3, "G7-12": 3,
                                 "Avg": 6}

@@ -174,7 +174,7 @@ def test_lines_of_epochs_that_are_made_anew_are_replaced(flags, unbroken, tmp_pa
     [(2, None), (2, None), (3, None), (5, None)]], ids=str)
 def test_a_run_that_was_stopped_and_killed_has_the_lines_of_one_that_was_not(
         flags, unbroken, not_finite, tmp_path, monkeypatch, ends):
-    """None twice, none lost, in order, each of the same steps."""
+    """No line is there twice or lost, all are in order, and each is of the same steps."""
     command = in_folder(flags, tmp_path / "run")
     for steps, error in ends:
         end_at(monkeypatch, steps, error, *command)

@@ -374,7 +374,7 @@ HUGGING_FACE = {
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_hugging_face_names_and_shapes_of_real_models(name):
-    """All on the meta device."""
+    """All tensors are on the meta device."""
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
     content, count = HUGGING_FACE[name]

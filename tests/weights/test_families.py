@@ -76,7 +76,7 @@ def perturb(model) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tokenizer_file, tmp_path_factory):
-    """Name -> (folder, transformers' model)."""
+    """The folders and transformers' models by name."""
     root = tmp_path_factory.mktemp("families")
     return {name: (root / name, write(root / name, tokenizer_file, **changes)) for name, changes in VARIANTS.items()}
 
@@ -356,7 +356,7 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_names_and_shapes_of_real_models(name):
-    """All on the meta device."""
+    """All tensors are on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
     model_type, content, count = SIZES[name]
     with torch.device("meta"):

@@ -140,7 +140,7 @@ def test_each_process_holds_half_of_every_matrix_and_of_the_kv_cache(two_process
 
 
 def assert_same_run(folder: Path, one_process: Path) -> None:
-    """Same losses and adapters, and the same evaluation of the same checkpoint."""
+    """Asserts that losses and adapters are the same, and the evaluation of one checkpoint, too."""
     assert [line["train_closs"] for line in read_log(folder)] == pytest.approx(
         [line["train_closs"] for line in read_log(one_process)], rel=1e-4)
     trained = load_checkpoint(one_process / "checkpoint-2.pth")["model"]

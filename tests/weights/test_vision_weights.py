@@ -90,7 +90,8 @@ def test_epsilon_of_hugging_faces_clip(base, tmp_path):
 
 
 def test_clip_as_saved_before_transformers_5(base, tmp_path):
-    """Names prefixed with `vision_model.`, position ids, pytorch_model.bin, and only non-default configuration."""
+    """Its names begin with `vision_model.`; it has position ids, pytorch_model.bin, and no default values in its
+    configuration."""
     tower = write_clip(tmp_path / "clip", "CLIPVisionModel", num_attention_heads=8)
     tensors = {f"vision_model.{name.removeprefix('vision_model.')}": t for name, t in tower.state_dict().items()}
     tensors["vision_model.embeddings.position_ids"] = torch.arange(5)[None]

@@ -19,7 +19,7 @@ def is_gguf(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """tensors: llama.cpp's name -> the package's ReaderTensor, still quantized."""
+    """An open GGUF file. tensors: llama.cpp's name -> the package's ReaderTensor, still quantized."""
 
     path: Path
     metadata: dict[str, Any]
