@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tiny import ROOT
+from util import runs
 
 PACKAGES = ("lavin", "util")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
@@ -157,6 +158,13 @@ def test_files_are_imported_by_their_package_path():
     wrong = [f"{path}:{node.lineno}" for path in paths for node in ast.walk(ast.parse(path.read_text()))
              if changes_sys_path(node) or PROGRAMS & {name.split(".")[0] for name in modules_in(node)}]
     assert ROOT / "tools" / "output.py" in paths and "output" in PROGRAMS and wrong == []
+
+
+def test_the_names_of_a_runs_files_stand_in_one_place():
+    names = {runs.RECIPE, runs.LOG, runs.METRICS, runs.LAST, *runs.RESULTS}  # Hugging Face has a config.json, too
+    places = {path.relative_to(ROOT).as_posix() for path in FILES for node in ast.walk(ast.parse(path.read_text()))
+              if isinstance(node, ast.Constant) and node.value in names}
+    assert places == {"util/runs.py"}
 
 
 def test_the_promised_python_is_one_number():
