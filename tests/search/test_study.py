@@ -259,6 +259,7 @@ def test_a_trial_is_compared_to_those_of_its_schedule(pruner):
     study = optuna.create_study(direction="maximize", pruner=make_pruner(pruner, 6))
     pruned = {}
     for number in range(36):
+        study.enqueue_trial({"lr_schedule": ("cosine", "cyclical")[number % 2]})  # a sampler would draw them at random
         trial = study.ask()
         schedule = trial.suggest_categorical("lr_schedule", ["cosine", "cyclical"])
         trial.report(80 + number % 7 - 5 * (schedule == "cyclical"), 6)
