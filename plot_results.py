@@ -1,8 +1,8 @@
 """Compares runs: `python plot_results.py RUN [RUN ...]`; without an argument, the published eight methods.
 
-Writes figures (util/study/figures.py) and a table in Markdown, CSV and LaTeX (util/study/tables.py); with --plan,
-prints how many seeds and questions a difference needs (util/study/planning.py). Of a study of search.py, it writes the
-report (util/search/report.py).
+Writes figures (util/comparison/figures.py) and a table in Markdown, CSV and LaTeX (util/comparison/tables.py); with
+--plan, prints how many seeds and questions a difference needs (util/comparison/planning.py). Of a study of search.py,
+it writes the report (util/search/report.py).
 """
 
 from lavin.runtime.startup import prepare_imports
@@ -16,13 +16,13 @@ from pathlib import Path
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import write_text
 from lavin.runtime.flags import Flags
+from util.comparison.comparison import Comparison, compare, published, with_published
+from util.comparison.figures import write_figures
+from util.comparison.planning import plan
+from util.comparison.settings import get_args_parser
+from util.comparison.tables import csv_table, effects_csv, latex_table, markdown_table, text_table
 from util.search.folder import is_study
 from util.search.report import write_report
-from util.study.comparison import Comparison, compare, published, with_published
-from util.study.figures import write_figures
-from util.study.planning import plan
-from util.study.settings import get_args_parser
-from util.study.tables import csv_table, effects_csv, latex_table, markdown_table, text_table
 
 TABLES = {"table.md": markdown_table, "table.csv": csv_table, "table.tex": latex_table, "effects.csv": effects_csv}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
-from util.study.statistics import contrast, holm, seed_variance
+from util.comparison.statistics import contrast, holm, seed_variance
 
 N_QUESTIONS, N_LECTURES, ACCURACY = 4241, 260, 0.88
 SHARED, OF_METHOD = 0.6, 0.15  # variances: of question and lecture together, and of a method's questions

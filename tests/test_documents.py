@@ -16,7 +16,7 @@ import pytest
 import documents
 from documents import Page, read_page
 from tiny import ROOT
-from util.study.methods import named_methods
+from util.comparison.methods import named_methods
 
 PATTERNS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "benchmarks/README.md",
             "tests/faults/README.md")

@@ -118,7 +118,7 @@ def test_statistics_are_not_imported_where_nothing_is_compared(name):
     """scipy.stats takes half a second, which train.py --help need not wait for."""
     with_scipy = {module for module, path in MODULES.items()
                   if re.search(r"^\s*(import|from) scipy\b", path.read_text(), re.M)}
-    assert with_scipy == {"util.study.statistics", "util.study.planning"}
+    assert with_scipy == {"util.comparison.statistics", "util.comparison.planning"}
     assert not with_scipy & needed_by(name) and with_scipy <= needed_by("search") | needed_by("plot_results")
 
 

@@ -56,7 +56,8 @@ found["wrong value"] = refusal("--label_smoothing", "1")
 found["help"] = train.get_args_parser().format_help()
 space = read_space(SPACE)
 found["space"] = {"parameters": space.parameters, "enqueue": space.enqueue}
-tests = ["tests/study/test_methods.py", "tests/search/test_space.py::test_the_first_trials_are_the_published_methods"]
+tests = ["tests/comparison/test_methods.py",
+         "tests/search/test_space.py::test_the_first_trials_are_the_published_methods"]
 found["tests"] = int(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", *tests]))
 print(json.dumps(found))
 """

@@ -15,8 +15,8 @@ import pytest
 
 from tiny import ROOT
 from train import get_args_parser
+from util.comparison.methods import named_methods
 from util.lr_sched import check_schedule, derive_learning_rate
-from util.study.methods import named_methods
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("slurm/*")])
 METHODS = {method.key: method.flags for method in named_methods()}

@@ -220,11 +220,11 @@ def preload() -> None:
     import tools.export_hf  # noqa: F401
     import train  # noqa: F401
     import util.chat.terminal  # noqa: F401
+    import util.comparison.figures
     import util.search.figures
     import util.search.study  # noqa: F401
-    import util.study.figures
     # drawing takes seconds, and the result is the table
-    util.study.figures.save_figure = util.search.figures.save_figure = lambda *_: None
+    util.comparison.figures.save_figure = util.search.figures.save_figure = lambda *_: None
     lavin.runtime.files.SAMPLE_BYTES = cases.SAMPLE_BYTES
     gc.collect()
     gc.freeze()

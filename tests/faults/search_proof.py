@@ -31,12 +31,12 @@ from lavin.weights.adapters import read_adapters
 from tests.faults.cases import write_base
 from tests.simulated_studies import World
 from tools.make_mini_scienceqa import write_mini_scienceqa
+from util.comparison.statistics import mcnemar, tango
 from util.runs import last_checkpoint
 from util.search.confirm import Confirmation, verdict
 from util.search.folder import accuracy, read_records, read_settings
 from util.search.settings import SPACE
 from util.search.space import command_line
-from util.study.statistics import mcnemar, tango
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"train": 64, "val": 200, "test": 6}

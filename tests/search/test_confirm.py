@@ -12,6 +12,7 @@ import pytest
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import write_json
+from util.comparison.statistics import contrast, mcnemar, seed_variance
 from util.data.datasets import ScienceQA, cluster
 from util.search import confirm
 from util.search.confirm import (
@@ -29,7 +30,6 @@ from util.search.confirm import (
 )
 from util.search.folder import begin_record, change_record
 from util.search.locks import claim
-from util.study.statistics import contrast, mcnemar, seed_variance
 
 
 def trial(study, number: int, state: str, *accuracies: int) -> None:

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 import train
 from tiny import ROOT
 from user_errors import error_message
+from util.comparison.methods import named_methods
 from util.lr_sched import SCHEDULES, schedules_with
 from util.search import command
 from util.search.settings import SPACE
 from util.search.space import command_line, read_space
-from util.study.methods import named_methods
 
 EFFECTIVE_32 = ["--batch_size", "2", "--accum_iter", "16"]
 FLOAT = {"kind": "float", "low": 0, "high": 0.3, "default": 0.1}

@@ -15,6 +15,9 @@ import numpy as np
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import PUT_IT_THERE, load_json, write_json
+from util.comparison.comparison import clusters_of
+from util.comparison.statistics import LEVEL, Estimate, contrast, seed_variance, tango
+from util.comparison.tables import points
 from util.evaluation.answers import read_answers
 from util.runs import GENERATIONS
 from util.search.errors import CommandFailed
@@ -32,9 +35,6 @@ from util.search.folder import (
 from util.search.locks import WAIT_SECONDS, claim, waiting_for
 from util.search.runner import Runner
 from util.search.space import Values
-from util.study.comparison import clusters_of
-from util.study.statistics import LEVEL, Estimate, contrast, seed_variance, tango
-from util.study.tables import points
 
 VERDICT = "verdict.json"
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from lavin.runtime.arithmetic import ceil_div
-from util.search.summary import StudyReport, Trial, importance
-from util.study.figures import (  # its imports of matplotlib follow its choice of a backend
+from util.comparison.figures import (  # its imports of matplotlib follow its choice of a backend
     COLOURS,
     MARKERS,
     LogLocator,
@@ -21,6 +20,7 @@ from util.study.figures import (  # its imports of matplotlib follow its choice 
     plt,
     save_figure,
 )
+from util.search.summary import StudyReport, Trial, importance
 
 FINISHED, PRUNED, BASE, BEST = "#0072B2", "#999999", "#000000", "#D55E00"
 UNFINISHED_MARKERS = ["v", "s", "D", "^"]  # by the epochs that trials reached

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lavin.runtime.files import write_text
+from util.comparison.comparison import compare
+from util.comparison.statistics import wilson
+from util.comparison.tables import NONE, markdown_table, points
 from util.search.confirm import (
     VERDICT,
     Confirmation,
@@ -21,9 +24,6 @@ from util.search.figures import write_figures
 from util.search.folder import BASE, gpu_seconds
 from util.search.identity import FILES
 from util.search.summary import MIN_TRIALS, StudyReport
-from util.study.comparison import compare
-from util.study.statistics import wilson
-from util.study.tables import NONE, markdown_table, points
 
 N_BEST = 10  # rows of the table of trials
 MARKS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "unfinished"}

@@ -22,8 +22,8 @@ from typing_extensions import NotRequired, TypedDict
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import CHANGES_RESULTS
 from lavin.runtime.schema import NonBlankText, read_validated, strictly_declared
+from util.comparison.methods import METHODS, named_methods
 from util.lr_sched import schedules_with
-from util.study.methods import METHODS, named_methods
 from util.training.recipe import TRAIN_FLAGS
 
 DIGITS = 4  # significant ones of a sampled number

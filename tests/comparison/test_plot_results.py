@@ -15,11 +15,11 @@ from test_comparison import CYCLICAL, INCREASING, METRICS_LINE, STEP, write_run
 import plot_results
 from lavin.mm_adapter import dropout_schedule
 from lavin.runtime.errors import one_line_errors
+from util.comparison import figures
+from util.comparison.comparison import Method, compare, published
+from util.comparison.figures import CATEGORIES, COLOURS, FIGURES
+from util.comparison.statistics import wilson
 from util.lr_sched import learning_rate
-from util.study import figures
-from util.study.comparison import Method, compare, published
-from util.study.figures import CATEGORIES, COLOURS, FIGURES
-from util.study.statistics import wilson
 
 # as published, in the order of the publication
 NAMES = ["Base", "Cyclical LR", "Step Decay", "Exp. Decay", "Inc. Drop. Prob", "Dec. Drop. Prob", "Inc. Drop. Prob V2",

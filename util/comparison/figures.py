@@ -23,12 +23,12 @@ from matplotlib.transforms import ScaledTranslation
 
 from lavin.mm_adapter import dropout_schedule
 from lavin.runtime.files import atomic_write
+from util.comparison.comparison import Comparison, Method
+from util.comparison.factorial import Effect, find_effects
+from util.comparison.methods import method_names
+from util.comparison.statistics import LEVEL
 from util.evaluation.scoring import COLUMNS
 from util.lr_sched import LearningRate, learning_rate
-from util.study.comparison import Comparison, Method
-from util.study.factorial import Effect, find_effects
-from util.study.methods import method_names
-from util.study.statistics import LEVEL
 
 CATEGORIES = [column for column in COLUMNS if column != "Avg"]
 # Okabe & Ito's palette for all kinds of colour vision, with wine in place of its yellow, which is hardly visible in

@@ -8,11 +8,11 @@ import pytest
 from test_comparison import write_run
 
 import plot_results
-from util.study import figures
-from util.study.comparison import compare
-from util.study.factorial import find_effects, find_grid
-from util.study.planning import detectable, measure
-from util.study.statistics import contrast, holm, seed_variance
+from util.comparison import figures
+from util.comparison.comparison import compare
+from util.comparison.factorial import find_effects, find_grid
+from util.comparison.planning import detectable, measure
+from util.comparison.statistics import contrast, holm, seed_variance
 
 SCHEDULES = {"Base": {}, "Step Decay": {"lr_schedule": "step"}, "Exp. Decay": {"lr_schedule": "exponential"}}
 DROPOUTS = {"Base": {}, "dropout 0.3": {"dropout_prob": 0.3, "dropout_lim": 0.2}}

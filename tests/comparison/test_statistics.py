@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, sem, t, ttest_1samp, ttest_ind
 
 from tests.simulated_studies import World, simulate, simulate_table
-from util.study.statistics import (
+from util.comparison.statistics import (
     Estimate,
     accuracy_interval,
     contrast,

@@ -1,8 +1,8 @@
 """How many seeds and questions a comparison needs to find a difference of given size.
 
-The plan asks what `util.study.statistics.contrast` would find, with more seeds or questions than the runs at hand have
-(Miller 2024, arXiv 2411.00640, on power analysis, with a term for seeds). The variances are measured on these runs;
-what they cannot show is assumed, which the plan says.
+The plan asks what `util.comparison.statistics.contrast` would find, with more seeds or questions than the runs at hand
+have (Miller 2024, arXiv 2411.00640, on power analysis, with a term for seeds). The variances are measured on these
+runs; what they cannot show is assumed, which the plan says.
 """
 
 import math
@@ -14,10 +14,10 @@ from scipy.stats import chi2
 
 from lavin.runtime.console import format_table
 from lavin.runtime.errors import UserError
-from util.study.comparison import Comparison
-from util.study.factorial import find_grid
-from util.study.statistics import Estimate, seed_variance, standard_error, two_way
-from util.study.tables import NONE, half_width
+from util.comparison.comparison import Comparison
+from util.comparison.factorial import find_grid
+from util.comparison.statistics import Estimate, seed_variance, standard_error, two_way
+from util.comparison.tables import NONE, half_width
 
 SEEDS = (2, 3, 5, 10, 20, 50)  # the plan's rows
 MANY = 1000  # seeds: more than anybody trains

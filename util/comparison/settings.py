@@ -7,7 +7,7 @@ from pydantic import Field
 
 from lavin.runtime.flags import FlagGroup, Parser, Role, flag
 from lavin.runtime.schema import PathText
-from util.study.methods import BASE_IN_WORDS
+from util.comparison.methods import BASE_IN_WORDS
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,9 @@ import numpy as np
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
-from util.fingerprint import both_tell
-from util.runs import run_folders
-from util.study.finished_runs import Run, read_run
-from util.study.methods import find_base, group_by_method, method_names, named_methods
-from util.study.statistics import (
+from util.comparison.finished_runs import Run, read_run
+from util.comparison.methods import find_base, group_by_method, method_names, named_methods
+from util.comparison.statistics import (
     accuracy_interval,
     contrast,
     expected_design_effect,
@@ -28,6 +26,8 @@ from util.study.statistics import (
     tango,
     wilson,
 )
+from util.fingerprint import both_tell
+from util.runs import run_folders
 from util.training.recipe import INPUTS, other_inputs
 
 PUBLISHED = Path(__file__).parents[2] / "assets" / "published.json"

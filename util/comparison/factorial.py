@@ -7,9 +7,9 @@ schedule and a dropout give together beyond the sum of what each gives alone.
 
 from dataclasses import dataclass
 
-from util.study.comparison import Comparison, Method
-from util.study.methods import WORDED, is_named, method_name
-from util.study.statistics import contrast, holm, seed_variance
+from util.comparison.comparison import Comparison, Method
+from util.comparison.methods import WORDED, is_named, method_name
+from util.comparison.statistics import contrast, holm, seed_variance
 
 DROPOUT = tuple(flag for flag in WORDED if flag.startswith("dropout"))
 FACTORS = (*WORDED, "warmup_epochs")  # a schedule may have no warm-up

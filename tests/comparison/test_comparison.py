@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from lavin.runtime.errors import UserError
-from util.evaluation.answers import Answer
-from util.evaluation.scoring import COLUMNS
-from util.study.comparison import (
+from util.comparison.comparison import (
     PUBLISHED,
     Comparison,
     Difference,
@@ -23,10 +21,12 @@ from util.study.comparison import (
     published,
     with_published,
 )
-from util.study.finished_runs import Run, flags_computed_with, read_metrics, read_run
-from util.study.methods import method_name, named_methods
-from util.study.statistics import contrast, newcombe, seed_variance, tango
-from util.study.tables import csv_table, latex_table, markdown_table, text_table, verdicts
+from util.comparison.finished_runs import Run, flags_computed_with, read_metrics, read_run
+from util.comparison.methods import method_name, named_methods
+from util.comparison.statistics import contrast, newcombe, seed_variance, tango
+from util.comparison.tables import csv_table, latex_table, markdown_table, text_table, verdicts
+from util.evaluation.answers import Answer
+from util.evaluation.scoring import COLUMNS
 
 FLAGS = {"llm_model": "toy", "lr_schedule": "cosine", "lr": 0.01, "blr": 0.08, "min_lr": 0.0, "epochs": 2,
          "warmup_epochs": 1, "dropout_prob": 0.1, "dropout_var": 1.0, "dropout_lim": 0.2, "batch_size": 8,
@@ -338,7 +338,7 @@ def test_lines_of_metrics_are_read_one_at_a_time(tmp_path, monkeypatch):
         events.append("check")
         return line
     monkeypatch.setattr("lavin.runtime.files.parse_json", parse)
-    monkeypatch.setattr("util.study.finished_runs.validate", check)
+    monkeypatch.setattr("util.comparison.finished_runs.validate", check)
     assert read_metrics(tmp_path / "a" / "metrics.jsonl") == {(0, 10): 1.5, (0, 20): 1.5}
     assert events == ["parse", "check"] * 10
 

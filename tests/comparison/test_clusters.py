@@ -9,11 +9,11 @@ import pytest
 from test_comparison import STEP, write_run
 
 from lavin.runtime.errors import UserError
-from util.study import figures
-from util.study.comparison import compare
-from util.study.finished_runs import read_run
-from util.study.statistics import accuracy_interval, contrast, design_effect, mcnemar, seed_variance, tango
-from util.study.tables import text_table
+from util.comparison import figures
+from util.comparison.comparison import compare
+from util.comparison.finished_runs import read_run
+from util.comparison.statistics import accuracy_interval, contrast, design_effect, mcnemar, seed_variance, tango
+from util.comparison.tables import text_table
 
 CLUSTERS = [0, 0, 0, 1, 1, 2, 2, 3, 4, 4]
 

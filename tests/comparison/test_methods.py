@@ -9,11 +9,8 @@ import pytest
 import train
 from tiny import ROOT
 from user_errors import error_message
-from util.lr_sched import SCHEDULES
-from util.search.settings import SPACE
-from util.search.space import read_space
-from util.study.comparison import PUBLISHED
-from util.study.methods import (
+from util.comparison.comparison import PUBLISHED
+from util.comparison.methods import (
     BASE_IN_WORDS,
     METHODS,
     WORDED,
@@ -23,6 +20,9 @@ from util.study.methods import (
     read_methods,
     usual_min_lr,
 )
+from util.lr_sched import SCHEDULES
+from util.search.settings import SPACE
+from util.search.space import read_space
 from util.training.recipe import TRAIN_FLAGS
 
 OTHER_SCRIPTS = {"lite"}  # of the 7B model: not a method, but the base method on other weights
@@ -98,7 +98,7 @@ def more(tmp_path, monkeypatch):
         path = tmp_path / "methods.json"
         path.write_text(json.dumps({**json.loads(METHODS.read_text()), **entries}))
         found = read_methods(path)
-        monkeypatch.setattr("util.study.methods.named_methods", lambda: found)
+        monkeypatch.setattr("util.comparison.methods.named_methods", lambda: found)
         return found
     return read
 

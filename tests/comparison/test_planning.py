@@ -14,11 +14,9 @@ from test_comparison import FLAGS, STEP, write_run
 import plot_results
 from lavin.runtime.errors import UsageError, UserError
 from tests.simulated_studies import World, simulate
-from util.evaluation.answers import Answer
-from util.evaluation.scoring import COLUMNS
-from util.study.comparison import Comparison, Method, compare, differences_to_first, published
-from util.study.finished_runs import Run
-from util.study.planning import (
+from util.comparison.comparison import Comparison, Method, compare, differences_to_first, published
+from util.comparison.finished_runs import Run
+from util.comparison.planning import (
     Variances,
     detectable,
     measure,
@@ -26,7 +24,9 @@ from util.study.planning import (
     questions_needed,
     seeds_needed,
 )
-from util.study.tables import csv_table, difference_cells
+from util.comparison.tables import csv_table, difference_cells
+from util.evaluation.answers import Answer
+from util.evaluation.scoring import COLUMNS
 
 # What variances allow
 

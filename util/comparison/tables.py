@@ -12,11 +12,11 @@ from textwrap import fill, wrap
 import numpy as np
 
 from lavin.runtime.console import format_table
+from util.comparison.comparison import Comparison, Difference, Method
+from util.comparison.factorial import Effect, find_effects
+from util.comparison.methods import BASE_IN_WORDS
+from util.comparison.statistics import LEVEL, design_effect
 from util.evaluation.scoring import COLUMNS
-from util.study.comparison import Comparison, Difference, Method
-from util.study.factorial import Effect, find_effects
-from util.study.methods import BASE_IN_WORDS
-from util.study.statistics import LEVEL, design_effect
 
 NONE = "–"
 DIFFERENCE = ["vs. base", "verdict", "vs. base, 95 %", "p", "p (Holm)", "detectable"]

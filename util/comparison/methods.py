@@ -19,8 +19,8 @@ from typing_extensions import NotRequired, TypedDict
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import shown
 from lavin.runtime.schema import NonBlankText, PlainName, read_validated, strictly_declared
+from util.comparison.finished_runs import Run
 from util.lr_sched import SCHEDULES, Schedule
-from util.study.finished_runs import Run
 from util.training.recipe import TRAIN_FLAGS
 
 METHODS = Path(__file__).parents[2] / "scripts" / "methods.json"
