@@ -31,7 +31,8 @@ try:  # packages may be missing or broken, and this program says so
     from lavin.timm_compat import import_timm
     from lavin.tokenizer import Tokenizer
     from lavin.weights.base import base_files, base_path, open_base, require_base
-    from lavin.weights.vision import DOWNLOAD_HINT, hub_answers, open_vit, require_cached
+    from lavin.weights.hub import Repository, cached, is_offline, model_path, offline, require_cached
+    from lavin.weights.vision import DOWNLOAD_HINT, open_vit
     from util.data.datasets import find_problems_file, load_scienceqa
     from util.data.instructions import read_instructions
     from util.data.settings import DataSettings
@@ -47,6 +48,7 @@ FIX = "bash scripts/quickstart.sh makes .venv with all packages, or pip install 
 INSTALLED = {found.name.lower(): found.version for found in metadata.distributions() if found.name}
 BITSANDBYTES = ", and bitsandbytes (pip install -r requirements/lite.txt)"
 LEAST = {"fp8": (8, 9), "8bit": (7, 5), "4bit": (6, 0)}  # compute capability: of lavin/kernels/fp8.py, bitsandbytes
+FETCH_ELSEWHERE = "fetch it where there is one by python -m tools.download, into the same HF_HOME, or correct the path"
 BUILDS = ("; for older GPUs or drivers: pip install -r requirements.txt -c requirements/constraints/v100.txt (or "
           "cuda12.txt or cuda11.txt of that folder)")
 GPU_QUERY = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
@@ -150,25 +152,45 @@ def split(args, name: str) -> Iterator[str]:
 def weights(args) -> Iterator[str]:
     """Opens the base, which finds files that were cut short; its tensors are not read."""
     base = args.llama_model_path, args.llm_model
-    require_base(*base, use_vicuna=args.use_vicuna)
+    if not Path(*base).exists() and is_to_be_fetched(args.llm_model):
+        yield from to_be_fetched("base model", "--llm_model", args.llm_model, FETCH_ELSEWHERE)
+        return
+    with offline():
+        require_base(*base, use_vicuna=args.use_vicuna)
     files = base_files(*base, use_vicuna=args.use_vicuna)
     yield from map(file_row, files)
     open_base(base_path(*base), Tokenizer(files[0]).n_words, args.use_vicuna)
 
 
+def is_to_be_fetched(name: str) -> bool:
+    """Whether this is a model of the hub that is not in the cache."""
+    repository = Repository.parse(name)
+    return repository is not None and cached(repository) is None
+
+
+def to_be_fetched(label: str, flag: str, name: str, fix: str) -> Iterator[str]:
+    """A model that a run fetches when it starts. fix: for a machine without a network."""
+    yield row(label, f"{name}, to be downloaded")
+    if is_offline():
+        yield f"! {flag} {name}: no network, and it is not in the cache: {fix}"
+
+
 def vision(args) -> Iterator[str]:
-    name, path = args.vision_model, Path(args.vision_model)
-    if path.exists() or not timm.models.is_model(name.split(".")[0]):
-        open_vit(name)  # or says what is wrong with the name
-        yield from map(file_row, sorted(path.iterdir()) if path.is_dir() else [path])
+    label, flag, name = "vision model", "--vision_model", args.vision_model
+    if is_to_be_fetched(name):
+        yield from to_be_fetched(label, flag, name, FETCH_ELSEWHERE)
         return
+    with offline():
+        path = model_path(name, flag)
+        if path.exists() or not timm.models.is_model(name.split(".")[0]):
+            open_vit(name)  # or says what is wrong with the name
+            yield from map(file_row, sorted(path.iterdir()) if path.is_dir() else [path])
+            return
     try:
         require_cached(timm.models.get_pretrained_cfg(name).hf_hub_id)
-        yield row("vision model", f"{name}, in the cache")
+        yield row(label, f"{name}, in the cache")
     except Exception:  # not in the cache, or a name that timm has replaced
-        yield row("vision model", f"{name}, to be downloaded")
-        if not hub_answers():
-            yield f"! --vision_model {name}: no network, and it is not in the cache: {DOWNLOAD_HINT}, and name that"
+        yield from to_be_fetched(label, flag, name, f"{DOWNLOAD_HINT}, and name that")
 
 
 def output(args) -> Iterator[str]:

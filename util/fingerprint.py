@@ -11,6 +11,7 @@ from typing import Any
 from lavin.runtime.console import print_rank0
 from lavin.runtime.files import sampled_sha256
 from lavin.weights.base import base_files
+from lavin.weights.hub import model_path
 from lavin.weights.tensor_files import hf_weight_files
 from lavin.weights.vision import vit_files
 from util.data.checksums import files_sha256
@@ -32,7 +33,7 @@ def fingerprints(base: BaseSettings, tokenizer_path: str | None = None) -> dict[
 
 def vision_fingerprint(vision_model: str) -> str:
     """The checksum of parts of a folder's or a file's content, or the name of a model on timm's hub."""
-    path = Path(vision_model)
+    path = model_path(vision_model, "--vision_model")
     if path.is_dir():
         return sampled_sha256([path / "config.json", *hf_weight_files(path)])
     return sampled_sha256([path]) if path.is_file() else vision_model

@@ -19,14 +19,16 @@ class BaseSettings(FlagGroup):
 
     title: ClassVar[str] = "base model"
     llm_model: FileName = flag(
-        "7B", "the base model: a folder in --llama_model_path, or a path; Meta's files, Hugging Face's or a GGUF file",
+        "7B", "the base model: a folder in --llama_model_path, a path (Meta's files, Hugging Face's or a "
+        "GGUF file), or USER/REPO of the Hugging Face hub",
         Role.MODEL, stated_as="base")
     llama_model_path: PathText = flag(
         "../data/weights/", "folder of the base models and tokenizer.model", Role.MODEL, stated_as="base", named=False,
         reloadable=True, aliases=("--ckpt_dir",))
     vision_model: FileName = flag(
         "vit_large_patch14_clip_quickgelu_224.openai",
-        "image encoder: OpenAI's ViT-L-14.pt, a Hugging Face or timm folder or file, or a timm model name",
+        "image encoder: OpenAI's ViT-L-14.pt, a Hugging Face or timm folder or file, USER/REPO of the Hugging Face "
+        "hub, or a timm model name",
         Role.MODEL, stated_as="vision")
     bits: str = flag("16bit", "LLaMA's frozen matrices; 4bit and 8bit: pip install -r requirements/lite.txt",
                      Role.MODEL, choices=("16bit", "8bit", "4bit", "fp8"), reloadable=True)

@@ -79,13 +79,15 @@ def environment(device: torch.device, world: int) -> dict:
 
 
 def write_config(folder: Path, flags: dict, device: torch.device, world: int, n_layers: int,
-                 resumed_at: dict | None) -> None:
+                 resumed_at: dict | None, hub_commits: dict[str, str]) -> None:
     """Writes config.json at a run's start, and adds to it where and with what a run is resumed.
 
     `n_layers` is the number of LLaMA's layers, needed to recompute the dropout schedule. `resumed_at` is the epoch and
-    the step that a run goes on with.
+    the step that a run goes on with. `hub_commits` are the commits of models that the flags name as on the hub.
     """
     path, now = folder / CONFIG, environment(device, world)
+    if hub_commits:
+        now["hub_commits"] = hub_commits
     if resumed_at and path.is_file():
         config = read_json(path)
         write_json(path, {**config, "resumed": [*config.get("resumed", []), {**resumed_at, **now}]})

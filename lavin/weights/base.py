@@ -1,6 +1,7 @@
 """The base LLaMA: finds its files, opens them in the format of Meta, Hugging Face or GGUF, and adds Vicuna v0's delta.
 
-A base model is a folder or a GGUF file: `--llama_model_path`/`--llm_model`, or `--llm_model` itself if that is a path.
+A base model is a folder or a GGUF file: `--llama_model_path`/`--llm_model`, or `--llm_model` itself if that is a path,
+or the name of a model on the hub.
 All tensors are read, dequantized, concatenated and permuted on access, one at a time.
 """
 
@@ -14,6 +15,7 @@ from lavin.llama import LlamaConfig
 from lavin.runtime.errors import UserError
 from lavin.weights.gguf.file import is_gguf
 from lavin.weights.gguf_llama import open_gguf
+from lavin.weights.hub import model_path
 from lavin.weights.hugging_face import open_hugging_face
 from lavin.weights.meta import open_meta
 from lavin.weights.tensor_files import hf_weight_files
@@ -83,9 +85,12 @@ def find_format(path: Path) -> Format:
 # --- The base model that the flags name ---
 
 def base_path(llama_model_path: str, llm_model: str) -> Path:
-    """A folder, or a GGUF file."""
+    """A folder, or a GGUF file; a model of the hub is fetched, if it is not in the hub's cache."""
     path = Path(llama_model_path, llm_model)
-    return Path(llm_model) if not is_base(path) and is_base(Path(llm_model)) else path
+    if is_base(path):
+        return path
+    own_path = model_path(llm_model, "--llm_model")
+    return own_path if is_base(own_path) else path
 
 
 def is_base(path: Path) -> bool:

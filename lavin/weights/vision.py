@@ -5,18 +5,13 @@ Each opener returns a timm VisionTransformer on the meta device, and a mapping f
 
 import math
 import re
-import ssl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import torch
-from huggingface_hub import constants as hub
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants
 from pydantic import Field
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
@@ -35,17 +30,17 @@ from lavin.runtime.schema import (
 )
 from lavin.timm_compat import timm
 from lavin.vision import IMAGENET
+from lavin.weights.hub import is_offline, model_path, offline, require_cached
 from lavin.weights.tensor_files import hf_weight_files, read_hf_folder, read_tensors
 
 OpenedViT = tuple[nn.Module, Mapping[str, torch.Tensor]]  # model on meta, tensors under its names
 
 CLIP = {"quick_gelu": "vit_large_patch14_clip_quickgelu_224", "gelu": "vit_large_patch14_clip_224"}  # by activation
-HUB_SECONDS = 5  # to answer
 # files of a model on the hub; timm takes the first that is there
 HUB_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 OPENAI_HEAD_DIM = 64  # in all of OpenAI's ViTs
-DOWNLOAD_HINT = ("for CLIP ViT-L/14 fetch config.json and model.safetensors of https://huggingface.co/openai/"
-                 "clip-vit-large-patch14, or OpenAI's ViT-L-14.pt (https://github.com/openai/CLIP)")
+DOWNLOAD_HINT = ("fetch CLIP ViT-L/14 by python -m tools.download clip, or OpenAI's ViT-L-14.pt "
+                 "(https://github.com/openai/CLIP)")
 
 # Hugging Face's part of a parameter's name -> timm's
 HF_CLIP_NAMES = {"embeddings.patch_embedding": "patch_embed.proj", "embeddings.class_embedding": "cls_token",
@@ -100,7 +95,7 @@ def open_vit(vision_model: str) -> OpenedViT:
 
     Raises UserError if it is missing, broken, or not a ViT with a class token.
     """
-    path = Path(vision_model)
+    path = model_path(vision_model, "--vision_model")
     if not path.exists() and ("/" in vision_model or path.suffix in (".pt", ".pth", ".safetensors")):
         raise UserError(f"--vision_model {vision_model} does not exist: {DOWNLOAD_HINT}, and name the folder or the "
                         "file")
@@ -120,7 +115,7 @@ def open_vit(vision_model: str) -> OpenedViT:
 
 def vit_files(vision_model: str) -> list[Path]:
     """Every file that --vision_model is read from; none where timm's hub has not been asked for it yet."""
-    path = Path(vision_model)
+    path = model_path(vision_model, "--vision_model")
     if path.is_dir():
         return [path / "config.json", *hf_weight_files(path)]
     if path.is_file():
@@ -187,36 +182,6 @@ def normalization(vit: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]
     return IMAGENET if own == (timm.data.OPENAI_CLIP_MEAN, timm.data.OPENAI_CLIP_STD) else own
 
 
-def hub_answers() -> bool:
-    """Says whether there is a network: without one, the hub's own client tries for 50 s, even for files in its cache.
-    """
-    try:
-        urlopen(Request(hub.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
-    except HTTPError:
-        return True
-    except OSError as error:  # the hub's client may know other certificates
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)
-    return True
-
-
-@contextmanager
-def offline_without_network() -> Iterator[None]:
-    before = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = before or not hub_answers()
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = before
-
-
-def require_cached(repository: str) -> Path:
-    """The folder of a model in the hub's cache."""
-    try:
-        return Path(snapshot_download(repository, local_files_only=True))
-    except OSError as error:
-        raise OSError(f"no network to {hub.ENDPOINT}, and nothing of it in the cache") from error
-
-
 def hub_files(name: str) -> list[Path]:
     """The file in the hub's cache that timm reads a model from; none where it is not there."""
     config = timm.models.get_pretrained_cfg(name)
@@ -233,8 +198,8 @@ def create_pretrained(name: str) -> nn.Module:
     config = timm.models.get_pretrained_cfg(name)  # None for timm's old names, which stand for a new one
     if config:
         name = f"{native_variant(config.architecture, config.tag)}.{config.tag}"
-    with offline_without_network():
-        if hub.HF_HUB_OFFLINE and config and config.hf_hub_id:
+    with offline(is_offline()):
+        if constants.HF_HUB_OFFLINE and config and config.hf_hub_id:
             require_cached(config.hf_hub_id)  # at once; timm would build the model first
         return timm.create_model(name, pretrained=True, num_classes=0)
 

@@ -169,17 +169,18 @@ def test_base_file_that_is_cut_short(check, world):
 
 
 def test_missing_vision_model(check, world, monkeypatch):
-    assert_one(check("--vision_model", "no/folder")[1], "--vision_model no/folder does not exist", "fetch config.json")
+    assert_one(check("--vision_model", "./no/folder")[1], "--vision_model ./no/folder does not exist",
+               "python -m tools.download clip")
 
     def not_cached(repository):
         raise OSError
     monkeypatch.setattr(doctor, "require_cached", not_cached)
     name = "vit_large_patch14_clip_quickgelu_224.openai"
     for network in (True, False):
-        monkeypatch.setattr(doctor, "hub_answers", lambda network=network: network)
+        monkeypatch.setattr(doctor, "is_offline", lambda network=network: not network)
         lines, problems = check("--vision_model", name)
         assert find(lines, "vision model") == f"{name}, to be downloaded" and len(problems) == (not network)
-    assert_one(problems, f"--vision_model {name}: no network, and it is not in the cache: for CLIP ViT-L/14 fetch ")
+    assert_one(problems, f"--vision_model {name}: no network, and it is not in the cache: fetch CLIP ViT-L/14 by ")
     monkeypatch.setattr(doctor, "require_cached", lambda repository: None)
     lines, problems = check("--vision_model", name)
     assert problems == [] and find(lines, "vision model") == f"{name}, in the cache"

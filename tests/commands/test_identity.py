@@ -13,7 +13,7 @@ import eval as evaluation
 import eval_mme
 import train
 from lavin.runtime.files import SAMPLE_BYTES, write_json_lines
-from lavin.weights import vision
+from lavin.weights import hub
 from tiny_runs import load_checkpoint, run_flags, write_run
 from user_errors import error_message
 from util.data.datasets import load_scienceqa
@@ -233,7 +233,7 @@ def test_a_model_of_timms_hub_is_known_by_the_file_in_the_cache(base, tmp_path, 
             raise FileNotFoundError
         return str(folder)
 
-    monkeypatch.setattr(vision, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
     seen = [fingerprints(settings)]
     folder.mkdir()
     for file, content in (("README.md", b"0"), ("pytorch_model.bin", b"1"), ("model.safetensors", b"2"),

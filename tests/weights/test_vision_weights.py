@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from lavin.mm_adapter import AdapterConfig
 from lavin.timm_compat import timm
-from lavin.weights import vision
+from lavin.weights import hub
 from lavin.weights.load import load_base
 from lavin.weights.vision import open_vit
 from tiny import IMAGE_SIZE, ROOT, normalize_imagenet, tiny_vit
@@ -193,7 +193,7 @@ def mock_hub(monkeypatch, vit, answers: bool = True) -> list[str]:
     """timm.create_model returns `vit`. Returns the names that it is called with."""
     names = []
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, num_classes: names.append(name) or vit)
-    monkeypatch.setattr(vision, "hub_answers", lambda: answers)
+    monkeypatch.setattr(hub, "hub_answers", lambda: answers)
     return names
 
 
@@ -299,19 +299,19 @@ def test_siglip_of_timm_is_refused(tmp_path):
 
 def test_without_network_a_name_is_refused_at_once(monkeypatch):
     """The hub's client would try five times for each of two files, which takes 50 s."""
-    monkeypatch.setattr(vision.hub, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens
-    monkeypatch.setattr(vision.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     start = time.monotonic()
     message = error_message(open_vit, "vit_large_patch14_clip_224.openai")
     assert time.monotonic() - start < 3
     assert "no network to http://127.0.0.1:9, and nothing of it in the cache" in message
-    assert vision.hub.HF_HUB_OFFLINE is False
+    assert hub.constants.HF_HUB_OFFLINE is False
 
 
 @pytest.mark.parametrize("name, words", [
     ("no_such_model", "Unknown model"), ("vit_tiny_patch16_224.typo", "tag (typo)")])
 def test_a_wrong_name_is_not_called_a_lack_of_network(monkeypatch, name, words):
-    monkeypatch.setattr(vision, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
     assert words in error_message(open_vit, name)
 
 
@@ -327,13 +327,13 @@ def test_any_answer_of_the_hub_means_a_network(monkeypatch, status):
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request).start()
-        monkeypatch.setattr(vision.hub, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert vision.hub_answers()
+        monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert hub.hub_answers()
 
 
 def test_without_network_a_cached_model_loads(monkeypatch):
     names = mock_hub(monkeypatch, tiny_vit(), answers=False)
-    monkeypatch.setattr(vision, "snapshot_download", lambda repository, local_files_only: repository)
+    monkeypatch.setattr(hub, "snapshot_download", lambda repository, local_files_only: repository)
     open_vit("vit_tiny_patch16_224.augreg_in21k")
     assert names == ["vit_tiny_patch16_224.augreg_in21k"]
 
@@ -367,10 +367,11 @@ def test_hugging_face_names_and_shapes_of_clip_vit_l():
 
 # --- User errors ---
 
-@pytest.mark.parametrize("name", ["no/ViT-L-14.pt", "ViT-L-14.pt", "some/folder", "no_such_model", "clip.safetensors"])
+@pytest.mark.parametrize("name", ["no/ViT-L-14.pt", "ViT-L-14.pt", "./some/folder", "no_such_model",
+                                  "clip.safetensors"])
 def test_missing_models_name_the_download(name):
     message = error_message(open_vit, name)
-    assert f"--vision_model {name}" in message and "https://huggingface.co/openai/clip-vit-large-patch14" in message
+    assert f"--vision_model {name}" in message and "python -m tools.download clip" in message
 
 
 @pytest.mark.parametrize("name, content", [

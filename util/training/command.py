@@ -8,6 +8,7 @@ from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.device import choose_device, choose_dtype
 from lavin.runtime.flags import Flags
 from lavin.weights.base import require_base
+from lavin.weights.hub import commits
 from lavin.weights.load import load_base
 from util.data.examples import load_examples, load_training_data
 from util.runs import locked, write_config
@@ -82,4 +83,5 @@ def begin(run: RunFolder, settings: TrainSettings, device: torch.device, world: 
         place = {"epoch": record.epoch, "step": len(record.steps)}
         run.begin(settings.flags)
         drop_metrics(run.path, **place)
-        write_config(run.path, settings.flags, device, world, n_layers, place if run.checkpoint else None)
+        write_config(run.path, settings.flags, device, world, n_layers, place if run.checkpoint else None,
+                     commits((settings.base.llm_model, settings.base.vision_model)))

@@ -1,0 +1,141 @@
+"""Models of the Hugging Face hub, from a local server that its real client asks."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import constants, file_download
+
+import train
+from hub_server import COMMIT, serving
+from lavin.weights import hub
+from lavin.weights.base import base_path, require_base
+from lavin.weights.hub import Repository
+from lavin.weights.vision import vit_files
+from tiny_runs import load_checkpoint, run_flags
+from tiny_weights import write_hugging_face
+from user_errors import error_message
+from util.fingerprint import fingerprints
+from util.flags import BaseSettings
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tokenizer_file, base):
+    folder = tmp_path_factory.mktemp("models")
+    write_hugging_face(folder / "lab" / "tiny-llama", tokenizer_file, max_shard_size="50KB")
+    for name in ("README.md", "pytorch_model.bin", "flax_model.msgpack", "onnx/model.onnx"):
+        (folder / "lab" / "tiny-llama" / name).parent.mkdir(exist_ok=True)
+        (folder / "lab" / "tiny-llama" / name).write_bytes(b"not read")
+    shutil.copytree(base.weights / "tiny", folder / "lab" / "meta")
+    shutil.copy(tokenizer_file, folder / "lab" / "meta")
+    shutil.copytree(base.vision, folder / "lab" / "vit")
+    return folder
+
+
+@pytest.fixture
+def server(models, tmp_path, monkeypatch):
+    hub.cached_or_fetched.cache_clear()
+    with serving(models) as server:
+        use(server.url, tmp_path / "hub", monkeypatch)
+        yield server
+    hub.cached_or_fetched.cache_clear()
+
+
+def use(url, cache, monkeypatch):
+    """What HF_ENDPOINT and HF_HUB_CACHE do where a process starts."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+
+
+@pytest.mark.parametrize("name, parsed", [
+    ("lab/tiny-llama", ("lab/tiny-llama", None)), ("lab/v1.5@main", ("lab/v1.5", "main")),
+    ("a/b@refs/pr/1", ("a/b", "refs/pr/1")), ("7B", None), ("../data/7B", None), ("/models/7B", None), ("a/b/c", None),
+    ("./a/b", None), ("a/", None), ("a/b@", None), ("a b/c", None), ("ViT-L-14.pt", None), ("no/ViT-L-14.pt", None)])
+def test_names_of_the_hub(name, parsed):
+    assert Repository.parse(name) == (parsed and Repository(*parsed))
+
+
+def test_a_path_that_exists_is_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Repository.parse("lab/tiny-llama")
+    (tmp_path / "lab" / "tiny-llama").mkdir(parents=True)
+    assert Repository.parse("lab/tiny-llama") is None
+
+
+def test_only_what_is_read_is_fetched_and_once(server, models):
+    path = base_path("none", "lab/tiny-llama")
+    fetched = sorted(file.name for file in path.iterdir())
+    assert len([name for name in fetched if name.endswith(".safetensors")]) > 1
+    assert fetched == sorted(["config.json", "tokenizer.model", "model.safetensors.index.json",
+                              *(file.name for file in (models / "lab" / "tiny-llama").glob("model-*"))])
+    hub.cached_or_fetched.cache_clear()
+    assert base_path("none", "lab/tiny-llama") == path
+    assert {server.fetched[name] for name in fetched} == {1}
+    assert hub.commits(["lab/tiny-llama", "7B", "lab/unknown"]) == {"lab/tiny-llama": COMMIT}
+
+
+def test_a_run_is_that_of_the_same_files_in_a_folder(server, models, scienceqa, base, tmp_path):
+    runs = {}
+    for name, model, vit in (("hub", f"lab/tiny-llama@{COMMIT}", "lab/vit"),
+                             ("path", str(models / "lab" / "tiny-llama"), str(base.vision))):
+        train.main(train.get_args_parser().parse_args(run_flags(
+            base, scienceqa, tmp_path / name, "--llm_model", model, "--vision_model", vit, "--epochs", "1", "--warmup_epochs",
+            "0")))
+        runs[name] = load_checkpoint(tmp_path / name / "checkpoint-0.pth")
+    torch.testing.assert_close(runs["hub"]["model"], runs["path"]["model"], rtol=0, atol=0)
+    recipes = [json.loads((tmp_path / name / "recipe.json").read_text())["recipe"] for name in runs]
+    assert recipes[0]["vision_sha256"] == recipes[1]["vision_sha256"] and recipes[0]["vision_sha256"]
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert config["hub_commits"] == {f"lab/tiny-llama@{COMMIT}": COMMIT, "lab/vit": COMMIT}
+    assert "hub_commits" not in json.loads((tmp_path / "path" / "config.json").read_text())
+
+
+def test_metas_layout(server, base):
+    require_base("none", "lab/meta")
+    settings = BaseSettings(llm_model="lab/meta", llama_model_path="none", vision_model=str(base.vision))
+    local = BaseSettings(llm_model="tiny", llama_model_path=str(base.weights), vision_model=str(base.vision))
+    assert fingerprints(settings) == fingerprints(local)
+
+
+def test_without_network_the_cache_serves(server, tmp_path, monkeypatch):
+    path = base_path("none", "lab/tiny-llama")
+    use("http://127.0.0.1:9", tmp_path / "hub", monkeypatch)  # nothing listens
+    hub.cached_or_fetched.cache_clear()
+    assert base_path("none", "lab/tiny-llama") == path
+    message = error_message(vit_files, "lab/vit")
+    assert message.startswith("--vision_model lab/vit is neither a path nor in the hub's cache, and there is no network"
+                              ) and "python -m tools.download lab/vit" in message
+
+
+@pytest.mark.parametrize("name, words", [
+    ("lab/unknown", "--llm_model lab/unknown is neither a path nor a model at http"),
+    ("lab/tiny-llama@v9", "lab/tiny-llama has no revision v9"),
+    ("lab/empty", "lab/empty has no weights in a format"),
+    ("lab/gated", "lab/gated asks for a consent: give it at http")])
+def test_errors_say_what_to_do(server, models, name, words):
+    for folder in ("empty", "gated"):
+        (models / "lab" / folder).mkdir(exist_ok=True)
+        (models / "lab" / folder / "config.json").write_text("{}")
+    (models / "lab" / "gated" / "model.safetensors").write_text("")
+    server.gated = {"lab/gated"}
+    assert words in error_message(base_path, "none", name)
+
+
+def test_a_full_disk_is_told_before_anything_is_fetched(server, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "lab/tiny-llama needs 0.00 GB, and only 0.00 GB are free" in error_message(base_path, "none",
+                                                                                    "lab/tiny-llama")
+    assert not any(name.endswith(".safetensors") for name in server.fetched)
+
+
+def test_a_connection_that_ends_is_gone_on_with(server, models):
+    server.cut = [100]
+    path = base_path("none", "lab/tiny-llama")
+    for file in path.iterdir():
+        assert file.read_bytes() == (models / "lab" / "tiny-llama" / file.name).read_bytes()
