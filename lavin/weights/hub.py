@@ -121,8 +121,8 @@ def cached_or_fetched(repository: Repository) -> Path:
 
 
 def commits(names: Iterable[str]) -> dict[str, str]:
-    """For those of the names that are models of the hub, the commit whose files are in the cache. USER/REPO@COMMIT gives
-    the same files at any time."""
+    """For those of the names that are models of the hub, the commit whose files are in the cache. USER/REPO@COMMIT
+    gives the same files at any time."""
     found = {name: cached(repository) for name in names if (repository := Repository.parse(name))}
     return {name: folder.name for name, folder in found.items() if folder}
 

@@ -85,8 +85,8 @@ def test_a_run_is_that_of_the_same_files_in_a_folder(server, models, scienceqa, 
     for name, model, vit in (("hub", f"lab/tiny-llama@{COMMIT}", "lab/vit"),
                              ("path", str(models / "lab" / "tiny-llama"), str(base.vision))):
         train.main(train.get_args_parser().parse_args(run_flags(
-            base, scienceqa, tmp_path / name, "--llm_model", model, "--vision_model", vit, "--epochs", "1", "--warmup_epochs",
-            "0")))
+            base, scienceqa, tmp_path / name, "--llm_model", model, "--vision_model", vit, "--epochs", "1",
+            "--warmup_epochs", "0")))
         runs[name] = load_checkpoint(tmp_path / name / "checkpoint-0.pth")
     torch.testing.assert_close(runs["hub"]["model"], runs["path"]["model"], rtol=0, atol=0)
     recipes = [json.loads((tmp_path / name / "recipe.json").read_text())["recipe"] for name in runs]
