@@ -1,6 +1,7 @@
 """A local server that speaks what the Hugging Face hub's client and plain downloads ask for: descriptions of models,
-their files, ranges and ETags."""
+their files, ranges and ETags, and commits."""
 
+import base64
 import hashlib
 import json
 import re
@@ -12,7 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from huggingface_hub import constants, file_download
+
 COMMIT = "c0ffee" + 34 * "0"
+TOKEN = "hf_local"  # that may write
 
 
 class Server(ThreadingHTTPServer):
@@ -64,6 +68,34 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_file(self.server.folder / (f"{file[1]}/{file[3]}" if file else path))
 
+    def do_POST(self):
+        """Takes new models and commits, whose files come inside of the request."""
+        path = urlsplit(self.path).path.strip("/")
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        repository = "/".join(path.split("/")[2:4])
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.fail(401, "")
+        elif path == "api/repos/create":
+            wanted = json.loads(body)
+            name = f"{wanted.get('organization') or 'lab'}/{wanted['name']}"
+            (self.server.folder / name).mkdir(parents=True, exist_ok=True)
+            self.answer_json({"url": f"{self.server.url}/{name}"})
+        elif "/preupload/" in path:
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for file in json.loads(body)["files"]]
+            self.answer_json({"files": files})
+        elif "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    (self.server.folder / repository / line["value"]["path"]).write_bytes(content)
+            self.answer_json({"commitUrl": f"{self.server.url}/{repository}/commit/{COMMIT}", "commitOid": COMMIT})
+        else:
+            self.answer_json({})
+
+    def answer_json(self, content) -> None:
+        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
     def fail(self, status: int, code: str) -> None:
         self.answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
 
@@ -76,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             content = {"_id": "1", "id": repository, "modelId": repository, "sha": COMMIT, "private": False,
                        "siblings": [{"rfilename": name, "size": path.stat().st_size} for name, path in files]}
-        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+        self.answer_json(content)
 
     def send_file(self, path: Path) -> None:
         if not path.is_file():
@@ -123,3 +155,13 @@ def serving(folder: Path) -> Iterator[Server]:
             yield server
         finally:
             server.shutdown()
+
+
+def use(url: str, cache: Path, monkeypatch) -> None:
+    """Does in this process what HF_ENDPOINT and HF_HUB_CACHE do where one starts."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)

@@ -20,6 +20,8 @@ import torch
 from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import PART_SUFFIX, read_json, write_json
+from lavin.weights.adapters import SHARED_TENSORS
+from lavin.weights.hub import model_path
 
 RECIPE, CONFIG, LOG, METRICS = "recipe.json", "config.json", "log.txt", "metrics.jsonl"  # of train.py
 GENERATIONS, PREDICTIONS, SCORES = "generations.jsonl", "preds.json", "scores.json"  # of eval.py
@@ -45,10 +47,12 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def last_checkpoint(path: str) -> Path:
-    """Returns `path` itself if it is a file, else the latest checkpoint of a run folder. Raises UserError if there is
-    none.
+    """Returns `path` itself if it is a file, else the latest checkpoint of a run folder, or the adapters in a folder
+    that tools/publish.py has written, which may lie on the hub. Raises UserError if there is none.
     """
-    given = Path(path)
+    given = model_path(path, "--adapter_path")
+    if (given / SHARED_TENSORS).is_file():
+        return given / SHARED_TENSORS
     if not given.is_dir():
         if not given.is_file():
             raise UserError(f"no checkpoint {path}: name a checkpoint-*.pth or a run's folder")

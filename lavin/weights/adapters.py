@@ -16,13 +16,15 @@ from lavin.model import LaVIN
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import value_sha256
 from lavin.runtime.flags import flags_of
-from lavin.runtime.schema import declared, strictly_declared, validate
-from lavin.weights.tensor_files import check_names, check_shape, is_weight, read_torch
+from lavin.runtime.schema import declared, read_validated, strictly_declared, validate
+from lavin.weights.tensor_files import check_names, check_shape, is_weight, read_safetensors, read_torch
 
 # our part of a parameter's name -> the published one
 PUBLISHED_PREFIXES = {"llama.layers.": "layers.", "vision.vit.blocks.": "backbone.visual.transformer.resblocks."}
 PUBLISHED_NORM_ADAPTERS = {"norm1.adapter": "adapter_attn", "norm2.adapter": "adapter_mlp"}
 HINT = "name another checkpoint, or train again"
+# the files of adapters that are shared with others (tools/publish.py): the tensors, and the other entries of Checkpoint
+SHARED_TENSORS, SHARED_SETTINGS = "lavin_adapters.safetensors", "lavin_adapters.json"
 
 
 def is_finite(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,10 +114,10 @@ def unshared(value):
 
 
 def read_adapters(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint of ours, or a published one, which has no `adapter_config` and may prefix names with
-    `module.`.
+    """Reads a checkpoint of ours, also in the form in which it is shared, or a published one, which has no
+    `adapter_config` and may prefix names with `module.`.
     """
-    content = read_torch(path)
+    content = read_shared(path) if path.name == SHARED_TENSORS else read_torch(path)
     if not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is no adapter checkpoint (it has no entry 'model'): name a checkpoint-*.pth of a run")
     if "sha256" in content:
@@ -126,6 +128,12 @@ def read_adapters(path: Path) -> dict[str, Any]:
         checkpoint = validate({"model": content["model"]}, PublishedCheckpoint, str(path), HINT)
     checkpoint["model"] = {name.removeprefix("module."): tensor for name, tensor in checkpoint["model"].items()}
     return checkpoint
+
+
+def read_shared(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint that tools/publish.py has written. path: of its tensors."""
+    settings = read_validated(path.with_name(SHARED_SETTINGS), dict[str, Any], "copy it beside the tensors")
+    return {**settings, "model": read_safetensors(path)}
 
 
 def check_sha256(content: dict, path: Path) -> None:

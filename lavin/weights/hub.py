@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: `USER/REPO`, or `USER/REPO@REVISION`, where the path of a model is asked for.
+"""Models and adapters of the Hugging Face hub: `USER/REPO`, or `USER/REPO@REVISION`, where a path of one is asked for.
 
 huggingface_hub keeps the files in its own cache (HF_HOME), goes on with a file that was cut off, lets one process of a
 node fetch it while the others wait, and reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. A path that exists is never
@@ -22,11 +22,12 @@ from huggingface_hub.utils import disable_progress_bars
 
 from lavin.runtime.console import is_main_process, is_terminal, print_rank0
 from lavin.runtime.errors import UserError, first_line
+from lavin.weights.adapters import SHARED_SETTINGS, SHARED_TENSORS
 
 ANSWER_SECONDS = 5  # within which the hub must answer
 # The files of a model that are read here, with `*` for any text. Of several formats of the weights, the first is taken.
-DESCRIPTIONS = ("config.json", "params.json", "tokenizer.model", "tokenizer.json")
-WEIGHTS = (("model*.safetensors", "model*.safetensors.index.json"),
+DESCRIPTIONS = (SHARED_SETTINGS, "config.json", "params.json", "tokenizer.model", "tokenizer.json")
+WEIGHTS = ((SHARED_TENSORS,), ("model*.safetensors", "model*.safetensors.index.json"),
            ("pytorch_model*.bin", "pytorch_model*.bin.index.json"), ("consolidated.*.pth",))
 FILE_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin", ".gguf")  # of files, which are named by paths
 OFFLINE_FIX = "fetch it where there is a network by python -m tools.download"

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import constants, file_download
 
 import train
-from hub_server import COMMIT, serving
+from hub_server import COMMIT, serving, use
 from lavin.weights import hub
 from lavin.weights.base import base_path, require_base
 from lavin.weights.hub import Repository
@@ -41,16 +40,6 @@ def server(models, tmp_path, monkeypatch):
         use(server.url, tmp_path / "hub", monkeypatch)
         yield server
     hub.cached_or_fetched.cache_clear()
-
-
-def use(url, cache, monkeypatch):
-    """What HF_ENDPOINT and HF_HUB_CACHE do where a process starts."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    for module in (constants, file_download):
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 @pytest.mark.parametrize("name, parsed", [

@@ -10,6 +10,7 @@ from lavin.runtime.console import print_rank0
 from lavin.runtime.device import precision_name
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, sha256
+from lavin.weights.adapters import SHARED_TENSORS
 from util.fingerprint import RECENT, fingerprints, is_comparable, report_unrecorded
 from util.flags import BaseSettings
 from util.runs import CONFIG, RECIPE, checkpoints, user_error_if_malformed
@@ -47,6 +48,8 @@ def results_folder(output_dir: str | None, checkpoint: Path | None) -> Path:
         raise UserError("without --adapter_path the untuned base is scored: name a folder for its results with "
                         "--output_dir")
     folder = checkpoint.parent
+    if checkpoint.name == SHARED_TENSORS:
+        raise UserError(f"{folder} holds adapters that were shared: name a folder for their results with --output_dir")
     is_of_run = config_file(folder) or checkpoint in checkpoints(folder).values()
     return folder / checkpoint.stem if is_of_run and checkpoint != final_checkpoint(folder) else folder
 
