@@ -23,6 +23,7 @@ from util.comparison.settings import get_args_parser
 from util.comparison.tables import csv_table, effects_csv, latex_table, markdown_table, text_table
 from util.search.folder import is_study
 from util.search.report import write_report
+from util.trackers import require_trackers, show_figures
 
 TABLES = {"table.md": markdown_table, "table.csv": csv_table, "table.tex": latex_table, "effects.csv": effects_csv}
 
@@ -56,6 +57,7 @@ def study_of(args: Flags) -> Path | None:
 
 
 def main(args: Flags) -> None:
+    require_trackers(args.report_to)
     study = study_of(args)
     if args.plan:
         print(plan(make_comparison(args), args.plan))
@@ -72,6 +74,7 @@ def main(args: Flags) -> None:
         raise UserError(f"--out {args.out}: cannot write {error.filename} ({error.strerror}): "
                         "name another folder") from error
     print(text, *written, sep="\n")
+    show_figures(args.report_to, Path(args.out), [path for path in written if path.suffix == ".png"])
 
 
 if __name__ == "__main__":

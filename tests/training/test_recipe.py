@@ -28,7 +28,7 @@ FREE = {"compile": "off", "cuda_graphs": "off", "num_workers": "2", "cpu_load": 
         "model_parallel_size": "1"}
 # flags of places: what lies there counts (tests of other bases and data are in test_run_folder.py)
 PLACES = {"llm_model", "llama_model_path", "vision_model", "data_root", "data_path", "caption_file", "output_dir",
-          "log_dir", "resume"}
+          "log_dir", "report_to", "resume"}
 # flags that state others in another form, or ask for other data altogether (test_data_processing.py)
 OTHERS = {"blr", "do_pretrain", "use_vicuna", "help"}
 

@@ -133,8 +133,8 @@ def test_an_epoch_without_an_answer_has_no_loss(flags, tmp_path, monkeypatch, ca
     """It makes one step of eight samples; the second one takes others, too. It does not count as diverged, and
     TensorBoard has what there is."""
     monkeypatch.setattr(Events, "on_disk", {}, raising=False)
-    monkeypatch.setattr("util.training.command.summary_writer", lambda: None)
-    monkeypatch.setattr("util.training.metrics.summary_writer", lambda: Events)
+    monkeypatch.setattr("util.training.command.require_trackers", lambda names: None)
+    monkeypatch.setattr("util.trackers.summary_writer", lambda: Events)
     cut_answers(monkeypatch, order_of(0)[:8])
     command = in_folder(flags, tmp_path / "run", "--batch_size", "8", "--log_dir", tmp_path / "events")
     run(*command)
@@ -251,8 +251,8 @@ class Events:
 def test_tensorboard_has_the_lines_of_the_file_whatever_stopped_the_run(flags, tmp_path, monkeypatch, ends):
     """Each once, whether the process could say goodbye or not, and under the step since the run's start."""
     monkeypatch.setattr(Events, "on_disk", {}, raising=False)
-    monkeypatch.setattr("util.training.command.summary_writer", lambda: None)
-    monkeypatch.setattr("util.training.metrics.summary_writer", lambda: Events)
+    monkeypatch.setattr("util.training.command.require_trackers", lambda names: None)
+    monkeypatch.setattr("util.trackers.summary_writer", lambda: Events)
     command = in_folder(flags, tmp_path / "run", "--log_dir", tmp_path / "events")
     for steps, error in ends:
         end_at(monkeypatch, steps, error, *command)

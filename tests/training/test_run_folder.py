@@ -561,8 +561,8 @@ def test_tensorboard_gets_the_same_numbers(flags, tmp_path, monkeypatch):
 
         def flush(self):
             pass
-    monkeypatch.setattr("util.training.command.summary_writer", lambda: None)
-    monkeypatch.setattr("util.training.metrics.summary_writer", lambda: Writer)
+    monkeypatch.setattr("util.training.command.require_trackers", lambda names: None)
+    monkeypatch.setattr("util.trackers.summary_writer", lambda: Writer)
     logging = in_folder(flags, tmp_path / "run", "--log_dir", tmp_path / "events")
     with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
         stop_after(patched, 4)

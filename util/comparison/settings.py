@@ -8,6 +8,7 @@ from pydantic import Field
 from lavin.runtime.flags import FlagGroup, Parser, Role, flag
 from lavin.runtime.schema import PathText
 from util.comparison.methods import BASE_IN_WORDS
+from util.trackers import Names
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Plots(FlagGroup):
     plan: Annotated[float, Field(gt=0, lt=100)] | None = flag(
         None, "only print how many seeds and questions a difference of this size needs, by these runs", Role.DISPLAY,
         metavar="POINTS")
+    report_to: Names = flag("", "trackers that get the figures: tensorboard, wandb, mlflow, with commas between them",
+                            Role.DISPLAY)
     out: PathText = flag("plots", "folder of figures and tables", Role.DISPLAY)
 
 

@@ -14,6 +14,7 @@ from lavin.runtime.flags import Flags
 from util.evaluation.partial_answers import answer_all, drop_partial
 from util.evaluation.results import results_folder, scored_before
 from util.runs import locked
+from util.trackers import add_scores
 from util.trained_model import Trained, load_model
 
 
@@ -73,11 +74,13 @@ def evaluate(task: Task, args: Flags, trained: Trained, folder: Path) -> None:
     keys = task.prepare(model)
     answers = answer_all(folder, task.partial_prefix, identity, keys, partial(task.answer, model, tokenizer))
     if is_main_process():
-        scores = {**task.scores(list(answers.values())), **identity}
+        found = task.scores(list(answers.values()))
+        scores = {**found, **identity}
         (folder / task.scores_file).unlink(missing_ok=True)
         task.write_answers(folder, list(answers.values()))
         write_json(folder / task.scores_file, scores)  # last: where it is, all files are there, and of one evaluation
         drop_partial(folder, task.partial_prefix)
+        add_scores(folder, {name: value for name, value in found.items() if isinstance(value, int | float)})
         report(task, folder, scores, trained)
 
 

@@ -12,8 +12,9 @@ from lavin.weights.hub import commits
 from lavin.weights.load import load_base
 from util.data.examples import load_examples, load_training_data
 from util.runs import locked, write_config
+from util.trackers import require_trackers
 from util.training.epoch_record import EpochRecord
-from util.training.metrics import drop_metrics, summary_writer
+from util.training.metrics import drop_metrics
 from util.training.recipe import fit_effective_batch, make_recipe
 from util.training.resume import take_flags_of_run
 from util.training.run_folder import RunFolder, open_run
@@ -37,8 +38,7 @@ def main(args: Flags) -> None:
 def train(settings: TrainSettings, rank: int, world: int, device: torch.device) -> None:
     # everything that is fast and may refuse the command comes first
     dtype = choose_dtype(settings.execution.precision, device)
-    if settings.run.log_dir:
-        summary_writer()
+    require_trackers(settings.run.trackers)
     data = load_training_data(settings.data)
     run = distributed.from_rank_0(lambda: open_run(settings.run, make_recipe(settings, dtype, world, data),
                                                    settings.schedule.epochs))

@@ -1,4 +1,4 @@
-"""Numbers by step: metrics.jsonl, a line every few steps, and the same for TensorBoard."""
+"""Numbers by step: metrics.jsonl, a line every few steps, and the same for experiment trackers."""
 
 import json
 import math
@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_whole_lines, write_json_lines
 from lavin.tokenizer import Example
 from util.runs import METRICS
+from util.trackers import Trackers
 from util.training.epoch_record import EpochRecord
 from util.training.throughput import FrozenWeights, step_flops
 
@@ -20,13 +20,11 @@ class Metrics:
     """Adds up the steps' work, and writes lines on rank 0.
 
     frozen: the model's weights that are not trained. peak_flops: the peak of the run's GPUs together; None where it is
-    not known. first_step: the first step of this process, since the run's start; later steps that TensorBoard has are
-    of an interrupted run.
+    not known.
     """
 
-    def __init__(self, log_dir: str | None, frozen: FrozenWeights, peak_flops: float | None, first_step: int):
-        self.frozen, self.peak_flops = frozen, peak_flops
-        self.events = summary_writer()(log_dir, purge_step=first_step + 1) if log_dir else None  # the first it drops
+    def __init__(self, trackers: Trackers, frozen: FrozenWeights, peak_flops: float | None):
+        self.trackers, self.frozen, self.peak_flops = trackers, frozen, peak_flops
         self.restart(0)
 
     def restart(self, step: int) -> None:
@@ -55,21 +53,9 @@ class Metrics:
                 "skipped_steps": record.skipped_steps(first)}
         with open(folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self.events:
-            for name, value in line.items():
-                if name not in ("epoch", "step") and value is not None:
-                    self.events.add_scalar(name, value, record.epoch * steps_per_epoch + n)
-            self.events.flush()  # else a process that is killed would lose the lines of the last minutes
+        numbers = {name: value for name, value in line.items() if name not in ("epoch", "step")}
+        self.trackers.log(numbers, record.epoch * steps_per_epoch + n)
         self.first_step, self.first_made, self.time = n, n, now
-
-
-def summary_writer() -> type:
-    """TensorBoard's writer. Raises UserError where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--log_dir writes TensorBoard events: pip install tensorboard, or leave it out") from error
-    return SummaryWriter
 
 
 def drop_metrics(folder: Path, epoch: int, step: int) -> None:

@@ -31,10 +31,11 @@ from util.runs import (
     checkpoints,
     user_error_if_malformed,
 )
+from util.trackers import TRACKERS
 from util.training.recipe import differences
 from util.training.settings import RunSettings
 
-COPIED = (RECIPE, CONFIG, LOG, METRICS)  # into STAGING, where a run goes back to a checkpoint
+COPIED = (RECIPE, CONFIG, LOG, METRICS, TRACKERS)  # into STAGING, where a run goes back to a checkpoint
 FILES = (*COPIED, LAST)  # that train.py writes, beside checkpoints
 STAGING = ".staging"  # folder of what replaces a run or its later part, until its first checkpoint is whole
 PROMOTING = ".promoting"  # the same folder while its files are moved to the place of the old ones

@@ -12,6 +12,7 @@ from lavin.runtime.schema import Count, FileName, NonNegative, PathText, Positiv
 from util.data.settings import TrainingData
 from util.flags import BaseSettings, Execution, check_shared
 from util.lr_sched import LearningRate, check_schedule, derive_learning_rate
+from util.trackers import Names
 
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
 EFFECTIVE_BATCH = "effective_batch"  # the entry of recipes and studies that --batch_size and --accum_iter make
@@ -64,7 +65,17 @@ class RunSettings(FlagGroup):
         None, "stop after this many epochs of the whole schedule; the same command without it goes on", Role.RUN)
     save_every_minutes: Positive = flag(10.0, "time between checkpoints in the middle of an epoch", Role.EXECUTION)
     keep_last: Count | None = flag(None, "checkpoints of whole epochs to keep (default: all)", Role.EXECUTION)
-    log_dir: PathText | None = flag(None, "folder for TensorBoard events (pip install tensorboard)", Role.EXECUTION)
+    report_to: Names = flag(
+        "", "trackers that show the run while it trains: tensorboard, wandb, mlflow, with commas between them",
+        Role.EXECUTION)
+    log_dir: PathText | None = flag(None, "folder of TensorBoard's events (default: tensorboard in the run's folder)",
+                                    Role.EXECUTION)
+
+    @property
+    def trackers(self) -> str:
+        """The names of --report_to, among which --log_dir alone asks for TensorBoard."""
+        names = self.report_to.split(",") if self.report_to else []
+        return ",".join(names if not self.log_dir or "tensorboard" in names else [*names, "tensorboard"])
 
 
 GROUPS = (RunSettings, LearningRate, Optimization, AdapterConfig, BaseSettings, TrainingData, Execution)

@@ -19,6 +19,7 @@ from util.data.examples import any_joined, examples_sha256
 from util.data.images import decode_images
 from util.fingerprint import FROZEN, FROZEN_SHA256
 from util.lr_sched import adjust_learning_rate
+from util.trackers import TRACKERS, Trackers
 from util.trained_model import image_statistics
 from util.training.accumulation import accumulate_with_oom_retry, loss_weights, probe_max_tokens
 from util.training.epoch_record import MAX_SKIPPED, EpochRecord, loss_in_words
@@ -67,10 +68,11 @@ class Trainer:
 
     def train(self, record: EpochRecord) -> None:
         """Trains the epochs from the record's on."""
-        self.metrics = Metrics(self.settings.run.log_dir if is_main_process() else None, self.frozen,
-                               peak_flops(self.model.device, self.model.dtype,
-                                          self.world * distributed.model_parallel_size),
-                               first_step=record.epoch * self.n_steps + len(record.steps))
+        run = self.settings.run
+        trackers = Trackers(run.trackers, self.run.folder, self.run.path / TRACKERS, self.settings.flags,
+                            first_step=record.epoch * self.n_steps + len(record.steps), log_dir=run.log_dir)
+        self.metrics = Metrics(trackers, self.frozen, peak_flops(self.model.device, self.model.dtype,
+                                                                 self.world * distributed.model_parallel_size))
         self.max_tokens = distributed.all_min(probe_max_tokens(self.model, self.examples, self.scaler))
         gc.collect()
         gc.freeze()  # excludes the objects of loading and compiling from later garbage collections
@@ -89,6 +91,7 @@ class Trainer:
                 if record.stop and record.epoch + 1 < self.end:
                     self.stop(record)
                 record = EpochRecord(record.epoch + 1, record.skipped)
+        trackers.close()
 
     def batches(self, epoch: int, first_step: int = 0):
         batches = epoch_batches(self.costs, self.effective_batch, self.rank, self.world,
