@@ -27,13 +27,13 @@ from lavin.runtime.schema import FileName, PathText
 from lavin.weights.adapters import SHARED_SETTINGS, SHARED_TENSORS, Checkpoint, read_adapters
 from lavin.weights.hub import Repository
 from tools.output import make_folder, save_tensors
-from util.evaluation.answers import GENERATIONS, read_answers
+from util.comparison.comparison import clusters_of
+from util.comparison.statistics import accuracy_interval
+from util.evaluation.answers import read_answers
 from util.evaluation.results import read_scores
 from util.evaluation.scoring import COLUMNS
 from util.flags import SHARED
-from util.runs import last_checkpoint, user_error_if_malformed
-from util.study.comparison import clusters_of
-from util.study.statistics import accuracy_interval
+from util.runs import GENERATIONS, RECIPE, SCORES, last_checkpoint, user_error_if_malformed
 
 OF_TRAINING = ("optimizer", "scaler", "record", "skipped", "went_back_to")  # entries of no use to others
 CARD = Template("""\
@@ -142,19 +142,19 @@ def publish(run: Path, out: Path, name: str, where: str) -> None:
     scored, or its scores are of another checkpoint."""
     path = last_checkpoint(str(run))
     checkpoint: Any = read_adapters(path)
-    if not (run / "scores.json").is_file():
-        raise UserError(f"{run} has no scores.json: score it with eval.py --adapter_path {run} first")
-    scores = read_scores(run / "scores.json")
+    if not (run / SCORES).is_file():
+        raise UserError(f"{run} has no {SCORES}: score it with eval.py --adapter_path {run} first")
+    scores = read_scores(run / SCORES)
     if scores.get("checkpoint") != path.name:
         raise UserError(f"{run / 'scores.json'} is of {scores.get('checkpoint')}, not of {path.name}: score it with "
                         "eval.py first")
-    settings, recipe = settings_of(checkpoint), read_json(run / "recipe.json")
-    with user_error_if_malformed(run / "scores.json"):
+    settings, recipe = settings_of(checkpoint), read_json(run / RECIPE)
+    with user_error_if_malformed(run / SCORES):
         text = card(name, where, checkpoint, recipe["recipe"], scores, interval(run), settings)
     save_tensors(checkpoint["model"], out / SHARED_TENSORS)
     write_json(out / SHARED_SETTINGS, settings)
-    write_json(out / "recipe.json", {"recipe": recipe["recipe"]})
-    write_json(out / "scores.json", scores)
+    write_json(out / RECIPE, {"recipe": recipe["recipe"]})
+    write_json(out / SCORES, scores)
     write_text(out / "README.md", text)
 
 

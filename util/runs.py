@@ -26,6 +26,7 @@ from lavin.weights.hub import model_path
 RECIPE, CONFIG, LOG, METRICS = "recipe.json", "config.json", "log.txt", "metrics.jsonl"  # of train.py
 GENERATIONS, PREDICTIONS, SCORES = "generations.jsonl", "preds.json", "scores.json"  # of eval.py
 MME_ANSWERS, MME_SCORES = "mme_answers.jsonl", "mme_scores.json"  # of eval_mme.py
+TRACKERS = "trackers.json"  # tracker -> what it needs to find the run again
 RUN_FILES = (CONFIG, LOG, SCORES, PREDICTIONS)  # a folder with any of them is a run
 # what is scored from a checkpoint; a run that is trained on must not keep it
 RESULTS = (PREDICTIONS, GENERATIONS, SCORES, MME_ANSWERS, MME_SCORES)

@@ -20,8 +20,8 @@ from pydantic import AfterValidator
 from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import read_json, write_json
+from util.runs import TRACKERS
 
-TRACKERS = "trackers.json"  # tracker -> what it needs to find the run again
 PROJECT = "lavin"  # where the environment names no other
 # MLflow would wait many minutes for a server that does not answer
 MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}

@@ -13,7 +13,7 @@ from lavin.weights.adapters import SHARED_SETTINGS, SHARED_TENSORS, read_adapter
 from tiny_runs import train_run
 from tools.publish import publish, push
 from user_errors import change_json, error_message
-from util.evaluation.answers import GENERATIONS
+from util.runs import GENERATIONS
 
 
 def score(base, scienceqa, adapters, folder=None):

@@ -16,7 +16,8 @@ from tiny import ROOT
 from tiny_runs import run_flags
 from user_errors import error_message
 from util import trackers
-from util.trackers import TRACKERS, show_figures
+from util.runs import TRACKERS
+from util.trackers import show_figures
 
 
 class Fake:

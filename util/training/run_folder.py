@@ -27,11 +27,11 @@ from util.runs import (
     RECIPE,
     RESULTS,
     RUN_FILES,
+    TRACKERS,
     checkpoint_path,
     checkpoints,
     user_error_if_malformed,
 )
-from util.trackers import TRACKERS
 from util.training.recipe import differences
 from util.training.settings import RunSettings
 

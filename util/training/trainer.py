@@ -19,7 +19,8 @@ from util.data.examples import any_joined, examples_sha256
 from util.data.images import decode_images
 from util.fingerprint import FROZEN, FROZEN_SHA256
 from util.lr_sched import adjust_learning_rate
-from util.trackers import TRACKERS, Trackers
+from util.runs import TRACKERS
+from util.trackers import Trackers
 from util.trained_model import image_statistics
 from util.training.accumulation import accumulate_with_oom_retry, loss_weights, probe_max_tokens
 from util.training.epoch_record import MAX_SKIPPED, EpochRecord, loss_in_words
