@@ -151,11 +151,11 @@ def parse_as(kind: Any) -> Callable[[str], Any]:
         try:
             return checker(kind).validate_python(text)
         except ValidationError as error:
-            raise argparse.ArgumentTypeError(refusal(kind, text, error)) from error
+            raise argparse.ArgumentTypeError(complaint(kind, text, error)) from error
     return parse
 
 
-def refusal(kind: Any, text: str, error: ValidationError) -> str:
+def complaint(kind: Any, text: str, error: ValidationError) -> str:
     """Says what is wrong with a value, in words that come behind the flag's name."""
     first, bounds = error.errors(include_url=False)[0], interval(kind)
     if first["type"] == "value_error":

@@ -27,7 +27,8 @@ from util.training.settings import EFFECTIVE_BATCH, Optimization
 
 N_LAYERS = 32  # of LLaMA-7B
 FIX = "train or evaluate again"
-MICRO_BATCH = "micro_batch"  # an entry of flags: the samples of a micro-batch, where the loss is a mean over them
+# an entry of flags, by which a method is named: what `Optimization.entries` calls batch_size, which is no flag's value
+MICRO_BATCH = "micro_batch"
 TWO_BYTES = ("bf16", "fp16")  # their answers hardly differ, and the hardware chooses
 
 
@@ -56,13 +57,13 @@ def flags_computed_with() -> dict[str, Flag]:
     return {name: found[name] for name in found if name in names}
 
 
-Flags: Any = declared(TypedDict("Flags", {  # type: ignore[misc, operator]  # mypy wants the names spelled out
+FlagsOfRun: Any = declared(TypedDict("FlagsOfRun", {  # type: ignore[misc, operator]  # mypy wants the names spelled out
     name: declared.optional_kind for name, declared in flags_computed_with().items()}))
 
 
 @declared
 class Config(TypedDict):
-    flags: Flags
+    flags: FlagsOfRun
     world_size: Annotated[int, Field(ge=1)]
     n_layers: NotRequired[Annotated[int, Field(ge=1, le=10_000)]]
 

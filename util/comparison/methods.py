@@ -1,7 +1,8 @@
 """Methods and their names: which runs are one method, and scripts/methods.json, which lists the methods with a name.
 
-Runs are of one method where their flags give them the same name (`method_name`): the seed, and flags that change no
-result, do not count.
+Runs are of one method where their flags give them the same name (`method_name`). It tells the schedule and the dropout
+in words, and every other flag that is declared as `named` (lavin/runtime/flags.py), but neither the seed nor where data
+and weights lie. Runs that were trained on other data are still of one method, and get a note (`comparison.py`).
 
 - The first method is the base; the others follow in the order of tables and figures.
 - The file holds the flags in which a method differs from the base, which has the defaults of train.py, and those that
