@@ -42,10 +42,10 @@ def score_options(model: LaVIN, batches: Iterable[list[OptionExample]]) -> Itera
     for questions in batches:
         logits = copy_to_host(next_token_logits(model, [example for example, _ in questions]))
         if in_flight:
-            yield to_host(*in_flight)
+            yield option_log_probs(*in_flight)
         in_flight = logits, questions
     if in_flight:
-        yield to_host(*in_flight)
+        yield option_log_probs(*in_flight)
 
 
 def next_token_logits(model: LaVIN, examples: list[Example]) -> torch.Tensor:
@@ -58,7 +58,7 @@ def next_token_logits(model: LaVIN, examples: list[Example]) -> torch.Tensor:
     return model.llama.output(model.prefill(batch)[last]).float()
 
 
-def to_host(logits: Callable[[], torch.Tensor], questions: list[OptionExample]) -> list[list[float]]:
+def option_log_probs(logits: Callable[[], torch.Tensor], questions: list[OptionExample]) -> list[list[float]]:
     scores = [row[tokens].log_softmax(-1).tolist() for row, (_, tokens) in zip(logits(), questions, strict=True)]
     refuse_not_finite(i for i, of_options in enumerate(scores) if math.isnan(of_options[0]))  # one makes all NaN
     return scores

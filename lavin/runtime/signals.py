@@ -1,7 +1,8 @@
 """Signals that ask a process to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP, and SIGUSR1, Slurm's warning of the time limit.
 
-A signal raises Stopped in the main thread. Inside `deferred()` it only sets `requested`, and the code there stops by
-itself, at a place where it can save. A process that is still there after its grace period, because its main thread
+A signal raises Stopped in the main thread. Inside `deferred()`, as training is, it only sets `requested`:
+`Trainer.save_if_due` (util/training/trainer.py) saves after the step and raises Stopped, of which `one_line_errors`
+(errors.py) makes exit status 75. A process that is still there after its grace period, because its main thread
 waits for the GPU or for a dead process, is ended by a thread. errors.py says which process speaks, and lists the exit
 statuses.
 

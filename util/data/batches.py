@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-PUBLISHED_GPUS = 4  # of the study's published runs
+PUBLISHED_GPUS = 4  # of the published runs
 
 
 def steps_per_epoch(n_examples: int, effective_batch: int) -> int:
@@ -38,7 +38,7 @@ def micro_batches(batch: list[int], size: int) -> list[list[int]]:
     """The samples of an optimizer step in micro-batches of at most `size`, over each of which the published loss is a
     mean.
 
-    Each of the 4 GPUs of the study's published runs took every fourth sample, so that 4 * size consecutive samples made
+    Each of the 4 GPUs of the published runs took every fourth sample, so that 4 * size consecutive samples made
     4 micro-batches. With --seed 0, the order of samples is that of these runs, too (torch's DistributedSampler).
     """
     found = []

@@ -86,7 +86,7 @@ class RunFolder:
     checkpoint: Checkpoint | None = None
     went_back_to: int | None = None
     staged: bool = False
-    trained_on: bool = False  # whether a checkpoint has been saved since the start of this process
+    saved_here: bool = False  # whether this process has saved a checkpoint
 
     @property
     def path(self) -> Path:
@@ -120,8 +120,8 @@ class RunFolder:
             tmp_path.write_bytes(content)
             if entry:  # after what a full disk would stop, and before the epoch counts as done
                 append_log(self.path, entry)
-        if not self.trained_on:
-            self.trained_on = True
+        if not self.saved_here:
+            self.saved_here = True
             if self.staged:
                 promote(self.folder, self.went_back_to)
                 self.staged = False
