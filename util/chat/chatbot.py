@@ -8,6 +8,7 @@ Notable:
 """
 
 import math
+import secrets
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from util.trained_model import check_image_statistics
 
 # flags that must be equal in all runs on one model: they determine the base model and the shapes of the adapters
 SHARED_FLAGS = tuple(name for name, declared in flags_of(BaseSettings, AdapterShape).items() if not declared.reloadable)
+SEEDS = 2**32  # the number of seeds, from 0
 # what a checkpoint was trained on, where it says so, as a message calls it
 TRAINED_ON = {name: f"files of {flag}" for name, flag in (FROZEN | FROZEN_SHA256).items()}
 
@@ -43,23 +45,26 @@ TRAINED_ON = {name: f"files of {flag}" for name, flag in (FROZEN | FROZEN_SHA256
 @dataclass(frozen=True)
 class Question:
     """A question. `image` is uint8 [3, S, S] or None, `context` a hint or Alpaca's `input`, and `options` are none, or
-    2 to 5.
+    2 to 5. `picture` is the file that the image is of, for people to see.
     """
 
     text: str
     image: torch.Tensor | None = None
     context: str = ""
     options: tuple[str, ...] = ()
+    picture: str = ""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The sampling parameters. Temperature 0 is greedy decoding. Raises UserError where they give no answer."""
+    """The sampling parameters. Temperature 0 is greedy decoding. Without a seed, each answer is drawn with another one.
+    Raises UserError where they give no answer.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 0.75
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
@@ -68,6 +73,13 @@ class Settings:
             raise UserError(f"top-p {self.top_p} does not lie in (0, 1]: 0.75 is usual")
         if self.max_new_tokens < 1:
             raise UserError(f"an answer of {self.max_new_tokens} tokens is none: allow at least 1")
+        if self.seed is not None and not 0 <= self.seed < SEEDS:
+            raise UserError(f"the seed {self.seed} is no number from 0 to {SEEDS - 1}: leave it out, and each answer "
+                            "gets another one")
+
+    def drawn(self) -> "Settings":
+        """Returns these settings with a seed."""
+        return replace(self, seed=secrets.randbelow(SEEDS)) if self.seed is None else self
 
 
 @dataclass(frozen=True)
@@ -78,14 +90,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer so far. `dropped` turns were left out. `probabilities` are those of the options, in the last answer
-    only.
+    """The answer so far, of `tokens` tokens. `dropped` turns were left out. The last one is complete, and has the
+    `probabilities` of the options.
     """
 
     prompt: str
     text: str = ""
     dropped: int = 0
     probabilities: tuple[float, ...] = ()
+    tokens: int = 0
+    complete: bool = False
 
 
 def find_runs(folder: str) -> tuple[dict[str, Path], list[str]]:
@@ -164,7 +178,7 @@ def make_prompt(question: Question, prompt_format: str) -> str:
     if not question.options:
         return instruction_prompt(text, question.context.strip())
     if not 2 <= len(question.options) <= len(OPTIONS):
-        raise UserError(f"give 2 to {len(OPTIONS)} options, one a line")
+        raise UserError(f"give 2 to {len(OPTIONS)} options")
     problem = {"question": text, "choices": question.options, "hint": question.context.strip(), "lecture": "",
                "solution": "", "answer": 0}
     return build_prompt(problem, prompt_format)[0]
@@ -209,6 +223,8 @@ class Chatbot:
 
     def load_run(self, run: str) -> str:
         """Loads a run's last adapters into the model, unless it has them; returns the run's prompt format."""
+        if run not in self.runs:
+            raise UserError(f"choose one of the runs: {', '.join(self.runs)}")
         path = last_checkpoint(str(self.runs[run]))
         file = path, path.stat().st_mtime_ns, path.stat().st_size
         if file != self.loaded_file:
@@ -237,7 +253,7 @@ class Chatbot:
 
     def answer(self, run: str, turns: list[Turn], question: Question, settings: Settings) -> Iterator[Answer]:
         """Yields the growing answer; stops early when another question is asked. Raises UserError as `fit` does."""
-        steps = self.steps(run, turns, question, settings)
+        steps = self.steps(run, turns, question, settings.drawn())
         self.latest_request = request = object()
         while True:
             # Gradio calls this from worker threads, whose current CUDA device is GPU 0, not necessarily the model's.
@@ -248,9 +264,7 @@ class Chatbot:
             yield answer
 
     def steps(self, run, turns, question, settings) -> Iterator[Answer]:
-        """Yields one answer per generated token, and a last one with the options' probabilities where there are
-        options.
-        """
+        """Yields one answer per generated token, and a last one that is complete."""
         prompt = make_prompt(question, self.load_run(run))
         example, dropped = fit(self.tokenizer, [] if question.options else turns, prompt, question.image,
                                self.model.adapter.n_prompt, self.max_seq_len, settings.max_new_tokens)
@@ -258,10 +272,11 @@ class Chatbot:
         max_new_tokens = min(settings.max_new_tokens, self.max_seq_len - 1 - len(example.ids))
         for text in stream(self.model, self.tokenizer, example, max_new_tokens, settings.temperature, settings.top_p,
                            settings.seed):
-            answer = replace(answer, text=text)
+            answer = replace(answer, text=text, tokens=answer.tokens + 1)
             yield answer
-        if question.options:
-            yield replace(answer, probabilities=self.probabilities(prompt, given_reason(answer.text), question))
+        reason = given_reason(answer.text)
+        probabilities = self.probabilities(prompt, reason, question) if question.options else ()
+        yield replace(answer, probabilities=probabilities, complete=True)
 
     def probabilities(self, prompt: str, reason: str, question: Question) -> tuple[float, ...]:
         """The probability of each option, by the token in which their answers differ: eval.py goes by the same.
