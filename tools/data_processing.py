@@ -16,17 +16,32 @@ if __name__ == "__main__":
     prepare_imports()
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import PUT_IT_THERE, load_json, write_json
-from lavin.runtime.flags import Parser
+from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
 from lavin.runtime.schema import is_plain_name
 from util.data.prompts import instruction_prompt
 
 ALPACA = "alpaca_data.json"
 LLAVA = ("complex_reasoning_77k.json", "detail_23k.json", "conversation_58k.json")
 MAX_REPORTED = 10  # malformed records that are reported one by one; the others are only counted
+
+
+@dataclass(frozen=True)
+class Files(FlagGroup):
+    """The files that are read and written."""
+
+    title: ClassVar[str] = "files"
+    data_root: Path = flag(Path("../data"), "folder of the files", Role.DATA)
+    out: Path | None = flag(None, "the file to write (default: all_data.json in --data_root)", Role.RUN)
+
+
+def get_args_parser() -> Parser:
+    return Parser("-m tools.data_processing", __doc__, Files)
 
 
 def record(qid: str, question: str, answer: str, image: str | None, context: str = "") -> dict:
@@ -96,11 +111,7 @@ def process(data_root: Path, out: Path) -> tuple[int, list[str]]:
     return len(all_records), errors
 
 
-def main() -> None:
-    parser = Parser("data_processing.py", __doc__)
-    parser.add_argument("--data_root", default="../data", type=Path, help="folder of the files (../data)")
-    parser.add_argument("--out", type=Path, help="the file to write (all_data.json in --data_root)")
-    args = parser.parse_args()
+def main(args: Flags) -> None:
     out = args.out or args.data_root / "all_data.json"
     n_records, errors = process(args.data_root, out)
     for error in errors[:MAX_REPORTED]:
@@ -112,4 +123,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main()
+        main(get_args_parser().parse_args())

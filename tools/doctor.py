@@ -19,6 +19,10 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+HELP = """usage: bash scripts/check.sh [FLAG ...]
+
+Says what this machine has, what a run would use, and what would fail (lines
+with `!`). Flags are those of train.py: python train.py --help lists them."""
 import_error: Exception | None = None
 try:  # packages may be missing or broken, and this program says so
     import torch
@@ -221,6 +225,9 @@ def of_train_py(argv: list[str]) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
+    if "-h" in argv or "--help" in argv:
+        print(HELP)
+        return 0
     if not import_error:
         console.setup()
     problems: dict[str, None] = {}  # in their order, without repeats

@@ -25,7 +25,9 @@ if __name__ == "__main__":
 import copy
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -35,7 +37,8 @@ from lavin.model import LaVIN, pack
 from lavin.runtime.console import print_rank0, progress_bar
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import atomic_write, write_json
-from lavin.runtime.flags import Parser
+from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
+from lavin.runtime.schema import FileName, PathText
 from lavin.tokenizer import Example, FastTokenizer, Tokenizer
 from lavin.weights.hugging_face import HF_NAMES, rope_entry
 from tools.output import make_folder, save_tensors
@@ -48,16 +51,23 @@ SHARD_BYTES = 4 * 2**30
 DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
+@dataclass(frozen=True)
+class Export(FlagGroup):
+    """The run that is exported, and what of it."""
+
+    title: ClassVar[str] = "export"
+    adapter_path: FileName | None = flag(None, "a checkpoint, or a run's folder", Role.MODEL, required=True,
+                                         metavar="RUN")
+    out: Path | None = flag(None, "the folder to write", Role.RUN, required=True, metavar="FOLDER")
+    modality: str = flag("text", "questions without a picture, or with one", Role.DATA, choices=MODALITIES)
+    pictures: list[Path] = flag((), "pictures to export as inputs_embeds, next to the model", Role.DATA, nargs="+",
+                                type=Path)
+    tokenizer_path: PathText | None = flag(
+        None, "tokenizer.model or tokenizer.json (default: the base model's)", Role.MODEL)
+
+
 def get_args_parser() -> Parser:
-    parser = Parser("export_hf.py", __doc__, *SHARED, epilog=INHERITED)
-    parser.set_defaults(precision="fp16", device="cpu")
-    add = parser.add_argument
-    add("--adapter_path", required=True, help="a checkpoint, or a run's folder")
-    add("--tokenizer_path", help="tokenizer.model or tokenizer.json (the base model's)")
-    add("--out", required=True, type=Path, help="the folder to write")
-    add("--modality", default="text", choices=MODALITIES, help="questions without a picture, or with one (text)")
-    add("--pictures", nargs="+", default=[], type=Path, help="pictures to export as inputs_embeds, next to the model")
-    return parser
+    return Parser("-m tools.export_hf", __doc__, Export, *SHARED, precision="fp16", device="cpu", epilog=INHERITED)
 
 
 # --- merging ---
@@ -263,7 +273,7 @@ def image_embeddings(model: LaVIN, tokenizer: Tokenizer, path: Path) -> torch.Te
     return model.embed(pack([Example(prefix, len(prefix), image)]))
 
 
-def main(args) -> None:
+def main(args: Flags) -> None:
     if args.pictures and args.modality != "image":
         raise UserError("--pictures needs --modality image")
     names = picture_names(args.pictures)

@@ -18,15 +18,16 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from lavin.runtime.errors import UserError, one_line_errors
-from lavin.runtime.flags import Parser, parse_as
+from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
 from lavin.runtime.schema import Seed
 from tools.make_mini_scienceqa import split_evenly
 from tools.output import make_folder, write_scienceqa
@@ -37,6 +38,19 @@ ANSWERS = {"colour": ("black", "blue", "brown", "gray", "green", "red", "teal", 
            "shape": ("circle", "rectangle", "triangle"),
            "yes or no": ("yes", "no")}
 NEGATIONS = {"no", "not"}
+
+
+@dataclass(frozen=True)
+class Output(FlagGroup):
+    """The data set that is written."""
+
+    title: ClassVar[str] = "data set"
+    out: Path = flag(Path("data/easy_vqa"), "folder to write", Role.RUN)
+    seed: Seed = flag(0, "seed of the choice of questions", Role.DATA)
+
+
+def get_args_parser() -> Parser:
+    return Parser("-m tools.make_easy_vqa", __doc__, Output)
 
 
 class Question(NamedTuple):
@@ -162,11 +176,7 @@ def write_easy_vqa(out: Path, sizes: dict[str, int], seed: int) -> dict[str, dic
     return problems
 
 
-def main() -> None:
-    parser = Parser("make_easy_vqa.py", __doc__)
-    parser.add_argument("--out", default="data/easy_vqa", type=Path, help="folder to write (data/easy_vqa)")
-    parser.add_argument("--seed", default=0, type=parse_as(Seed))
-    args = parser.parse_args()
+def main(args: Flags) -> None:
     make_folder(args.out)
     write_easy_vqa(args.out, SIZES, args.seed)
     print(f"{args.out}: " + ", ".join(f"{size} {split}" for split, size in SIZES.items()) + " problems, all with a "
@@ -175,4 +185,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main()
+        main(get_args_parser().parse_args())

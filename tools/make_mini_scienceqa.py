@@ -12,13 +12,14 @@ from lavin.runtime.startup import prepare_imports
 if __name__ == "__main__":
     prepare_imports()
 
+from dataclasses import dataclass
 from itertools import cycle, islice, product
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from lavin.runtime.errors import one_line_errors
-from lavin.runtime.flags import Parser, parse_as
+from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
 from lavin.runtime.schema import Seed
 from tools.mini_questions import KINDS, Kind
 from tools.output import make_folder, write_scienceqa
@@ -29,6 +30,19 @@ NAMES = ("Ada", "Ali", "Amy", "Ana", "Ben", "Bob", "Cora", "Dan", "Emma", "Eva",
          "Ivan", "Jack", "Jane", "Kate", "Kim", "Leo", "Lisa", "Max", "Mia", "Noah", "Nina", "Olga", "Otto", "Paul",
          "Rosa", "Sam", "Tom")
 OPENINGS = ("", "{name} asks: ", "{name} wants to know: ")
+
+
+@dataclass(frozen=True)
+class Output(FlagGroup):
+    """The data set that is written."""
+
+    title: ClassVar[str] = "data set"
+    out: Path = flag(Path("data/mini"), "folder to write", Role.RUN)
+    seed: Seed = flag(0, "seed of the problems and their pictures", Role.DATA)
+
+
+def get_args_parser() -> Parser:
+    return Parser("-m tools.make_mini_scienceqa", __doc__, Output)
 
 
 class Problem(NamedTuple):
@@ -100,11 +114,7 @@ def write_mini_scienceqa(out: Path, sizes: dict[str, int], seed: int) -> dict[st
     return problems
 
 
-def main() -> None:
-    parser = Parser("make_mini_scienceqa.py", __doc__)
-    parser.add_argument("--out", default="data/mini", type=Path, help="folder to write (data/mini)")
-    parser.add_argument("--seed", default=0, type=parse_as(Seed))
-    args = parser.parse_args()
+def main(args: Flags) -> None:
     make_folder(args.out)
     problems = write_mini_scienceqa(args.out, SIZES, args.seed)
     n_pictures = sum(bool(problem.kind.draw) for problem in problems.values())
@@ -114,4 +124,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main()
+        main(get_args_parser().parse_args())

@@ -12,9 +12,10 @@ if __name__ == "__main__":
     prepare_imports()
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ from lavin.attention import VarlenMetadata
 from lavin.llama import Llama, LlamaConfig
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import atomic_write, write_json
-from lavin.runtime.flags import Parser, parse_as
-from lavin.runtime.schema import Seed
+from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
+from lavin.runtime.schema import PathText, Seed, Text
 from lavin.timm_compat import timm
 from lavin.tokenizer import Tokenizer
 from lavin.vision import VisionEncoder
@@ -45,6 +46,22 @@ VIT: dict[str, Any] = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth"
 VIT_EPOCHS, VIT_LR = 40, 4e-3
 MAX_SHIFT = 3  # pixels of random translation, as augmentation
 BATCH_SIZE = 32  # lessons or images per step
+
+
+@dataclass(frozen=True)
+class Toy(FlagGroup):
+    """The data set that is learned from, and the base that is written."""
+
+    title: ClassVar[str] = "toy base"
+    data_root: PathText = flag("data/mini", "folder of the data set", Role.DATA)
+    out: Path = flag(Path("weights/toy"), "folder to write", Role.RUN)
+    seed: Seed = flag(0, "seed of the weights and the order of samples", Role.RECIPE)
+    split: Text = flag("train", "split of pid_splits.json to learn from", Role.DATA)
+    vit_only: bool = flag(False, "the ViT alone, for a LLaMA from elsewhere", Role.RUN)
+
+
+def get_args_parser() -> Parser:
+    return Parser("-m tools.make_toy_base", __doc__, Toy)
 
 
 def train_tokenizer(data, path: Path) -> Tokenizer:
@@ -193,7 +210,7 @@ def write_llama(llama: Llama, folder: Path) -> None:
         path.write_bytes(buffer.getvalue())
 
 
-def main(args) -> None:
+def main(args: Flags) -> None:
     out = args.out
     make_folder(out / "vit")
     data = load_scienceqa(args.data_root, args.split, f"{args.data_root}/captions.json")
@@ -213,11 +230,5 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser("make_toy_base.py", __doc__)
-    parser.add_argument("--data_root", default="data/mini")
-    parser.add_argument("--out", default="weights/toy", type=Path)
-    parser.add_argument("--seed", default=0, type=parse_as(Seed))
-    parser.add_argument("--split", default="train", help="split of pid_splits.json to learn from (train)")
-    parser.add_argument("--vit_only", action="store_true", help="the ViT alone, for a LLaMA from elsewhere")
     with one_line_errors():
-        main(parser.parse_args())
+        main(get_args_parser().parse_args())

@@ -9,15 +9,31 @@ if __name__ == "__main__":
     prepare_imports()
 
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from lavin.runtime.console import format_table
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import read_json
-from lavin.runtime.flags import Parser
+from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
 from util.data.datasets import find_problems_file
 from util.evaluation.answers import read_answers
 from util.runs import GENERATIONS
+
+
+@dataclass(frozen=True)
+class Results(FlagGroup):
+    """The results that are compared, and the problems that they answer."""
+
+    title: ClassVar[str] = "results"
+    folders: list[Path] | None = flag(None, "results of eval.py", Role.DISPLAY, positional=True, nargs="+", type=Path,
+                                      metavar="FOLDER")
+    data_root: Path | None = flag(None, "folder of problems.json", Role.DATA, required=True, metavar="FOLDER")
+
+
+def get_args_parser() -> Parser:
+    return Parser("-m tools.topic_scores", __doc__, Results)
 
 
 def correct_by_topic(folder: Path, problems: dict) -> dict[str, list[bool]]:
@@ -40,14 +56,10 @@ def topic_table(folders: list[Path], problems: dict) -> str:
     return format_table(["accuracy % (questions)", *topics], rows)
 
 
-def main() -> None:
-    parser = Parser("topic_scores.py", __doc__)
-    parser.add_argument("--data_root", required=True, type=Path, help="folder of problems.json")
-    parser.add_argument("folders", nargs="+", type=Path, help="results of eval.py")
-    args = parser.parse_args()
+def main(args: Flags) -> None:
     print(topic_table(args.folders, read_json(find_problems_file(args.data_root))))
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main()
+        main(get_args_parser().parse_args())

@@ -10,9 +10,10 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import Enum
 from functools import cache, partial
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -26,6 +27,8 @@ UNSET = object()
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number",
                 "int_parsing_size")  # pydantic's types of errors
 WIDTH = 80  # columns of --help at the most
+ROOT = Path(__file__).parents[2]
+IN_WORDS = " (default: "  # ends the help of a flag whose default is None
 
 
 class Role(Enum):
@@ -93,10 +96,10 @@ class Flag:
         if self.kind is bool:
             options["action"] = "store_true"
         else:
-            options.update(default=self.default, choices=self.choices,
-                           type=None if self.choices or "nargs" in options else parse_as(self.optional_kind))
+            kind = None if self.choices or "nargs" in options else parse_as(self.optional_kind)
+            options = {"type": kind, "default": self.default, "choices": self.choices, **options}
             if self.default not in (None, (), ""):
-                options["help"] += f" (default: {shown(self.default)})"
+                options["help"] = options["help"].partition(IN_WORDS)[0] + f"{IN_WORDS}{shown(self.default)})"
         group.add_argument(f"--{self.name}", *self.aliases, **options)
 
 
@@ -179,7 +182,7 @@ def interval(kind: Any) -> str | None:
 
 
 def shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value).removeprefix(f"{ROOT}/")
 
 
 def check_flags(flags: dict[str, Any], declared: dict[str, Flag], source: str) -> dict[str, Any]:
@@ -197,21 +200,32 @@ class Flags(argparse.Namespace):
     __slots__ = ("given",)
 
 
+def usage(prog: str, flags: dict[str, Flag]) -> str:
+    """The command in one line: the flags that it needs, and what is given without a flag's name."""
+    needed = [f"--{name} {declared.options.get('metavar', name.upper())}" for name, declared in flags.items()
+              if declared.options.get("required")]
+    values = [f"[{declared.options['metavar']} ...]" for declared in flags.values() if declared.positional]
+    return " ".join(["python", prog, *needed, "[FLAG ...]", *values])
+
+
 class Parser(argparse.ArgumentParser):
     """A command's parser: one group of arguments for each FlagGroup, the command's own first.
 
-    It takes no abbreviated flags, says which flags were given, and reports mistakes in one line (UsageError).
+    It takes no abbreviated flags, says which flags were given, and reports mistakes in one line (UsageError). prog: the
+    words behind `python`. defaults: those that differ from what the flags' classes declare.
     """
 
-    def __init__(self, prog: str, doc: str | None, *classes: type[FlagGroup], epilog: str | None = None):
+    def __init__(self, prog: str, doc: str | None, *classes: type[FlagGroup], epilog: str | None = None,
+                 **defaults: Any):
         columns = min(WIDTH, shutil.get_terminal_size().columns)
-        super().__init__(prog, f"{prog} [FLAG ...]", summary(doc), epilog, allow_abbrev=False,
+        self.flags = {name: replace(declared, default=defaults.get(name, declared.default))
+                      for name, declared in flags_of(*classes).items()}
+        super().__init__(f"python {prog}", usage(prog, self.flags), summary(doc), epilog, allow_abbrev=False,
                          formatter_class=partial(argparse.HelpFormatter, width=columns - 1, max_help_position=26))
-        self.flags = flags_of(*classes)
         for cls in classes:
             group = self.add_argument_group(cls.title)
-            for declared in flags_of(cls).values():
-                declared.add_to(group)
+            for name in flags_of(cls):
+                self.flags[name].add_to(group)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
@@ -226,4 +240,4 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         message = re.sub(r"^argument (\S+?)(/\S+)?: ", r"\1 ", message)
-        raise UsageError(f"{message} (python {self.prog} --help lists all flags)")
+        raise UsageError(f"{message} ({self.prog} --help lists all flags)")

@@ -163,10 +163,7 @@ def call(module: str, argv) -> None:
     if module == "search":  # its commands are processes of their own, in which nothing is changed
         files.SAMPLE_BYTES = 2**20
     sys.argv = [f"{module.rpartition('.')[2]}.py", *argv]
-    if module == "tools.data_processing":  # it parses its flags itself
-        import_module(module).main()
-    else:
-        import_module(module).main(import_module(module).get_args_parser().parse_args(list(argv)))
+    import_module(module).main(import_module(module).get_args_parser().parse_args(list(argv)))
 
 
 def adapters(folder: str) -> Callable[[str], str]:

@@ -1,5 +1,6 @@
 """Flags are declared once: with a role, a range that holds for command lines and files alike, and a place in --help."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -17,13 +18,18 @@ import train
 from lavin.runtime.errors import UsageError
 from lavin.runtime.flags import FlagGroup, Parser, Role, check_flags, flag, flags_of
 from lavin.runtime.schema import PathText
+from tiny import ROOT
+from tools import data_processing, doctor, export_hf, make_easy_vqa, make_mini_scienceqa, make_toy_base, topic_scores
 from user_errors import error_message
 from util.flags import inherit
 
 COMMANDS = {module.__name__: module.get_args_parser for module in (
-    train, evaluation, eval_mme, demo, search, plot_results)}
+    train, evaluation, eval_mme, demo, search, plot_results, data_processing, export_hf, make_easy_vqa,
+    make_mini_scienceqa, make_toy_base, topic_scores)}
 FIRST_GROUP = {"train": "run", "eval": "what is scored", "eval_mme": "MME", "demo": "runs", "search": "search",
-               "plot_results": "comparison"}
+               "plot_results": "comparison", "tools.data_processing": "files", "tools.export_hf": "export",
+               "tools.make_easy_vqa": "data set", "tools.make_mini_scienceqa": "data set",
+               "tools.make_toy_base": "toy base", "tools.topic_scores": "results"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,32 @@ def test_help_fits_the_terminal_and_begins_with_the_commands_own_flags(name, col
     assert max(map(len, text.splitlines())) <= 80
     headings = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert headings[1] == FIRST_GROUP[name] and headings[0] in ("options", "optional arguments")
+    assert text.startswith(f"usage: python {'-m ' * name.startswith('tools.')}{name}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_every_default_once(name):
+    """And the one that holds: a command may have another one than the flags that it shares."""
+    parser = COMMANDS[name]()
+    for action in parser._actions:
+        declared = parser.flags.get(action.dest)
+        words = re.findall(r"\(default: (.*?)\)(?= |$)", action.help or "")
+        if declared and declared.default not in (None, (), "", False):
+            default = str(action.default).removeprefix(f"{ROOT}/")
+            assert words in ([default], [f"{action.default:g}"] if isinstance(action.default, float) else [])
+        assert len(words) <= 1
+        assert not re.search(rf"\({re.escape(str(action.default))}\)", action.help or "")
+
+
+def test_help_says_what_a_command_needs():
+    first_line = export_hf.get_args_parser().format_help().splitlines()[0]
+    assert "--adapter_path RUN --out FOLDER [FLAG ...]" in first_line
+
+
+def test_help_of_the_doctor_examines_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "machine", None)
+    assert doctor.main(["--data_root", "x", "--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -31,5 +31,4 @@ class Plots(FlagGroup):
 
 
 def get_args_parser() -> Parser:
-    return Parser("plot_results.py", "Compares runs: `python plot_results.py RUN [RUN ...]`; without an argument, the "
-                  "published eight methods.", Plots)
+    return Parser("plot_results.py", "Compares runs; without an argument, the published eight methods.", Plots)

@@ -69,7 +69,6 @@ class MME(FlagGroup):
     options: list[str] | None = flag(None, "published flag, without effect", Role.EXECUTION, nargs="+")
 
 
-
 def scienceqa_parser() -> Parser:
     return Parser("eval.py", "Scores a run on ScienceQA.", Scored, Questions, Answering, *SHARED, epilog=INHERITED)
 

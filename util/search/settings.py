@@ -36,5 +36,4 @@ class Search(FlagGroup):
 
 
 def get_args_parser() -> Parser:
-    return Parser("search.py", "Searches hyperparameters on validation: "
-                  "`python search.py --study S --trials 64 -- [train.py's flags]`.", Search)
+    return Parser("search.py", "Searches hyperparameters on validation.", Search)
