@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Says what this machine has, what a run would use, and what would fail, with the fix: as text for a bug report.
-#   bash scripts/check.sh [flags of train.py, such as --data_root ../data --llm_model 7B]
-# Exit status 0: nothing was found that would stop a run. Nothing needs to be installed.
+# Says what this machine has, what a run would use, and what would fail, with the
+# fix: as text for a bug report. Arguments are flags of train.py. Exit status 0:
+# nothing was found that would stop a run. Nothing needs to be installed.
+#   PYTHON=python3            the Python to take where there is no .venv
+# Example:
+#   bash scripts/check.sh --data_root ../data --llm_model 7B
+source "$(dirname "$0")/help.sh"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python

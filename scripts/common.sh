@@ -1,14 +1,19 @@
-# Sourced by the experiment scripts: how one method is trained and scored. Set in the environment, where the defaults
-# do not fit:
+# The experiment scripts source this file, scripts/common.sh, which is not run by
+# itself. They read these variables, where the defaults do not fit:
 #   GPUS=4                    GPUs of this machine (1 where there is none)
 #   DATA_ROOT=../data         ScienceQA
 #   WEIGHTS=../data/weights   base models and tokenizer.model
-#   MODEL=7B                  the base model
+#   MODEL=7B                  the base model (13B in scripts that are named so)
 #   OUTPUT_ROOT=.             where the runs' folders go
-# Under Slurm (slurm/), all nodes of the job train together.
-# A script's arguments are added to its flags, and win: bash scripts/finetuning_sqa_7b_step.sh --epochs 5 --seed 1
-# The same command again goes on with an unfinished run; a finished one stays as it is. Exit status 75: stopped by a
-# signal, and saved.
+# The script of a method trains, then scores the run on the test split. Its
+# arguments are flags of train.py (python train.py --help), and win over its own.
+# Under Slurm (slurm/), all nodes of the job train together. The same command
+# again goes on with an unfinished run; a finished one stays as it is. Exit status
+# 75: stopped by a signal, and saved.
+# Example:
+#   GPUS=1 bash scripts/finetuning_sqa_7b_step.sh --epochs 5 --seed 1
+[ "${BASH_SOURCE[0]}" != "$0" ] || set -- --help
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"

@@ -1,7 +1,15 @@
 #!/usr/bin/env bash
-# Talk to finished runs in the browser (--cli: in the terminal): those of quickstart_smollm2.sh, or else those of
-# quickstart.sh, or, with the environment of scripts/common.sh, any others: MODEL=7B OUTPUT_ROOT=. bash scripts/demo.sh.
-# Arguments go to demo.py.
+# Talk to finished runs in the browser, or in the terminal (--cli): those of
+# quickstart_smollm2.sh, or else those of quickstart.sh, unless a variable or
+# --runs names others. Other arguments go to demo.py (python demo.py --help).
+# Installs what is missing as scripts/environment.sh does, whose variables hold.
+#   MODEL=toy                 the base model of the runs
+#   OUTPUT_ROOT=.             the runs; with MODEL=toy, runs/quickstart
+#   DATA_ROOT=../data         ScienceQA, for examples; with MODEL=toy, data/mini
+#   WEIGHTS=../data/weights   the base models; with MODEL=toy, weights
+# Example:
+#   MODEL=7B OUTPUT_ROOT=. bash scripts/demo.sh --cli
+source "$(dirname "$0")/help.sh"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 has_runs() { compgen -G "$1/*/checkpoint-*.pth" > /dev/null || compgen -G "$1/checkpoint-*.pth" > /dev/null; }

@@ -1,9 +1,16 @@
-# Makes .venv with the packages of a requirements file, once. Scripts source it, which also puts .venv first on PATH.
-#   bash scripts/environment.sh requirements.txt    # or requirements/demo.txt, or another file of that folder
-#   source scripts/environment.sh requirements.txt
-# PyTorch is the newest that this machine's GPUs and driver can run. On a login node without GPUs, name it:
-#   TORCH_CONSTRAINTS=requirements/constraints/v100.txt
-# or cuda12.txt or cuda11.txt of that folder (each says what for). TORCH_CONSTRAINTS= (empty) gives the newest of all.
+# Makes .venv with the packages of a requirements file, once. Scripts source it,
+# which also puts .venv first on PATH.
+#   PYTHON=python3            the Python that .venv is made with, 3.10 or newer
+#   TORCH_CONSTRAINTS         the PyTorch to install: a file of
+#                             requirements/constraints (each says what for), or
+#                             nothing (TORCH_CONSTRAINTS=) for the newest of all.
+#                             Where it is not set, the newest that this machine's
+#                             GPUs and driver can run; a login node cannot tell
+# Examples:
+#   bash scripts/environment.sh requirements.txt
+#   TORCH_CONSTRAINTS=requirements/constraints/v100.txt \
+#       bash scripts/environment.sh requirements/demo.txt
+[ "${BASH_SOURCE[0]}" != "$0" ] || source "$(dirname "$0")/help.sh"
 export OMP_WAIT_POLICY=passive # else threads spin while they wait: two trainings on two cores take 2.6 times as long
 has_pip() { .venv/bin/python -c 'import pip._internal.cli.main' 2> /dev/null; }
 

@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# Scores a run on MME, whose subtasks lie in MME_ROOT (DATA_ROOT/mme): bash scripts/eval_mme_benchmark.sh RUN [FLAG...]
+# Scores a run on MME. The first argument is the run, unless --adapter_path names
+# it; others are flags of eval_mme.py.
+#   MME_ROOT=DATA_ROOT/mme    folder of MME's subtasks
+# Example:
+#   bash scripts/eval_mme_benchmark.sh LaVIN-13B-VLIT
 source "$(dirname "$0")/common.sh"
 if [ $# -eq 0 ]; then
     echo "name a run: bash scripts/eval_mme_benchmark.sh LaVIN-13B-VLIT" >&2

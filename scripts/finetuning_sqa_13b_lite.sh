@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# LaVIN-lite: the base method for 13B on 4-bit weights (pip install -r requirements/lite.txt).
-# On a small card, add --gradient_checkpointing: less memory, slower.
+# LaVIN-lite: the base method for 13B on 4-bit weights
+# (pip install -r requirements/lite.txt). On a small card, add
+# --gradient_checkpointing: less memory, slower.
 MODEL=${MODEL:-13B}
 source "$(dirname "$0")/common.sh"
 finetune_and_evaluate lite \

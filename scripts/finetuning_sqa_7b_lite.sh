@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# LaVIN-lite: the base method on 4-bit weights (pip install -r requirements/lite.txt).
-# On a small card, add --gradient_checkpointing: less memory, slower.
+# LaVIN-lite: the base method on 4-bit weights
+# (pip install -r requirements/lite.txt). On a small card, add
+# --gradient_checkpointing: less memory, slower.
 source "$(dirname "$0")/common.sh"
 finetune_and_evaluate lite \
     --bits 4bit \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The base method on Vicuna 13B, whose v0 delta lies in WEIGHTS/vicuna_13B, or MODEL names full weights.
+# The base method on Vicuna 13B, whose v0 delta lies in
+# WEIGHTS/vicuna_13B, or MODEL names full weights.
 MODEL=${MODEL:-13B}
 source "$(dirname "$0")/common.sh"
 finetune_and_evaluate vicuna \

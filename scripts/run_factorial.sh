@@ -1,9 +1,17 @@
 #!/usr/bin/env bash
-# Schedules crossed with dropouts: every one with every other, so that plots/effects.png tells main effects and
-# interactions. SCHEDULES and DROPOUTS are methods of scripts/methods.json, or flags such as dropout_prob=0.158; the
-# first of each is the base's. SEEDS, JOBS, arguments and the environment are those of scripts/run_all_variants.sh.
-#   SEEDS="0 1 2" bash scripts/run_factorial.sh        # 4 x 5 methods, three seeds each
-# The two constant dropouts are controls: their means over LLaMA's layers are those of the varying ones beside them.
+# Schedules crossed with dropouts: every one with every other, so that
+# plots/effects.png tells main effects and interactions. The entries are methods
+# of scripts/methods.json, or flags such as dropout_prob=0.158; the first of each
+# is the base's. The two constant dropouts are controls: their means over LLaMA's
+# layers are those of the varying ones beside them. SEEDS, JOBS, arguments and
+# the other variables are those of scripts/run_all_variants.sh.
+#   SCHEDULES                 by default: base cyclical step exponential
+#   DROPOUTS                  by default: base drop_inc_v2 dropout_prob=0.158
+#                             drop_dec_v2 dropout_prob=0.133
+# Example:
+#   SEEDS="0 1 2" SCHEDULES="base step" DROPOUTS="base drop_dec_v2" \
+#       bash scripts/run_factorial.sh
+source "$(dirname "$0")/help.sh"
 set -euo pipefail
 SCHEDULES=${SCHEDULES:-base cyclical step exponential}
 DROPOUTS=${DROPOUTS:-base drop_inc_v2 dropout_prob=0.158 drop_dec_v2 dropout_prob=0.133}

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Searches the study's hyperparameters on validation, and draws the report. The same command, on this node or another,
-# is more workers for the same study, and goes on with what was interrupted.
-#   bash scripts/search_sqa_7b.sh [FLAG of search.py ...] [-- FLAG of train.py ...]
-#   STUDY=./search-7B    the study's folder
-#   JOBS=4               trials at once on this node, which share its GPUS (default: one a GPU; JOBS=1: all for one)
-# The other variables are those of scripts/common.sh.
+# Searches the study's hyperparameters on validation, and draws the report. The
+# same command, on this node or another, is more workers for the same study, and
+# goes on with what was interrupted. Arguments are flags of search.py and, behind
+# --, of train.py for all trials.
+#   STUDY=OUTPUT_ROOT/search-MODEL
+#                             the study's folder
+#   JOBS=GPUS                 trials at once on this node, which share its GPUs
+#                             (JOBS=1: all for one)
+# Example:
+#   JOBS=4 bash scripts/search_sqa_7b.sh --trials 64 -- --epochs 5
 source "$(dirname "$0")/common.sh"
 export STUDY=${STUDY:-$OUTPUT_ROOT/search-$MODEL}
 JOBS=${JOBS:-$GPUS}

@@ -1,6 +1,9 @@
-# Sourced: passes signals on to what a script runs. bash handles a signal only when its foreground command has ended, so
-# `run` starts commands in the background and waits. They get SIGTERM whatever the signal was, since most programs end at
-# SIGUSR1 (Slurm's warning of the time limit), and background commands of a script ignore SIGINT.
+# Sourced, and not run by itself: passes signals on to what a script runs. bash
+# handles a signal only when its foreground command has ended, so `run` starts
+# commands in the background and waits. They get SIGTERM whatever the signal was,
+# since most programs end at SIGUSR1 (Slurm's warning of the time limit), and
+# background commands of a script ignore SIGINT.
+[ "${BASH_SOURCE[0]}" != "$0" ] || source "$(dirname "$0")/help.sh" --help
 UNFINISHED=75 # exit status of a command that was stopped, and goes on when it is started again (EX_TEMPFAIL)
 forwarded=TERM
 stopped=   # the first signal

@@ -1,5 +1,6 @@
-# Sourced: mini ScienceQA and a toy base, made once, and what the experiment scripts need to run
-# on them. Leaves the flags in $FLAGS.
+# Sourced, and not run by itself: mini ScienceQA and a toy base, made once, and
+# what the experiment scripts need to run on them. Leaves the flags in $FLAGS.
+[ "${BASH_SOURCE[0]}" != "$0" ] || source "$(dirname "$0")/help.sh" --help
 export DATA_ROOT=data/mini WEIGHTS=weights MODEL=toy GPUS=1
 source scripts/signals.sh
 forward_signals

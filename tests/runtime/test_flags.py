@@ -90,6 +90,11 @@ def test_help_says_what_a_command_needs():
     assert "--adapter_path RUN --out FOLDER [FLAG ...]" in first_line
 
 
+def test_a_command_may_have_other_defaults_than_the_flags_that_it_shares():
+    args = export_hf.get_args_parser().parse_args(["--adapter_path", "run", "--out", "folder"])
+    assert (args.device, args.precision) == ("cpu", "fp16") and args.given == {"adapter_path", "out"}
+
+
 def test_help_of_the_doctor_examines_nothing(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "machine", None)
     assert doctor.main(["--data_root", "x", "--help"]) == 0
