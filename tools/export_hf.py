@@ -34,7 +34,7 @@ import torch
 from lavin.llama import LlamaConfig
 from lavin.mm_adapter import RepAdapterRouter
 from lavin.model import LaVIN, pack
-from lavin.runtime.console import print_rank0, progress_bar
+from lavin.runtime.console import print_rank0, progress_bar, working_on
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import atomic_write, write_json
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
@@ -301,4 +301,6 @@ def main(args: Flags) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(get_args_parser().parse_args())
+        args = get_args_parser().parse_args()
+        with working_on(args.out.name):
+            main(args)

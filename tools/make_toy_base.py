@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceTrainer
 from torch import nn
-from tqdm import tqdm
 
 from lavin.attention import VarlenMetadata
 from lavin.llama import Llama, LlamaConfig
+from lavin.runtime.console import progress_bar, working_on
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import atomic_write, write_json
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
@@ -106,7 +106,7 @@ def fit(parameters: list, batches, loss_of, steps: int, lr: float, description: 
     """AdamW with a one-cycle schedule (Smith & Topin 2019, arXiv 1708.07120); loss_of(batch) -> loss, accuracy."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    bar = tqdm(zip(range(steps), batches, strict=False), description, total=steps, unit="step", mininterval=0.5)
+    bar = progress_bar(zip(range(steps), batches, strict=False), description, total=steps, unit="step")
     recent = []  # accuracies of the last 30 steps
     for _, batch in bar:
         loss, accuracy = loss_of(batch)
@@ -231,4 +231,6 @@ def main(args: Flags) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(get_args_parser().parse_args())
+        args = get_args_parser().parse_args()
+        with working_on(args.out.name):
+            main(args)

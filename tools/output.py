@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tqdm import tqdm
 
+from lavin.runtime.console import progress_bar
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import atomic_write
 
@@ -43,7 +43,7 @@ def write_scienceqa(out: Path, problems: dict[str, dict], captions: dict[str, st
     problems: with all 14 fields; captions: of those that have a picture, by id. write_picture(id, path): a PNG.
     """
     (out / "problems.json").unlink(missing_ok=True)
-    for qid in tqdm(captions, "pictures", unit="picture"):
+    for qid in progress_bar(captions, f"{out}, pictures", unit="picture"):
         with atomic_write(out / "images" / problems[qid]["split"] / qid / "image.png") as path:
             write_picture(qid, path)
     files = {"captions.json": {"captions": captions}, "pid_splits.json": split_ids(problems),

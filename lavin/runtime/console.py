@@ -4,10 +4,15 @@ import io
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakSet
 
 from tqdm import tqdm
 
 LINE_SECONDS = 30  # between two lines of progress, where there is no terminal
+BAR_SECONDS = 2  # after which progress appears of what is often over at once
+run_name = ""  # set by `working_on`
 
 
 def setup() -> None:
@@ -40,11 +45,24 @@ def print_rank0(*words) -> None:
         (tqdm.write if is_terminal() else print)(" ".join(str(word) for word in words))
 
 
+@contextmanager
+def working_on(name: str) -> Iterator[None]:
+    """Names the run that this process works on, with which all its progress begins: it tells jobs side by side apart.
+    """
+    global run_name
+    before, run_name = run_name, name
+    try:
+        yield
+    finally:
+        run_name = before
+
+
 def progress_bar(items, description: str, total: int | None = None, unit: str = "it", initial: int = 0,
                  delay: float = 0) -> tqdm:
     """Progress with rate and ETA, on rank 0 only: a bar, or lines where there is no terminal. delay: seconds until it
     appears."""
-    options = {"desc": description, "total": total, "unit": unit, "initial": initial, "disable": not is_main_process()}
+    options = {"desc": f"{run_name}, {description}" if run_name else description, "total": total, "unit": f" {unit}",
+               "initial": initial, "disable": not is_main_process()}
     if is_terminal():
         return tqdm(items, dynamic_ncols=True, mininterval=0.5, delay=delay, **options)
     return Lines(items, delay=delay, **options)
@@ -57,6 +75,8 @@ def is_terminal() -> bool:
 
 class Lines(tqdm):
     """Progress as lines of a log: one in LINE_SECONDS, and one at the end, if that comes after `delay` seconds."""
+
+    _instances: WeakSet = WeakSet()  # a bar among tqdm's own is cleared and drawn again where tqdm.write writes a line
 
     def __init__(self, items, delay: float, **options):
         self.shortest = delay
@@ -78,6 +98,9 @@ class Lines(tqdm):
             self.display()
         self.delay = math.inf  # super() writes a last line, unless nothing was to be seen yet
         super().close()
+
+    def __del__(self) -> None:
+        """Progress that an error left open adds nothing below the error's line."""
 
 
 def format_table(header: list[str], rows: list[list]) -> str:

@@ -15,6 +15,7 @@ from lavin.llama import LlamaConfig
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.runtime import distributed
+from lavin.runtime.console import BAR_SECONDS, progress_bar
 from lavin.runtime.errors import UserError, first_line
 from lavin.tokenizer import Tokenizer
 from lavin.weights.base import base_path, find_tokenizer, open_base
@@ -93,7 +94,8 @@ def load_frozen(module: nn.Module, parameters: dict[str, tuple[str, torch.Size]]
     """
     check_names(parameters.keys(), tensors.keys(), source)
     extremes = []
-    for file_name, (name, shape) in parameters.items():
+    for file_name, (name, shape) in progress_bar(parameters.items(), f"weights of {source}", unit="tensor",
+                                                 delay=BAR_SECONDS):
         tensor = tensors[file_name]
         check_shape(file_name, shape, tensor, source)
         parent, _, parameter = name.rpartition(".")

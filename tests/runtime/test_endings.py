@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.api import PContext
 
 from forked import in_child
 from lavin.runtime import console, errors, signals
-from lavin.runtime.console import print_rank0, progress_bar
+from lavin.runtime.console import print_rank0, progress_bar, working_on
 from lavin.runtime.errors import UsageError, UserError, one_line_errors
 from lavin.runtime.signals import STOP_SIGNALS, Stopped
 from tiny import ROOT
@@ -229,6 +230,36 @@ def test_progress_in_a_log_has_lines_and_moves_no_cursor(monkeypatch):
     assert ended.out == "saved\n" and not {"\r", "\x1b"} & {*ended.errors} and "checksums" not in ended.errors
     assert 2 <= len(lines) <= 5 and lines[-1].startswith("run, epoch 1: 8 of 8, ") and lines[-1].endswith("loss 7")
     assert all(line.startswith("run, epoch 1: ") and " left, loss " in line for line in lines)
+
+
+def test_progress_names_the_run_which_tells_jobs_side_by_side_apart():
+    def work():
+        with working_on("LaVIN-7B-step"):
+            list(progress_bar(range(3), "questions", unit="question"))
+        list(progress_bar(range(3), "others"))
+    first, second = in_child(work).errors.splitlines()
+    assert re.match(r"LaVIN-7B-step, questions: 3 of 3, +[\d.,]+ question/s, 00:00 left$", first)
+    assert second.startswith("others: 3 of 3, ")
+
+
+def test_an_error_is_the_last_line_of_a_log_with_progress(monkeypatch):
+    """Also where the progress was not closed: it is not drawn again below the error, with cursor movements."""
+    monkeypatch.setattr(console, "LINE_SECONDS", 0)
+
+    def work():
+        bar = progress_bar(range(3), "steps")
+        bar.update()
+        with one_line_errors():
+            raise UserError("no file x")
+    ended = in_child(work)
+    assert ended.status == 1 and not {"\r", "\x1b"} & {*ended.errors}
+    assert "main.py: error: no file x" in ended.errors.splitlines()[-1]
+
+
+def test_all_progress_is_that_of_the_console():
+    """A bar of tqdm's own would fill a log with carriage returns."""
+    sources = [path for folder in ("lavin", "util", "tools") for path in (ROOT / folder).rglob("*.py")]
+    assert [path.name for path in sources if re.search(r"\btqdm\(|trange\(", path.read_text())] == ["console.py"]
 
 
 def test_a_line_is_in_the_log_when_it_is_written(tmp_path):

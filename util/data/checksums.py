@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lavin.runtime.console import progress_bar
+from lavin.runtime.console import BAR_SECONDS, progress_bar
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import json_list_sha256, json_sha256
 from util.data.cache import Arrays, cached
@@ -26,7 +26,6 @@ from util.data.cache import Arrays, cached
 PART_BYTES = 2**26  # of a file, hashed by one thread
 BUFFER_BYTES = 2**20
 RECENT_SECONDS = 2  # a file may change again without another ctime, whose steps are up to 2 s long on some file systems
-BAR_SECONDS = 2  # after which a progress bar appears
 REMEMBERED = 16  # lists of files: the base's, the ViT's, and the pictures of each split
 
 State = tuple[int, ...]

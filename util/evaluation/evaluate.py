@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from lavin.runtime import distributed
-from lavin.runtime.console import is_main_process, print_rank0
+from lavin.runtime.console import is_main_process, print_rank0, working_on
 from lavin.runtime.files import write_json
 from lavin.runtime.flags import Flags
 from util.evaluation.partial_answers import answer_all, drop_partial
@@ -56,7 +56,7 @@ class Task(Protocol):
 def run(task: Task, args: Flags, trained: Trained) -> None:
     """Evaluates into the folder that --output_dir names, or that of the run, and prints the scores."""
     folder = distributed.from_rank_0(lambda: results_folder(args.output_dir, trained.path))
-    with locked(folder):
+    with locked(folder), working_on(folder.name):
         evaluate(task, args, trained, folder)
     distributed.close()
 
@@ -85,9 +85,8 @@ def evaluate(task: Task, args: Flags, trained: Trained, folder: Path) -> None:
 
 
 def report(task: Task, folder: Path, scores: dict[str, Any], trained: Trained) -> None:
-    for line in task.report(scores):
-        print_rank0(line)
     path = trained.path
     note = (f" ({path.name} is not the run's last checkpoint, so the run's own scores stay)"
             if path and folder == path.parent / path.stem else "")
-    print_rank0(f"scores: {folder / task.scores_file}{note}")
+    # at once, so that the lines of jobs side by side do not mix
+    print_rank0("\n".join([*task.report(scores), f"scores: {folder / task.scores_file}{note}"]))

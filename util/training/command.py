@@ -1,10 +1,12 @@
 """The work of train.py: it opens the run's folder, loads the data and the model, and trains."""
 
+from pathlib import Path
+
 import torch
 
 from lavin.fast.speed_up import check_fast_paths, speed_up
 from lavin.runtime import distributed
-from lavin.runtime.console import is_main_process, print_rank0
+from lavin.runtime.console import is_main_process, print_rank0, working_on
 from lavin.runtime.device import choose_device, choose_dtype
 from lavin.runtime.flags import Flags
 from lavin.weights.base import require_base
@@ -30,7 +32,7 @@ def main(args: Flags) -> None:
     settings = TrainSettings.of(args, world)
     require_base(settings.base.llama_model_path, settings.base.llm_model, use_vicuna=settings.base.use_vicuna)
     device = choose_device(settings.execution.device, local_rank)
-    with locked(settings.run.output_dir):
+    with locked(settings.run.output_dir), working_on(Path(settings.run.output_dir).name):
         train(settings, rank, world, device)
     distributed.close()
 

@@ -85,7 +85,7 @@ class Trainer:
                 entry = record.log_line(self.n_steps * min(self.effective_batch, len(self.examples)),
                                         peak_memory_gib(self.model.device))
                 self.save(record, entry)
-                print_rank0(f"epoch {record.epoch}: {loss_in_words(entry['train_closs'])}, "
+                print_rank0(f"{self.run.folder.name}, epoch {record.epoch}: {loss_in_words(entry['train_closs'])}, "
                             f"{entry['samples_per_s']:.1f} samples/s"
                             + (f", {entry['skipped_steps']} skipped steps (not finite)" if entry["skipped_steps"]
                                else ""))
@@ -107,9 +107,8 @@ class Trainer:
         first_step = len(record.steps)
         self.metrics.restart(first_step)
         record.start_clock()
-        name = f"{self.run.folder.name}, epoch {record.epoch}"  # which tells jobs side by side apart
-        with progress_bar(self.batches(record.epoch, first_step), name, total=self.n_steps, initial=first_step,
-                          unit="step") as bar:
+        with progress_bar(self.batches(record.epoch, first_step), f"epoch {record.epoch}", total=self.n_steps,
+                          initial=first_step, unit="step") as bar:
             for step, (global_batch, local_batch) in enumerate(bar, first_step):
                 self.train_step(record, step, global_batch, local_batch)
                 self.observe(record, bar)
