@@ -61,7 +61,7 @@ def progress_bar(items, description: str, total: int | None = None, unit: str = 
                  delay: float = 0) -> tqdm:
     """Progress with rate and ETA, on rank 0 only: a bar, or lines where there is no terminal. delay: seconds until it
     appears."""
-    options = {"desc": f"{run_name}, {description}" if run_name else description, "total": total, "unit": f" {unit}",
+    options = {"desc": f"{run_name}, {description}" if run_name else description, "total": total, "unit": unit,
                "initial": initial, "disable": not is_main_process()}
     if is_terminal():
         return tqdm(items, dynamic_ncols=True, mininterval=0.5, delay=delay, **options)
@@ -80,7 +80,7 @@ class Lines(tqdm):
 
     def __init__(self, items, delay: float, **options):
         self.shortest = delay
-        super().__init__(items, delay=LINE_SECONDS, mininterval=LINE_SECONDS, maxinterval=LINE_SECONDS,
+        super().__init__(items, delay=LINE_SECONDS, mininterval=LINE_SECONDS, miniters=1,
                          bar_format="{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}", **options)
 
     @staticmethod

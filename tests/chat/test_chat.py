@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -343,8 +344,10 @@ def test_compare_asks_the_last_question_as_it_was_asked(runs, monkeypatch, capsy
     demo.main(demo.get_args_parser().parse_args(["--runs", str(runs), "--device", "cpu", "--cli", "--max_new_tokens",
                                                  "3", "--generation_temperature", "0.5", "--top_p", "0.25"]))
     capsys.readouterr()
-    settings = Settings(3, 0.5, 0.25)
-    assert asked == [(0, QUESTION, settings), *[(1, "And the second?", settings)] * 3]
+    assert [(turns, question) for turns, question, _ in asked] == [(0, QUESTION), *[(1, "And the second?")] * 3]
+    settings = [settings for *_, settings in asked]
+    assert {replace(one, seed=None) for one in settings} == {Settings(3, 0.5, 0.25)} and None not in settings
+    assert settings[2] == settings[3]  # the same draws for both
 
 
 class Typed(io.TextIOWrapper):
@@ -368,8 +371,17 @@ def talk(runs, monkeypatch, capsys, content: bytes, *flags: str) -> list[str]:
     ("/compare 1", "ask a question first"), ("/image \0", "is broken"), ("/image /dev/zero", "is no file"),
     ("/options a|b|c|d|e|f\nWhich?", "give 2 to 5 options"), (b"Which \xff pond?", "that is not UTF-8 text"),
     (QUESTION * 100, "tokens too many"), ("/image ~nosuchuser/a.png", "no file ~nosuchuser/a.png"),
-    ("/image " + "a" * 5000, "File name too long"), ("/image", "is no file"), ("/", "Write a question"),
-    ("/options " + "|" * 5000, ""), ("/options |\nWhich?", ""), ("/context " + "\u2028" * 99 + "\nWhy?", ""),
+    ("/image " + "a" * 5000, "File name too long"), ("/image", "the picture in use is none"), ("/", "Write a question"),
+    ("/options " + "|" * 5000, "an option is empty"), ("/options |\nWhich?", "an option is empty"),
+    ("/options A | | B\nWhich?", "an option is empty"), ("/options |A", "an option is empty"),
+    ("/options", "give 2 to 5 options: /options A"), ("/options A\nWhich?", "give 2 to 5 options"),
+    ("/nothing", "there is no command /nothing"),
+    ("/temperature hot", "give a number"), ("/temperature nan", "no number from 0"), ("/top_p 2", "does not lie in"),
+    ("/seed -1", "no number from 0"), ("/max_new_tokens 0", "allow at least 1"), ("/retry", "ask a question first"),
+    ("/undo", "ask a question first"), ("/edit x", "ask a question first"), ("/save a.md", "ask a question first"),
+    ("Why?\n/save a.txt", "ends with .md"), ("Why?\n/save /dev/null/a.md", "cannot write"),
+    ("Why?\n/save \0.md", "cannot write"), ("Why?\n/save " + "a" * 5000 + ".md", "cannot write"),
+    ("/context " + "\u2028" * 99 + "\nWhy?", ""),
     ("</s> <s> </s>", ""), ("\x1b[2J\x07", ""), ("\u200b", ""), ("\0", ""), ("/run 2; rm -r .", "give a number")])
 def test_no_line_ends_the_terminal_chat(runs, monkeypatch, capsys, line, printed):
     line = line if isinstance(line, bytes) else line.encode()
@@ -383,7 +395,7 @@ def test_a_dropped_picture_and_a_byte_order_mark_are_understood(runs, monkeypatc
     red_and_blue().save(tmp_path / "a picture.png")
     for path in (f"'{tmp_path}/a picture.png'", "~/a picture.png"):
         lines = talk(runs, monkeypatch, capsys, f"\ufeff/image {path}\n/quit\n".encode())
-        assert lines[-2:] == ["plain> ", "plain> "], lines  # without a word on the picture
+        assert lines[-2:] == ["plain> ", "plain [a picture.png]> "], lines
 
 
 def test_keys_of_an_ascii_environment_are_utf_8(runs, monkeypatch, capsys):

@@ -238,7 +238,7 @@ def test_progress_names_the_run_which_tells_jobs_side_by_side_apart():
             list(progress_bar(range(3), "questions", unit="question"))
         list(progress_bar(range(3), "others"))
     first, second = in_child(work).errors.splitlines()
-    assert re.match(r"LaVIN-7B-step, questions: 3 of 3, +[\d.,]+ question/s, 00:00 left$", first)
+    assert re.match(r"LaVIN-7B-step, questions: 3 of 3, +[\d.,]+question/s, 00:00 left$", first)
     assert second.startswith("others: 3 of 3, ")
 
 
