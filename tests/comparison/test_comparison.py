@@ -27,6 +27,7 @@ from util.comparison.statistics import contrast, newcombe, seed_variance, tango
 from util.comparison.tables import csv_table, latex_table, markdown_table, text_table, verdicts
 from util.evaluation.answers import Answer
 from util.evaluation.scoring import COLUMNS
+from util.training.recipe import TRAIN_FLAGS
 
 FLAGS = {"llm_model": "toy", "lr_schedule": "cosine", "lr": 0.01, "blr": 0.08, "min_lr": 0.0, "epochs": 2,
          "warmup_epochs": 1, "dropout_prob": 0.1, "dropout_var": 1.0, "dropout_lim": 0.2, "batch_size": 8,
@@ -508,6 +509,63 @@ def test_choice_of_the_base(tmp_path):
     unfinished = write_run(tmp_path / "unfinished", losses=[1.0])
     with pytest.raises(UserError, match="--base: unfinished, 1 of 2"):
         compare([one, unfinished], unfinished)
+
+
+RECIPE = {"lr": 9e-3 * 32 / 256, "bits": "16bit", "loss_norm": "microbatch", "temperature": 10.0, "batch_size": 2,
+          "accum_iter": 16}
+
+
+@pytest.mark.parametrize("flag, value, name", [
+    ("dropout_prob", 0.05, "dropout 0.05"), ("dropout_var", 1.02, "Inc. Drop. Prob 0.1 x 1.02 to 0.2"),
+    ("lr_schedule", "step", "Step Decay"), ("min_lr", 1e-5, "Base + min_lr 1e-05"), ("lr", 5e-4, "Base + lr 0.0005"),
+    ("epochs", 5, "Base + epochs 5"), ("warmup_epochs", 1.0, "Base + warmup_epochs 1"),
+    ("weight_decay", 0.1, "Base + weight_decay 0.1"), ("loss_norm", "batch", "Base + loss_norm batch"),
+    ("adapter_dim", 16, "Base + adapter_dim 16"), ("adapter_type", "block", "Base + adapter_type block"),
+    ("temperature", 5.0, "Base + temperature 5"), ("bits", "4bit", "Base + bits 4bit"),
+    ("accum_iter", 8, "Base + effective_batch 16"), ("prompt_format", "QCM-A", "Base + prompt_format QCM-A"),
+    ("clip_grad", 1.0, "Base + clip_grad 1"),
+    ("use_vicuna", True, "Base + use_vicuna True")])
+def test_a_variant_of_ones_own_is_named_by_what_differs_from_the_published_recipe(tmp_path, flag, value, name):
+    """Whatever flag it is, in whatever order the runs are named."""
+    recipe = {name: TRAIN_FLAGS[name].default for name in (
+        "epochs", "warmup_epochs", "weight_decay", "adapter_dim", "adapter_type", "prompt_format", "clip_grad",
+        "use_vicuna")} | RECIPE
+    losses = [1.0, 0.9] + [0.5] * 18
+    base = write_run(tmp_path / "one", losses=losses, **recipe)
+    again = write_run(tmp_path / "again", losses=losses, **recipe, seed=1)
+    variant = write_run(tmp_path / "another", losses=losses[:value if flag == "epochs" else 20],
+                        **{**recipe, flag: value})
+    for runs in ([base, variant], [variant, base], [variant, again, base]):
+        comparison = compare(runs)
+        assert [method.name for method in comparison.methods] == ["Base", name] and not comparison.excluded
+        assert list(comparison.differences) == [name]
+
+
+def test_several_variants_of_the_lite_script_are_compared_to_it(tmp_path):
+    lite = {**RECIPE, "bits": "4bit"}
+    runs = [write_run(tmp_path / name, **{**lite, **flags}) for name, flags in (
+        ("rate", {"lr": 5e-4}), ("both", {"lr": 5e-4, "dropout_prob": 0.05}), ("lite", {}),
+        ("dropout", {"dropout_prob": 0.05}))]
+    names = ["Base", "Base + lr 0.0005", "dropout 0.05 + lr 0.0005", "dropout 0.05"]
+    assert [method.name for method in compare(runs).methods] == names
+    whole = write_run(tmp_path / "base", **RECIPE)
+    assert [method.name for method in compare([*runs, whole]).methods][0] == "Base"
+    assert set(compare([*runs, whole]).differences) == {
+        "Base + bits 4bit", *(f"{name} + bits 4bit" if " + " not in name else f"{name.split(' + ')[0]} + "
+                              "lr 0.0005 + bits 4bit" for name in names[1:])}
+
+
+def test_13b_has_a_router_temperature_of_its_own(tmp_path):
+    runs = [write_run(tmp_path / str(value), **{**RECIPE, "llm_model": "13B", "temperature": value})
+            for value in (10.0, 5.0)]
+    assert [method.name for method in compare(runs).methods] == ["Base", "Base + temperature 10"]
+
+
+def test_where_no_run_is_published_the_base_is_what_its_script_writes(tmp_path):
+    """As for the quickstart's toy, whose rate is its own: METHODS="base base+blr=0.08", with two seeds."""
+    runs = [write_run(tmp_path / f"LaVIN-toy-{name}-seed{seed}", lr=lr, seed=seed) for seed in (0, 1)
+            for name, lr in (("base+blr=0.08", 0.01), ("base", 0.02))]
+    assert [method.name for method in compare(runs).methods] == ["Base", "Base + lr 0.01"]
 
 
 # Tables, and comparison with the published runs

@@ -14,7 +14,7 @@ import numpy as np
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from util.comparison.finished_runs import Run, read_run
-from util.comparison.methods import find_base, group_by_method, method_names, named_methods
+from util.comparison.methods import MEND, PUBLISHED, find_base, group_by_method, method_names, named_methods
 from util.comparison.statistics import (
     accuracy_interval,
     contrast,
@@ -30,7 +30,6 @@ from util.fingerprint import both_tell
 from util.runs import run_folders
 from util.training.recipe import INPUTS, other_inputs
 
-PUBLISHED = Path(__file__).parents[2] / "assets" / "published.json"
 ASSUMED_ICC = (0.01, 0.05, 0.1)  # intraclass correlations of outcomes
 # what the runs were scored with, as reasons say it, and the flag of train.py that may make it differ
 SCORED_WITH = {"decode": ("--decode", None), "precision": ("--precision", "precision"),
@@ -161,7 +160,7 @@ def compare(paths: list[str], base_path: str | None = None) -> Comparison:
 
 def published() -> Comparison:
     """The published runs. Only percentages were published; each determines its number of correct answers."""
-    facts = read_json(PUBLISHED, "it belongs to this code: fetch it again")
+    facts = read_json(PUBLISHED, MEND)
     counts = facts["counts"]
     methods = []
     for named in named_methods():

@@ -10,14 +10,17 @@ and weights lie. Runs that were trained on other data are still of one method, a
 - A method that changes nothing but the schedule needs no name: it has the schedule's (`util/lr_sched.py`).
 """
 
+import re
 from dataclasses import dataclass
 from functools import cache
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.errors import UserError
+from lavin.runtime.files import read_json
 from lavin.runtime.flags import shown
 from lavin.runtime.schema import NonBlankText, PlainName, read_validated, strictly_declared
 from util.comparison.finished_runs import Run
@@ -26,6 +29,9 @@ from util.training.recipe import TRAIN_FLAGS
 
 METHODS = Path(__file__).parents[2] / "scripts" / "methods.json"
 FIX = "correct it, or fetch it again"
+PUBLISHED = Path(__file__).parents[2] / "assets" / "published.json"
+MEND = "it belongs to this code: fetch it again"
+FOLDER_OF_BASE = re.compile(r"LaVIN-.+-base(-seed\d+)?")  # of the base's script, alone or by run_all_variants.sh
 # the flags that tables put into words; a method has their defaults where it does not list them
 WORDED = ("lr_schedule", "min_lr", "dropout_prob", "dropout_var", "dropout_lim")
 # of the base's flags, those that a run must have to be taken for the base
@@ -123,20 +129,45 @@ def dropout_name(flags: dict) -> str | None:
 # --- Runs ---
 
 def find_base(runs: list[Run], path: str | None) -> Run | None:
-    """The run at `path`; without a path, the one with the base's schedule, and its dropout over the layers."""
+    """The run at `path`; without a path, the one with the base's schedule, and its dropout over the layers.
+
+    Where there are several, the base is of the base method, and has the published recipe where they differ; or else it
+    lies where the base's script writes. What differs from it is a variant.
+    """
     if path is not None:
         for run in runs:
             if Path(run.folder).resolve() == Path(path).resolve():
                 return run
         raise UserError(f"--base {path} is none of the runs: name one of them")
     candidates = [run for run in runs if may_be_base(run.flags)]
-    # beside the base method, a constant dropout of another probability is a variant of it
     candidates = [run for run in candidates if find_method(run.flags) == named_methods()[0]] or candidates
+    candidates = published_where_they_differ(candidates) or candidates
+    candidates = [run for run in candidates if FOLDER_OF_BASE.fullmatch(Path(run.folder).name)] or candidates
     names = {method_name(run.flags, candidates[0].flags): run.folder for run in candidates}
     if len(names) > 1:
         raise UserError("the base may be " + " or ".join(f"{folder} ({name})" for name, folder in names.items())
                         + ": choose with --base")
     return candidates[0] if candidates else None
+
+
+def published_where_they_differ(runs: list[Run]) -> list[Run]:
+    """The runs that have the published value of each flag in which the runs differ."""
+    differing = [flag for flag in {flag: None for run in runs for flag in run.flags} if is_named(flag)
+                 and any(run.flags.get(flag) != runs[0].flags.get(flag) for run in runs)]
+    return [run for run in runs if all(is_close(run.flags.get(flag), published_value(flag, run)) for flag in differing)]
+
+
+def published_value(flag: str, run: Run) -> Any:
+    """The value of a flag in the published recipe for the run's base model; that of train.py where it says nothing."""
+    if flag == "temperature" and "13B" in str(run.flags.get("llm_model")):
+        return 5
+    default = TRAIN_FLAGS[flag].default if flag in TRAIN_FLAGS else None
+    return read_json(PUBLISHED, MEND)["flags"].get(flag, default)
+
+
+def is_close(value: Any, other: Any) -> bool:
+    """Whether two values of a flag are equal, up to rounding: the rate is computed from --blr."""
+    return value == other or (isinstance(value, float) and isinstance(other, float) and isclose(value, other))
 
 
 def group_by_method(runs: list[Run], base: Run | None) -> tuple[dict[str, list[Run]], list[str]]:
