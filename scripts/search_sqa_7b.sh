@@ -3,8 +3,7 @@
 # same command, on this node or another, is more workers for the same study, and
 # goes on with what was interrupted. Arguments are flags of search.py and, behind
 # --, of train.py for all trials.
-#   STUDY=OUTPUT_ROOT/search-MODEL
-#                             the study's folder
+#   STUDY=./search-7B         the study's folder
 #   JOBS=GPUS                 trials at once on this node, which share its GPUs
 #                             (JOBS=1: all for one)
 # Example:
