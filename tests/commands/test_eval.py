@@ -177,7 +177,18 @@ def test_the_number_of_bad_pictures_is_read_by_its_earlier_name(run, monkeypatch
     assert scores_of(run) == earlier and "skipped" not in scores
 
 
+def test_scores_of_an_earlier_version_get_what_guessing_would_reach(run, monkeypatch, capsys):
+    run_eval("--adapter_path", run)
+    scores = scores_of(run)
+    (run / "scores.json").write_text(json.dumps({name: value for name, value in scores.items() if name != "chance"}))
+    monkeypatch.setattr(evaluate, "load_model", None)
+    capsys.readouterr()
+    run_eval("--adapter_path", run)
+    assert capsys.readouterr().out.startswith("scored before") and scores_of(run) == scores
+
+
 @pytest.mark.parametrize("name, change", [
+    ("scores.json", lambda scores: {**scores, "chance": {**scores["chance"], "Avg": 10.0}}),
     ("scores.json", lambda scores: {**scores, "Avg": 99.0}), ("scores.json", lambda scores: {**scores, "counts": None}),
     ("scores.json", lambda scores: {**scores, "correct": {**scores["correct"], "NAT": 0.5}}),
     ("preds.json", lambda predictions: dict.fromkeys(predictions, 0)), ("preds.json", lambda predictions: {}),

@@ -41,6 +41,19 @@ def test_empty_categories_have_no_accuracy():
     assert all(score(PROBLEMS, [])[column] is None for column in COLUMNS)
 
 
+def test_chance_is_the_mean_of_one_by_the_number_of_options():
+    options = {"a": 2, "b": 3, "c": 4, "d": 2, "e": 5, "f": 3}
+    problems = {qid: {**PROBLEMS[qid], "choices": list("ABCDE"[:n])} for qid, n in options.items()}
+    chance = score(problems, answers(dict.fromkeys("abcdef", 0)))["chance"]
+    assert chance == pytest.approx({
+        "NAT": 100 * (1 / 2 + 1 / 3) / 2, "SOC": 25, "LAN": 100 * (1 / 2 + 1 / 5 + 1 / 3) / 3,
+        "TXT": 50, "IMG": 100 * (1 / 2 + 1 / 3) / 2, "NO": 100 * (1 / 4 + 1 / 5 + 1 / 3) / 3,
+        "G1-6": 100 * (1 / 2 + 1 / 3 + 1 / 3) / 3, "G7-12": 100 * (1 / 4 + 1 / 2 + 1 / 5) / 3,
+        "Avg": 100 * (1 / 2 + 1 / 3 + 1 / 4 + 1 / 2 + 1 / 5 + 1 / 3) / 6})
+    of_one = score(problems, answers({"c": 0}))["chance"]  # only answered questions count
+    assert of_one["Avg"] == of_one["SOC"] == 25 and of_one["NAT"] is None
+
+
 def test_cluster_of_a_problem():
     same = cluster("1", problem(lecture="Depth is measured down.\n", topic="a"))
     assert same == cluster("2", problem(lecture="Depth is measured down.", topic="b")) and same.startswith("lecture ")

@@ -9,7 +9,7 @@ from typing import Any
 from lavin.runtime.console import print_rank0
 from lavin.runtime.device import precision_name
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json, sha256
+from lavin.runtime.files import read_json, sha256, write_json
 from lavin.weights.adapters import SHARED_TENSORS
 from util.fingerprint import RECENT, fingerprints, is_comparable, report_unrecorded
 from util.flags import BaseSettings
@@ -66,6 +66,7 @@ def model_identity(base: BaseSettings, trained: Trained, tokenizer_path: str | N
 
 # --- Scores that are there ---
 
+ADDED = ("chance",)  # entries of scores.json that follow from the answers, and that earlier versions did not compute
 EARLIER_NAMES = {"skipped": "bad_pictures"}  # of entries of scores.json, by which earlier versions wrote them
 
 
@@ -87,9 +88,12 @@ def scored_before(path: Path, identity: dict, rescore: Callable[[dict], dict]) -
     except UserError:
         scores = {}
     other = dict.fromkeys(name.removesuffix("_sha256") for name in differing(scores, identity))
-    if not other and are_of_answers(scores, identity, rescore):
+    added = {} if other else entries_to_add(scores, identity, rescore)
+    if not other and added is not None:
         report_unrecorded(path, scores)
-        return scores
+        if added:
+            write_json(path, scores | added)
+        return scores | added
     print_rank0(f"{path} holds scores of another {', '.join(other) or 'evaluation'}: they will be replaced")
     return None
 
@@ -100,12 +104,15 @@ def differing(recorded: dict, identity: dict) -> list[str]:
             if recorded.get(name) != value and is_comparable(name, recorded, identity)]
 
 
-def are_of_answers(scores: dict, identity: dict, rescore: Callable[[dict], dict]) -> bool:
+def entries_to_add(scores: dict, identity: dict, rescore: Callable[[dict], dict]) -> dict[str, Any] | None:
+    """The entries that the scores lack, since earlier versions did not compute them; None where the scores are not
+    those of the answers."""
     try:
         expected = {**rescore(scores), **identity}
-        return without_recent(expected) == without_recent(scores)
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
-        return False
+        return None
+    added = {name: expected[name] for name in ADDED if name in expected and name not in scores}
+    return added if without_recent(expected) == without_recent(scores | added) else None
 
 
 def without_recent(record: dict) -> dict:

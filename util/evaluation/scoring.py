@@ -1,6 +1,8 @@
-"""ScienceQA accuracy (Lu et al. 2022): nine columns in percent, with the counts they are computed from."""
+"""ScienceQA accuracy (Lu et al. 2022): nine columns in percent, with the counts they are computed from, and with what
+guessing would reach."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
 from util.evaluation.answers import Answer
 
@@ -23,13 +25,20 @@ def grade(problem: dict) -> int:
 
 
 def score(problems: dict[str, dict], answers: Iterable[Answer]) -> dict:
-    """Percent correct of the answered problems by column (None for an empty column), with `counts` and `correct`."""
-    counts = dict.fromkeys(COLUMNS, 0)
-    correct = dict.fromkeys(COLUMNS, 0)
+    """Percent correct of the answered problems by column (None for an empty column), with `counts` and `correct`, and
+    `chance`: the percentages that are expected of guessing among each question's options."""
+    by_column: dict[str, list[Answer]] = {column: [] for column in COLUMNS}
     for answer in answers:
         for column, belongs in COLUMNS.items():
             if belongs(problems[answer.qid]):
-                counts[column] += 1
-                correct[column] += answer.correct
-    percent = {column: 100 * correct[column] / n if n else None for column, n in counts.items()}
-    return {**percent, "counts": counts, "correct": correct}
+                by_column[column].append(answer)
+    counts = {column: len(found) for column, found in by_column.items()}
+    correct = {column: sum(answer.correct for answer in found) for column, found in by_column.items()}
+    guessed = {column: math.fsum(1 / len(problems[answer.qid]["choices"]) for answer in found)
+               for column, found in by_column.items()}
+    return {**percentages(correct, counts), "counts": counts, "correct": correct,
+            "chance": percentages(guessed, counts)}
+
+
+def percentages(correct: Mapping[str, float], counts: dict[str, int]) -> dict[str, float | None]:
+    return {column: 100 * correct[column] / n if n else None for column, n in counts.items()}
