@@ -4,7 +4,6 @@ Runs that cannot be compared are excluded, with the reason. Differences between 
 one estimate, which counts questions and seeds as samples; those between single runs are of these runs alone.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +12,10 @@ import numpy as np
 
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
-from util.comparison.finished_runs import Run, read_run
+from util.comparison.comparability import same_questions, with_note_on_inputs
+from util.comparison.finished_runs import Run, is_untuned, read_run, read_untuned
 from util.comparison.methods import MEND, PUBLISHED, find_base, group_by_method, method_names, named_methods
+from util.comparison.references import Reference, find_references
 from util.comparison.statistics import (
     accuracy_interval,
     contrast,
@@ -26,14 +27,9 @@ from util.comparison.statistics import (
     tango,
     wilson,
 )
-from util.fingerprint import both_tell
 from util.runs import run_folders
-from util.training.recipe import INPUTS, other_inputs
 
 ASSUMED_ICC = (0.01, 0.05, 0.1)  # intraclass correlations of outcomes
-# what the runs were scored with, as reasons say it, and the flag of train.py that may make it differ
-SCORED_WITH = {"decode": ("--decode", None), "precision": ("--precision", "precision"),
-               "data": ("data of checksum", "use_caption"), "pictures": ("pictures of checksum", None)}
 
 
 @dataclass(frozen=True)
@@ -123,13 +119,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods evaluated on the same questions; the base, if there is one, comes first."""
+    """Methods evaluated on the same questions; the base, if there is one, comes first.
+
+    references: the untuned base and chance, where they are known. They are no methods: nothing is tested of them.
+    """
 
     methods: list[Method]
     differences: dict[str, Difference]  # by method name
     excluded: list[str]  # "RUN: reason"
     notes: list[str] = field(default_factory=list)  # "RUN, ...: what to know of it"
     clusters: np.ndarray | None = None  # of the questions, in the order of outcomes
+    references: list[Reference] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -138,24 +138,35 @@ class Comparison:
 
 def compare(paths: list[str], base_path: str | None = None) -> Comparison:
     """Compares the runs in the folders. Raises UserError where no run can be used or the base is ambiguous."""
-    runs, unread = [], []
-    for folder in run_folders(paths):
-        try:
-            runs.append(read_run(folder))
-        except UserError as error:
-            if base_path is not None and folder.resolve() == Path(base_path).resolve():
-                raise UserError(f"--base: {error}") from error
-            unread.append(f"{folder}: {error}")
-    if not runs:
-        raise UserError("no run can be drawn. " + "; ".join(unread))
+    runs, untuned, unread = read_all(paths, base_path)
     base = find_base(runs, base_path)
     runs, incomparable = same_questions(runs, base)
     runs = [with_note_on_inputs(run, base or runs[0]) for run in runs]
     groups, duplicates = group_by_method(runs, base)
     methods = [Method(name, runs_of_method) for name, runs_of_method in groups.items()]
     clusters = known_clusters(runs)
+    references, unfit = find_references(untuned, runs, base or runs[0], clusters)
     return Comparison(with_intervals(methods, clusters), differences_to_first(methods, clusters) if base else {},
-                      unread + incomparable + duplicates, collect_notes(methods), clusters)
+                      unread + incomparable + duplicates + unfit, collect_notes(methods), clusters, references)
+
+
+def read_all(paths: list[str], base_path: str | None) -> tuple[list[Run], list[Run], list[str]]:
+    """The runs in the folders, the scores of untuned bases, and the reasons why others cannot be read."""
+    runs, untuned, unread = [], [], []
+    for folder in run_folders(paths):
+        try:
+            if is_untuned(folder):
+                untuned.append(read_untuned(folder))
+            else:
+                runs.append(read_run(folder))
+        except UserError as error:
+            if base_path is not None and folder.resolve() == Path(base_path).resolve():
+                raise UserError(f"--base: {error}") from error
+            unread.append(f"{folder}: {error}")
+    if not runs:
+        only_untuned = [f"{run.folder}: the untuned base is no run" for run in untuned]
+        raise UserError("no run can be drawn. " + "; ".join(unread + only_untuned))
+    return runs, untuned, unread
 
 
 def published() -> Comparison:
@@ -201,23 +212,6 @@ def with_published(comparison: Comparison) -> Comparison:
                    notes=comparison.notes + reference.notes)
 
 
-def same_questions(runs: list[Run], base: Run | None) -> tuple[list[Run], list[str]]:
-    """Keeps the runs that were asked the base's questions in the base's way or, without a base, the most frequent way.
-
-    Returns these runs, with answers if any run knows the right options, and the reasons why the others are excluded.
-    """
-    def asked(run):
-        return run.split, run.questions, frozenset(run.scored_with.items())
-
-    most_common = Counter(map(asked, runs)).most_common(1)[0][0]
-    reference = base or next(run for run in runs if asked(run) == most_common)
-    right_options = next((run.right_options for run in [reference, *runs]
-                          if run.right_options.keys() == reference.questions), {})
-    reasons = [why_incomparable(run, reference, right_options) for run in runs]
-    return ([run.scored_by(right_options) for run, reason in zip(runs, reasons, strict=True) if not reason],
-            [f"{run.folder}: {reason}" for run, reason in zip(runs, reasons, strict=True) if reason])
-
-
 def known_clusters(runs: list[Run]) -> np.ndarray | None:
     """The clusters of the questions, in the order of outcomes; None where no run saved them, or where all questions
     have the same one or one of their own."""
@@ -240,34 +234,6 @@ def with_intervals(methods: list[Method], clusters: np.ndarray | None) -> list[M
     intervals = [accuracy_interval(method.outcomes, clusters, between) for method in methods]
     return [replace(method, average_interval=(100 * low, 100 * high))
             for method, (low, high) in zip(methods, intervals, strict=True)]
-
-
-def why_incomparable(run: Run, reference: Run, right_options: dict[str, int]) -> str | None:
-    """The reason why the run is excluded; None where it can be compared to the reference."""
-    if run.split != reference.split:
-        return f"of split {run.split}, not {reference.split}: run eval.py with --split {reference.split}"
-    if run.questions != reference.questions:
-        return (f"its {len(run.questions)} questions are not the others' {len(reference.questions)}: evaluate on the "
-                "same")
-    if run.answers and run.right_options != right_options:
-        return "its questions have other right answers: evaluate on the same data"
-    for name, (words, flag) in SCORED_WITH.items():
-        is_method = flag and run.flags.get(flag) != reference.flags.get(flag)  # trained so, and named after it
-        if both_tell(name, run.scored_with, reference.scored_with) and not is_method:
-            value, expected = run.scored_with[name], reference.scored_with[name]
-            if value != expected:
-                return f"scored with {words} {value}, not {expected}: run eval.py as for the others"
-    return None
-
-
-def with_note_on_inputs(run: Run, reference: Run) -> Run:
-    """The run, with a note where it was trained on other data, pictures or models than the reference."""
-    names = set(INPUTS)
-    if run.flags.get("use_caption") != reference.flags.get("use_caption"):  # trained so, and named after it
-        names -= {"data"}
-    others = other_inputs(run.trained_on, reference.trained_on, names)
-    note = f"was trained on {', '.join(others)} than {reference.folder}"
-    return replace(run, notes=[*run.notes, note]) if others else run
 
 
 def collect_notes(methods: list[Method]) -> list[str]:

@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lavin.mm_adapter import AdapterConfig, AdapterShape, dropout_schedule
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json_lines, sha256, whole_lines
+from lavin.runtime.files import read_json, read_json_lines, sha256, whole_lines
 from lavin.runtime.flags import Flag, flags_of
 from lavin.runtime.schema import declared, read_validated, validate
 from util.evaluation.answers import Answer, read_answers
@@ -29,7 +29,12 @@ N_LAYERS = 32  # of LLaMA-7B
 FIX = "train or evaluate again"
 # an entry of flags, by which a method is named: what `Optimization.entries` calls batch_size, which is no flag's value
 MICRO_BATCH = "micro_batch"
+ASKED_WITH = ("prompt_format", "bits")  # flags that a run is trained with, and must be scored with
 TWO_BYTES = ("bf16", "fp16")  # their answers hardly differ, and the hardware chooses
+# what scores are made with and must be the same in all runs, as reasons say it, and the flag of train.py that may make
+# it differ
+CONDITIONS = {"decode": ("--decode", None), "precision": ("--precision", "precision"),
+              "data": ("data of checksum", "use_caption"), "pictures": ("pictures of checksum", None)}
 
 
 # --- What the files must hold ---
@@ -42,6 +47,7 @@ def has_all_columns(numbers: dict) -> dict:
 
 
 ByColumn = Annotated[dict[str, NonNegativeInt], AfterValidator(has_all_columns)]
+Percentage = Annotated[float, Field(ge=0, le=100)]
 Epoch = NonNegativeInt
 # earlier versions wrote the second name
 SkippedSteps = Annotated[NonNegativeInt, Field(validation_alias=AliasChoices("skipped_steps", "steps_left_out"))]
@@ -66,6 +72,7 @@ class Config(TypedDict):
     flags: FlagsOfRun
     world_size: Annotated[int, Field(ge=1)]
     n_layers: NotRequired[Annotated[int, Field(ge=1, le=10_000)]]
+    git_commit: NotRequired[str | None]
 
 
 @declared
@@ -97,6 +104,7 @@ class Scores(TypedDict):
     bits: NotRequired[str]
     data: NotRequired[str]
     pictures: NotRequired[str]
+    chance: NotRequired[Annotated[dict[str, Percentage | None], AfterValidator(has_all_columns)]]
 
 
 @declared
@@ -111,7 +119,8 @@ class Run:
     """One seed of one method.
 
     answers: sorted by question; empty where it is not known which options are right. predictions: the chosen options by
-    question, where this is all that is known of the answers. Published runs have neither.
+    question, where this is all that is known of the answers. Published runs have neither. The untuned base has the
+    flags ASKED_WITH alone, and the checksums of its models.
     """
 
     folder: str
@@ -127,6 +136,8 @@ class Run:
     trained_on: dict = field(default_factory=dict)  # checksums of data, pictures and models, where recipe.json has them
     step_losses: list[tuple[float, float]] = field(default_factory=list)  # (epoch as a fraction, loss)
     notes: list[str] = field(default_factory=list)
+    chance: dict[str, float | None] = field(default_factory=dict)  # percentages of guessing, where scores.json has them
+    commit: str | None = None  # of the code that began the training
 
     @property
     def questions(self) -> frozenset[str]:
@@ -138,7 +149,7 @@ class Run:
         """The right option of each question, as far as the run knows it."""
         return {answer.qid: answer.answer for answer in self.answers}
 
-    def scored_by(self, right_options: dict[str, int]) -> "Run":
+    def with_right_options(self, right_options: dict[str, int]) -> "Run":
         """The run with answers in place of mere predictions, by the right options that another run knows."""
         if self.answers or not right_options:
             return self
@@ -153,6 +164,32 @@ def read_run(folder: Path) -> Run:
     flags, n_layers = read_flags(config, folder / CONFIG)
     log = read_log(folder / LOG, flags["epochs"])
     hint = f"run eval.py --adapter_path {folder}"
+    scores, answers, predictions = read_results(folder, hint)
+    check_origin(scores, flags, folder, hint)
+    inputs, losses = trained_on(folder / RECIPE), read_metrics(folder / METRICS)
+    return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
+                                    for line in log], scores["counts"], scores["correct"], scores["split"], answers,
+               predictions, n_layers, scored_with(scores), inputs, by_fraction(losses),
+               notes(scores, inputs, log, losses), scores.get("chance", {}), config.get("git_commit"))
+
+
+def is_untuned(folder: Path) -> bool:
+    """Whether a folder holds scores of the base without adapters, and is no training run's."""
+    path = folder / SCORES
+    return not (folder / CONFIG).is_file() and path.is_file() and read_json(path).get("checkpoint", "") is None
+
+
+def read_untuned(folder: Path) -> Run:
+    """The untuned base in a folder of eval.py. Raises UserError where its scores cannot be compared, and says why."""
+    scores, answers, predictions = read_results(folder, f"run eval.py --output_dir {folder}")
+    flags = {flag: scores[flag] for flag in ASKED_WITH if flag in scores}
+    models = {name: scores[name] for name in (*FROZEN, *FROZEN_SHA256) if name in scores}
+    return Run(str(folder), flags, [], scores["counts"], scores["correct"], scores["split"], answers, predictions,
+               scored_with=scored_with(scores), trained_on=models, chance=scores.get("chance", {}))
+
+
+def read_results(folder: Path, hint: str) -> tuple[dict[str, Any], list[Answer], dict[str, int]]:
+    """The content of scores.json, the answers sorted by question, and the predictions where no answers were kept."""
     scores: Any = read_validated(folder / SCORES, Scores, hint, FIX)
     answers: list[Answer] = []
     predictions: dict[str, int] = {}
@@ -162,12 +199,7 @@ def read_run(folder: Path) -> Run:
         predictions = read_validated(folder / PREDICTIONS, dict[str, int], hint, FIX)
     check_counts(scores, folder / SCORES)
     check_answers(scores, answers, predictions, folder, hint)
-    check_origin(scores, flags, folder, hint)
-    inputs, losses = trained_on(folder / RECIPE), read_metrics(folder / METRICS)
-    return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
-                                    for line in log], scores["counts"], scores["correct"], scores["split"], answers,
-               predictions, n_layers, scored_with(scores), inputs, by_fraction(losses),
-               notes(scores, inputs, log, losses))
+    return scores, answers, predictions
 
 
 def read_flags(config: dict, path: Path) -> tuple[dict, int]:
@@ -253,19 +285,19 @@ def check_origin(scores: dict, flags: dict, folder: Path, hint: str) -> None:
     known = scores.get("checkpoint_sha256")
     if known and last.is_file() and sha256(last) != known:
         raise UserError(f"its scores are of another {last.name} than the one there: {hint}")
-    for flag in ("prompt_format", "bits"):
+    for flag in ASKED_WITH:
         if both_tell(flag, flags, scores) and flags[flag] != scores[flag]:
             raise UserError(f"scored with --{flag} {scores[flag]}, trained with {flags[flag]}: "
                             f"{hint} --{flag} {flags[flag]}")
 
 
-def scored_with(scores: dict) -> dict:
-    """The conditions of the scores that must be the same in all runs."""
-    found = {name: scores[name] for name in ("decode", "precision") if name in scores}
-    found |= {name: scores[name][:12] for name in ("data", "pictures") if name in scores}
-    if found.get("precision") in TWO_BYTES:
-        found["precision"] = " or ".join(TWO_BYTES)
-    return found
+def scored_with(scores: dict) -> dict[str, str]:
+    """The conditions of the scores that must be the same in all runs, as far as they are recorded."""
+    def shown(name: str) -> str:
+        if name in ("data", "pictures"):
+            return scores[name][:12]
+        return " or ".join(TWO_BYTES) if scores[name] in TWO_BYTES else scores[name]
+    return {name: shown(name) for name in CONDITIONS if name in scores}
 
 
 def notes(scores: dict, inputs: dict, log: list[dict], losses: dict[tuple[int, int], float | None]) -> list[str]:

@@ -15,6 +15,7 @@ from lavin.runtime.console import format_table
 from util.comparison.comparison import Comparison, Difference, Method
 from util.comparison.factorial import Effect, find_effects
 from util.comparison.methods import BASE_IN_WORDS
+from util.comparison.references import CHANCE, Reference
 from util.comparison.statistics import LEVEL, design_effect
 from util.evaluation.scoring import COLUMNS
 
@@ -101,7 +102,8 @@ def tabular(header: list[str], *parts: list[list[str]]) -> list[str]:
 
 
 def csv_table(comparison: Comparison) -> str:
-    """The table as CSV: percentages and points have four decimals, and a cell without a value is empty."""
+    """The table as CSV: percentages and points have four decimals, and a cell without a value is empty. A row with 0
+    seeds is no method: the untuned base, or chance."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
     write(["method", "published", "seeds", "n", *COLUMNS, "Avg_low", "Avg_high",
@@ -113,6 +115,10 @@ def csv_table(comparison: Comparison) -> str:
                *fixed([*map(method.accuracy, COLUMNS), *method.interval("Avg"), *map(method.deviation, COLUMNS)]),
                *fixed((d.points, d.low, d.high) if d else (None,) * 3), *p_values(d),
                *fixed([d.detectable if d else None])])
+    for reference in comparison.references:
+        write([reference.name, 0, 0, comparison.counts["Avg"],
+               *fixed([*(reference.accuracies[column] for column in COLUMNS), *(reference.interval or (None, None)),
+                       *[None] * (len(COLUMNS) + 3)]), "", "", ""])
     return out.getvalue()
 
 
@@ -142,6 +148,7 @@ def rounded_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """The header and the rows, the last of which has the numbers of questions, without columns that say nothing."""
     header = ["Method", "seeds", *COLUMNS, "n", "Avg, 95 %", *DIFFERENCE]
     rows = [method_cells(method, comparison) for method in comparison.methods]
+    rows += [reference_cells(reference, comparison) for reference in comparison.references]
     counts = [f"{comparison.counts[column]:,}" for column in COLUMNS]
     rows.append(["questions", NONE, *counts, *[NONE] * (len(header) - len(COLUMNS) - 2)])
     kept = [i for i, name in enumerate(header)
@@ -154,6 +161,12 @@ def method_cells(method: Method, comparison: Comparison) -> list[str]:
     return [method.name, str(len(method.runs)), *(accuracy(method, column) for column in COLUMNS),
             f"{method.counts['Avg']:,}", f"{low:.2f} to {high:.2f}",
             *difference_cells(comparison.differences.get(method.name))]
+
+
+def reference_cells(reference: Reference, comparison: Comparison) -> list[str]:
+    low_high = f"{reference.interval[0]:.2f} to {reference.interval[1]:.2f}" if reference.interval else NONE
+    accuracies = [NONE if (value := reference.accuracies[column]) is None else f"{value:.2f}" for column in COLUMNS]
+    return [reference.name, NONE, *accuracies, f"{comparison.counts['Avg']:,}", low_high, *[NONE] * len(DIFFERENCE)]
 
 
 def effect_cells(effect: Effect) -> list[str]:
@@ -196,6 +209,7 @@ def notes(comparison: Comparison) -> list[str]:
     elif len(comparison.methods) > 1 and not comparison.differences:
         lines.append(f"No run is the base ({BASE_IN_WORDS}): for differences, choose one with --base.")
     lines += verdicts(comparison)
+    lines += reference_notes(comparison)
     if comparison.clusters is not None:
         lines.append(cluster_note(comparison, comparison.clusters))
     if any(len(method.runs) > 1 for method in comparison.methods):
@@ -207,6 +221,17 @@ def notes(comparison: Comparison) -> list[str]:
                      "they do not tell whether one method is better than another.")
     return [*lines, *(f"Note: {note}." for note in comparison.notes),
             *(f"Excluded: {reason}" for reason in comparison.excluded)]
+
+
+def reference_notes(comparison: Comparison) -> list[str]:
+    """The sentences on the rows that are no methods."""
+    sentences = [reference.note for reference in comparison.references]
+    lines = [f"No methods, so nothing is tested of them: {'; '.join(sentences)}."] if sentences else []
+    own = any(not method.published for method in comparison.methods)
+    if own and CHANCE not in [reference.name for reference in comparison.references]:
+        lines.append("Chance is not known, since an earlier version scored these runs: eval.py --adapter_path RUN adds "
+                     "it, and computes nothing again.")
+    return lines
 
 
 def difference_notes(differences: list[Difference]) -> list[str]:

@@ -1,0 +1,74 @@
+"""What methods are held against, and are no methods themselves: the untuned base, and chance."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from util.comparison.comparability import why_incomparable
+from util.comparison.finished_runs import ASKED_WITH, Run
+from util.comparison.statistics import accuracy_interval, wilson
+from util.evaluation.scoring import COLUMNS
+from util.fingerprint import FROZEN, FROZEN_SHA256
+from util.training.recipe import other_inputs
+
+UNTUNED, CHANCE = "untuned base", "chance"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Accuracies in percent, by column; None where a column has no questions.
+
+    interval: the 95 % interval of Avg; None: the accuracy is exact. note: the sentence that says where it is from.
+    """
+
+    name: str
+    accuracies: dict[str, float | None]
+    interval: tuple[float, float] | None
+    note: str
+
+    @property
+    def overall(self) -> float:
+        accuracy = self.accuracies["Avg"]
+        assert accuracy is not None  # every run has questions
+        return accuracy
+
+
+def find_references(untuned: list[Run], runs: list[Run], reference: Run, clusters: np.ndarray | None
+                    ) -> tuple[list[Reference], list[str]]:
+    """The untuned base and chance, where they are known, and the reasons why an untuned base is left out.
+
+    untuned: scores of untuned bases. reference: the run that tells which base, and which questions, are meant.
+    """
+    right_options = next((run.right_options for run in runs if run.answers), {})
+    reasons = {run.folder: why_another(run, reference, right_options) for run in untuned}
+    fitting = [run.with_right_options(right_options) for run in untuned if not reasons[run.folder]]
+    for run in fitting[1:]:
+        reasons[run.folder] = f"the untuned base is in {fitting[0].folder} already"
+    chance = next((run.chance for run in [*runs, *fitting] if run.chance), None)
+    found = [of_untuned(run, clusters) for run in fitting[:1]]
+    return (found + ([Reference(CHANCE, chance, None, "chance: guessing among the options of each question")] if chance
+                     else []), [f"{folder}: {reason}" for folder, reason in reasons.items() if reason])
+
+
+def why_another(run: Run, reference: Run, right_options: dict[str, int]) -> str | None:
+    """The reason why the untuned base is not the one that the reference was trained from, asked in the same way; None
+    where it is."""
+    if "base" not in run.trained_on or "base" not in reference.trained_on:
+        return f"whether this is the untuned base of {reference.folder} cannot be told: it needs a recipe.json"
+    others = other_inputs(run.trained_on, reference.trained_on, (*FROZEN, *FROZEN_SHA256))
+    if others:
+        return f"the untuned base has {', '.join(others)} than {reference.folder}"
+    for flag in ASKED_WITH:
+        trained, scored = reference.flags.get(flag), run.flags.get(flag)
+        if None not in (trained, scored) and trained != scored:
+            return f"the untuned base was scored with --{flag} {scored}, and not {trained}: run eval.py as for the runs"
+    return why_incomparable(replace(run, flags=reference.flags), reference, right_options)
+
+
+def of_untuned(run: Run, clusters: np.ndarray | None) -> Reference:
+    outcomes = np.array([[answer.correct for answer in run.answers]], int)
+    low, high = accuracy_interval(outcomes, clusters, None) if run.answers else \
+        wilson(run.correct["Avg"], run.counts["Avg"])
+    accuracies = {column: 100 * run.correct[column] / run.counts[column] if run.counts[column] else None
+                  for column in COLUMNS}
+    return Reference(UNTUNED, accuracies, (100 * low, 100 * high), f"{UNTUNED}: without adapters, {run.folder}")
