@@ -81,13 +81,15 @@ if [ -n "$stopped" ] || [ -e "$state/stopped" ]; then
     exit "$UNFINISHED"
 fi
 
+untuned=() # the base's scores without adapters, where eval.py --output_dir has put them there
+[ ! -f "$OUTPUT_ROOT/untuned/scores.json" ] || untuned=("$OUTPUT_ROOT/untuned")
 done_runs=()
 for name in "${runs[@]}"; do
     read -r method seed <<< "$name"
     folder=$(folder_of "$method" "$seed")
     grep -qxF "$folder" "$state/failed" || done_runs+=("$folder")
 done
-[ ${#done_runs[@]} -eq 0 ] || run python plot_results.py "${done_runs[@]}" --out "$OUTPUT_ROOT/plots" ||
+[ ${#done_runs[@]} -eq 0 ] || run python plot_results.py "${done_runs[@]}" "${untuned[@]}" --out "$OUTPUT_ROOT/plots" ||
     echo plot_results.py >> "$state/failed"
 if [ -s "$state/failed" ]; then
     echo "failed: $(paste -sd " " "$state/failed")" >&2

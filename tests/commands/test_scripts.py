@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,14 @@ def test_methods_can_be_chosen(sandbox):
     calls = sandbox.run("scripts/run_all_variants.sh", METHODS="base drop_dec_v2", GPUS="1")
     trained = [call.split("--output_dir ")[-1] for call in calls if "train.py" in call]
     assert trained == ["./LaVIN-7B-base-seed0", "./LaVIN-7B-drop_dec_v2-seed0"]
+
+
+def test_the_comparison_has_the_untuned_base_where_it_was_scored(sandbox):
+    run = partial(sandbox.run, "scripts/run_all_variants.sh", METHODS="base", GPUS="1", OUTPUT_ROOT="runs")
+    assert run()[-1].endswith("plot_results.py runs/LaVIN-7B-base-seed0 --out runs/plots")
+    (sandbox.folder / "runs" / "untuned").mkdir(parents=True)
+    (sandbox.folder / "runs" / "untuned" / "scores.json").touch()
+    assert run()[-1].endswith("plot_results.py runs/LaVIN-7B-base-seed0 runs/untuned --out runs/plots")
 
 
 def flags_given(call: str) -> dict[str, str]:
