@@ -1,8 +1,8 @@
 """Compares runs: `python plot_results.py RUN [RUN ...]`; without an argument, the published eight methods.
 
-Writes figures (util/comparison/figures.py) and a table in Markdown, CSV and LaTeX (util/comparison/tables.py); with
---plan, prints how many seeds and questions a difference needs (util/comparison/planning.py). Of a study of search.py,
-it writes the report (util/search/report.py).
+Writes figures (util/comparison/figures.py), a table in Markdown, CSV and LaTeX (util/comparison/tables.py), and a page
+with all of it (util/comparison/report.py). With --plan, it prints how many seeds and questions a difference needs
+(util/comparison/planning.py). Of a study of search.py, it writes the report (util/search/report.py).
 """
 
 from lavin.runtime.startup import prepare_imports
@@ -10,6 +10,7 @@ from lavin.runtime.startup import prepare_imports
 if __name__ == "__main__":
     prepare_imports()
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -19,16 +20,17 @@ from lavin.runtime.flags import Flags
 from util.comparison.comparison import Comparison, compare, published, with_published
 from util.comparison.figures import write_figures
 from util.comparison.planning import plan
+from util.comparison.report import comparison_page
 from util.comparison.settings import get_args_parser
 from util.comparison.tables import csv_table, effects_csv, latex_table, markdown_table, text_table
 from util.search.folder import is_study
-from util.search.report import write_report
+from util.search.report import report_text, write_report
 from util.trackers import require_trackers, show_figures
 
 TABLES = {"table.md": markdown_table, "table.csv": csv_table, "table.tex": latex_table, "effects.csv": effects_csv}
 
 
-def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+def write_comparison(comparison: Comparison, folder: Path, command: str) -> list[Path]:
     prefix = "published_" if all(method.published for method in comparison.methods) else ""
     written = write_figures(comparison, folder, prefix)
     for name, render in TABLES.items():
@@ -36,7 +38,16 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         if text:  # effects are there only where runs cross schedule and dropout
             written.append(folder / f"{prefix}{name}")
             write_text(written[-1], text)
+    written.append(folder / f"{prefix}report.html")
+    write_text(written[-1], comparison_page(comparison, folder, prefix, command))
     return written
+
+
+def command_of(args: Flags) -> str:
+    """The command line that makes the same again."""
+    base = ["--base", args.base] if args.base else []
+    return shlex.join(["python", "plot_results.py", *args.runs, *base, *["--published"] * args.published, "--out",
+                       args.out])
 
 
 def make_comparison(args: Flags) -> Comparison:
@@ -58,18 +69,18 @@ def study_of(args: Flags) -> Path | None:
 
 def main(args: Flags) -> None:
     require_trackers(args.report_to)
-    study = study_of(args)
+    study, width = study_of(args), max(80, shutil.get_terminal_size().columns)
     if args.plan:
         print(plan(make_comparison(args), args.plan))
         return
     try:
         if study:
             written = write_report(study, Path(args.out))
-            text = written[0].read_text()
+            text = report_text(study, width)
         else:
             comparison = make_comparison(args)
-            written = write_comparison(comparison, Path(args.out))
-            text = text_table(comparison, max(80, shutil.get_terminal_size().columns))
+            written = write_comparison(comparison, Path(args.out), command_of(args))
+            text = text_table(comparison, width)
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot write {error.filename} ({error.strerror}): "
                         "name another folder") from error

@@ -18,6 +18,7 @@ from lavin.runtime.errors import one_line_errors
 from util.comparison import figures
 from util.comparison.comparison import Method, compare, published
 from util.comparison.figures import CATEGORIES, COLOURS, FIGURES
+from util.comparison.references import Reference
 from util.comparison.statistics import wilson
 from util.lr_sched import learning_rate
 
@@ -74,7 +75,9 @@ def test_losses_by_step_are_drawn_with_their_running_mean(ax, tmp_path):
     losses, mean = ax.lines[:2]
     assert losses.get_xdata().tolist() == pytest.approx([(i + 1) / 40 for i in range(n)])
     assert losses.get_ydata().tolist() == [1 + i % 2 for i in range(n)]
-    assert mean.get_ydata() == pytest.approx([1.5] + [4 / 3, 5 / 3] * (n // 2 - 1) + [1.5])
+    ends = [7 / 5, 3 / 2, 10 / 7, 3 / 2]  # of nine values in the middle, fewer at the ends
+    assert mean.get_ydata() == pytest.approx(ends + [13 / 9, 14 / 9] * (n // 2 - 4) + [3 - end for end in ends[::-1]])
+    assert mean.get_zorder() > max(line.get_zorder() for line in ax.lines[::2]) and mean.get_linewidth() > 1
 
 
 class CountedMeans(np.ndarray):
@@ -94,7 +97,7 @@ def test_a_running_mean_of_any_length_takes_few_additions(n):
     CountedMeans.added = 0
     places, means = figures.running_mean(losses.view(CountedMeans))
     assert len(places) == min(n, 2000) and places[0] == 0 and places[-1] == n - 1 and len(set(places)) == len(places)
-    half = n // 40 // 2
+    half = max(n // 40 // 2, min(4, n // 8))
     for i, mean in list(zip(places, means, strict=True))[::97]:
         assert mean == pytest.approx(np.mean([losses[j] for j in range(n) if abs(j - i) <= half][:2 * half + 1]))
     assert CountedMeans.added <= 2000 * (2 * half + 1)
@@ -217,23 +220,98 @@ def test_dropout_has_one_point_per_layer_of_the_run(ax, runs):
     assert all(tick == round(tick) for tick in ax.get_xticks())
 
 
+def step_study(folder, epochs: int) -> list[Method]:
+    lines = [{"epoch": i // 20, "step": i % 20 + 1, "loss": 1.0 + i % 3} for i in range(20 * epochs)]
+    for name, flags in (("base", {}), ("step", STEP)):
+        write_run(folder / name, losses=[1.0] * epochs, files={"metrics.jsonl": lines}, epochs=epochs, **flags)
+    return compare([str(folder)]).methods
+
+
+@pytest.mark.parametrize("epochs", [2, 4, 5])
+def test_the_overview_has_the_loss_by_step_where_epochs_are_few(tmp_path, epochs):
+    figure = figures.overview(step_study(tmp_path, epochs))
+    assert figure.axes[0].get_title() == ("Training loss by step" if epochs < 5 else "Training loss")
+    assert len(figure.axes[0].lines[0].get_xdata()) == (20 * epochs if epochs < 5 else epochs)
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("epochs", [2, 20])
+def test_a_schedule_that_is_flat_within_the_epochs_is_named(ax, tmp_path, epochs):
+    figures.draw_learning_rates(ax, step_study(tmp_path, epochs))
+    assert ("Step Decay: flat within the epochs" in ax.get_title()) == (epochs == 2) and "Base" not in ax.get_title()
+
+
+def test_references_are_beside_the_methods_and_do_not_stretch_the_axis(ax):
+    methods = published().methods
+    references = [Reference("untuned base", {"Avg": 39.0}, (37.0, 41.0), ""), Reference("chance", {"Avg": 85.0}, None,
+                                                                                        "")]
+    figures.draw_accuracy(ax, methods, cut=True, references=references)
+    assert texts(ax.get_yticklabels())[-2:] == ["untuned base", "chance"] and texts(ax.texts)[-2:] == ["39.00", "85.00"]
+    assert ax.get_xlim() == (84, 90) and ax.get_ylim()[0] > len(methods) + 1
+    untuned, chance = (container.lines[0] for container in ax.containers[-2:])
+    assert (untuned.get_marker(), *untuned.get_xydata()[0]) == ("<", 84, 8)  # it lies to the left of the axis
+    assert (chance.get_marker(), *chance.get_xydata()[0]) == ("x", 85, 9)
+
+
+def many_methods(n: int) -> list[Method]:
+    base = published().methods[0]
+    def run(i):
+        correct = {column: round(base.runs[0].correct[column] * (0.9 - 0.001 * (i * 7 % n))) for column in CATEGORIES}
+        flags = {**base.flags, "lr": 0.001 + i * 1e-5}
+        return replace(base.runs[0], flags=flags, correct={**correct, "Avg": correct["G1-6"] + correct["G7-12"]})
+    return [base, *(Method(f"Base + lr {0.001 + i * 1e-5:g} + adapter_dim {i}", [run(i)]) for i in range(1, n))]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n", [20, 120])
+def test_of_many_methods_the_base_and_the_best_are_told_apart(tmp_path, monkeypatch, n):
+    monkeypatch.setitem(figures.RC_PARAMS, "figure.dpi", 40)
+    methods = many_methods(n)
+    assert figures.write_figures(replace(published(), methods=methods), tmp_path, "")
+    named, others = figures.told_apart(figures.others_last(methods))
+    if n == 20:
+        assert named == methods and not others
+        return
+    assert len(named) == 11 and named[0] is methods[0] and len(others) == n - 11
+    assert min(method.overall for method in named) >= max(method.overall for method in others)
+    figure = figures.overview(figures.others_last(methods))
+    assert texts(figure.legends[0].texts)[-1] == f"{n - 11} others" and len(figure.legends[0].texts) == 12
+    assert texts(figure.axes[1].get_yticklabels())[-1] == f"{n - 11} others"
+    grey = figure.axes[1].lines[-2]  # before the dashed line of the base
+    assert sorted(grey.get_xdata()) == pytest.approx(sorted(method.overall for method in others))
+    plt.close(figure)
+
+
 def test_overview_has_all_panels_and_one_legend():
     methods = published().methods
     figure = figures.overview(methods)
     losses, accuracy, categories, rates, dropout = figure.axes
     assert [len(ax.lines) for ax in (losses, rates, dropout)] == [8, 4, 5]
     assert len(accuracy.containers) == len(categories.containers) == 8
-    assert texts(figure.legends[0].texts) == NAMES
+    assert texts(figure.legends[0].texts) == NAMES and not any(ax.get_legend() for ax in figure.axes)
+    assert "NAT, SOC, LAN: natural, social and language science" in categories.get_xlabel()
     plt.close(figure)
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_no_text_is_cut_off_or_overlaps(name):
+def shortened(method: Method) -> Method:
+    """Of two epochs, within which Step Decay is flat."""
+    (run,) = method.runs
+    return replace(method, runs=[replace(run, losses=run.losses[:2], flags={**run.flags, "epochs": 2,
+                                                                            "warmup_epochs": 0.5})])
+
+
+@pytest.mark.parametrize("name, which", [*((name, "few") for name in FIGURES), ("learning_rates", "short"),
+                                         *(("overview", which) for which in ("short", "most", "many"))])
+def test_no_text_is_cut_off_or_overlaps(name, which):
     """Titles, labels and legends lie inside the figure and do not overlap, even with a long method name."""
     methods = published().methods
     methods.append(Method("Inc. Drop. Prob 0.1 x 1.02 to 0.2 + lr 0.002 + warmup_epochs 0", methods[4].runs))
+    methods = {"few": methods, "short": [shortened(method) for method in methods], "most": many_methods(20),
+               "many": figures.others_last(many_methods(120))}[which]
+    references = [Reference("untuned base", {"Avg": 39.0}, (37.0, 41.0), ""),
+                  Reference("chance", {"Avg": 85.0}, None, "")]
     with figures.own_style():
-        figure = FIGURES[name](methods)
+        figure = FIGURES[name](methods, references)
         figure.suptitle("a subtitle")
         figure.canvas.draw()
     artists = [figure._suptitle, *figure.legends]

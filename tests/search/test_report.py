@@ -44,6 +44,12 @@ def report_of(study) -> str:
     return markdown(StudyReport(study), [])
 
 
+def empty_file(_, path) -> None:
+    """In place of a picture, which takes long to draw."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
 def write_and_read(study, out) -> str:
     write_report(study, out)
     return (out / "report.md").read_text()
@@ -53,7 +59,7 @@ def test_the_report_needs_neither_storage_nor_optuna(study, tmp_path, monkeypatc
     (study / "journal.log").unlink()
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "optuna", None)
-        patched.setattr(figures, "save_figure", lambda *_: None)
+        patched.setattr(figures, "save_figure", empty_file)
         text = write_and_read(study, tmp_path / "without")
     assert "The importance of the parameters is left out: pip install -r requirements/search.txt." in text
     assert "importance.png" not in text
@@ -134,14 +140,14 @@ def test_importance_tells_what_matters_from_chance(study, monkeypatch):
 
 
 def test_a_study_is_drawn_alone(study, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(figures, "save_figure", lambda *_: None)
+    monkeypatch.setattr(figures, "save_figure", empty_file)
 
     def plot(*flags):
         plot_results.main(plot_results.get_args_parser().parse_args([*map(str, flags), "--out", str(tmp_path / "x")]))
 
     plot(study)
     out = capsys.readouterr().out
-    assert out.startswith(f"# Search {study.name}") and str(tmp_path / "x" / "rates.svg") in out
+    assert out.startswith(f"Results of the study {study.name}\n") and str(tmp_path / "x" / "rates.svg") in out
     for others in ((study, study), (study, "--base", study), (study, "--published")):
         assert "is a study of search.py: name it alone" in error_message(plot, *others)
 

@@ -133,7 +133,7 @@ def test_the_budget_is_of_all_trials_and_apart_from_the_fresh_runs(study):
 def test_the_table_of_fresh_runs_is_of_validation_with_the_deviation_between_seeds(study):
     """0.8 and 0.7 have the mean 75 and the standard deviation 10 / sqrt(2)."""
     confirm(study)
-    rows = table_after(markdown(StudyReport(study), []), "# Search S")
+    rows = table_after(markdown(StudyReport(study), []), "# Results of the study S")
     assert [row[:2] for row in rows] == [["001", "75.00 ± 7.07"], ["000", "55.00 ± 7.07"]]
     low, high = map(float, rows[0][3].replace("−", "-").split(" to "))
     assert rows[0][2] == "+20.00" and low < 0 < 20 < high  # two seeds of ten questions tell little

@@ -2,10 +2,12 @@
 
 A point is a mean over seeds, its bar the 95 % confidence interval, a small tick a single seed. The band around a loss
 curve is the standard deviation over the seeds. The loss by step is drawn for each run that has metrics.jsonl, and the
-effects of schedule and dropout where runs cross them.
+effects of schedule and dropout where runs cross them. Of many methods, the base and the best are told apart, and the
+others are grey.
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import cycle
@@ -18,6 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
@@ -26,6 +29,7 @@ from lavin.runtime.files import atomic_write
 from util.comparison.comparison import Comparison, Method
 from util.comparison.factorial import Effect, find_effects
 from util.comparison.methods import method_names
+from util.comparison.references import Reference
 from util.comparison.statistics import LEVEL
 from util.evaluation.scoring import COLUMNS
 from util.lr_sched import LearningRate, learning_rate
@@ -36,8 +40,14 @@ CATEGORIES = [column for column in COLUMNS if column != "Avg"]
 COLOURS = ["#000000", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2", "#882255"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h"]
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 2, 2)), (0, (9, 2))]
+CODES = ("NAT, SOC, LAN: natural, social and language science.  TXT, IMG, NO: with a text, a picture or neither as "
+         "context.  G1-6, G7-12: grades.")
+MANY, BEST = 20, 10  # of more than MANY methods, the base and the BEST others are told apart
+GREY = {"color": "#999999", "marker": "none", "linestyle": "-", "linewidth": 0.5, "zorder": 1.5}
+FEW_EPOCHS = 5  # of fewer epochs, the overview has the loss by step
 MEANS = 2000  # points of a running mean
-SMOOTHED = 40  # the running mean is over this fraction of the run
+SMOOTHED = 40  # the running mean is over this fraction of the run,
+LEAST_SMOOTHED = 4  # or over so many values to each side, where they are no more than an eighth of a short run
 RC_PARAMS = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
              "axes.axisbelow": True, "legend.frameon": False, "legend.handlelength": 3, "lines.linewidth": 1.2,
              "lines.markersize": 4.5, "figure.dpi": 130, "svg.hashsalt": "lavin", "figure.constrained_layout.use": True}
@@ -61,16 +71,39 @@ def wrap(name: str) -> str:
     return fill(name, 30)
 
 
+def others_last(methods: list[Method]) -> list[Method]:
+    """The methods that are told apart, in their order, and then the others."""
+    if len(methods) <= MANY:
+        return methods
+    best = sorted(methods[1:], key=lambda method: method.overall, reverse=True)[:BEST]
+    names = {methods[0].name, *(method.name for method in best)}
+    return sorted(methods, key=lambda method: method.name not in names)
+
+
+def told_apart(methods: list[Method]) -> tuple[list[Method], list[Method]]:
+    """The methods that have colours and names, and the others. methods: of `others_last`."""
+    n = len(methods) if len(methods) <= MANY else 1 + BEST
+    return methods[:n], methods[n:]
+
+
+def drawn(methods: list[Method]) -> list[tuple[Method, dict, str | None]]:
+    """Each method with its style and its label, which the others share."""
+    named, others = told_apart(methods)
+    shared = [f"{len(others)} others", *[None] * (len(others) - 1)] if others else []
+    return [*((method, style, wrap(method.name)) for method, style in zip(named, styles(named).values(), strict=True)),
+            *((method, GREY, label) for method, label in zip(others, shared, strict=True))]
+
+
 # Panels: each function draws all methods into one Axes.
 
 
 def draw_losses(ax: Axes, methods: list[Method]) -> None:
-    for method, style in zip(methods, styles(methods).values(), strict=True):
+    for method, style, label in drawn(methods):
         losses = [run.losses for run in method.runs]
         mean, deviation = np.mean(losses, 0), np.std(losses, 0, ddof=min(1, len(losses) - 1))
         epochs = np.arange(1, len(mean) + 1)
-        ax.plot(epochs, mean, label=wrap(method.name), **style)
-        if len(losses) > 1:
+        ax.plot(epochs, mean, label=label, **style)
+        if len(losses) > 1 and style is not GREY:
             low = np.maximum(mean - deviation, mean / 10)  # a log scale cannot show values <= 0
             ax.fill_between(epochs, low, mean + deviation, color=style["color"], alpha=0.12, linewidth=0)
     ax.set(title="Training loss", xlabel="epoch", ylabel="loss, mean of the epoch (log scale)", yscale="log")
@@ -78,14 +111,15 @@ def draw_losses(ax: Axes, methods: list[Method]) -> None:
 
 
 def draw_losses_by_step(ax: Axes, methods: list[Method]) -> None:
-    """Every run's losses, pale, under their running mean; one label a method."""
-    for method, style in zip(methods, styles(methods).values(), strict=True):
-        label: str | None = wrap(method.name)
+    """Every run's losses, pale, under the running means of all; one label a method."""
+    for method, style, label in drawn(methods):
+        front = {"linewidth": 1.4, "zorder": 3, **style, "marker": "none"}
         for run in filter(lambda run: run.step_losses, method.runs):
             epochs, losses = np.array(run.step_losses).T
-            ax.plot(epochs, losses, color=style["color"], linewidth=0.4, alpha=0.25)
+            if style is not GREY:
+                ax.plot(epochs, losses, color=style["color"], linewidth=0.4, alpha=0.25, zorder=1)
             places, means = running_mean(losses)
-            ax.plot(epochs[places], means, linewidth=1, label=label, color=style["color"], linestyle=style["linestyle"])
+            ax.plot(epochs[places], means, label=label, **front)
             label = None
     ax.set(title="Training loss by step", xlabel="epoch", yscale="log",
            ylabel="loss (log scale); in front, its running mean")
@@ -95,7 +129,7 @@ def draw_losses_by_step(ax: Axes, methods: list[Method]) -> None:
 def running_mean(values: np.ndarray) -> tuple[np.ndarray, list[float]]:
     """Places among the values, not more than a line has pixels, and the means there: over a centred window, at the ends
     over the part of it that lies inside."""
-    half = len(values) // SMOOTHED // 2
+    half = max(len(values) // SMOOTHED // 2, min(LEAST_SMOOTHED, len(values) // 8))
     places = np.linspace(0, len(values) - 1, min(len(values), MEANS)).round().astype(int)
     return places, [values[max(0, i - half):i + half + 1].mean() for i in places]
 
@@ -111,11 +145,12 @@ def loss_ticks(ax: Axes) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def draw_accuracy(ax: Axes, methods: list[Method], cut: bool) -> None:
-    """Avg by method, the first on top. cut: points on a truncated axis; otherwise bars from 0."""
-    style_by_name = styles(methods)
-    for y, method in enumerate(methods):
-        mean, style = method.overall, style_by_name[method.name]
+def draw_accuracy(ax: Axes, methods: list[Method], cut: bool, references: Sequence[Reference] = ()) -> None:
+    """Avg by method, the first on top; the others share a row, and references come last. cut: points on a truncated
+    axis; otherwise bars from 0."""
+    named, others = told_apart(methods)
+    for y, (method, style) in enumerate(zip(named, styles(named).values(), strict=True)):
+        mean = method.overall
         error = {"xerr": distances(mean, method.interval("Avg")), "capsize": 2.5}
         if cut:
             ax.errorbar(mean, y, **error, **{**style, "linestyle": "none"})
@@ -124,17 +159,42 @@ def draw_accuracy(ax: Axes, methods: list[Method], cut: bool) -> None:
         else:
             ax.barh(y, mean, color=lighten(style["color"], 0.3 if style.get("alpha") else 0.6), height=0.7)
             ax.errorbar(mean, y, **error, color="black")
-        ax.annotate(f"{mean:.2f}", (1, y), xycoords=ax.get_yaxis_transform(), xytext=(4, 0), textcoords="offset points",
-                    va="center", fontsize=8)
-    ax.set(title="Overall accuracy, 95 % intervals", xlabel="accuracy (%)", ylim=(len(methods) - 0.4, -0.6),
-           yticks=range(len(methods)), yticklabels=[wrap(method.name) for method in methods])
+        write_beside(ax, y, f"{mean:.2f}")
+    rows = [*(wrap(method.name) for method in named), *[f"{len(others)} others"] * bool(others)]
+    if others:
+        ax.plot([method.overall for method in others], [len(named)] * len(others), ".", color=GREY["color"], alpha=0.6)
+    ax.set(title="Overall accuracy, 95 % intervals", xlabel="accuracy (%)",
+           ylim=(len(rows) + len(references) - 0.4, -0.6), yticks=range(len(rows) + len(references)),
+           yticklabels=[*rows, *(reference.name for reference in references)])
     ax.grid(axis="y", visible=False)
     if cut:
         ax.axvline(methods[0].overall, color="grey", linewidth=0.8, linestyle="--", zorder=0)
-        intervals = [method.interval("Avg") for method in methods]
-        cut_axis(ax, "x", [low for low, _ in intervals], [high for _, high in intervals])
+        ends = np.array([*map(method_interval, named), *((method.overall,) * 2 for method in others)])
+        cut_axis(ax, "x", list(ends[:, 0]), list(ends[:, 1]))
     else:
         ax.set_xlim(0, 100)
+    for y, reference in enumerate(references, len(rows)):
+        draw_reference(ax, y, reference)
+
+
+def method_interval(method: Method) -> tuple[float, float]:
+    return method.interval("Avg")
+
+
+def draw_reference(ax: Axes, y: int, reference: Reference) -> None:
+    """The accuracy of no method; an arrow where it lies outside the axis."""
+    low, high = ax.get_xlim()
+    value = reference.overall
+    outside = "<" if value < low else ">" if value > high else None
+    error = {"xerr": distances(value, reference.interval)} if reference.interval and not outside else {}
+    ax.errorbar(np.clip(value, low, high), y, **error, capsize=2.5, color="dimgrey", marker=outside or "x",
+                clip_on=not outside)
+    write_beside(ax, y, f"{value:.2f}")
+
+
+def write_beside(ax: Axes, y: int, text: str) -> None:
+    ax.annotate(text, (1, y), xycoords=ax.get_yaxis_transform(), xytext=(4, 0), textcoords="offset points",
+                va="center", fontsize=8)
 
 
 def distances(mean: float, interval: tuple[float, float]) -> list[list[float]]:
@@ -148,25 +208,30 @@ def lighten(colour: str, share: float) -> tuple:
 
 
 def draw_categories(ax: Axes, methods: list[Method]) -> None:
-    """The categories that have questions, from left to right; within each, the methods in their order."""
-    style_by_name, counts = styles(methods), methods[0].counts
+    """The categories that have questions, from left to right; within each, the methods in their order, and then the
+    others as points."""
+    (named, others), counts = told_apart(methods), methods[0].counts
     columns = [column for column in CATEGORIES if counts[column]]
-    offsets = np.linspace(-0.38, 0.38, len(methods)) if len(methods) > 1 else [0]
-    intervals = []
-    for offset, method in zip(offsets, methods, strict=True):
+    offsets = np.linspace(-0.38, 0.38, len(named) + bool(others)) if len(methods) > 1 else np.zeros(1)
+    ends = []
+    for offset, (method, style) in zip(offsets, zip(named, styles(named).values(), strict=True), strict=False):
         means = np.array([method.accuracy(column) for column in columns])
         bounds = np.array([method.interval(column) for column in columns])
         ax.errorbar(np.arange(len(columns)) + offset, means, yerr=[means - bounds[:, 0], bounds[:, 1] - means],
-                    capsize=1.5, elinewidth=1, label=wrap(method.name),
-                    **{**style_by_name[method.name], "linestyle": "none"})
-        intervals += bounds.tolist()
+                    capsize=1.5, elinewidth=1, label=wrap(method.name), **{**style, "linestyle": "none"})
+        ends += bounds.tolist()
+    for method in others:
+        means = np.array([method.accuracy(column) for column in columns])
+        ax.plot(np.arange(len(columns)) + offsets[-1], means, ".", color=GREY["color"], alpha=0.4)
+        ends += zip(means, means, strict=True)
     ax.set(title="Accuracy by category, 95 % intervals", ylabel="accuracy (%)", xlim=(-0.5, len(columns) - 0.5),
            xticks=range(len(columns)), xticklabels=[f"{column}\nn = {counts[column]:,}" for column in columns])
+    ax.set_xlabel(CODES, fontsize=8)
     for edge in range(1, len(columns)):
         ax.axvline(edge - 0.5, color="grey", linewidth=0.6, alpha=0.5)
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="x", visible=False)
-    cut_axis(ax, "y", [low for low, _ in intervals], [high for _, high in intervals])
+    cut_axis(ax, "y", [low for low, _ in ends], [high for _, high in ends])
 
 
 def cut_axis(ax: Axes, axis: str, lows: list[float], highs: list[float]) -> None:
@@ -185,84 +250,123 @@ def integer_ticks() -> MaxNLocator:
     return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
 
 
-def draw_learning_rates(ax: Axes, methods: list[Method]) -> None:
+def draw_learning_rates(ax: Axes, methods: list[Method], legend: bool = True) -> None:
     def rates(method):
         schedule = LearningRate.read(method.flags)
         epochs = np.linspace(0, schedule.epochs, 2001)[:-1]  # no optimizer step happens at the very end
         return epochs, np.array([learning_rate(epoch, schedule) for epoch in epochs])
 
-    draw_distinct_curves(ax, methods, rates)
-    ax.set(title="Learning rate", xlabel="epoch", ylabel="learning rate")
+    names = draw_distinct_curves(ax, methods, rates, legend)
+    flat = [name for method, name in names if is_flat(rates(method), LearningRate.read(method.flags))]
+    ax.set(xlabel="epoch", ylabel="learning rate")
+    ax.set_title("\n".join([title("Learning rate", legend), *[fill(f"{', '.join(flat)}: flat within the epochs trained",
+                                                                        45)] * bool(flat)]))
     ax.xaxis.set_major_locator(integer_ticks())
     ax.yaxis.set_major_formatter("{x:g}")
 
 
-def draw_dropout(ax: Axes, methods: list[Method]) -> None:
+def is_flat(curve: tuple[np.ndarray, np.ndarray], schedule: LearningRate) -> bool:
+    epochs, rates = curve
+    return len(set(rates[epochs >= schedule.warmup_epochs])) == 1
+
+
+def draw_dropout(ax: Axes, methods: list[Method], legend: bool = True) -> None:
     def probabilities(method):
         n, flags = method.runs[0].n_layers, method.flags
         schedule = dropout_schedule(n, flags["dropout_prob"], flags["dropout_var"], flags["dropout_lim"])
         return np.arange(1, n + 1), np.array(schedule)
 
-    draw_distinct_curves(ax, methods, probabilities, markers=True)
-    ax.set(title="Dropout by layer", ylabel="dropout probability",
+    draw_distinct_curves(ax, methods, probabilities, legend, markers=True)
+    ax.set(title=title("Dropout by layer", legend), ylabel="dropout probability",
            xlabel="layer of LLaMA (the image encoder's blocks alike)")
     ax.xaxis.set_major_locator(integer_ticks())
     ax.set_ylim(0)
 
 
-def draw_distinct_curves(ax: Axes, methods: list[Method], curve, markers: bool = False) -> None:
-    """Methods with the same curve share one line; its label has the first method's name and the number of others."""
-    lines: list[tuple] = []  # x, y, method names
+def title(words: str, legend: bool) -> str:
+    return words if legend else f"{words} (methods may share a line)"
+
+
+def draw_distinct_curves(ax: Axes, methods: list[Method], curve, legend: bool, markers: bool = False
+                         ) -> list[tuple[Method, str]]:
+    """Methods with the same curve share one line; its label has the first method's name and the number of others.
+    Returns the first method and the label of each line that has one."""
+    lines: list[tuple] = []  # x, y, methods
     for method in methods:
         x, y = curve(method)
-        same = next((names for _, other, names in lines if np.array_equal(other, y)), None)
+        same = next((sharing for _, other, sharing in lines if np.array_equal(other, y)), None)
         if same is None:
-            lines.append((x, y, [method.name]))
+            lines.append((x, y, [method]))
         else:
-            same.append(method.name)
-    style_by_name = styles(methods)
-    for x, y, names in lines:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        style = style_by_name[names[0]] if markers else {**style_by_name[names[0]], "marker": "none"}
-        ax.plot(x, y, label=wrap(names[0] + more), **style)
-    below = ax.transAxes + ScaledTranslation(0, -0.45, ax.figure.dpi_scale_trans)  # inches, to clear the axis label
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, borderaxespad=0, ncols=2)
+            same.append(method)
+    style_by_name = {method.name: style for method, style, _ in drawn(methods)}
+    n_grey = sum(len(sharing) for *_, sharing in lines if style_by_name[sharing[0].name] is GREY)
+    names = []
+    for x, y, sharing in lines:
+        style = style_by_name[sharing[0].name]
+        more = f" and {len(sharing) - 1} more" if len(sharing) > 1 else ""
+        label = f"{sharing[0].name}{more}"
+        if style is GREY:
+            label, n_grey = f"{n_grey} others" if n_grey else "", 0
+        ax.plot(x, y, label=wrap(label) or None, **(style if markers else {**style, "marker": "none"}))
+        names += [(sharing[0], label)] if label else []
+    if legend:
+        below = ax.transAxes + ScaledTranslation(0, -0.45, ax.figure.dpi_scale_trans)  # inches: clears the axis label
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, borderaxespad=0,
+                  ncols=2)
+    return names
 
 
 # Figures
 
 
 def single_panel(draw, width: float = 6.4, height: float = 4.2, legend: bool = False):
-    def figure(methods: list[Method]) -> Figure:
-        fig, ax = plt.subplots(figsize=(width, height))
+    def figure(methods: list[Method], references: Sequence[Reference] = ()) -> Figure:
+        more = max(0, len(told_apart(methods)[0]) - 8)  # names in a legend
+        fig, ax = plt.subplots(figsize=(width, height + (0.1 if legend else 0.18) * more))
         draw(ax, methods)
         if legend:
-            fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=int(width / 2.4))
+            legend_below(fig, methods, int(width / 2.4))
         return fig
     return figure
 
 
-def accuracy_figure(methods: list[Method]) -> Figure:
+def legend_below(figure: Figure, methods: list[Method], columns: int) -> None:
+    """One legend for all panels, with each method's line and marker."""
+    handles = [Line2D([], [], label=label, **style) for _, style, label in drawn(methods) if label]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def accuracy_figure(methods: list[Method], references: Sequence[Reference] = ()) -> Figure:
     """Bars from 0 on the left; the same numbers on a truncated axis on the right."""
-    fig, (full, close_up) = plt.subplots(1, 2, sharey=True, figsize=(9, 1.3 + 0.34 * len(methods)))
-    draw_accuracy(full, methods, cut=False)
-    draw_accuracy(close_up, methods, cut=True)
+    fig, (full, close_up) = plt.subplots(1, 2, sharey=True, figsize=(9, 1.3 + 0.34 * n_rows(methods, references)))
+    draw_accuracy(full, methods, cut=False, references=references)
+    draw_accuracy(close_up, methods, cut=True, references=references)
     close_up.set_title("The same, close up")
     return fig
 
 
-def overview(methods: list[Method]) -> Figure:
-    extra = 0.3 * max(0, len(methods) - 8)  # inches, for more than eight method names
-    fig = plt.figure(figsize=(10, 10.5 + 2 * extra))
+def n_rows(methods: list[Method], references: Sequence[Reference]) -> float:
+    """The height of a panel of accuracies, in rows; a name of two lines needs more than one."""
+    named, others = told_apart(methods)
+    lines = sum(wrap(method.name).count("\n") + 1 for method in named)
+    return max(len(named), 0.65 * lines) + bool(others) + len(references)
+
+
+def overview(methods: list[Method], references: Sequence[Reference] = ()) -> Figure:
+    extra = 0.3 * max(0, n_rows(methods, references) - 8)  # inches, for more than eight rows of names
+    fig = plt.figure(figsize=(10, 10.5 + 1.4 * extra))
     grid = fig.add_gridspec(3, 2, height_ratios=[3.3 + extra, 3, 2.6])
     losses, accuracy, categories, rates, dropout = map(fig.add_subplot, [grid[0, 0], grid[0, 1], grid[1, :], grid[2, 0],
                                                                           grid[2, 1]])
-    draw_losses(losses, methods)
-    draw_accuracy(accuracy, methods, cut=True)
+    runs = [run for method in methods for run in method.runs]
+    by_step = max(len(run.losses) for run in runs) < FEW_EPOCHS and any(run.step_losses for run in runs)
+    (draw_losses_by_step if by_step else draw_losses)(losses, methods)
+    draw_accuracy(accuracy, methods, cut=True, references=references)
     draw_categories(categories, methods)
-    draw_learning_rates(rates, methods)
-    draw_dropout(dropout, methods)
-    fig.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    draw_learning_rates(rates, methods, legend=False)
+    draw_dropout(dropout, methods, legend=False)
+    legend_below(fig, methods, 4)
     return fig
 
 
@@ -318,7 +422,8 @@ def own_style() -> AbstractContextManager:
 
 def write_figures(comparison: Comparison, folder: Path, prefix: str) -> list[Path]:
     effects, written = find_effects(comparison), []
-    drawings = {name: partial(draw, comparison.methods) for name, draw in FIGURES.items()}
+    methods = others_last(comparison.methods)
+    drawings = {name: partial(draw, methods, comparison.references) for name, draw in FIGURES.items()}
     if effects:
         drawings["effects"] = partial(draw_effects, effects)
     with own_style():

@@ -7,12 +7,11 @@ import csv
 import io
 import math
 from collections.abc import Iterable
-from textwrap import fill, wrap
 
 import numpy as np
 
-from lavin.runtime.console import format_table
 from util.comparison.comparison import Comparison, Difference, Method
+from util.comparison.document import Bullets, Part, Table, to_markdown, to_text
 from util.comparison.factorial import Effect, find_effects
 from util.comparison.methods import BASE_IN_WORDS
 from util.comparison.references import CHANCE, Reference
@@ -23,7 +22,6 @@ NONE = "–"
 DIFFERENCE = ["vs. base", "verdict", "vs. base, 95 %", "p", "p (Holm)", "detectable"]
 IN_TERMINAL = ["Avg", "vs. base", "verdict", "vs. base, 95 %", "p (Holm)", "seeds", "detectable", "Avg, 95 %"]  # first
 EFFECT_IN_TERMINAL = ["points", "95 %", "p (Holm)", "kind", "detectable"]
-LEAST_NAME = 24  # characters of a name in a line
 EFFECT = ["Effect", "kind", "points", "95 %", "p", "p (Holm)", "detectable"]
 EFFECTS_NOTE = ("Effects: a schedule's is its difference to the base's, averaged over the dropouts; a dropout's "
                 "likewise; an interaction is what both give together beyond the sum of what each gives alone. p (Holm) "
@@ -35,51 +33,21 @@ LATEX = str.maketrans({"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r
                        "−": "$-$", "–": "--"})
 
 
+def table_parts(comparison: Comparison) -> list[Part]:
+    """The table, the effects where there are any, and the notes, as parts of a report."""
+    effects = find_effects(comparison)
+    of_effects: list[Part] = [Table(EFFECT, list(map(effect_cells, effects)), EFFECT_IN_TERMINAL),
+                              EFFECTS_NOTE] if effects else []
+    return [Table(*rounded_cells(comparison), IN_TERMINAL), *of_effects, Bullets(notes(comparison))]
+
+
 def text_table(comparison: Comparison, width: int = 10**6) -> str:
     """Tables and notes in lines of at most `width` characters, 80 or more."""
-    effects, sentences = find_effects(comparison), notes(comparison)
-    table, n_left_out = fitted(*rounded_cells(comparison), IN_TERMINAL, width)
-    parts = [table, ""]
-    if effects:
-        table, n_more = fitted(EFFECT, list(map(effect_cells, effects)), EFFECT_IN_TERMINAL, width)
-        parts, n_left_out = [*parts, table, "", fill(EFFECTS_NOTE, width), ""], n_left_out + n_more
-    if n_left_out:
-        sentences.append(f"{n_left_out} more column{'s' * (n_left_out > 1)} of the table{'s' * bool(effects)} in a "
-                         "wider terminal, and in table.md.")
-    return "\n".join([*parts, *(fill(sentence, width, break_on_hyphens=False) for sentence in sentences)])
-
-
-def fitted(header: list[str], rows: list[list[str]], order: list[str], width: int) -> tuple[str, int]:
-    """An aligned table with the columns that have room, and the number of those that have none.
-
-    order: the columns that are chosen first, one after the other; the rest is there as a whole or not at all. Names in
-    the first column go over several lines where they have to.
-    """
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    left, shown = width - min(widths[0], LEAST_NAME), [0]
-    groups = [[header.index(name)] for name in order if name in header]
-    for group in [*groups, [i for i in range(1, len(header)) if header[i] not in order]]:
-        needed = sum(widths[i] + 2 for i in group)
-        if needed > left:
-            break
-        shown, left = sorted([*shown, *group]), left - needed
-    lines = []
-    for row in rows:
-        name, *more = wrap(row[0], left + min(widths[0], LEAST_NAME)) or [""]
-        lines += [[name, *(row[i] for i in shown[1:])], *([part, *[""] * (len(shown) - 1)] for part in more)]
-    return format_table([header[i] for i in shown], lines), len(header) - len(shown)
+    return to_text(table_parts(comparison), width, "table.md")
 
 
 def markdown_table(comparison: Comparison) -> str:
-    effects = find_effects(comparison)
-    of_effects = [*markdown_rows(EFFECT, list(map(effect_cells, effects))), "", EFFECTS_NOTE, ""] if effects else []
-    return "\n".join([*markdown_rows(*rounded_cells(comparison)), "", *of_effects,
-                      *(f"- {note}" for note in notes(comparison))]) + "\n"
-
-
-def markdown_rows(header: list[str], rows: list[list[str]]) -> list[str]:
-    alignment = [":--"] + ["--:"] * (len(header) - 1)
-    return ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in (header, alignment, *rows)]
+    return to_markdown(table_parts(comparison))
 
 
 def latex_table(comparison: Comparison) -> str:

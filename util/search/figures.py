@@ -1,6 +1,6 @@
 """The pictures of a study (PNG and SVG), in the style of a comparison's.
 
-Markers of finished trials are filled, those of others hollow.
+Markers of finished trials are filled, those of others hollow; pale bars are 95 % intervals, from the questions alone.
 """
 
 from pathlib import Path
@@ -38,9 +38,15 @@ def score_label(report: StudyReport, epoch: int | None = None) -> str:
     return f"accuracy on {report.trials[0].questions:,} validation\nquestions (%){after}"
 
 
-def legend_below(figure, ax, ncols: int = 5) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, fontsize=8)
+def legend_below(figure, ncols: int = 5) -> None:
+    """One legend of what all panels hold."""
+    labelled = {label: handle for ax in figure.axes
+                for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=ncols, fontsize=8)
+
+
+def draw_interval(ax, x: float, trial: Trial, percent: float, colour: str) -> None:
+    ax.vlines(x, *trial.interval(percent), color=colour, alpha=0.3, linewidth=1, zorder=0.5)
 
 
 def history(report: StudyReport):
@@ -57,12 +63,14 @@ def history(report: StudyReport):
         best = list(np.maximum.accumulate(values))
         ax.step([*numbers, int(report.trials[-1].name)], [*best, best[-1]], where="post", color=BEST, zorder=1,
                 label="best finished so far")
+    for trial in report.trials:
+        draw_interval(ax, int(trial.name), trial, trial.last[1], style(trial)["color"])
     base = report.base_trial
     if base and base.state == "COMPLETE":
         ax.axhline(base.last[1], color=BASE, linestyle="--", linewidth=0.8, label="the base", zorder=0)
     ax.set(title="Trials in their order", xlabel="trial", ylabel=score_label(report))
     ax.xaxis.set_major_locator(integer_ticks())
-    legend_below(figure, ax)
+    legend_below(figure)
     return figure
 
 
@@ -80,17 +88,19 @@ def learning_curves(report: StudyReport):
         ax.plot(*zip(*trial.curve, strict=True), marker="o" if trial.state == "COMPLETE" else "v",
                 linewidth=2 if special else 0.8, zorder=3 if special else 2, alpha=1 if special else 0.75,
                 label=None if label in seen else label, **style(trial, colour))
+        for epoch, percent in trial.curve if special else []:
+            draw_interval(ax, epoch, trial, percent, colour)
         seen.add(label)
     ax.set(title="Accuracy within the full schedule", xlabel="epoch", ylabel=score_label(report))
     ax.xaxis.set_major_locator(integer_ticks())
-    legend_below(figure, ax)
+    legend_below(figure)
     return figure
 
 
 def rates(report: StudyReport):
-    """The scores by learning rate; None where no learning rate is searched."""
+    """The scores by learning rate; None where no learning rate is searched, or all trials have the same."""
     flag = next((flag for flag in ("blr", "lr") if flag in report.base), None)
-    if flag is None:
+    if flag is None or flag in report.flags_with_one_value:
         return None
     figure, ax = plt.subplots(figsize=(7.5, 4.8))
     schedules = sorted({str(trial.values.get("lr_schedule", "")) for trial, _ in report.comparable})
@@ -99,12 +109,13 @@ def rates(report: StudyReport):
         for trial, percent in report.comparable:
             if str(trial.values.get("lr_schedule", "")) == schedule:
                 ax.plot(trial.values[flag], percent, marker, linestyle="none", label=label, **style(trial, colour))
+                draw_interval(ax, trial.values[flag], trial, percent, colour)
                 label = "_"
     mark_base(ax, report.base[flag])
     ax.set(title="Learning rate (filled: finished trials)", xlabel=f"--{flag} (log scale)", xscale="log",
            ylabel=score_label(report, report.shared_epoch))
     plain_log_ticks(ax)
-    legend_below(figure, ax)
+    legend_below(figure)
     return figure
 
 
@@ -120,8 +131,12 @@ def plain_log_ticks(ax) -> None:
 
 
 def parameters(report: StudyReport):
-    """The scores by each flag that is searched, one panel a flag, with the trials that use it."""
-    flags = list(dict.fromkeys(flag for trial, _ in report.comparable for flag in trial.values))
+    """The scores by each flag that is searched, one panel a flag, with the trials that use it; None where no flag has
+    two values."""
+    flags = [flag for flag in dict.fromkeys(flag for trial, _ in report.comparable for flag in trial.values)
+             if flag not in report.flags_with_one_value]
+    if not flags:
+        return None
     columns = min(COLUMNS, len(flags))
     rows = ceil_div(len(flags), columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, 2.3 * rows + 0.6), sharey=True, squeeze=False)
@@ -130,7 +145,7 @@ def parameters(report: StudyReport):
     for ax in axes.flat[len(flags):]:
         ax.set_visible(False)
     figure.supylabel(score_label(report, report.shared_epoch), fontsize=9)
-    legend_below(figure, axes.flat[0])
+    legend_below(figure)
     return figure
 
 
@@ -145,6 +160,7 @@ def draw_parameter(ax, report: StudyReport, flag: str) -> None:
         is_finished = trial.state == "COMPLETE"
         ax.plot(place(trial.values[flag]), percent, "o" if is_finished else "v", label=labels.pop(is_finished, None),
                 **style(trial))
+        draw_interval(ax, place(trial.values[flag]), trial, percent, style(trial)["color"])
     if flag in report.base:
         mark_base(ax, place(report.base[flag]))
     ax.set(xlabel=f"--{flag}")
@@ -174,7 +190,7 @@ def draw_importance(report: StudyReport):
            ylim=(len(shares) - 0.4, -0.6))
     ax.set_xlim(0, 1.08 * max(*found, *chance))
     ax.grid(axis="y", visible=False)
-    legend_below(figure, ax)
+    legend_below(figure)
     return figure
 
 

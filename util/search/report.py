@@ -1,15 +1,17 @@
-"""The report of a study, from the files in its folder alone: what was found, the best trials, the budget, pictures.
+"""The report of a study, from the files in its folder alone: what was found, the best trials, the budget, pictures. It
+is written as Markdown and as a page, and printed in a terminal.
 
 The importance of parameters is missing where Optuna is not installed.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from lavin.runtime.files import write_text
 from util.comparison.comparison import compare
-from util.comparison.statistics import wilson
-from util.comparison.tables import NONE, markdown_table, points
+from util.comparison.document import Bullets, Heading, Part, Picture, Table, to_markdown, to_page, to_text
+from util.comparison.tables import NONE, points, table_parts
 from util.search.confirm import (
     VERDICT,
     Confirmation,
@@ -29,25 +31,20 @@ N_BEST = 10  # rows of the table of trials
 MARKS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "unfinished"}
 
 
-# --- Text ---
+# --- Parts ---
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown: columns are aligned right, but for the first one, and the last one if it holds flags."""
-    alignment = [":--", *["--:"] * (len(header) - 2), ":--" if header[-1] == "flags" else "--:"]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, alignment, *rows))
-
-
-def trial_table(report: StudyReport) -> str:
+def trial_table(report: StudyReport) -> Table:
     rows = []
     for trial in report.ranked[:N_BEST]:
         epoch, percent = trial.last
-        low, high = (100 * bound for bound in wilson(percent * trial.questions / 100, trial.questions))
+        low, high = trial.interval(percent)
         rows.append([trial.name, MARKS[trial.state], str(epoch), f"{percent:.2f}", f"{low:.2f} to {high:.2f}",
                      f"`{report.changes(trial.values)}`"])
-    return table(["trial", "state", "epochs", "accuracy", "95 %", "flags"], rows)
+    return Table(["trial", "state", "epochs", "accuracy", "95 %", "flags"], rows,
+                 ["trial", "accuracy", "95 %", "epochs", "state"])
 
 
-def confirmation_table(report: StudyReport, found: Confirmation) -> str:
+def confirmation_table(report: StudyReport, found: Confirmation) -> Table:
     """The table of the runs with fresh seeds, scored on all of the validation split."""
     rows, values = [], {record["configuration"]: record["values"] for record in report.confirmed.values()}
     for name, outcomes in sorted(found.outcomes.items(), key=lambda item: -item[1].mean()):
@@ -58,17 +55,18 @@ def confirmation_table(report: StudyReport, found: Confirmation) -> str:
         deviation = f" ± {means.std(ddof=1):.2f}" if len(means) > 1 else ""
         rows.append([name, f"{means.mean():.2f}{deviation}", *difference,
                      f"`{report.changes(values[name])}`"])
-    return table(["trial", "accuracy", "vs. base", "95 %", "flags"], rows)
+    return Table(["trial", "accuracy", "vs. base", "95 %", "flags"], rows,
+                 ["trial", "accuracy", "vs. base", "95 %"])
 
 
-def confirmation(report: StudyReport) -> list[str]:
+def confirmation(report: StudyReport) -> list[Part]:
     """The paragraphs on the verdict, with the tables that it rests on."""
     if not (report.folder / VERDICT).is_file():
         return ["No configuration has been confirmed with fresh seeds yet, so there is no winner: the best of many "
                 "trials is lucky, and its own accuracy promises too much."]
     verdict, left_out_runs = read_verdict(report.folder), report.left_out_of_confirmed
     runs = {name: record for name, record in report.confirmed.items() if name not in left_out_runs}
-    text = left_out("Runs", left_out_runs, "are not compared to the others")
+    text: list[Part] = left_out("Runs", left_out_runs, "are not compared to the others")
     if not {BASE, verdict["winner"]} <= {record["configuration"] for record in runs.values()}:
         return [sentence(verdict), *text] if is_current(verdict) else text
     found = read_confirmation([(record["configuration"], report.folder / "confirm" / name)
@@ -81,7 +79,7 @@ def confirmation(report: StudyReport) -> list[str]:
             *on_test(report.folder, verdict["winner"], runs)]
 
 
-def on_test(study: Path, winner: str, runs: dict[str, Any]) -> list[str]:
+def on_test(study: Path, winner: str, runs: dict[str, Any]) -> list[Part]:
     """The paragraphs on the test split, of the winner's and the base's runs; none where the base was not scored."""
     scored = {name: str(study / "confirm" / name) for name, record in runs.items()
               if record["configuration"] in (BASE, winner) and (study / "confirm" / name / FILES["test"]).is_file()}
@@ -89,27 +87,29 @@ def on_test(study: Path, winner: str, runs: dict[str, Any]) -> list[str]:
     if base is None:
         return []
     return [f"Trial {winner} and the base on the test split, which was scored once, after that:",
-            markdown_table(compare(list(scored.values()), base)).strip()]
+            *table_parts(compare(list(scored.values()), base))]
 
 
-def left_out(what: str, reasons: dict[str, str], and_so: str) -> list[str]:
+def left_out(what: str, reasons: dict[str, str], and_so: str) -> list[Part]:
     """The paragraph on runs that are of something else than the study."""
     names = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return [f"{what} that are of something else than the study {and_so} ({names})."] if reasons else []
 
 
 def budget(report: StudyReport) -> list[str]:
-    """The lines on what the study has cost so far."""
+    """The sentences on what the study has cost so far."""
     states = [record["state"] for record in report.records.values()]
     counts = ", ".join(f"{states.count(state)} {word}" for state, word in MARKS.items() if state in states)
     steps, confirmed = report.steps(report.records), report.steps(report.confirmed)
     unpruned = len(states) * report.epochs * report.settings["steps_per_epoch"]
-    hours = [gpu_seconds(list(records.values())) / 3600 for records in (report.records, report.confirmed)]
-    lines = [f"- {len(states)} of {report.settings['trials']} trials: {counts}.",
-             f"- {steps:,} steps, {100 * steps / unpruned:.0f} % of those without pruning; {hours[0]:.2f} GPU-hours."]
+    hours = [f"{gpu_seconds(list(records.values())) / 3600:.2f} {'hours on a CPU' if report.on_cpu else 'GPU-hours'}"
+             for records in (report.records, report.confirmed)]
+    lines = [f"{len(states)} of {report.settings['trials']} trials: {counts}.",
+             f"{steps:,} steps, {100 * steps / unpruned:.0f} % of those without pruning; {hours[0]}."]
     if report.confirmed:
-        lines.append(f"- {len(report.confirmed)} runs with fresh seeds: {confirmed:,} steps, {hours[1]:.2f} GPU-hours.")
-    return lines + [f"- Trial {name} failed: {record.get('message', 'without a message')}"
+        n = len(report.confirmed)
+        lines.append(f"{n} run{'s' * (n > 1)} with fresh seeds: {confirmed:,} steps, {hours[1]}.")
+    return lines + [f"Trial {name} failed: {record.get('message', 'without a message')}"
                     for name, record in report.records.items() if record["state"] == "FAIL"]
 
 
@@ -118,30 +118,81 @@ def why_no_importance(report: StudyReport) -> str:
     return f"it takes at least {MIN_TRIALS} trials" if few else "pip install -r requirements/search.txt"
 
 
-PICTURES = {"history": "Every trial's accuracy at its last score, and the best finished one so far",
-            "learning_curves": "Accuracy within the schedule; pruned trials end early",
-            "rates": "Base learning rate against accuracy",
-            "parameters": "Each parameter against accuracy",
+PED_ANOVA = ("PED-ANOVA, which estimates the importance, compares how a parameter's values are distributed among the "
+             "better half of the trials and among all of them: the more the two differ, the larger is its share.")
+PICTURES = {"history": "Every trial's accuracy at its last score with its 95 % interval, and the best finished one so "
+                       "far",
+            "learning_curves": "Accuracy within the schedule, with 95 % intervals of the base and the best; pruned "
+                               "trials end early",
+            "rates": "Base learning rate against accuracy, with 95 % intervals",
+            "parameters": "Each parameter against accuracy, with 95 % intervals",
             "importance": "Importance of the parameters, their shares in reaching the better half of the trials; one "
                           "that does not pass its mark may be chance"}
 
 
+def findings(report: StudyReport) -> list[Part]:
+    """All but the pictures."""
+    return [*confirmation(report), Heading("Trials"),
+            f"Accuracy in % of the same {report.trials[0].questions:,} validation questions for all trials, one seed "
+            "each (Wilson's intervals, from the questions alone). The best of many is lucky: the runs with fresh seeds "
+            "count.",
+            trial_table(report), *left_out("Trials", report.left_out, "are not ranked with the others"),
+            Heading("Budget"), Bullets(budget(report))]
+
+
+def pictures(report: StudyReport, drawn: list[str]) -> list[Part]:
+    """The pictures of these names, and what they leave out."""
+    found: list[Part] = [Heading("Pictures"), *(Picture(name, PICTURES[name]) for name in PICTURES if name in drawn)]
+    if report.flags_with_one_value:
+        found.append("All trials that can be compared have the same value of "
+                     f"{', '.join(f'--{flag}' for flag in report.flags_with_one_value)}: there is nothing to draw.")
+    return [*found, PED_ANOVA if "importance" in drawn else
+            f"The importance of the parameters is left out: {why_no_importance(report)}."]
+
+
+def title(report: StudyReport) -> str:
+    return f"Results of the study {report.folder.resolve().name}"
+
+
+# --- Forms ---
+
 def markdown(report: StudyReport, drawn: list[str]) -> str:
-    questions = report.trials[0].questions
-    parts = [f"# Search {report.folder.resolve().name}", *confirmation(report), "## Trials",
-             f"Accuracy in % of the same {questions:,} validation questions for all trials, one seed each (Wilson's "
-             "intervals, from the questions alone). The best of many is lucky: the runs with fresh seeds count.",
-             trial_table(report), *left_out("Trials", report.left_out, "are not ranked with the others"),
-             "## Budget", "\n".join(budget(report)), "## Pictures",
-             *(f"{PICTURES[name]}:\n\n![{PICTURES[name]}]({name}.png)" for name in PICTURES if name in drawn)]
-    if "importance" not in drawn:
-        parts.append(f"The importance of the parameters is left out: {why_no_importance(report)}.")
-    return "\n\n".join(parts) + "\n"
+    return f"# {title(report)}\n\n{to_markdown([*findings(report), *pictures(report, drawn)])}"
+
+
+def report_text(folder: Path, width: int) -> str:
+    """The report without its pictures, in lines of at most `width` characters."""
+    report = StudyReport(folder)
+    return f"{title(report)}\n\n{to_text(findings(report), width, 'report.md')}\n"
+
+
+def facts(report: StudyReport) -> dict[str, str]:
+    """What was searched, by name."""
+    settings, config = report.settings, report.base_config
+    identity = settings.get("identity", {})
+    data = identity.get("trials", {}).get("data")
+    found = {
+        "Trials": f"{len(report.records)} of {settings['trials']}, of at most {report.epochs} epochs, pruned by "
+                  f"{settings['pruner']}",
+        "Searched": ", ".join(f"--{flag}" for flag in report.base),
+        "Questions": f"{report.trials[0].questions:,} of validation for trials",
+        "Fresh seeds": f"{settings['seeds']} for the base, and for each of the best {settings['confirm']} trials"
+        if settings["confirm"] else "none",
+        "Data": f"checksum {data[:12]}" if data else "",
+        "Base model": str(config.get("flags", {}).get("llm_model", "")),
+        "Commit of the code": f"`{commit[:12]}`" if (commit := config.get("git_commit")) else ""}
+    return {name: value for name, value in found.items() if value}
 
 
 def write_report(folder: Path, out: Path) -> list[Path]:
-    """Writes report.md and the pictures; returns their paths."""
+    """Writes report.md, report.html and the pictures; returns their paths."""
     report = StudyReport(folder)
-    drawn = write_figures(report, out)
-    write_text(out / "report.md", markdown(report, [path.stem for path in drawn]))
-    return [out / "report.md", *drawn]
+    files = write_figures(report, out)
+    drawn = [path.stem for path in files]
+    write_text(out / "report.md", markdown(report, drawn))
+    command = shlex.join(["python", "plot_results.py", str(folder), "--out", str(out)])
+    again: list[Part] = [Heading("How to get this again"),
+                         f"The study's folder has the flags and the scores of every trial: `{command}`"]
+    write_text(out / "report.html", to_page(title(report), facts(report), [
+        *findings(report), *pictures(report, drawn), *again], out))
+    return [out / "report.md", out / "report.html", *files]

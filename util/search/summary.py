@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from lavin.runtime.errors import UserError
-from util.search.folder import BASE, RUN_FOLDERS, accuracy, base_values, read_records, read_settings
+from lavin.runtime.files import read_json
+from util.comparison.statistics import wilson
+from util.search.folder import BASE, RUN_FOLDERS, accuracy, base_values, read_records, read_settings, trial_folder
 from util.search.identity import runs_of_something_else
 
 MIN_TRIALS = 10  # for the importance of parameters
@@ -35,6 +37,11 @@ class Trial:
     @property
     def last(self) -> tuple[int, float]:
         return self.curve[-1]
+
+    def interval(self, percent: float) -> tuple[float, float]:
+        """Wilson's 95 % interval of an accuracy on the trial's questions."""
+        low, high = wilson(percent * self.questions / 100, self.questions)
+        return 100 * low, 100 * high
 
 
 class StudyReport:
@@ -82,6 +89,24 @@ class StudyReport:
         """The trials that were scored after `shared_epoch`, with their accuracy there."""
         return [(trial, dict(trial.curve)[self.shared_epoch]) for trial in self.trials
                 if self.shared_epoch in dict(trial.curve)]
+
+    @property
+    def flags_with_one_value(self) -> list[str]:
+        """The flags that are searched, and of which all comparable trials that use them have one value."""
+        values = {flag: {trial.values[flag] for trial, _ in self.comparable if flag in trial.values}
+                  for flag in dict.fromkeys(flag for trial, _ in self.comparable for flag in trial.values)}
+        return [flag for flag, different in values.items() if len(different) == 1]
+
+    @cached_property
+    def base_config(self) -> dict[str, Any]:
+        """The content of config.json of the base's trial; empty where training has not begun."""
+        path = trial_folder(self.folder, int(BASE)) / "config.json"
+        return read_json(path) if path.is_file() else {}
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the trials are trained on a CPU, whose hours are no GPU's."""
+        return str(self.base_config.get("device", "")).startswith("cpu")
 
     def changes(self, values: dict[str, Any]) -> str:
         """The values that differ from the base's, as words of a command line."""

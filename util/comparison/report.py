@@ -1,0 +1,63 @@
+"""The page of a comparison (report.html): what was compared, the table with its notes, and the figures."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from util.comparison.comparison import Comparison
+from util.comparison.document import Bullets, Heading, Part, Picture, to_page
+from util.comparison.tables import table_parts
+
+CAPTIONS = {"overview": "Overview: loss, accuracy, categories, learning rate and dropout",
+            "accuracy": "Overall accuracy of each method, with 95 % intervals",
+            "categories": "Accuracy by category of questions, with 95 % intervals",
+            "loss": "Training loss by epoch", "losses_by_step": "Training loss by step, with its running mean",
+            "learning_rates": "Learning rate within the epochs", "dropout": "Dropout of each layer",
+            "effects": "Effects of schedule and dropout, with 95 % intervals"}
+PUBLISHED = "published"
+
+
+def comparison_page(comparison: Comparison, folder: Path, prefix: str, command: str) -> str:
+    """The page as HTML. folder, prefix: where the figures are, and what their files' names begin with. command: the one
+    that makes all of this."""
+    pictures: list[Part] = [Picture(name, caption) for name, caption in CAPTIONS.items()
+                            if (folder / f"{prefix}{name}.png").is_file()]
+    return to_page("Comparison of methods", facts(comparison),
+                   [Heading("Table"), *table_parts(comparison), Heading("Figures"), *pictures,
+                    Heading("How to get this again"), *how_again(comparison, command)], folder, prefix)
+
+
+def facts(comparison: Comparison) -> dict[str, str]:
+    """What was compared, by name."""
+    methods = comparison.methods
+    own = [run for method in methods if not method.published for run in method.runs]
+    runs = own or methods[0].runs
+    seeds = sorted({len(method.runs) for method in methods})
+    found = {
+        "Methods": f"{len(methods)}, {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} each",
+        "Questions": f"{comparison.counts['Avg']:,} of the {runs[0].split} split of ScienceQA",
+        "Data": listed(f"{run.flags.get('data_root', '?')} (checksum {run.scored_with['data']})" for run in runs
+                       if "data" in run.scored_with),
+        "Base model": listed(f"{run.flags.get('llm_model')}{checksum(run.trained_on.get('base'))}" for run in runs),
+        "Epochs": listed(run.flags["epochs"] for run in runs),
+        "Scored with": listed(f"{name} {value}" for run in runs for name, value in run.scored_with.items()
+                              if name in ("decode", "precision")),
+        "Commits of the code": listed(f"`{run.commit[:12]}`" for run in runs if run.commit)}
+    return {name: value for name, value in found.items() if value}
+
+
+def listed(values: Iterable[object]) -> str:
+    """The distinct values in words, in their order."""
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
+def checksum(value: str | None) -> str:
+    return f" (checksum {value[:12]})" if value else ""
+
+
+def how_again(comparison: Comparison, command: str) -> list[Part]:
+    own = [run for method in comparison.methods if not method.published for run in method.runs]
+    folders = [Bullets([f"`{run.folder}`" for run in own])] if own else []
+    words = ("The table and the figures are made of these folders, each of which has its run's flags (config.json), "
+             "checksums of its data and models (recipe.json) and every answer (generations.jsonl). The command: " if own
+             else "The published runs are in assets/published.json: ")
+    return [f"{words}`{command}`", *folders]
