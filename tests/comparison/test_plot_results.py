@@ -265,8 +265,9 @@ def many_methods(n: int) -> list[Method]:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("n", [20, 120])
 def test_of_many_methods_the_base_and_the_best_are_told_apart(tmp_path, monkeypatch, n):
-    monkeypatch.setitem(figures.RC_PARAMS, "figure.dpi", 40)
     methods = many_methods(n)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, _: figure.canvas.draw())
+    monkeypatch.setitem(figures.RC_PARAMS, "figure.dpi", 40)
     assert figures.write_figures(replace(published(), methods=methods), tmp_path, "")
     named, others = figures.told_apart(figures.others_last(methods))
     if n == 20:
@@ -398,7 +399,7 @@ def run_command(*arguments):
 
 
 FILES = sorted([f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")]
-               + ["table.md", "table.csv", "table.tex"])
+               + ["table.md", "table.csv", "table.tex", "report.html"])
 
 
 def test_command_writes_all_files_and_prints_their_paths_last(tmp_path, monkeypatch, capsys):
@@ -421,7 +422,7 @@ def test_without_arguments_the_published_runs_are_plotted(tmp_path, monkeypatch,
     monkeypatch.setattr(figures, "FIGURES", {"dropout": FIGURES["dropout"]})
     run_command()
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
-        "published_dropout.png", "published_dropout.svg",
+        "published_dropout.png", "published_dropout.svg", "published_report.html",
         "published_table.csv", "published_table.md", "published_table.tex"]
     first = (tmp_path / "plots" / "published_dropout.svg").read_bytes()
     run_command()
@@ -440,7 +441,7 @@ def test_own_runs_beside_the_published_ones_keep_the_published_files(tmp_path, m
         "scores.json": {**scores, "counts": counts, "correct": correct, "split": "test"}})
     run_command(tmp_path / "base", "--published", "--out", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "dropout.png", "dropout.svg", "table.csv", "table.md", "table.tex"]
+        "dropout.png", "dropout.svg", "report.html", "table.csv", "table.md", "table.tex"]
 
 
 def test_interrupted_save_keeps_the_earlier_file(tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("optuna")
+import matplotlib.pyplot as plt
+
 import plot_results
 from lavin.runtime.files import read_json, write_json
 from tiny_study import confirm_study, quality, search_study
@@ -20,6 +22,7 @@ from util.search.folder import LOG, RECORD, gpu_seconds, read_records
 from util.search.progress import cost_lines, duration, listed, progress_line
 from util.search.report import markdown, write_report
 from util.search.summary import StudyReport, importance
+from util.study.statistics import wilson
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 TRIALS = 24
@@ -158,6 +161,71 @@ def test_a_broken_or_empty_study_is_named(study, tmp_path):
     assert f"{path}: rungs[0].questions: is missing" in error_message(write_report, study, tmp_path / "out")
     shutil.rmtree(study / "trials")
     assert "has no scored trial yet" in error_message(write_report, study, tmp_path / "out")
+
+
+def test_the_terminal_shows_what_fits_and_no_markdown(study, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(figures, "save_figure", empty_file)
+    for width in (80, 100, 120, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        plot_results.main(plot_results.get_args_parser().parse_args([str(study), "--out", str(tmp_path / "x")]))
+        text, paths = capsys.readouterr().out.split(f"\n{tmp_path / 'x' / 'report.md'}\n")
+        assert max(map(len, text.splitlines())) <= width and str(tmp_path / "x" / "report.html") in paths
+        assert not {"|", "`", "#"} & {*text} and "](" not in text
+        for row in StudyReport(study).ranked[:10]:
+            assert f"\n{row.name} " in text.split("Trials")[1]
+
+
+def test_a_study_named_search_has_a_title_without_an_echo(study, tmp_path):
+    shutil.copytree(study, tmp_path / "search")
+    assert report_of(tmp_path / "search").startswith("# Results of the study search\n")
+
+
+@pytest.mark.parametrize("device, unit", [("cpu: x86_64", "hours on a CPU"), ("cuda: NVIDIA H200", "GPU-hours")])
+def test_hours_are_a_gpus_only_on_a_gpu(study, device, unit):
+    write_json(study / "trials" / "000" / "config.json", {"device": device})
+    other = {"hours on a CPU", "GPU-hours"} - {unit}
+    assert report_of(study).count(unit) == 2 and other.pop() not in report_of(study)
+
+
+def test_the_page_has_tables_pictures_and_the_meaning_of_importance(study, tmp_path):
+    write_report(study, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<img ") == page.count("data:image/png;base64,") == 5 and "PED-ANOVA, which estimates" in page
+    assert page.count("<table>") == 2 and "Results of the study S" in page and "plot_results.py" in page
+    assert "PED-ANOVA, which estimates" in (tmp_path / "out" / "report.md").read_text()
+    assert "<dt>Trials</dt><dd>24 of 24" in page
+
+
+def test_points_of_pictures_have_their_intervals(study):
+    report = StudyReport(study)
+    low, high = (100 * end for end in wilson(0.75 * 1000, 1000))
+    assert report.trials[0].interval(75.0) == pytest.approx((low, high))
+    for draw, expected in ((figures.history, [(int(t.name), t, t.last[1]) for t in report.trials]),
+                           (figures.rates, [(t.values["blr"], t, percent) for t, percent in report.comparable])):
+        figure = draw(report)
+        drawn = {tuple(np.round(collection.get_segments()[0], 6).ravel()) for collection in figure.axes[0].collections}
+        assert drawn == {tuple(np.round([x, t.interval(percent)[0], x, t.interval(percent)[1]], 6))
+                         for x, t, percent in expected}
+        plt.close(figure)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("varied", ["blr", "lr_schedule", None])
+def test_a_flag_with_a_single_value_draws_no_panel_and_is_named(study, tmp_path, varied):
+    report = StudyReport(study)
+    base = report.base
+    report.trials = [replace(trial, values={flag: trial.values.get(flag, value) if flag == varied else value
+                                            for flag, value in base.items()}) for trial in report.trials]
+    with figures.own_style():
+        rates, parameters = figures.rates(report), figures.parameters(report)
+        for figure in filter(None, (rates, parameters)):
+            figure.canvas.draw()
+    assert (rates is not None) == (varied == "blr") and (parameters is not None) == (varied is not None)
+    if parameters:
+        assert [ax.get_xlabel() for ax in parameters.axes if ax.get_visible()] == [f"--{varied}"]
+    assert report.flags_with_one_value == [flag for flag in base if flag != varied]
+    assert "have the same value of --" in markdown(report, [])
+    plt.close("all")
 
 
 # --- While it runs ---

@@ -118,7 +118,7 @@ def fitted(table: Table, width: int) -> tuple[str, int]:
         shown, left = sorted([*shown, *group]), left - needed
     lines = []
     for row in rows:
-        cell, *more = wrap(row[long], left + min(widths[long], LEAST_NAME)) or [""]
+        cell, *more = wrapped(row[long], left + min(widths[long], LEAST_NAME))
         lines += [[cell if i == long else row[i] for i in shown],
                   *([part if i == long else "" for i in shown] for part in more)]
     titles = [header[i] for i in shown]
@@ -126,6 +126,12 @@ def fitted(table: Table, width: int) -> tuple[str, int]:
         width_of_flags = max(len(line[-1]) for line in (titles, *lines))
         titles, *lines = ([*line[:-1], line[-1].ljust(width_of_flags)] for line in (titles, *lines))
     return format_table(titles, lines), len(header) - len(shown)
+
+
+def wrapped(cell: str, width: int) -> list[str]:
+    """The lines of a cell, in which a flag stays beside its value."""
+    lines = wrap(re.sub(r"(--\w+) ", "\\1\N{NO-BREAK SPACE}", cell), width, break_on_hyphens=False)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines] or [""]
 
 
 # --- A page ---
@@ -139,8 +145,9 @@ def to_page(title: str, facts: dict[str, str], parts: Sequence[Part], folder: Pa
 
 
 def in_html(text: str) -> str:
-    """The text, with what stands between backticks as code."""
-    return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))
+    """The text, with what stands between backticks as code, and with flags that no line ends within."""
+    escaped = re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))
+    return re.sub(r"(?<![\w-])--\w+", r'<span class="flag">\g<0></span>', escaped)
 
 
 def part_in_html(part: Part, folder: Path, prefix: str) -> str:
@@ -158,8 +165,15 @@ def part_in_html(part: Part, folder: Path, prefix: str) -> str:
     return f"<p>{in_html(part)}</p>"
 
 
+def telling_first(table: Table) -> Table:
+    names = [*table.first, *table.header]
+    order = [0, *sorted(range(1, len(table.header)), key=lambda i: names.index(table.header[i]))]
+    return Table([table.header[i] for i in order], [[row[i] for i in order] for row in table.rows])
+
+
 def table_in_html(table: Table) -> str:
-    """The table, in a frame that scrolls where it is wider than the page."""
+    """The table, the most telling columns first, in a frame that scrolls where it is wider than the page."""
+    table = table if table.has_flags else telling_first(table)
     head = "".join(f'<th scope="col">{in_html(cell)}</th>' for cell in table.header)
     rows = "\n".join(f'<tr><th scope="row">{in_html(name)}</th>'
                      + "".join(f"<td>{in_html(cell)}</td>" for cell in cells) + "</tr>" for name, *cells in table.rows)
