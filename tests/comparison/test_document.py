@@ -87,8 +87,9 @@ def test_a_table_fits_and_keeps_every_word_of_its_long_column(width, has_flags, 
         assert "".join(text.split()).count("".join(long)) >= len(rows)
 
 
-def test_a_flag_stays_beside_its_value():
-    text, _ = fitted(Table(["trial", "flags"], [["000", "`--learning_rate 0.001 " * 8 + "`"]], ["trial"]), 80)
+@pytest.mark.parametrize("width", range(80, 102))
+def test_a_flag_stays_beside_its_value(width):
+    text, _ = fitted(Table(["trial", "flags"], [["000", "`--learning_rate 0.001 " * 8 + "`"]], ["trial"]), width)
     assert all(line.count("--learning_rate 0.001") == line.count("--") for line in text.splitlines()[2:])
     assert text.count("--learning_rate") == 8 and "`" not in text
 

@@ -18,7 +18,7 @@ UNTUNED, CHANCE = "untuned base", "chance"
 class Reference:
     """Accuracies in percent, by column; None where a column has no questions.
 
-    interval: the 95 % interval of Avg; None: the accuracy is exact. note: the sentence that says where it is from.
+    interval: the 95 % interval of Avg; None: the accuracy is exact. note: says what it is, in words.
     """
 
     name: str
@@ -46,7 +46,7 @@ def find_references(untuned: list[Run], runs: list[Run], reference: Run, cluster
         reasons[run.folder] = f"the untuned base is in {fitting[0].folder} already"
     chance = next((run.chance for run in [*runs, *fitting] if run.chance), None)
     found = [of_untuned(run, clusters) for run in fitting[:1]]
-    return (found + ([Reference(CHANCE, chance, None, "chance: guessing among the options of each question")] if chance
+    return (found + ([Reference(CHANCE, chance, None, "guessing among the options of each question")] if chance
                      else []), [f"{folder}: {reason}" for folder, reason in reasons.items() if reason])
 
 
@@ -71,4 +71,4 @@ def of_untuned(run: Run, clusters: np.ndarray | None) -> Reference:
         wilson(run.correct["Avg"], run.counts["Avg"])
     accuracies = {column: 100 * run.correct[column] / run.counts[column] if run.counts[column] else None
                   for column in COLUMNS}
-    return Reference(UNTUNED, accuracies, (100 * low, 100 * high), f"{UNTUNED}: without adapters, {run.folder}")
+    return Reference(UNTUNED, accuracies, (100 * low, 100 * high), f"without adapters, in {run.folder}")

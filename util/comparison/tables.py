@@ -193,8 +193,8 @@ def notes(comparison: Comparison) -> list[str]:
 
 def reference_notes(comparison: Comparison) -> list[str]:
     """The sentences on the rows that are no methods."""
-    sentences = [reference.note for reference in comparison.references]
-    lines = [f"No methods, so nothing is tested of them: {'; '.join(sentences)}."] if sentences else []
+    words = [f"{reference.name} ({reference.note})" for reference in comparison.references]
+    lines = [f"Shown beside the methods, and not tested: {'; '.join(words)}."] if words else []
     own = any(not method.published for method in comparison.methods)
     if own and CHANCE not in [reference.name for reference in comparison.references]:
         lines.append("Chance is not known, since an earlier version scored these runs: eval.py --adapter_path RUN adds "
