@@ -35,8 +35,7 @@ def facts(comparison: Comparison) -> dict[str, str]:
     found = {
         "Methods": f"{len(methods)}, {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} each",
         "Questions": f"{comparison.counts['Avg']:,} of the {runs[0].split} split of ScienceQA",
-        "Data": listed(f"{run.flags.get('data_root', '?')} (checksum {run.scored_with['data']})" for run in runs
-                       if "data" in run.scored_with),
+        "Data": listed(f"{run.flags.get('data_root', '')}{checksum(run.scored_with.get('data'))}" for run in runs),
         "Base model": listed(f"{run.flags.get('llm_model')}{checksum(run.trained_on.get('base'))}" for run in runs),
         "Epochs": listed(run.flags["epochs"] for run in runs),
         "Scored with": listed(f"{name} {value}" for run in runs for name, value in run.scored_with.items()
