@@ -3,7 +3,7 @@
 # hold; lints and type-checks, then runs the tests in two processes. Arguments go
 # to pytest (-n 0: in one process).
 # Example:
-#   bash scripts/test.sh tests/study -k holm
+#   bash scripts/test.sh tests/comparison -k holm
 source "$(dirname "$0")/help.sh"
 set -euo pipefail
 cd "$(dirname "$0")/.."

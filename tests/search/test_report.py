@@ -16,13 +16,13 @@ import plot_results
 from lavin.runtime.files import read_json, write_json
 from tiny_study import confirm_study, quality, search_study
 from user_errors import error_message
+from util.comparison.statistics import wilson
 from util.search import figures, summary
 from util.search.confirm import VERDICT, sentence
 from util.search.folder import LOG, RECORD, gpu_seconds, read_records
 from util.search.progress import cost_lines, duration, listed, progress_line
 from util.search.report import markdown, write_report
 from util.search.summary import StudyReport, importance
-from util.study.statistics import wilson
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 TRIALS = 24
