@@ -20,6 +20,9 @@ from lavin.weights.load import frozen_parameters, load_frozen_tensor, quantize_m
 SIZES: dict[str, tuple[LlamaConfig, dict[str, Any]]] = {  # LLaMA, arguments of timm.create_model
     "7B": (LlamaConfig(4096, 32, 32, 32000, norm_eps=1e-6), {"model_name": "vit_large_patch14_clip_quickgelu_224"}),
     "13B": (LlamaConfig(5120, 40, 40, 32000, norm_eps=1e-6), {"model_name": "vit_large_patch14_clip_quickgelu_224"}),
+    "SmolLM2": (LlamaConfig(576, 30, 9, 49152, n_kv_heads=3, d_ff=1536, rope_theta=1e5),
+                {"model_name": "vit_tiny_patch16_224", "img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 6,
+                 "num_heads": 4, "mlp_ratio": 3.0}),  # the ViT of scripts/quickstart_smollm2.sh
     "tiny": (LlamaConfig(64, 2, 4, 320, multiple_of=32),
              {"model_name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6,
               "num_heads": 4}),

@@ -85,8 +85,8 @@ def seeded_lavin(size: str, device, dtype) -> LaVIN:
 
 def measure_training(args, model, rank: int, world: int) -> dict:
     """Losses and adapters of the first steps; samples/s at the effective batch, and at that batch on each GPU."""
-    parameters = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer = make_optimizer(model, weight_decay=0.02)
+    optimizer = make_optimizer(model.train(), weight_decay=0.02)
+    parameters = optimizer.parameters
     scaler = torch.amp.GradScaler(model.device.type, enabled=False)
     weights = frozen_weights(model)
 
@@ -98,7 +98,7 @@ def measure_training(args, model, rank: int, world: int) -> dict:
         return optimizer_step(optimizer, scaler, parameters, loss, None)[0]
 
     losses = torch.stack([step(random_examples(model, EFFECTIVE_BATCH, i)) for i in range(args.steps)])
-    adapters = torch.cat([p.detach().flatten() for p in parameters]).cpu()
+    adapters = torch.cat([p.detach() for p in parameters]).cpu()
     start_memory(model.device)
     rates = []
     for n in (EFFECTIVE_BATCH, EFFECTIVE_BATCH * world):

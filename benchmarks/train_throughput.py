@@ -62,14 +62,13 @@ def published_trainer(model, pass_size: int = 64):
 
 def our_trainer(model, max_tokens: float = math.inf):
     """train.py's optimizer step, with passes of at most `max_tokens`."""
-    parameters = trained_parameters(model)
     optimizer = make_optimizer(model, weight_decay=0.02)
     scaler = make_scaler(model)
 
     def step(samples):
         weight = 1 / count_answer_tokens(samples)
         loss = accumulate_gradients(model, [(sample, weight) for sample in samples], max_tokens, scaler)
-        return optimizer_step(optimizer, scaler, parameters, loss, None)
+        return optimizer_step(optimizer, scaler, optimizer.parameters, loss, None)
 
     return step
 

@@ -68,8 +68,8 @@ class CapturedPass:
 
     Subclasses create the static tensors in __init__ (`inputs`: those that need a gradient) and call `capture_graphs`;
     their `run` computes the output from them, and `load` copies a batch into those that are not `inputs`. `forward` and
-    `backward` are then called in turn: `forward` writes `output`; `backward` reads `grad_output` and writes
-    `grad_inputs` and `grad_parameters`, the flattened gradients of all trained parameters.
+    `backward` are then called in turn: `forward` writes `output`; `backward` reads `grad_output`, writes `grad_inputs`,
+    and adds to the gradients of the owner's parameters.
     """
 
     inputs: list[torch.Tensor] = []
@@ -93,7 +93,8 @@ class CapturedPass:
             return
         self.grad_output = take("grad_output", shape, dtype)
         self.grad_inputs = [take(f"grad_input {i}", x.shape, x.dtype) for i, x in enumerate(self.inputs)]
-        self.grad_parameters = take("grad_parameters", [sum(p.numel() for p in owner.parameters)], torch.float32)
+        # flat, since tensors whose strides differ, if only in dimensions of size 1, would be added one by one
+        self.grad_parameters = [grad.flatten() for grad in owner.gradients()]
         self.forward = capture(self.run_forward, owner.device, owner.pool)
         self.backward = capture(self.run_backward, owner.device, owner.pool)
 
@@ -110,17 +111,19 @@ class CapturedPass:
         grads = torch.autograd.grad(output, leaves, self.grad_output, materialize_grads=True)
         for static, grad in zip(self.grad_inputs, grads, strict=False):  # grads go on with those of the parameters
             static.copy_(grad)
-        torch.cat([grad.flatten() for grad in grads[len(self.inputs):]], out=self.grad_parameters)
+        torch._foreach_add_(self.grad_parameters, [grad.flatten() for grad in grads[len(self.inputs):]])
 
 
 class GraphReplay(torch.autograd.Function):
-    """A CapturedPass as a differentiable function of its input x [n, ...] (None where it has none) and the parameters.
+    """A CapturedPass as a differentiable function of its input x [n, ...] (None where it has none).
 
-    x and its gradient are padded with zeros to the bucket's number of rows.
+    x and its gradient are padded with zeros to the bucket's number of rows. The parameters are no arguments, since
+    autograd would take the host longer for each than the graph, which adds up their gradients itself. `leaf` is any
+    tensor that requires a gradient, so that there is a backward pass; it gets none.
     """
 
     @staticmethod
-    def forward(ctx, captured, n, x, *parameters):
+    def forward(ctx, captured, n, x, leaf):
         ctx.captured, ctx.n, ctx.pass_number = captured, n, captured.owner.num_passes
         for static in captured.inputs:
             copy_and_zero_pad(static.detach(), x)
@@ -133,11 +136,9 @@ class GraphReplay(torch.autograd.Function):
         if ctx.pass_number != captured.owner.num_passes:
             raise RuntimeError("a captured pass must be backpropagated before the next one starts")
         copy_and_zero_pad(captured.grad_output, grad_output)
+        captured.owner.gradients()
         captured.backward()
-        parameters = captured.owner.parameters
-        grads = captured.grad_parameters.clone().split([p.numel() for p in parameters])
-        return (None, None, *([grad[:ctx.n].clone() for grad in captured.grad_inputs] or [None]),
-                *[grad.view_as(p) for grad, p in zip(grads, parameters, strict=True)])
+        return None, None, *([grad[:ctx.n].clone() for grad in captured.grad_inputs] or [None]), None
 
 
 def copy_and_zero_pad(static: torch.Tensor, rows: torch.Tensor) -> None:
@@ -160,6 +161,7 @@ class CapturedModule:
         self.owners = [(part, name) for part in module.modules() for name, p in part.named_parameters(recurse=False)
                        if p.requires_grad]
         self.parameters = [getattr(*owner) for owner in self.owners]
+        self.leaf = torch.zeros((), device=device, requires_grad=True)  # see GraphReplay
         self.num_passes = 0
         self.compiled: set[Hashable] = set()  # (training, kind)
         self.free()
@@ -178,6 +180,7 @@ class CapturedModule:
     def free(self) -> None:
         """Drops all graphs and the memory they hold."""
         self.buffers, self.pool = StaticBuffers(self.device), graph_pool(self.device)
+        self.static_gradients: list[torch.Tensor] = []
         self.graphs: dict[Hashable, CapturedPass] = {}  # by (training, bucket), the last used at the end
 
     def __call__(self, x, *others):
@@ -194,7 +197,7 @@ class CapturedModule:
         captured = self.captured_pass(training, x, *others)
         captured.load(x, *others)
         if training:
-            return GraphReplay.apply(captured, len(x), x if captured.inputs else None, *self.parameters)
+            return GraphReplay.apply(captured, len(x), x if captured.inputs else None, self.leaf)
         for static in captured.inputs:
             copy_and_zero_pad(static, x)
         captured.forward()
@@ -207,6 +210,19 @@ class CapturedModule:
         if len(self.graphs) > MAX_GRAPHS:
             del self.graphs[next(iter(self.graphs))]
         return captured
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Returns the parameters' gradients, which stay the same tensors, since graphs add to them.
+
+        Where a parameter's gradient was dropped or replaced, its value, or zero, is put into that tensor.
+        """
+        if not self.static_gradients:
+            self.static_gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        for p, static in zip(self.parameters, self.static_gradients, strict=True):
+            if p.grad is not static:
+                static.zero_() if p.grad is None else static.copy_(p.grad)
+                p.grad = static
+        return self.static_gradients
 
     @contextmanager
     def parameter_aliases(self) -> Iterator[list[nn.Parameter]]:

@@ -127,15 +127,18 @@ def all_reduce_gradients(parameters: list[torch.nn.Parameter], numbers: torch.Te
 
     A parameter without a gradient (the ViT's adapters, in a step without images) gets a gradient of zeros.
     """
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients] + [numbers])
-    if dist.is_initialized():
-        with lost_contact():
-            dist.all_reduce(flat)
-        # Ranks that share a model contribute the same gradients. All of them take part, so that they receive identical
-        # bits, and the sum is divided by their number.
-        flat /= model_parallel_size
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if not dist.is_initialized():
+        return numbers
+    flat = torch.cat([*(p.grad.flatten() for p in parameters), numbers])  # type: ignore[union-attr]  # none is None
+    with lost_contact():
+        dist.all_reduce(flat)
+    # Ranks that share a model contribute the same gradients. All of them take part, so that they receive identical
+    # bits, and the sum is divided by their number.
+    flat /= model_parallel_size
     *gradients, numbers = flat.split([p.numel() for p in parameters] + [len(numbers)])
     for p, gradient in zip(parameters, gradients, strict=True):
-        p.grad = gradient.view_as(p)
+        p.grad.copy_(gradient.view_as(p))  # type: ignore[union-attr]
     return numbers

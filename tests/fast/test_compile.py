@@ -10,6 +10,7 @@ from lavin.fast.captured_models import capture_passes
 from lavin.fast.speed_up import compile_model, fuse
 from lavin.model import pack
 from tiny import greedy_logits, mixed_examples, tiny_example, tiny_model
+from util.training.optimizer import make_optimizer
 
 LLAMA_SHAPE = {"n_layers": 4, "n_kv_heads": 4}
 
@@ -67,10 +68,14 @@ def test_training_compiles_once(compiled, captured):
     assert not captured or len(model.llama.forward.graphs) == 2
 
 
-def test_captured_training_compiles_one_program_a_kind(compiled):
-    """One for all layers of LLaMA, one for the ViT's, whose first pass has a single image, and one for the loss."""
+@pytest.mark.parametrize("flat", [False, True])
+def test_captured_training_compiles_one_program_a_kind(compiled, flat):
+    """One for all layers of LLaMA, one for the ViT's, whose first pass has a single image, and one for the loss. Layers
+    whose parameters lie at different places in a flat one share it, too."""
     _, model, counter = compiled
     capture_passes(model.train())
+    if flat:
+        make_optimizer(model, 0.02)
     for n_images in (1, 3, 2):
         loss_and_gradients(model, [tiny_example(seed, 9, 3, image=seed < n_images) for seed in range(4)])
     assert counter.frame_count == 3

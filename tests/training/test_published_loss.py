@@ -76,7 +76,7 @@ class Ranks:
         *sums, numbers = [sum(tensors) for tensors in zip(*(self.sent[r] for r in range(self.world)), strict=True)]
         self.barrier.wait(60)
         for p, gradient in zip(parameters, sums, strict=True):
-            p.grad = gradient
+            p.grad.copy_(gradient)
         return numbers
 
     def train(self, settings: TrainSettings, models: list) -> list[float]:

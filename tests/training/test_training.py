@@ -297,8 +297,10 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 def test_weight_decay_is_on_matrices_only():
     model = tiny_model()
-    decay = {id(p): group["weight_decay"] for group in make_optimizer(model, 0.05).param_groups
-             for p in group["params"]}
+    optimizer = make_optimizer(model, 0.05)
+    decay = {id(p): group["weight_decay"] for group, flat in zip(optimizer.param_groups, optimizer.flat, strict=True)
+             for p in flat.parameters}
+    assert [group["params"] for group in optimizer.param_groups] == [[flat.flat] for flat in optimizer.flat]
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert decay.pop(id(p)) == (0.0 if name.endswith("bias") else 0.05), name

@@ -74,7 +74,7 @@ def accumulate_with_oom_retry(model, weighted_examples: list[tuple], max_tokens:
             if len(split_by_tokens(weighted_examples, max_tokens)) == len(weighted_examples):  # one sample per pass
                 raise
         max_tokens = min(max_tokens, sum(len(example.ids) for example, _ in weighted_examples)) / 2
-        model.zero_grad()
+        model.zero_grad(set_to_none=False)  # they are parts of flat ones
         free_graphs(model.llama, model.vision)
         gc.collect()  # frees what the failed pass held
 

@@ -54,8 +54,9 @@ def train(settings: TrainSettings, rank: int, world: int, device: torch.device) 
     trainer = Trainer(settings, model, examples, run, rank, world)
     record = trainer.restore(tokenizer)
     begin(run, settings, device, world, model.llama.config.n_layers, record)
-    print_rank0(f"{sum(p.numel() for p in trainer.parameters):,} trained parameters, {dtype} on {device}, effective "
-                f"batch {trainer.effective_batch}, lr {settings.schedule.lr:.3g}, {settings.schedule.lr_schedule}")
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print_rank0(f"{n_trained:,} trained parameters, {dtype} on {device}, effective batch {trainer.effective_batch}, "
+                f"lr {settings.schedule.lr:.3g}, {settings.schedule.lr_schedule}")
     trainer.train(record)
     part = (f", {trainer.end} of {settings.schedule.epochs} epochs: the same command without --stop_after_epoch goes on"
             if trainer.end < settings.schedule.epochs else "")

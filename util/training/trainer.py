@@ -47,7 +47,6 @@ class Trainer:
         self.examples_sha256 = examples_sha256(examples)
         self.effective_batch = settings.optimization.effective_batch(world)
         self.n_steps = steps_per_epoch(len(examples), self.effective_batch)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, settings.optimization.weight_decay)
         self.scaler = make_scaler(model)
         epochs = settings.schedule.epochs
@@ -77,7 +76,7 @@ class Trainer:
         self.max_tokens = distributed.all_min(probe_max_tokens(self.model, self.examples, self.scaler))
         gc.collect()
         gc.freeze()  # excludes the objects of loading and compiling from later garbage collections
-        self.model.zero_grad()
+        self.optimizer.zero_grad()
         self.last_save = time.monotonic()
         with signals.deferred():
             while record.epoch < self.end:
@@ -129,7 +128,7 @@ class Trainer:
         examples = decode_images([self.examples[i] for i in local_batch], self.settings.execution.num_workers)
         weighted_examples = [(example, weights[i]) for i, example in zip(local_batch, examples, strict=True)]
         loss, self.max_tokens = accumulate_with_oom_retry(self.model, weighted_examples, self.max_tokens, self.scaler)
-        numbers = optimizer_step(self.optimizer, self.scaler, self.parameters, loss, chosen.clip_grad,
+        numbers = optimizer_step(self.optimizer, self.scaler, self.optimizer.parameters, loss, chosen.clip_grad,
                                  stop=signals.requested is not None)
         record.add(numbers, rate, has_answers=any(weights.values()))
         self.metrics.add([self.examples[i] for i in global_batch])
