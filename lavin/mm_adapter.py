@@ -137,6 +137,13 @@ class RepAdapter(nn.Module):
         return self.add_up_projection(x, [z, torch.ones_like(z[:, :1])], up)
 
 
+def linear_of_few_rows(x, weight, bias):
+    """Computes x W^T + b by sums, which the compiler fuses with what is around them, where a product of matrices takes
+    kernels of its own.
+    """
+    return (x[:, None] * weight).sum(-1) + bias
+
+
 def dense_weight(conv: nn.Conv1d):
     """Returns the weight of a grouped 1x1 convolution as a block-diagonal matrix [D, r]."""
     return torch.block_diag(*conv.weight[..., 0].chunk(GROUPS))
@@ -155,16 +162,17 @@ class RepAdapterRouter(RepAdapter):
         nn.init.zeros_(self.conv_D.bias)
         self.expert_weights = nn.Linear(dim, 2, device=INIT_DEVICE)
 
-    def mixture(self, h):
+    def mixture(self, h, linear=F.linear):
         """Returns the mixture of the experts [M, 2] float32 for the router input h [M, D]."""
-        return (self.expert_weights(h.float()) / self.temperature).softmax(-1)
+        scores = linear(h.float(), self.expert_weights.weight, self.expert_weights.bias)
+        return (scores / self.temperature).softmax(-1)
 
     def routed(self, h) -> tuple:
         """Returns the part of a forward pass that depends on the router input h [M, D] and the parameters alone.
 
-        These are the mixtures [M, 2], and the projections in the dtype of h.
+        These are the mixtures [M, 2], and the projections in the dtype of h. M is small.
         """
-        return self.mixture(h), *self.projections(h.dtype)
+        return self.mixture(h, linear_of_few_rows), *self.projections(h.dtype)
 
     def up_columns(self) -> list:
         return [dense_weight(self.conv_B), dense_weight(self.conv_D), self.conv_B.bias[:, None],
@@ -196,7 +204,7 @@ class LayerRouting:
     def adapter_inputs(self, name: str, adapter: RepAdapterRouter, x) -> tuple:
         """Returns the arguments of an adapter's forward besides x [N, D]: its mixture [N, 2] and its projections."""
         mixtures, *projections = adapter.routed(x[:MODALITIES]) if self.cache is None else self.cache[name]
-        return self.one_hot @ mixtures, projections
+        return (self.one_hot[..., None] * mixtures).sum(1), projections  # a product, fused with what it is for
 
 
 @dataclass

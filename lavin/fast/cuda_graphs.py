@@ -45,6 +45,22 @@ def capture(run: Callable[[], None], device: torch.device, pool=None) -> Callabl
     return graph.replay
 
 
+class CapturedFunction:
+    """A function of a tensor, whose shape stays the same, captured at its first call."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor):
+        self.function, self.x = function, x.clone()
+        self.replay = capture(self.run, x.device)
+
+    def run(self) -> None:
+        self.y = self.function(self.x)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.x.copy_(x)
+        self.replay()
+        return self.y.clone()
+
+
 def pad_to_bucket(n: int) -> int:
     """Rounds n up, by at most 1/32 from 512 on and to a multiple of 16 below, so that few different sizes occur."""
     return round_up(n, max(16, 2 ** (n.bit_length() - 6)))
@@ -93,8 +109,7 @@ class CapturedPass:
             return
         self.grad_output = take("grad_output", shape, dtype)
         self.grad_inputs = [take(f"grad_input {i}", x.shape, x.dtype) for i, x in enumerate(self.inputs)]
-        # flat, since tensors whose strides differ, if only in dimensions of size 1, would be added one by one
-        self.grad_parameters = [grad.flatten() for grad in owner.gradients()]
+        self.grad_parameters = [grad.view(-1) for grad in owner.gradients()]
         self.forward = capture(self.run_forward, owner.device, owner.pool)
         self.backward = capture(self.run_backward, owner.device, owner.pool)
 
@@ -111,7 +126,9 @@ class CapturedPass:
         grads = torch.autograd.grad(output, leaves, self.grad_output, materialize_grads=True)
         for static, grad in zip(self.grad_inputs, grads, strict=False):  # grads go on with those of the parameters
             static.copy_(grad)
-        torch._foreach_add_(self.grad_parameters, [grad.flatten() for grad in grads[len(self.inputs):]])
+        # through one contiguous tensor, since a single gradient that is not contiguous would have all added one by one
+        flat = torch.cat([grad.flatten() for grad in grads[len(self.inputs):]])
+        torch._foreach_add_(self.grad_parameters, flat.split([grad.numel() for grad in self.grad_parameters]))
 
 
 class GraphReplay(torch.autograd.Function):

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
+from test_flat_parameters import flat_adamw, plain_adamw, take_steps, trained
 from torch import nn
 
 from lavin import attention
@@ -219,6 +220,30 @@ def test_other_bases(base):
         assert F.cosine_similarity(expected[1:], actual[1:], 0) > 0.98
     expected, actual = (greedy_logits(model.eval(), mixed_examples(0), 2)[0] for model in (plain, fast))
     assert close(actual, expected, 0.05)
+
+
+@pytest.mark.parametrize("clip_grad", [None, 0.5])
+def test_captured_steps_of_flat_parameters(clip_grad):
+    """They repeat bit for bit, are those that are not captured, one of which is skipped, and those of a CPU."""
+    torch.compiler.reset()
+    shape, batches, results = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4}, BATCHES[:1] * 5, []
+    for captured in (True, True, False):
+        model = speed_up(cast_frozen(tiny_model(llama=shape, dropout_prob=0.0).train(), "cuda", torch.float32))
+        optimizer = flat_adamw(model)
+        assert optimizer.captured
+        optimizer.captured = captured
+        numbers = take_steps(model, optimizer, batches, clip_grad, nan_at=2)
+        assert len(optimizer.captured_steps) == captured and len(model.llama.forward.graphs) > 0
+        results.append((numbers, torch.cat([p.detach().flatten() for p in trained(model).values()])))
+    for numbers, parameters in results[1:]:
+        assert str(numbers) == str(results[0][0]) and torch.equal(parameters, results[0][1])  # NaN is not NaN
+    plain = tiny_model(llama=shape, dropout_prob=0.0).train()
+    before = torch.cat([p.detach().flatten() for p in trained(plain).values()])
+    expected = take_steps(plain, plain_adamw(plain), batches, clip_grad, nan_at=2)
+    for row, expected_row in zip(results[0][0], expected, strict=True):
+        assert row == pytest.approx(expected_row, rel=0.01, nan_ok=True)
+    after = torch.cat([p.detach().flatten() for p in trained(plain).values()])
+    assert F.cosine_similarity(results[0][1].cpu() - before, after - before, 0) > 0.99
 
 
 def test_dropout_in_captured_training(models):

@@ -84,8 +84,8 @@ def mixtures(model, examples):
     """The mixtures [2, 2] (modality, expert) that each LLaMA adapter computes in a forward pass."""
     computed, original = {}, RepAdapterRouter.mixture
 
-    def spy(adapter, h):
-        computed[adapter] = original(adapter, h)
+    def spy(adapter, h, *args):
+        computed[adapter] = original(adapter, h, *args)
         return computed[adapter]
 
     with pytest.MonkeyPatch.context() as patch:

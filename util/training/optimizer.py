@@ -1,10 +1,12 @@
 """The optimizer, and its step over the gradients of all ranks."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from lavin.fast.captured_models import free_graphs
+from lavin.fast.cuda_graphs import CapturedFunction
 from lavin.fast.flat_parameters import FlatParameters
 from lavin.runtime import distributed
 
@@ -16,9 +18,13 @@ class FlatAdamW(torch.optim.AdamW):
     """AdamW over groups of flat parameters. Its state is saved and loaded as that of AdamW over the parameters
     themselves."""
 
-    def __init__(self, flat: list[FlatParameters], groups: list[dict], **options):
-        """groups: the options of each of the `flat` parameters; options: of all."""
-        self.flat = flat
+    def __init__(self, flat: list[FlatParameters], groups: list[dict], captured: bool = False, **options):
+        """groups: the options of each of the `flat` parameters; options: of all. captured: whether steps are captured
+        in a CUDA graph."""
+        self.flat, self.captured = flat, captured
+        self.captured_steps: dict[object, CapturedFunction] = {}
+        # the groups' rates, where a captured step reads them; the same numbers count in a step that is not captured
+        self.rates = [torch.zeros((), device=f.flat.device) for f in flat]
         super().__init__([{**group, "params": [f.flat]} for f, group in zip(flat, groups, strict=True)], **options)
 
     @property
@@ -30,11 +36,38 @@ class FlatAdamW(torch.optim.AdamW):
         super().zero_grad(set_to_none=False)
 
     def step(self, closure=None):
-        for f in self.flat:
-            f.check_gradients()
+        capturing = self.rates[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        if not capturing:
+            self.begin_step()
+        rates = [group["lr"] for group in self.param_groups]
+        for group, rate in zip(self.param_groups, self.rates, strict=True):
+            group.update(lr=rate, capturable=capturing)
         result = super().step(closure)
+        for group, number in zip(self.param_groups, rates, strict=True):
+            group.update(lr=number, capturable=False)
+        self.end_step()
+        return result
+
+    def begin_step(self) -> None:
+        for f, rate, group in zip(self.flat, self.rates, self.param_groups, strict=True):
+            f.check_gradients()
+            rate.fill_(group["lr"])
+
+    def end_step(self) -> None:
         for f in self.flat:
             f.count_write()
+
+    def replay(self, make_step: Callable[[torch.Tensor], torch.Tensor], numbers: torch.Tensor, clip_grad: float | None
+               ) -> torch.Tensor:
+        """Returns `make_step(numbers)`, which clips by `clip_grad` and calls `step`, captured from the second step on:
+        the first makes the state."""
+        if not self.state:
+            return make_step(numbers)
+        if clip_grad not in self.captured_steps:
+            self.captured_steps[clip_grad] = CapturedFunction(make_step, numbers)
+        self.begin_step()
+        result = self.captured_steps[clip_grad](numbers)
+        self.end_step()
         return result
 
     def state_dict(self) -> dict:
@@ -55,9 +88,10 @@ class FlatAdamW(torch.optim.AdamW):
         for i, (f, group) in enumerate(zip(self.flat, state_dict["param_groups"], strict=True)):
             groups.append({**group, "params": [i]})
             if of_parameters := [state_dict["state"][index] for index in group["params"] if state_dict["state"]]:
-                state[i] = {"step": of_parameters[0]["step"],
+                state[i] = {"step": of_parameters[0]["step"].clone(),
                             **{name: f.join([part[name] for part in of_parameters]) for name in MOMENTS}}
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        self.captured_steps.clear()  # they use the state that was replaced
 
 
 def make_optimizer(model, weight_decay: float) -> FlatAdamW:
@@ -68,7 +102,8 @@ def make_optimizer(model, weight_decay: float) -> FlatAdamW:
     trained = [p for p in model.parameters() if p.requires_grad]
     flat = [FlatParameters([p for p in trained if (p.ndim > 1) == is_matrix]) for is_matrix in (True, False)]
     free_graphs(model.llama, model.vision)
-    return FlatAdamW(flat, [{"weight_decay": weight_decay}, {"weight_decay": 0.0}], betas=(0.9, 0.95), fused=True)
+    return FlatAdamW(flat, [{"weight_decay": weight_decay}, {"weight_decay": 0.0}], model.use_cuda_graphs,
+                     betas=(0.9, 0.95), fused=True)
 
 
 def make_scaler(model) -> torch.amp.GradScaler:
@@ -90,15 +125,22 @@ def optimizer_step(optimizer, scaler, parameters, loss: torch.Tensor, clip_grad:
     `found_inf` is 1.
     """
     numbers = torch.stack((loss, torch.full_like(loss, stop)))
-    loss, n_stop = distributed.all_reduce_gradients(parameters, numbers)
+    numbers = distributed.all_reduce_gradients(parameters, numbers)
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
-    finite = norm.isfinite()
-    if scaler.is_enabled():
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        optimizer.found_inf = 1 - finite.float()
-        optimizer.step()
-    optimizer.zero_grad()
-    return torch.stack((loss, finite.to(loss.dtype), norm.to(loss.dtype), n_stop))
+
+    def make_step(numbers: torch.Tensor) -> torch.Tensor:
+        loss, n_stop = numbers
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
+        finite = norm.isfinite()
+        if scaler.is_enabled():
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.found_inf = 1 - finite.float()
+            optimizer.step()
+        optimizer.zero_grad()
+        return torch.stack((loss, finite.to(loss.dtype), norm.to(loss.dtype), n_stop))
+
+    if isinstance(optimizer, FlatAdamW) and optimizer.captured and not scaler.is_enabled():
+        return optimizer.replay(make_step, numbers, clip_grad)
+    return make_step(numbers)
