@@ -6,6 +6,7 @@ copied into static tensors before a replay, and outputs are copied out after it.
 
 Notable:
 - One graph for the forward and, in training, one for the backward pass of each bucket (a padded shape).
+- The backward graph adds to the parameters' gradients itself: autograd takes the host longer for each than that.
 - All buckets share one memory pool and their static buffers, so a pass must be backpropagated before the next one
   starts.
 - Without a GPU nothing is captured: `capture` returns the function itself, so tests run the same code on a CPU.

@@ -21,14 +21,14 @@ class FlatParameters:
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
-        # every parameter begins where a tensor may begin for which torch.compile has made a program
+        # every parameter begins at a multiple of what compiled kernels expect of a tensor
         self.sizes = [round_up(p.numel(), ALIGNMENT // p.element_size()) for p in parameters]
         self.flat = nn.Parameter(parameters[0].new_zeros(sum(self.sizes)))
         self.flat.grad = torch.zeros_like(self.flat)
         self.gradients = self.split(self.flat.grad)
         for p, part, gradient in zip(parameters, self.split(self.flat.detach()), self.gradients, strict=True):
             part.copy_(p.detach())
-            # A tensor that begins in the middle of its storage would need a compiled program of its own.
+            # each in a storage of its own, as parameters are elsewhere, so that nothing compiled depends on its place
             p.data = torch.from_dlpack(part)
             p.grad = gradient
 
