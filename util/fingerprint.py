@@ -4,11 +4,13 @@ There are two for each model: `base` and `vision`, of parts of the files, as eve
 `base_sha256` and `vision_sha256`, of their whole content, which earlier versions did not record.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lavin.runtime import distributed
 from lavin.runtime.console import print_rank0
+from lavin.runtime.errors import UserError
 from lavin.runtime.files import sampled_sha256
 from lavin.weights.base import base_files
 from lavin.weights.hub import model_path
@@ -23,12 +25,22 @@ FROZEN_SHA256 = {"base_sha256": "--llm_model", "vision_sha256": "--vision_model"
 RECENT = ("pictures", *FROZEN_SHA256)
 
 
+def frozen_files(base: BaseSettings, tokenizer_path: str | None = None) -> list[Path]:
+    """Every file that LLaMA, its tokenizer and the image encoder are read from."""
+    return [*base_files(base.llama_model_path, base.llm_model, tokenizer_path, base.use_vicuna),
+            *vit_files(base.vision_model)]
+
+
 def fingerprints(base: BaseSettings, tokenizer_path: str | None = None) -> dict[str, str | None]:
     """The checksums of LLaMA's files and its tokenizer's, and of the image encoder's."""
     files = base_files(base.llama_model_path, base.llm_model, tokenizer_path, base.use_vicuna)
-    of_vit = vit_files(base.vision_model)
     return {"base": sampled_sha256(files), "vision": vision_fingerprint(base.vision_model),
-            "base_sha256": files_sha256(files), "vision_sha256": files_sha256(of_vit) if of_vit else None}
+            "base_sha256": files_sha256(files), **vision_sha256(base.vision_model)}
+
+
+def vision_sha256(vision_model: str) -> dict[str, str | None]:
+    files = vit_files(vision_model)
+    return {"vision_sha256": files_sha256(files) if files else None}
 
 
 def vision_fingerprint(vision_model: str) -> str:
@@ -39,7 +51,28 @@ def vision_fingerprint(vision_model: str) -> str:
     return sampled_sha256([path]) if path.is_file() else vision_model
 
 
+def with_fetched(record: dict[str, Any], vision_model: str) -> dict[str, Any]:
+    """The record, with the checksum of an image encoder that timm has fetched since the record was made."""
+    return {**record, **vision_sha256(vision_model)} if record["vision_sha256"] is None else record
+
+
 # --- Records ---
+
+def equal_on_all_nodes(make: Callable[[], dict[str, Any]], differences: Callable[[dict, dict], list[str]]
+                       ) -> dict[str, Any]:
+    """A record of what is read here, which one process of each node makes, of the node's own files: each node may have
+    copies. Raises UserError, on all ranks, where one differs from that of rank 0.
+
+    differences(record, other): the words for what differs.
+    """
+    (_, record), *others = distributed.from_each_node(make).items()
+    for process, other in others:
+        words = differences(other, record)
+        if words:
+            raise UserError(f"{process} reads something else than rank 0 ({'; '.join(words)}): give all nodes the same "
+                            "files and GPUs")
+    return record
+
 
 def both_tell(name: str, record: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two records have an entry. None says that it is not known, as in records of earlier versions."""

@@ -20,8 +20,9 @@ from lavin.tokenizer import TOKENIZATION, Tokenizer
 from lavin.weights.adapters import load_adapters, read_adapters
 from lavin.weights.base import require_base
 from lavin.weights.load import load_base
+from util.data.checksums import States, file_states, require_unchanged
 from util.data.prompts import RESPONSE, answer_text
-from util.fingerprint import FROZEN, FROZEN_SHA256, fingerprints, is_comparable
+from util.fingerprint import FROZEN, FROZEN_SHA256, fingerprints, frozen_files, is_comparable
 from util.flags import SHARED, BaseSettings, check_shared, inherit
 from util.runs import last_checkpoint
 
@@ -31,7 +32,8 @@ class Trained:
     """A training run's model, as far as it is known before the base model is loaded.
 
     path: the checkpoint's; None: the untuned base, with `tensors` of no adapters. image_statistics: those that the
-    checkpoint was trained with, where it says so. tokenization: TOKENIZATION, where it says so.
+    checkpoint was trained with, where it says so. tokenization: TOKENIZATION, where it says so. states: those of the
+    files of the model, before any of them was read.
     """
 
     path: Path | None
@@ -41,6 +43,7 @@ class Trained:
     dtype: torch.dtype
     image_statistics: dict[str, list[float]] = field(default_factory=dict)
     tokenization: str | None = None
+    states: States = field(default_factory=dict)
 
 
 # --- What a checkpoint was trained on ---
@@ -102,27 +105,30 @@ def read_trained(args: Flags) -> Trained:
     if {"llama_model_path", "llm_model"} <= args.given:
         require_base(args.llama_model_path, args.llm_model, args.tokenizer_path)
     path = last_checkpoint(args.adapter_path) if args.adapter_path else None
+    states = file_states([path] if path else [])
     checkpoint = read_adapters(path) if path else {"model": {}}
     adapter = checkpoint.get("adapter_config", {})
     check_adapter_flags(args, adapter)
     inherit(args, check_flags(checkpoint.get("flags", {}), flags_of(*SHARED), str(path)))
     check_shared(args)
     require_base(args.llama_model_path, args.llm_model, args.tokenizer_path, args.use_vicuna)
+    base = BaseSettings.of(args)
+    states = {**states, **file_states(frozen_files(base, args.tokenizer_path))}
     if path and is_main_process() and FROZEN.keys() & checkpoint.keys():
-        warn_of_other_base(path, checkpoint, fingerprints(BaseSettings.of(args), args.tokenizer_path))
+        warn_of_other_base(path, checkpoint, fingerprints(base, args.tokenizer_path))
     device = choose_device(args.device, distributed.init(args.model_parallel_size)[2])
     dtype = choose_dtype(args.precision, device)
     check_fast_paths(device, dtype, args.bits, args.compile, args.cuda_graphs)
     return Trained(path, checkpoint["model"], AdapterConfig.read(adapter or vars(args)), device, dtype,
                    {name: checkpoint[name] for name in ("image_mean", "image_std") if name in checkpoint},
-                   checkpoint.get("tokenization"))
+                   checkpoint.get("tokenization"), states)
 
 
 def load_model(args, trained: Trained | None = None, fast: bool = True) -> tuple[LaVIN, Tokenizer, Path | None]:
     """The model with the adapters of --adapter_path (fresh ones without it), its tokenizer, and the checkpoint's path.
 
     trained: of `read_trained(args)`, where it was called before. fast: apply `speed_up`; without it, parameters keep
-    their names in the base model.
+    their names in the base model. Raises UserError where a file has changed since `read_trained`.
     """
     trained = trained or read_trained(args)
     model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, trained.adapter,
@@ -132,6 +138,7 @@ def load_model(args, trained: Trained | None = None, fast: bool = True) -> tuple
         warn_of_other_tokenization(trained.path, trained.tokenization, tokenizer)
         check_image_statistics(model, trained.image_statistics, str(trained.path))
         load_adapters(model, trained.tensors, str(trained.path))
+    require_unchanged(trained.states)
     if fast:
         speed_up(model, args.bits, args.compile, args.cuda_graphs)
     else:

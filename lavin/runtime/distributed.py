@@ -8,6 +8,7 @@ is set once, when the process joins its groups, and read wherever processes must
 """
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -110,6 +111,13 @@ def from_rank_0(make) -> Any:
         with lost_contact():
             dist.broadcast_object_list(value, src=0)
     return value[0]
+
+
+def from_each_node(make) -> dict[str, Any]:
+    """`make()`, called by one process of each node, by the process's name, on every rank. Rank 0 comes first."""
+    rank, _, local_rank = launched_as()
+    made = None if local_rank else (f"rank {rank} on {socket.gethostname()}", make())
+    return dict(filter(None, all_gather_object(made)))
 
 
 def gather_data_parallel(value: Any) -> list:

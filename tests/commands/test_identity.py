@@ -16,12 +16,14 @@ from lavin.runtime.files import SAMPLE_BYTES, write_json_lines
 from lavin.weights import hub
 from tiny_runs import load_checkpoint, run_flags, write_run
 from user_errors import error_message
+from util import fingerprint, trained_model
 from util.data.datasets import load_scienceqa
-from util.data.instructions import Instructions
-from util.evaluation import evaluate
+from util.data.instructions import Instructions, LazyImage
+from util.evaluation import evaluate, mme
 from util.evaluation.partial_answers import partial_path, recover
 from util.fingerprint import FROZEN_SHA256, RECENT, fingerprints, report_unrecorded
 from util.flags import BaseSettings
+from util.training import command
 
 SCORES = "checkpoint-0/scores.json"  # of the run's first epoch
 
@@ -254,6 +256,107 @@ def test_the_description_beside_a_weight_file_belongs_to_the_vit(base, tmp_path)
     before = fingerprints(settings)["vision_sha256"]
     (tmp_path / "vit" / "config.json").write_text("{}")
     assert fingerprints(settings)["vision_sha256"] != before
+
+
+# --- Files that are exchanged between their checksum and their reading ---
+
+@pytest.fixture(params=["picture", "base", "tokenizer", "vit"])
+def exchanged(request, models, data):
+    """Functions that give the file that a command on a split reads, and exchange its content."""
+    change_a_bit = {"base": models.weights / "tiny" / "consolidated.00.pth", "vit": models.vision / "model.safetensors",
+                    "tokenizer": models.weights / "tokenizer.model"}
+    if request.param == "picture":
+        pictures = {split: data / "images" / split / qid / "image.png" for split, qid in (("train", "101"),
+                                                                                          ("test", "113"))}
+        return pictures.get, change_pixels
+    return lambda split: change_a_bit[request.param], lambda path: change_content(
+        path, lambda content: content.__setitem__(-1, content[-1] ^ 1))
+
+
+def exchanging(load, exchange):
+    def load_and_exchange(*args):
+        loaded = load(*args)
+        exchange()
+        return loaded
+    return load_and_exchange
+
+
+def test_training_does_not_begin_on_other_files_than_its_recipe_names(flags, exchanged, tmp_path, monkeypatch):
+    path, exchange = exchanged[0]("train"), exchanged[1]
+    monkeypatch.setattr(command, "load_model", exchanging(command.load_model, lambda: exchange(path)))
+    assert refusal(*flags).startswith(f"{path} changes while it is read")
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_are_not_of_other_files_than_they_name(run, exchanged, tmp_path, monkeypatch):
+    path, exchange = exchanged[0]("test"), exchanged[1]
+    load = trained_model.load_base
+    monkeypatch.setattr(trained_model, "load_base",
+                        lambda *args, **more: exchanging(lambda: load(*args, **more), lambda: exchange(path))())
+    message = error_message(run_eval, "--adapter_path", run, "--output_dir", tmp_path / "scores")
+    assert message.startswith(f"{path} changes while it is read") and not (tmp_path / "scores").exists()
+
+
+def test_scores_are_not_of_other_adapters_than_they_name(run, tmp_path, monkeypatch):
+    """They are read before the base's checksum is taken."""
+    path, warn = run / "checkpoint-0.pth", trained_model.warn_of_other_base
+    monkeypatch.setattr(trained_model, "warn_of_other_base",
+                        exchanging(warn, lambda: path.write_bytes(path.read_bytes() + b" ")))
+    message = error_message(run_eval, "--adapter_path", run, "--output_dir", tmp_path / "scores")
+    assert message.startswith(f"{path} changes while it is read") and not (tmp_path / "scores").exists()
+
+
+def test_answers_of_mme_are_not_on_other_pictures_than_the_scores_name(models, tmp_path, monkeypatch):
+    """Its pictures are read when they are asked about."""
+    write_run(tmp_path / "run", models, 0)
+    folder = tmp_path / "mme" / "color"
+    folder.mkdir(parents=True)
+    for name in "ab":
+        (folder / f"{name}.txt").write_text("Is it red?\tYes\nIs it blue?\tNo\n")
+        Image.new("RGB", (9, 9), (200, 0, 0)).save(folder / f"{name}.png", "BMP")
+    load = mme.load_pair_images
+
+    def exchange_and_load(pairs, *args):
+        if pairs[0].picture.name == "b.png":
+            change_pixels(folder / "b.png")
+        return load(pairs, *args)
+
+    monkeypatch.setattr(mme, "load_pair_images", exchange_and_load)
+    words = ["--adapter_path", tmp_path / "run", "--device", "cpu", "--mme_root", tmp_path / "mme",
+             "--max_batch_size", "2"]
+    message = error_message(eval_mme.main, eval_mme.get_args_parser().parse_args([str(word) for word in words]))
+    assert message.startswith(f"{folder / 'b.png'} changes while it is read")
+    written, = (tmp_path / "run").glob("*.partial.jsonl")
+    assert [json.loads(line)[0] for line in written.read_text().splitlines()[1:]] == ["color/a.png"]
+
+
+def test_instructions_are_trained_with_the_pictures_that_were_there_when_the_run_was_started(tmp_path):
+    """Whatever the times of the files say: a copy of the same content is the same."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (9, 9), (200, 0, 0)).save(path, "BMP")
+    image = LazyImage(path, 8)
+    assert image.problem() is None
+    shutil.copy(path, tmp_path / "copy")
+    (tmp_path / "copy").replace(path)
+    assert torch.equal(image.decode(), LazyImage(path, 8).decode())
+    change_pixels(path)
+    assert error_message(image.decode).startswith(f"{path} has changed since the run was started")
+
+
+def test_a_vit_that_timm_fetches_now_is_recorded(run, flags, tmp_path, monkeypatch):
+    """What is recorded of it is what the next command finds."""
+    fetched, of_vit = [], fingerprint.vit_files
+    monkeypatch.setattr(fingerprint, "vit_files", lambda name: of_vit(name) if fetched else [])
+    monkeypatch.setattr(command, "load_model", exchanging(command.load_model, lambda: fetched.append(1)))
+    run_train(*flags, "--output_dir", tmp_path / "other")
+    recipes = [json.loads((folder / "recipe.json").read_text())["recipe"] for folder in (run, tmp_path / "other")]
+    assert recipes[0] == recipes[1]
+    assert load_checkpoint(tmp_path / "other" / "checkpoint-1.pth")["vision_sha256"] == recipes[0]["vision_sha256"]
+    fetched.clear()
+    load = evaluate.load_model
+    monkeypatch.setattr(evaluate, "load_model", exchanging(load, lambda: fetched.append(1)))
+    run_eval("--adapter_path", tmp_path / "other", "--decode", "score")
+    assert json.loads((tmp_path / "other" / "scores.json").read_text())["vision_sha256"] == recipes[0]["vision_sha256"]
 
 
 # --- Records of earlier versions ---

@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +29,7 @@ RECENT_SECONDS = 2  # a file may change again without another ctime, whose steps
 REMEMBERED = 16  # lists of files: the base's, the ViT's, and the pictures of each split
 
 State = tuple[int, ...]
+States = Mapping[Path, State | None]
 
 
 def file_state(path: Path) -> State | None:
@@ -42,21 +43,24 @@ def file_state(path: Path) -> State | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def file_states(paths: Sequence[Path]) -> list[State | None]:
+def file_states(paths: Iterable[Path]) -> States:
+    paths = list(paths)
     with ThreadPoolExecutor() as pool:  # on a network's file system, each one waits for the server
-        return list(pool.map(file_state, paths))
+        return dict(zip(paths, pool.map(file_state, paths), strict=True))
 
 
-def require_unchanged(paths: Sequence[Path], before: Sequence[State | None]) -> None:
-    """Raises UserError for a file that has changed since its state was taken."""
-    for path, state, now in zip(paths, before, file_states(paths), strict=True):
-        if state != now:
+def require_unchanged(before: States) -> None:
+    """Raises UserError for a file that has changed since its state was taken: what was read of it may be of the one
+    content, and its checksum of the other."""
+    now = file_states(before)
+    for path, state in before.items():
+        if state != now[path]:
             raise UserError(f"{path} changes while it is read: start again when all files are there")
 
 
 def file_sha256s(paths: Sequence[Path]) -> list[str | None]:
     """The checksum of each file; None where there is no regular file that can be read."""
-    files = {path: state for path, state in zip(paths, file_states(paths), strict=True) if state}
+    files = {path: state for path, state in file_states(paths).items() if state}
     if not files:
         return [None] * len(paths)
     is_recent = max(state[-1] for state in files.values()) > time.time_ns() - RECENT_SECONDS * 10**9
@@ -73,9 +77,8 @@ def hash_files_once(files: tuple[tuple[Path, State], ...]) -> Arrays:
 
 
 def hash_files(files: tuple[tuple[Path, State], ...]) -> Arrays:
-    paths, states = zip(*files, strict=True)
     digests = sha256_digests({path: size for path, (_, _, size, _, _) in files})
-    require_unchanged(paths, states)
+    require_unchanged(dict(files))
     return {"sha256": torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)}
 
 

@@ -7,8 +7,9 @@ of the files): a bad file is reported at the start, not an hour later, and no st
 tuning has too many: it keeps a LazyImage of each, util/data/instructions.py.)
 """
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,7 @@ def load_images(data: ScienceQA, size: int, threads: int, skip_bad: bool) -> dic
 
     def decode() -> Arrays:
         arrays = decode_all(files, size, threads, skip_bad)
-        require_unchanged(files, states)
+        require_unchanged(states)
         return arrays
 
     arrays = cached("pictures", [sha256(Path(__file__)), PIL.__version__, size, checksums], decode,
@@ -207,15 +208,23 @@ def require_equal_ranks(checksums: dict[str, str | None], what: str) -> None:
 
 # --- Pictures that are decoded in the step that needs them ---
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class LazyImage:
-    """An Example's image that is not decoded yet; `decode` gives uint8 [3, size, size]."""
+    """An Example's image that is not decoded yet. sha256: of its pixels, since it was decoded for the first time."""
 
     path: Path
     size: int
+    sha256: bytes | None = field(default=None, compare=False)
 
     def decode(self) -> torch.Tensor:
-        return load_image(self.path, self.size)
+        """uint8 [3, size, size]. Raises UserError where they are no longer those of the first time."""
+        pixels = load_image(self.path, self.size)
+        found = hashlib.sha256(pixels.numpy()).digest()
+        if self.sha256 not in (None, found):
+            raise UserError(f"{self.path} has changed since the run was started: put the picture back, and the same "
+                            "command goes on")
+        self.sha256 = found
+        return pixels
 
     def problem(self) -> str | None:
         """Says what is wrong with the file; None where it decodes."""

@@ -11,8 +11,11 @@ from lavin.runtime import distributed
 from lavin.runtime.console import is_main_process, print_rank0, working_on
 from lavin.runtime.files import write_json
 from lavin.runtime.flags import Flags
+from util.data.checksums import file_states, require_unchanged
 from util.evaluation.partial_answers import answer_all, drop_partial
-from util.evaluation.results import results_folder, scored_before
+from util.evaluation.results import differing_words, results_folder, scored_before
+from util.fingerprint import equal_on_all_nodes, with_fetched
+from util.flags import BaseSettings
 from util.runs import locked
 from util.trackers import add_scores
 from util.trained_model import Trained, load_model
@@ -27,6 +30,11 @@ class Task(Protocol):
 
     partial_prefix: str
     scores_file: str
+
+    base: BaseSettings
+
+    def pictures(self) -> list[Path]:
+        """The files of the pictures."""
 
     def identity(self) -> dict[str, Any]:
         """The identity of the evaluation: all that determines the scores."""
@@ -62,7 +70,8 @@ def run(task: Task, args: Flags, trained: Trained) -> None:
 
 
 def evaluate(task: Task, args: Flags, trained: Trained, folder: Path) -> None:
-    identity = distributed.from_rank_0(task.identity)
+    pictures = file_states(task.pictures())
+    identity = equal_on_all_nodes(task.identity, differing_words)
     scores = distributed.from_rank_0(lambda: scored_before(folder / task.scores_file, identity,
                                                            partial(task.rescore, folder)))
     if scores:
@@ -72,6 +81,8 @@ def evaluate(task: Task, args: Flags, trained: Trained, folder: Path) -> None:
     torch.manual_seed(args.seed)  # of the fresh adapters of an untuned base
     model, tokenizer, _ = load_model(args, trained)
     keys = task.prepare(model)
+    require_unchanged(pictures)
+    identity = with_fetched(identity, task.base.vision_model)
     answers = answer_all(folder, task.partial_prefix, identity, keys, partial(task.answer, model, tokenizer))
     if is_main_process():
         found = task.scores(list(answers.values()))

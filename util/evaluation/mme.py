@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 
 from lavin.generation.generate import generate
 from lavin.generation.sampling import named_failures, sampling_seed
+from lavin.runtime import distributed
 from lavin.runtime.console import format_table, progress_bar
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import json_sha256, read_json_lines, write_json_lines
 from lavin.runtime.flags import Flags
-from util.data.checksums import named_files_sha256
+from util.data.checksums import States, file_states, named_files_sha256, require_unchanged
 from util.data.images import IMAGE_ERRORS, load_image
 from util.data.mme import Pair, is_decided, load_mme, read_answer, score
 from util.data.prompts import instruction_prompt
@@ -38,9 +39,13 @@ class MMETask:
     answering: Answering
     tokenizer_path: str | None
     threads: int  # that decode pictures
+    states: States = field(default_factory=dict)  # of the pictures, which are read batch by batch
 
     partial_prefix = "mme_answers"
     scores_file = MME_SCORES
+
+    def pictures(self) -> list[Path]:
+        return [pair.picture for pair in self.pairs]
 
     def identity(self) -> dict[str, Any]:
         answering = replace(self.answering, decode="generate").identity()  # yes and no are always written
@@ -50,10 +55,14 @@ class MMETask:
                 "pictures": named_files_sha256({pair.name: pair.picture for pair in self.pairs})}
 
     def prepare(self, model) -> list[str]:
+        self.states = file_states(self.pictures())
         return [pair.name for pair in self.pairs]
 
     def answer(self, model, tokenizer, keys: list[str]) -> Iterator[dict[str, Any]]:
-        return answer_pairs(model, tokenizer, self.pairs, keys, self.answering, self.threads)
+        of_pair = {pair.name: pair.picture for pair in self.pairs}
+        for batch in answer_pairs(model, tokenizer, self.pairs, keys, self.answering, self.threads):
+            require_unchanged({of_pair[name]: self.states[of_pair[name]] for name in batch})
+            yield batch
 
     def write_answers(self, folder: Path, answers: list[Any]) -> None:
         write_json_lines(folder / MME_ANSWERS, (answer for of_pair in answers for answer in of_pair))
@@ -119,8 +128,9 @@ def score_table(scores: dict) -> str:
 def main(args: Flags) -> None:
     """The command eval_mme.py."""
     take_run(args)
-    pairs = load_mme(args.mme_root) if args.mme_root else None  # reports a wrong folder before the checkpoint is read
+    known = load_mme(args.mme_root) if args.mme_root else None  # reports a wrong folder before the checkpoint is read
     trained = read_trained(args)
-    task = MMETask(pairs or load_mme(f"{args.data_root}/mme"), trained, BaseSettings.of(args), Answering.of(args),
+    pairs = distributed.from_rank_0(lambda: known or load_mme(f"{args.data_root}/mme"))
+    task = MMETask(pairs, trained, BaseSettings.of(args), Answering.of(args),
                    args.tokenizer_path, Execution.of(args).num_workers)
     evaluate.run(task, args, trained)

@@ -87,7 +87,7 @@ def scored_before(path: Path, identity: dict, rescore: Callable[[dict], dict]) -
         scores = read_scores(path)
     except UserError:
         scores = {}
-    other = dict.fromkeys(name.removesuffix("_sha256") for name in differing(scores, identity))
+    other = differing_words(scores, identity)
     added = {} if other else entries_to_add(scores, identity, rescore)
     if not other and added is not None:
         report_unrecorded(path, scores)
@@ -102,6 +102,11 @@ def differing(recorded: dict, identity: dict) -> list[str]:
     """The entries of an identity of which a record tells another value."""
     return [name for name, value in identity.items()
             if recorded.get(name) != value and is_comparable(name, recorded, identity)]
+
+
+def differing_words(recorded: dict, identity: dict) -> list[str]:
+    """The same as in messages."""
+    return list(dict.fromkeys(name.removesuffix("_sha256") for name in differing(recorded, identity)))
 
 
 def entries_to_add(scores: dict, identity: dict, rescore: Callable[[dict], dict]) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lavin.runtime import distributed
 from lavin.runtime.console import format_table, print_rank0
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import load_json, write_json
@@ -39,6 +40,9 @@ class ScienceQATask:
 
     partial_prefix = "answers"
     scores_file = SCORES
+
+    def pictures(self) -> list[Path]:
+        return list(self.problems.picture_paths.values())
 
     def identity(self) -> dict[str, Any]:
         """The identity of the evaluation: all that determines the scores."""
@@ -107,7 +111,7 @@ def main(args: Flags) -> None:
     if answering.decode == "score" and not answers_first(data.prompt_format):
         raise UserError(f"--decode score compares answers, but in --prompt_format {data.prompt_format} the solution "
                         "comes first: leave --decode out")
-    problems = load_scienceqa(data.data_root, args.split, data.captions)
+    problems = distributed.from_rank_0(lambda: load_scienceqa(data.data_root, args.split, data.captions))
     problems = problems.sample(args.questions) if args.questions else problems
     task = ScienceQATask(problems, args.split, trained, BaseSettings.of(args), data, answering, args.tokenizer_path,
                          Execution.of(args).num_workers)

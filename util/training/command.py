@@ -12,12 +12,14 @@ from lavin.runtime.flags import Flags
 from lavin.weights.base import require_base
 from lavin.weights.hub import commits
 from lavin.weights.load import load_base
+from util.data.checksums import file_states, require_unchanged
 from util.data.examples import load_examples, load_training_data
+from util.fingerprint import equal_on_all_nodes, frozen_files, with_fetched
 from util.runs import locked, write_config
 from util.trackers import require_trackers
 from util.training.epoch_record import EpochRecord
 from util.training.metrics import drop_metrics
-from util.training.recipe import fit_effective_batch, make_recipe
+from util.training.recipe import differences, fit_effective_batch, make_recipe
 from util.training.resume import take_flags_of_run
 from util.training.run_folder import RunFolder, open_run
 from util.training.settings import TrainSettings, get_args_parser
@@ -41,9 +43,10 @@ def train(settings: TrainSettings, rank: int, world: int, device: torch.device) 
     # everything that is fast and may refuse the command comes first
     dtype = choose_dtype(settings.execution.precision, device)
     require_trackers(settings.run.trackers)
-    data = load_training_data(settings.data)
-    run = distributed.from_rank_0(lambda: open_run(settings.run, make_recipe(settings, dtype, world, data),
-                                                   settings.schedule.epochs))
+    data = distributed.from_rank_0(lambda: load_training_data(settings.data))
+    states = file_states([*frozen_files(settings.base), *data.picture_paths.values()])
+    recipe = equal_on_all_nodes(lambda: make_recipe(settings, dtype, world, data), differences)
+    run = distributed.from_rank_0(lambda: open_run(settings.run, recipe, settings.schedule.epochs))
     if run.finished:
         print_rank0(f"run: {run.folder}, which is finished: all {settings.schedule.epochs} epochs of this recipe are "
                     "there")
@@ -51,6 +54,8 @@ def train(settings: TrainSettings, rank: int, world: int, device: torch.device) 
     model, tokenizer = load_model(settings, device, dtype)
     examples = load_examples(data, settings.data, tokenizer, model.vision.image_size, settings.adapter.n_prompt,
                              settings.execution.num_workers)
+    require_unchanged(states)
+    run.recipe = with_fetched(recipe, settings.base.vision_model)
     trainer = Trainer(settings, model, examples, run, rank, world)
     record = trainer.restore(tokenizer)
     begin(run, settings, device, world, model.llama.config.n_layers, record)
