@@ -17,10 +17,12 @@ from lavin.weights import hub
 from tiny_runs import load_checkpoint, run_flags, write_run
 from user_errors import error_message
 from util import fingerprint, trained_model
-from util.data.datasets import load_scienceqa
+from util.data.datasets import ScienceQA, load_scienceqa
 from util.data.instructions import Instructions, LazyImage
 from util.evaluation import evaluate, mme
+from util.evaluation.answers import GENERATIONS
 from util.evaluation.partial_answers import partial_path, recover
+from util.evaluation.scienceqa import summarize
 from util.fingerprint import FROZEN_SHA256, RECENT, fingerprints, report_unrecorded
 from util.flags import BaseSettings
 from util.training import command
@@ -405,4 +407,21 @@ def test_answers_of_an_earlier_version_are_kept(tmp_path):
                              ({"split": "val"}, False)):
         first = {name: value for name, value in (identity | changes).items() if value is not None}
         write_json_lines(partial_path(tmp_path, "answers", 0), [first, ["1", {"answer": 2}]])
-        assert recover(tmp_path, "answers", identity) == ({"1": {"answer": 2}} if is_kept else {}), changes
+        answers, known = recover(tmp_path, "answers", identity)
+        assert answers == ({"1": {"answer": 2}} if is_kept else {}), changes
+        assert known == ({name: identity[name] for name in first} if is_kept else identity)
+
+
+def test_scores_tell_no_more_than_the_answers_of_an_earlier_version(run, tmp_path, capsys):
+    """One of the answers is such."""
+    expected, folder = json.loads((run / SCORES).read_text()), tmp_path / "scores"
+    results = summarize([], ScienceQA(tmp_path, {}, {}), 0)
+    first = {name: value for name, value in expected.items() if name not in {*results, *RECENT}}
+    answers = [json.loads(line) for line in (run / SCORES).with_name(GENERATIONS).read_text().splitlines()]
+    write_json_lines(partial_path(folder, "answers", 3), [first, [answers[0]["qid"], answers[0]]])
+    capsys.readouterr()
+    run_eval("--adapter_path", run, "--decode", "score", "--output_dir", folder)
+    said = capsys.readouterr().out
+    assert "answers.3.partial.jsonl is of an earlier version" in said and f"1 of {len(answers)} are answered" in said
+    found = json.loads((folder / "scores.json").read_text())
+    assert not found.keys() & set(RECENT) and found == {name: expected[name] for name in found}

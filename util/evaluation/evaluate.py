@@ -83,7 +83,8 @@ def evaluate(task: Task, args: Flags, trained: Trained, folder: Path) -> None:
     keys = task.prepare(model)
     require_unchanged(pictures)
     identity = with_fetched(identity, task.base.vision_model)
-    answers = answer_all(folder, task.partial_prefix, identity, keys, partial(task.answer, model, tokenizer))
+    answers, identity = answer_all(folder, task.partial_prefix, identity, keys,
+                                   partial(task.answer, model, tokenizer))
     if is_main_process():
         found = task.scores(list(answers.values()))
         scores = {**found, **identity}
