@@ -23,11 +23,13 @@ from lavin.runtime.errors import describe
 from lavin.runtime.files import read_json
 from tiny import ROOT
 from user_errors import error_message
+from util.data import checksums
 from util.runs import checkpoints
 from util.search import command as search_command
-from util.search import confirm, machine, runner
+from util.search import confirm, locks, machine, runner
+from util.search import folder as folder_module
 from util.search.errors import CommandFailed, WorkerError
-from util.search.folder import LOG, RECORD, all_records, begin_record, gpu_seconds, read_records
+from util.search.folder import LOG, RECORD, all_records, begin_record, change_record, gpu_seconds, read_records
 from util.search.locks import claim, waiting_for
 from util.search.runner import HoursSpent, Runner, run_command
 
@@ -396,6 +398,41 @@ def test_the_seconds_of_a_command_that_outlives_its_worker_are_counted(tmp_path)
     (tmp_path / "go").touch()
     with waiting_for(folder / "lock"):  # it has ended
         assert (folder / LOG).read_text() == "run: ...\n" and seconds(tmp_path) > first
+
+
+def test_records_are_read_again_where_they_have_changed(tmp_path, monkeypatch):
+    """Workers that wait ask every two seconds."""
+    monkeypatch.setattr(checksums, "RECENT_SECONDS", 0)  # else files as young as these are read every time
+    read, validated = [], folder_module.read_validated
+    monkeypatch.setattr(folder_module, "read_validated", lambda path, *more: (
+        read.append(path.parent.name), validated(path, *more))[1])
+    for name in ("000", "001", "002"):
+        begin_record(tmp_path / "trials" / name, 1, values={})
+    time.sleep(0.02)  # ctime has steps of milliseconds
+    assert read_records(tmp_path) == read_records(tmp_path) and read == ["000", "001", "002"]
+    change_record(tmp_path / "trials" / "001", state="PRUNED")
+    time.sleep(0.02)
+    states = [record["state"] for record in read_records(tmp_path).values()]
+    assert states == ["RUNNING", "PRUNED", "RUNNING"] and read[3:] == ["001"]
+
+
+def test_records_that_changed_a_moment_ago_are_read_again(tmp_path, monkeypatch):
+    """They may change within one step of the file system's clock."""
+    now = time.time_ns()
+    monkeypatch.setattr(folder_module, "file_state", lambda path: (1, 2, 3, now, now))
+    for i in range(2):
+        begin_record(tmp_path / "trials" / "000", 1, values={"n": i})
+        assert read_records(tmp_path)["000"]["values"] == {"n": i}
+
+
+def test_a_lock_is_looked_at_less_and_less_often(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(locks, "claim", lambda path: 7 if sum(waited) > 60 else None)
+    monkeypatch.setattr(locks.time, "sleep", waited.append)
+    monkeypatch.setattr(locks.os, "close", lambda descriptor: None)
+    with waiting_for(tmp_path / "lock") as descriptor:
+        assert descriptor == 7
+    assert waited[0] == 0.05 and waited == sorted(waited) and waited[-1] == 1 and len(waited) < 70
 
 
 def test_several_gpus_are_torchruns(tmp_path, monkeypatch):

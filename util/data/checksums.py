@@ -43,6 +43,11 @@ def file_state(path: Path) -> State | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
+def is_recent(state: State) -> bool:
+    """Whether a file may have changed again without another state."""
+    return state[-1] > time.time_ns() - RECENT_SECONDS * 10**9
+
+
 def file_states(paths: Iterable[Path]) -> States:
     paths = list(paths)
     with ThreadPoolExecutor() as pool:  # on a network's file system, each one waits for the server
@@ -63,8 +68,8 @@ def file_sha256s(paths: Sequence[Path]) -> list[str | None]:
     files = {path: state for path, state in file_states(paths).items() if state}
     if not files:
         return [None] * len(paths)
-    is_recent = max(state[-1] for state in files.values()) > time.time_ns() - RECENT_SECONDS * 10**9
-    hashed = (hash_files if is_recent else hash_files_once)(tuple(files.items()))
+    hash_them = hash_files if any(map(is_recent, files.values())) else hash_files_once
+    hashed = hash_them(tuple(files.items()))
     checksums = dict(zip(files, hashed["sha256"], strict=True))
     return [checksums[path].numpy().tobytes().hex() if path in checksums else None for path in paths]
 

@@ -8,6 +8,7 @@ confirm/NAME/  the runs with fresh seeds (confirm.py)
 """
 
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from typing_extensions import NotRequired, TypedDict
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import PUT_IT_THERE, load_json, write_json
 from lavin.runtime.schema import declared, read_validated
+from util.data.checksums import State, file_state, is_recent
 from util.search.errors import WorkerError
 from util.training.settings import EFFECTIVE_BATCH
 
@@ -174,8 +176,24 @@ def read_settings(study: Path) -> Any:
 def read_records(study: Path, name: str = "trials") -> dict[str, Any]:
     """The records by their folder, in the order of trials, with the seconds up to now. name: one of RUN_FOLDERS."""
     paths = sorted((study / name).glob(f"*/{RECORD}"), key=lambda path: (len(path.parent.name), path.parent.name))
-    records = {path: read_validated(path, Record, "name a study's folder", RECORD_FIX) for path in paths}
+    records = {path: read_record(path) for path in paths}
     return {path.parent.name: with_killed(path.parent, record) for path, record in records.items()}
+
+
+def read_record(path: Path) -> Any:
+    """The content of a trial.json, which is read again only where it has changed: each worker that waits asks for all
+    of them every two seconds, and the study may lie on a network's file system."""
+    state = file_state(path)
+    return read_record_once(path, state) if state and not is_recent(state) else validated_record(path)
+
+
+@lru_cache(4096)
+def read_record_once(path: Path, state: State) -> Any:
+    return validated_record(path)
+
+
+def validated_record(path: Path) -> Any:
+    return read_validated(path, Record, "name a study's folder", RECORD_FIX)
 
 
 def base_values(study: Path, records: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lavin.runtime.errors import UserError
 
-POLL_SECONDS = 0.05
+POLL_SECONDS, MOST_POLL_SECONDS = 0.05, 1.0  # between two looks at a lock, which may lie on a network's file system
 WAIT_SECONDS = 2.0  # of a worker, for the trials and runs of others, before it looks again
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
@@ -45,8 +45,10 @@ def claim(path: Path) -> int | None:
 @contextmanager
 def waiting_for(path: Path) -> Iterator[int]:
     """Holds the lock, once others have released it; gives its descriptor."""
+    seconds = POLL_SECONDS
     while (descriptor := claim(path)) is None:
-        time.sleep(POLL_SECONDS)
+        time.sleep(seconds)
+        seconds = min(2 * seconds, MOST_POLL_SECONDS)
     try:
         yield descriptor
     finally:
