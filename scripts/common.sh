@@ -38,6 +38,19 @@ case $WORLD in
     *) fail "GPUS=$GPUS (x $NODES nodes) gives no effective batch of 32: choose 1, 2, 4, 8 or 16 in all" ;;
 esac
 
+# visible_gpus: the number of GPUs that this job may use on this node; 0 where nvidia-smi finds none
+visible_gpus() {
+    local visible
+    visible=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU ') || true
+    if [ "${visible:-0}" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES-}" ]; then
+        visible=$(tr , '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)
+    fi
+    echo "${visible:-0}"
+}
+VISIBLE=$(visible_gpus)
+[ "$VISIBLE" -eq 0 ] || [ "$GPUS" -le "$VISIBLE" ] ||
+    fail "GPUS=$GPUS (4 where it is not set), and $VISIBLE of this node's GPUs are visible: set GPUS to $VISIBLE or fewer"
+
 source scripts/signals.sh
 forward_signals
 

@@ -14,7 +14,8 @@
 source "$(dirname "$0")/common.sh"
 JOBS=${JOBS:-1}
 SEEDS=${SEEDS:-0}
-METHODS=${METHODS:-$(python -c 'import json; print(*json.load(open("scripts/methods.json")))')}
+KNOWN=$(python -c 'import json; print(*json.load(open("scripts/methods.json")))')
+METHODS=${METHODS:-$KNOWN}
 
 check_jobs
 [[ " $SEEDS" =~ ^([[:space:]]+(0|[1-9][0-9]*))+[[:space:]]*$ ]] ||
@@ -42,12 +43,22 @@ for part in sys.argv[1].split("+")[1:]:
 }
 for method in $METHODS; do [[ $method != *+* ]] || added_flags "$method" > /dev/null; done
 
-runs=() # "METHOD SEED"
-for seed in $SEEDS; do
-    for method in $METHODS; do runs+=("$method $seed"); done
-done
-
 folder_of() { echo "$OUTPUT_ROOT/LaVIN-$MODEL-$1-seed$2"; }
+
+# name_of METHOD SEED: base+drop_inc is drop_inc, and one run; where an earlier version has made it, it keeps its name
+name_of() {
+    local name=${1#base+}
+    if [[ " $KNOWN " != *" $name "* ]] || [ -d "$(folder_of "$1" "$2")" ]; then name=$1; fi
+    echo "$name"
+}
+
+runs=() # "METHOD SEED", each once
+for seed in $SEEDS; do
+    for method in $METHODS; do
+        name=$(name_of "$method" "$seed")
+        [[ " ${runs[*]/%/,} " == *" $name $seed, "* ]] || runs+=("$name $seed")
+    done
+done
 
 state=$(mktemp -d) # its files: stopped, as soon as any run was stopped; failed, the folders of those that failed
 trap 'rm -r "$state"' EXIT

@@ -25,6 +25,7 @@ BASE = "--lr_schedule cosine --min_lr 0 --dropout_prob 0.1 --dropout_var 1 --dro
 STUB = """#!/usr/bin/env bash
 name=$(basename "$0")
 [[ "$*" != "-c "*scripts/methods.json* ]] || exec "$PYTHON" "$@"
+[ "$name" != nvidia-smi ] || { for ((i = 0; i < ${HERE:-0}; i++)); do echo "GPU $i: NVIDIA"; done; exit "${BROKEN:-0}"; }
 echo "$name $*" >> "$CALLS"
 case "$name $*" in
     *"${FAIL:-never}"*) exit "${STATUS:-1}" ;;
@@ -199,6 +200,18 @@ def test_gpus_of_all_nodes_are_counted(sandbox):
                               "choose 1, 2, 4, 8 or 16 in all\n")
 
 
+def test_more_gpus_than_the_node_has_are_refused_at_once(sandbox):
+    line = "{}: GPUS={} (4 where it is not set), and {} of this node's GPUs are visible: set GPUS to {} or fewer\n"
+    for script, environment, words in (("finetuning_sqa_7b.sh", {"HERE": "2"}, (4, 2, 2)),
+                                       ("run_all_variants.sh", {"HERE": "4", "GPUS": "8"}, (8, 4, 4)),
+                                       ("search_sqa_7b.sh", {"HERE": "8", "CUDA_VISIBLE_DEVICES": "3"}, (4, 1, 1))):
+        assert sandbox.run(f"scripts/{script}", code=1, **environment) == []
+        assert sandbox.errors == line.format(script, *words)
+    for i, environment in enumerate(({"HERE": "8"}, {"BROKEN": "9"}, {"HERE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,7"},
+                                     {"CUDA_VISIBLE_DEVICES": "0"}), 1):
+        assert len(sandbox.run("scripts/finetuning_sqa_7b.sh", **environment)) == 2 * i
+
+
 def test_empty_variables_count_as_unset(sandbox):
     calls = sandbox.run("scripts/run_all_variants.sh", GPUS="", JOBS="", SEEDS="", MODEL="", OUTPUT_ROOT="")
     assert sum("nproc_per_node 4 train.py --llm_model 7B" in call for call in calls) == len(METHODS)
@@ -277,6 +290,29 @@ def test_a_factorial_runs_every_schedule_with_every_dropout(sandbox):
     assert "plot_results.py" in plotted and plotted.count("LaVIN-7B-") == 12
     calls = sandbox.run("scripts/run_factorial.sh", GPUS="1")
     assert sum("train.py" in call for call in calls) == 12 + 4 * 5
+
+
+def test_a_factorial_takes_the_runs_of_all_methods_over(sandbox):
+    """base+drop_inc is drop_inc. Where an earlier version has trained a run under the longer name, it goes on there."""
+    def trained(script: str, **environment: str) -> list[str]:
+        sandbox.calls.write_text("")
+        calls = sandbox.run(f"scripts/{script}.sh", GPUS="1", **environment)
+        return [call.split("--output_dir ")[-1] for call in calls if "train.py" in call]
+
+    for method in METHODS.keys() - {"base"}:
+        alone = sandbox.run("scripts/run_all_variants.sh", GPUS="1", METHODS=method)[0]
+        sandbox.calls.write_text("")
+        combined = sandbox.run("scripts/run_all_variants.sh", GPUS="1", METHODS=f"base+{method}")[0]
+        sandbox.calls.write_text("")
+        assert combined == alone
+    crossed = {"SCHEDULES": "base step", "DROPOUTS": "base drop_inc dropout_prob=0.158"}
+    names = ["base", "drop_inc", "base+dropout_prob=0.158", "step", "step+drop_inc", "step+dropout_prob=0.158"]
+    assert trained("run_factorial", **crossed) == [f"./LaVIN-7B-{name}-seed0" for name in names]
+    assert trained("run_all_variants", METHODS="step drop_inc base+drop_inc step") == [
+        "./LaVIN-7B-step-seed0", "./LaVIN-7B-drop_inc-seed0"]
+    (sandbox.folder / "LaVIN-7B-base+drop_inc-seed1").mkdir()
+    assert trained("run_factorial", SEEDS="0 1", SCHEDULES="base", DROPOUTS="drop_inc") == [
+        "./LaVIN-7B-drop_inc-seed0", "./LaVIN-7B-base+drop_inc-seed1"]
 
 
 @pytest.mark.parametrize("jobs", ["3", "20"])

@@ -54,7 +54,7 @@ def describe_study(search: Search, space: Space, trained: Flags) -> dict:
     flags = {name: value for name, value in vars(trained).items()
              if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != EFFECTIVE_BATCH}
     return {**{name: getattr(search, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
-            "precision": resolve_precision(trained.precision, trained.device, trained.bits),
+            "precision": resolve_precision(trained.precision, trained.device, trained.bits, search.gpus),
             "identity": study_identity(check_train(search.train or [], search.gpus, space.first_sets()[0]), data,
                                        search.questions),
             "steps_per_epoch": steps_per_epoch(len(data["train"].problems), of_batch[EFFECTIVE_BATCH]),

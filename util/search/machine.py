@@ -11,18 +11,22 @@ import torch
 
 from lavin.kernels.fp8 import check_fp8
 from lavin.runtime.device import choose_device, choose_dtype, precision_name
+from lavin.runtime.errors import UserError
 
 
-def resolve_precision(precision: str, device: str | None, bits: str) -> str:
-    """The precision that --precision means here: bf16, fp16 or fp32. Raises UserError where it, or --bits, fails."""
+def resolve_precision(precision: str, device: str | None, bits: str, gpus: int = 1) -> str:
+    """The precision that --precision means here: bf16, fp16 or fp32. Raises UserError where it, --bits or --gpus fails.
+    """
     if device == "cpu" or not torch.cuda.is_available():
-        return ask(precision, device, bits)
+        return ask(precision, device, bits, gpus)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(ask, precision, device, bits).result()
+        return pool.submit(ask, precision, device, bits, gpus).result()
 
 
-def ask(precision: str, device: str | None, bits: str) -> str:
+def ask(precision: str, device: str | None, bits: str, gpus: int) -> str:
     chosen = choose_device(device, local_rank=0)
+    if chosen.type == "cuda" and gpus > torch.cuda.device_count():
+        raise UserError(f"--gpus {gpus}, and {torch.cuda.device_count()} GPUs are visible here: give that many or fewer")
     dtype = choose_dtype(precision, chosen)
     if bits == "fp8":
         check_fp8(chosen, dtype)
