@@ -26,6 +26,8 @@ from lavin.runtime.schema import declared, read_validated
 from lavin.weights.gguf import vocabulary as gguf
 from lavin.weights.gguf.file import is_gguf, open_file
 
+# files beside a tokenizer.json that may name BOS (`bos`) and EOS, with the entry of each; the first that does counts
+SPECIAL_IDS = {"tokenizer_config.json": "{}_token", "config.json": "{}_token_id"}
 CODE = (Path(__file__), Path(gguf.__file__))
 IMAGE_SLOT = -1  # placeholder among token ids for an image embedding
 # how prompt and answer become ids: a checkpoint states it, and one that does not had both tokenized as one text
@@ -154,8 +156,8 @@ class HuggingFaceTokenizer(FastTokenizer):
         return "bos_token" in config and config["bos_token"] is None
 
     def special_id(self, path: Path, name: str) -> int:
-        for file, key in (("tokenizer_config.json", f"{name}_token"), ("config.json", f"{name}_token_id")):
-            config_path = path.with_name(file)
+        for file, key in SPECIAL_IDS.items():
+            config_path, key = path.with_name(file), key.format(name)
             value = read_config(config_path).get(key)
             token_id = self.model.token_to_id(value) if isinstance(value, str) else value
             if token_id in range(self.n_words):
@@ -177,6 +179,12 @@ def without_prefix(part: Any) -> Any:
     scheme = {"prepend_scheme": "never"} if part["type"] == "Metaspace" else {}
     prefix = {"add_prefix_space": False} if part.get("add_prefix_space") else {}
     return {**part, **parts, **scheme, **prefix}
+
+
+def special_id_files(path: Path) -> list[Path]:
+    """The files, beside that of the tokenizer, which say its BOS and EOS."""
+    beside = [path.with_name(name) for name in SPECIAL_IDS] if path.suffix == ".json" else []
+    return [file for file in beside if file.is_file()]
 
 
 def read_config(path: Path) -> Any:

@@ -12,6 +12,7 @@ from lavin.runtime import distributed
 from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import sampled_sha256
+from lavin.tokenizer import special_id_files
 from lavin.weights.base import base_files
 from lavin.weights.hub import model_path
 from lavin.weights.tensor_files import hf_weight_files
@@ -27,15 +28,20 @@ RECENT = ("pictures", *FROZEN_SHA256)
 
 def frozen_files(base: BaseSettings, tokenizer_path: str | None = None) -> list[Path]:
     """Every file that LLaMA, its tokenizer and the image encoder are read from."""
-    return [*base_files(base.llama_model_path, base.llm_model, tokenizer_path, base.use_vicuna),
+    return [*with_special_ids(base_files(base.llama_model_path, base.llm_model, tokenizer_path, base.use_vicuna)),
             *vit_files(base.vision_model)]
+
+
+def with_special_ids(files: list[Path]) -> list[Path]:
+    """The files of a base, the first of which is the tokenizer's, with those that say its BOS and EOS."""
+    return list(dict.fromkeys([*files, *special_id_files(files[0])]))
 
 
 def fingerprints(base: BaseSettings, tokenizer_path: str | None = None) -> dict[str, str | None]:
     """The checksums of LLaMA's files and its tokenizer's, and of the image encoder's."""
     files = base_files(base.llama_model_path, base.llm_model, tokenizer_path, base.use_vicuna)
     return {"base": sampled_sha256(files), "vision": vision_fingerprint(base.vision_model),
-            "base_sha256": files_sha256(files), **vision_sha256(base.vision_model)}
+            "base_sha256": files_sha256(with_special_ids(files)), **vision_sha256(base.vision_model)}
 
 
 def vision_sha256(vision_model: str) -> dict[str, str | None]:

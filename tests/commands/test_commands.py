@@ -205,6 +205,15 @@ def test_untuned_base_is_evaluated_into_output_dir(base, scienceqa, tmp_path):
     assert scores["questions"] == 12 and scores["checkpoint"] is None and scores["split"] == "train"
 
 
+def test_the_untuned_base_has_the_same_fresh_adapters_whatever_the_seed(base, scienceqa, tmp_path):
+    """Its scores name no seed, and those that are there count for each. Pictures reach it through random weights."""
+    texts = set()
+    for seed in ("0", "5"):
+        run_eval(*base.flags, "--data_root", scienceqa, "--output_dir", tmp_path / seed, "--seed", seed)
+        texts.add((tmp_path / seed / "generations.jsonl").read_text())
+    assert len(texts) == 1
+
+
 def test_captions(base, scienceqa, tmp_path, monkeypatch):
     """A run trained with captions is evaluated with them; they come from --data_root or from --caption_file."""
     prompts = []

@@ -12,8 +12,10 @@ from PIL import Image
 
 from lavin.runtime import distributed
 from tiny_runs import run_flags, write_run
+from user_errors import error_message
 from util.data import checksums
 from util.data.instructions import Instructions, load_pictures
+from util.training.command import require_equal_examples
 
 NODE = """
 import json, sys
@@ -124,6 +126,14 @@ def test_one_process_of_a_node_makes_what_all_compare(monkeypatch):
         monkeypatch.setattr(distributed, "launched_as", lambda local_rank=local_rank: (2, 3, local_rank))
         assert list(distributed.from_each_node(lambda: made.append(1) or "x")) == expected
     assert made == [1]
+
+
+def test_processes_with_other_token_ids_are_named(monkeypatch):
+    """The versions of libraries may differ, where the files do not."""
+    monkeypatch.setattr(distributed, "all_gather_object", lambda sha256: [sha256, "b", sha256, "c"])
+    assert error_message(require_equal_examples, "a").startswith("rank 1, 3 has other token ids than rank 0")
+    monkeypatch.setattr(distributed, "all_gather_object", lambda sha256: [sha256] * 3)
+    require_equal_examples("a")
 
 
 def test_pictures_of_instructions_are_not_hashed_by_every_process(tmp_path, monkeypatch):

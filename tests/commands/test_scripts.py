@@ -25,7 +25,10 @@ BASE = "--lr_schedule cosine --min_lr 0 --dropout_prob 0.1 --dropout_var 1 --dro
 STUB = """#!/usr/bin/env bash
 name=$(basename "$0")
 [[ "$*" != "-c "*scripts/methods.json* ]] || exec "$PYTHON" "$@"
-[ "$name" != nvidia-smi ] || { for ((i = 0; i < ${HERE:-0}; i++)); do echo "GPU $i: NVIDIA"; done; exit "${BROKEN:-0}"; }
+if [ "$name" = nvidia-smi ]; then
+    for ((i = 0; i < ${HERE:-0}; i++)); do echo "GPU $i: NVIDIA"; done
+    exit "${BROKEN:-0}"
+fi
 echo "$name $*" >> "$CALLS"
 case "$name $*" in
     *"${FAIL:-never}"*) exit "${STATUS:-1}" ;;

@@ -1,6 +1,7 @@
 """search.py with train.py and eval.py: trials in rungs, failures, stops, the budget, and the study's report."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ import train
 from lavin.kernels import fp8
 from lavin.runtime import device, signals
 from lavin.runtime.errors import describe
-from lavin.runtime.files import read_json
+from lavin.runtime.files import read_json, write_json
 from tiny import ROOT
 from user_errors import error_message
 from util.data import checksums
@@ -176,6 +177,7 @@ def test_the_hours_are_kept(flags, commands, tmp_path, capsys, monkeypatch):
 
 def use_gpu(monkeypatch, capability: tuple[int, int]) -> None:
     """Lets the worker see a GPU of this compute capability; its commands run on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(machine, "choose_device", lambda *_, **__: torch.device("cuda"))
     for module in (device, fp8):
         monkeypatch.setattr(module, "compute_capability", lambda _: capability)
@@ -221,6 +223,8 @@ def test_a_newer_gpu_joins_a_study_in_fp16(flags, commands, tmp_path, monkeypatc
 def test_a_worker_that_cannot_train_fails_no_trial(flags, commands, tmp_path, monkeypatch):
     use_gpu(monkeypatch, (8, 0))
     assert error_message(run_search, [*flags, "--bits", "fp8"]).startswith("--bits fp8 needs")
+    message = error_message(run_search, flags, "--gpus", "2")
+    assert message == "--gpus 2, and 1 GPUs are visible here: give that many, or fewer"
     assert not (tmp_path / "S" / "study.json").exists() and not commands
 
 
@@ -398,6 +402,16 @@ def test_the_seconds_of_a_command_that_outlives_its_worker_are_counted(tmp_path)
     (tmp_path / "go").touch()
     with waiting_for(folder / "lock"):  # it has ended
         assert (folder / LOG).read_text() == "run: ...\n" and seconds(tmp_path) > first
+
+
+def test_scores_of_another_checkpoint_are_made_again(tmp_path):
+    """Where a trial has gone on, the checkpoint is gone, and the scores stay."""
+    runner, path, checkpoint = Runner([], [], 1, lambda: 60.0), tmp_path / "scores.json", tmp_path / "checkpoint-1.pth"
+    for written, there, is_scored in ((b"a", b"a", True), (b"a", b"b", False), (b"a", None, True), (None, b"a", True)):
+        entries = {"checkpoint_sha256": hashlib.sha256(written).hexdigest()} if written else {}
+        write_json(path, {"correct": {}, "counts": {}, "split": "val", **entries})
+        checkpoint.write_bytes(there) if there else checkpoint.unlink()
+        assert runner.is_scored(path, "val", checkpoint) is is_scored
 
 
 def test_records_are_read_again_where_they_have_changed(tmp_path, monkeypatch):

@@ -15,9 +15,10 @@ from lavin.weights import base as base_module
 from lavin.weights.base import open_base, require_base
 from lavin.weights.hugging_face import HuggingFaceLlama, llama_config
 from lavin.weights.load import frozen_parameters, load_base
+from tiny_tokenizers import qwen, write_json
 from tiny_weights import HF_VARIANTS, LLAMA_3, write_hugging_face, write_shards
 from user_errors import error_message
-from util.fingerprint import fingerprints
+from util.fingerprint import fingerprints, frozen_files
 from util.flags import BaseSettings
 
 CPU = torch.device("cpu")
@@ -66,6 +67,24 @@ def test_every_file_of_the_frozen_models_is_in_their_fingerprints(base, tmp_path
         assert {name for name, digest in fingerprints(settings).items() if digest != before[name]} == {
             changed, f"{changed}_sha256"}, path
         (tmp_path / path).write_bytes(content)
+
+
+def test_the_files_that_say_bos_and_eos_are_in_the_bases_checksum(base, tmp_path):
+    """Not in the one that earlier versions have recorded."""
+    settings = BaseSettings(llm_model="tiny", llama_model_path=str(base.weights), vision_model=str(base.vision))
+    path = write_json(tmp_path / "tokenizer", qwen())
+    names = ("config.json", "tokenizer_config.json")
+    for name in names:
+        (path.parent / name).write_text('{"bos_token": null, "eos_token": "</s>", "eos_token_id": 2}')
+    Tokenizer(path)
+    before, seen = fingerprints(settings, str(path)), set()
+    assert {*frozen_files(settings, str(path))} >= {path, *map(path.with_name, names)}
+    for name in names:
+        path.with_name(name).write_text('{"eos_token": "<s>", "eos_token_id": 1}')
+        found = fingerprints(settings, str(path))
+        assert {entry for entry in found if found[entry] != before[entry]} == {"base_sha256"}
+        seen.add(found["base_sha256"])
+    assert len(seen) == 2
 
 
 # --- Meta ---

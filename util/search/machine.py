@@ -26,7 +26,8 @@ def resolve_precision(precision: str, device: str | None, bits: str, gpus: int =
 def ask(precision: str, device: str | None, bits: str, gpus: int) -> str:
     chosen = choose_device(device, local_rank=0)
     if chosen.type == "cuda" and gpus > torch.cuda.device_count():
-        raise UserError(f"--gpus {gpus}, and {torch.cuda.device_count()} GPUs are visible here: give that many or fewer")
+        raise UserError(f"--gpus {gpus}, and {torch.cuda.device_count()} GPUs are visible here: give that many, or "
+                        "fewer")
     dtype = choose_dtype(precision, chosen)
     if bits == "fp8":
         check_fp8(chosen, dtype)

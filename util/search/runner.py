@@ -17,7 +17,7 @@ from typing import Any
 
 from lavin.runtime import signals
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import read_json
+from lavin.runtime.files import read_json, sha256
 from util.evaluation.results import read_scores
 from util.runs import SCORES, checkpoint_path, checkpoints
 from util.search.errors import CommandFailed, WorkerError, is_shortage
@@ -72,20 +72,23 @@ class Runner:
         """The scores of the checkpoint after this number of epochs, in the folder `out`. part: of the study's
         identity. Scores of something else that are there are replaced; raises WorkerError where the new ones are, too.
         """
-        path = out / SCORES
-        if not self.is_scored(path, part):
-            self.run(folder, lock, "eval.py", *self.machine, "--adapter_path", str(checkpoint_path(folder, epochs - 1)),
-                     "--output_dir", str(out), *command_line(SCORING[part]), *more)
+        path, checkpoint = out / SCORES, checkpoint_path(folder, epochs - 1)
+        if not self.is_scored(path, part, checkpoint):
+            self.run(folder, lock, "eval.py", *self.machine, "--adapter_path", str(checkpoint), "--output_dir",
+                     str(out), *command_line(SCORING[part]), *more)
         scores = read_scores(path)
         require_same(path, {part: scores}, self.identity)
         return scores
 
-    def is_scored(self, path: Path, part: str) -> bool:
+    def is_scored(self, path: Path, part: str, checkpoint: Path) -> bool:
+        """Whether there are scores of this checkpoint, which is no longer there where the trial has gone on."""
         try:
             scores = read_scores(path)
         except UserError:  # the file is not there, or broken
             return False
-        return {"correct", "counts"} <= scores.keys() and not differences({part: scores}, self.identity)
+        is_other = checkpoint.is_file() and scores.get("checkpoint_sha256") not in (None, sha256(checkpoint))
+        return ({"correct", "counts"} <= scores.keys() and not is_other
+                and not differences({part: scores}, self.identity))
 
     def run(self, folder: Path, lock: int, program: str, *arguments: str) -> None:
         launcher = ["-m", "util.launch", "--standalone", "--nproc_per_node", str(self.gpus)] if self.gpus > 1 else []

@@ -8,6 +8,7 @@ from lavin.fast.speed_up import check_fast_paths, speed_up
 from lavin.runtime import distributed
 from lavin.runtime.console import is_main_process, print_rank0, working_on
 from lavin.runtime.device import choose_device, choose_dtype
+from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags
 from lavin.weights.base import require_base
 from lavin.weights.hub import commits
@@ -57,6 +58,7 @@ def train(settings: TrainSettings, rank: int, world: int, device: torch.device) 
     require_unchanged(states)
     run.recipe = with_fetched(recipe, settings.base.vision_model)
     trainer = Trainer(settings, model, examples, run, rank, world)
+    require_equal_examples(trainer.examples_sha256)
     record = trainer.restore(tokenizer)
     begin(run, settings, device, world, model.llama.config.n_layers, record)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -66,6 +68,16 @@ def train(settings: TrainSettings, rank: int, world: int, device: torch.device) 
     part = (f", {trainer.end} of {settings.schedule.epochs} epochs: the same command without --stop_after_epoch goes on"
             if trainer.end < settings.schedule.epochs else "")
     print_rank0(f"run: {run.folder}{part}")
+
+
+def require_equal_examples(sha256: str) -> None:
+    """Raises UserError where processes have other examples, of the same files: they divide the samples of a step by
+    these. sha256: of this process's examples."""
+    of_rank_0, *of_others = distributed.all_gather_object(sha256)
+    differing = [str(rank) for rank, other in enumerate(of_others, 1) if other != of_rank_0]
+    if differing:
+        raise UserError(f"rank {', '.join(differing)} has other token ids than rank 0, of the same files: install the "
+                        "same versions of sentencepiece and tokenizers on all nodes")
 
 
 def load_model(settings: TrainSettings, device: torch.device, dtype: torch.dtype):
