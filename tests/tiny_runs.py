@@ -9,6 +9,7 @@ import torch
 
 import train
 from lavin.mm_adapter import AdapterConfig
+from lavin.runtime.files import value_sha256
 from lavin.weights.load import load_base
 from tiny import randomise_adapters, save_adapters
 
@@ -32,6 +33,12 @@ def read_log(folder) -> list[dict]:
 
 def load_checkpoint(path):
     return torch.load(path, weights_only=True)
+
+
+def forget_in_checkpoint(path, *names) -> None:
+    """Makes a checkpoint as an earlier version has written it, without these entries."""
+    content = {name: value for name, value in load_checkpoint(path).items() if name not in (*names, "sha256")}
+    torch.save({**content, "sha256": value_sha256(content)}, path)
 
 
 def write_run(folder, base, seed: int, **adapter) -> None:

@@ -14,7 +14,7 @@ import eval_mme
 import train
 from lavin.runtime.files import SAMPLE_BYTES, write_json_lines
 from lavin.weights import hub
-from tiny_runs import load_checkpoint, run_flags, write_run
+from tiny_runs import forget_in_checkpoint, load_checkpoint, run_flags, write_run
 from user_errors import error_message
 from util import fingerprint, trained_model
 from util.data.datasets import ScienceQA, load_scienceqa
@@ -364,8 +364,9 @@ def test_a_vit_that_timm_fetches_now_is_recorded(run, flags, tmp_path, monkeypat
 # --- Records of earlier versions ---
 
 def test_a_run_of_an_earlier_version_goes_on(run, flags, data, models, capsys):
-    """Its recipe has a sampled checksum of the models, and none of the pictures."""
+    """It has a sampled checksum of the models, and none of the pictures."""
     forget(run / "recipe.json", *RECENT)
+    forget_in_checkpoint(run / "checkpoint-0.pth", "data", *RECENT)
     capsys.readouterr()
     change_pixels(data / "images" / "train" / "101" / "image.png")
     change_weights(models)

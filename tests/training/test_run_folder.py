@@ -17,7 +17,7 @@ from killed import Killed, stop_after
 from lavin.runtime import signals
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import value_sha256
-from tiny_runs import load_checkpoint, read_log, run_flags
+from tiny_runs import forget_in_checkpoint, load_checkpoint, read_log, run_flags
 from user_errors import error_message
 from util.runs import LAST, checkpoints
 from util.training import run_folder, trainer
@@ -182,6 +182,21 @@ def test_another_recipe_is_refused_by_its_flags(flags, finished, scienceqa_copy)
     (scienceqa_copy / "problems.json").write_text(json.dumps(problems))
     assert "data" in refused(*in_folder(flags, finished, "--data_root", scienceqa_copy))
     assert contents(finished) == before
+
+
+@pytest.mark.parametrize("more, words", [(("--lr", "2e-2"), "--lr 0.02, not 0.01"), (("--use_caption",), "")])
+def test_a_checkpoint_of_another_run_is_refused(flags, finished, tmp_path, more, words):
+    """It was copied into the folder. With captions, the data are others too."""
+    run(*in_folder(flags, tmp_path / "other", *more, "--stop_after_epoch", "1"))
+    (finished / "checkpoint-1.pth").unlink()
+    (tmp_path / "other" / "checkpoint-0.pth").replace(finished / "checkpoint-2.pth")
+    before = contents(finished)
+    message = refused(*in_folder(flags, finished))
+    assert message.startswith(f"{finished / 'checkpoint-2.pth'} was written by a run of another recipe (") and (
+        words or "other training data of --data_root") in message
+    assert contents(finished) == before
+    (finished / "checkpoint-2.pth").unlink()
+    run(*in_folder(flags, finished))
 
 
 def test_the_recipe_does_not_depend_on_paths_and_processes(flags, finished, scienceqa_copy, base, tmp_path):
@@ -420,6 +435,7 @@ def test_other_examples_than_before_are_refused(flags, finished, scienceqa_copy)
     content = json.loads((finished / "recipe.json").read_text())
     del content["recipe"]["pictures"]
     (finished / "recipe.json").write_text(json.dumps(content))
+    forget_in_checkpoint(finished / "checkpoint-1.pth", "pictures")
     assert "other examples" in refused(*skipping)
 
 
@@ -430,9 +446,7 @@ def test_other_micro_batches_than_before_are_refused(flags, tmp_path):
         command = in_folder(flags, folder, "--loss_norm", loss_norm)
         run(*command, "--stop_after_epoch", "1")
         path = folder / "checkpoint-0.pth"
-        content = {name: value for name, value in load_checkpoint(path).items() if name not in (
-            "tokenization", "sha256")}  # which earlier versions did not state
-        torch.save({**content, "sha256": value_sha256(content)}, path)
+        forget_in_checkpoint(path, "tokenization")
         if loss_norm == "batch":
             run(*command)
             assert list(checkpoints(folder)) == [0, 1, 2]

@@ -32,7 +32,7 @@ from util.runs import (
     checkpoints,
     user_error_if_malformed,
 )
-from util.training.recipe import differences
+from util.training.recipe import INPUTS, TRAIN_FLAGS, differences
 from util.training.settings import RunSettings
 
 COPIED = (RECIPE, CONFIG, LOG, METRICS, TRACKERS)  # into STAGING, where a run goes back to a checkpoint
@@ -149,6 +149,8 @@ def open_run(settings: RunSettings, recipe: dict, epochs: int) -> RunFolder:
         run.staged = True
     else:
         find_start(run, settings.resume)
+        if run.checkpoint:
+            require_own(run.checkpoint, recipe)
     return run
 
 
@@ -191,6 +193,17 @@ def find_start(run: RunFolder, resume: str) -> None:
     elif not run.checkpoint or went_back_to != run.went_back_to:
         run.checkpoint = replace(checkpoint, path=checkpoint_path(run.folder, run.went_back_to))
         run.staged = not run.finished
+
+
+def require_own(checkpoint: Checkpoint, recipe: dict) -> None:
+    """Raises UserError for a checkpoint of another recipe than the folder's: somebody has put it there."""
+    stated = {**checkpoint.content.get("flags", {}), **checkpoint.content}
+    known = recipe.keys() & stated.keys() & {*INPUTS, *(name for name, declared in TRAIN_FLAGS.items()
+                                                        if declared.belongs_to_recipe)}
+    other = differences({name: stated[name] for name in known}, {name: recipe[name] for name in known})
+    if other:
+        raise UserError(f"{checkpoint.path} was written by a run of another recipe ({'; '.join(other)}) than that of "
+                        "its folder: put back the run's own, or remove it")
 
 
 def latest_whole_checkpoint(folder: Path) -> Checkpoint | None:

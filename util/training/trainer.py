@@ -17,7 +17,6 @@ from lavin.weights.adapters import pack_adapters
 from util.data.batches import epoch_batches, micro_batches, steps_per_epoch
 from util.data.examples import any_joined, examples_sha256
 from util.data.images import decode_images
-from util.fingerprint import FROZEN, FROZEN_SHA256
 from util.lr_sched import adjust_learning_rate
 from util.runs import TRACKERS
 from util.trackers import Trackers
@@ -26,6 +25,7 @@ from util.training.accumulation import accumulate_with_oom_retry, loss_weights, 
 from util.training.epoch_record import MAX_SKIPPED, EpochRecord, loss_in_words
 from util.training.metrics import Metrics
 from util.training.optimizer import make_optimizer, make_scaler, optimizer_step
+from util.training.recipe import INPUTS
 from util.training.resume import restore
 from util.training.run_folder import RunFolder
 from util.training.settings import TrainSettings
@@ -175,7 +175,7 @@ class Trainer:
                 self.model, epoch=record.epoch, flags=self.settings.flags, optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(), skipped=record.skipped, record=None if entry else state,
                 examples=self.examples_sha256, went_back_to=self.run.went_back_to, tokenization=TOKENIZATION,
-                **{name: self.run.recipe[name] for name in (*FROZEN, *FROZEN_SHA256)}, **image_statistics(self.model))
+                **{name: self.run.recipe[name] for name in INPUTS}, **image_statistics(self.model))
             self.run.save(content, record.epoch, entry)
 
 
