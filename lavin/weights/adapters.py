@@ -61,6 +61,8 @@ class Checkpoint(TypedDict):
     tokenization: NotRequired[str]  # lavin.tokenizer.TOKENIZATION
     base_sha256: NotRequired[str]
     vision_sha256: NotRequired[str | None]
+    data: NotRequired[str]  # checksums of what it was trained on, as in recipe.json
+    pictures: NotRequired[str]
     image_mean: NotRequired[Channels]  # by which pixels were normalised
     image_std: NotRequired[Channels]
 

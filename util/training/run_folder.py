@@ -16,6 +16,7 @@ from typing import Any
 from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import atomic_write, read_json, read_json_lines, write_json, write_json_lines
+from lavin.runtime.flags import check_flags
 from lavin.weights.adapters import read_adapters
 from util.fingerprint import report_unrecorded
 from util.runs import (
@@ -197,10 +198,11 @@ def find_start(run: RunFolder, resume: str) -> None:
 
 def require_own(checkpoint: Checkpoint, recipe: dict) -> None:
     """Raises UserError for a checkpoint of another recipe than the folder's: somebody has put it there."""
-    stated = {**checkpoint.content.get("flags", {}), **checkpoint.content}
-    known = recipe.keys() & stated.keys() & {*INPUTS, *(name for name, declared in TRAIN_FLAGS.items()
-                                                        if declared.belongs_to_recipe)}
-    other = differences({name: stated[name] for name in known}, {name: recipe[name] for name in known})
+    of_recipe = {name: declared for name, declared in TRAIN_FLAGS.items() if declared.belongs_to_recipe}
+    flags = check_flags(checkpoint.content.get("flags", {}), of_recipe, str(checkpoint.path))
+    stated = {**{name: flags[name] for name in of_recipe if name in flags},
+              **{name: checkpoint.content[name] for name in INPUTS if name in checkpoint.content}}
+    other = differences(stated, {name: recipe[name] for name in stated})
     if other:
         raise UserError(f"{checkpoint.path} was written by a run of another recipe ({'; '.join(other)}) than that of "
                         "its folder: put back the run's own, or remove it")
