@@ -158,3 +158,12 @@ def test_one_checksum_of_names_and_contents(folder, files):
         {"1": a, "2": b}, {"1": b, "2": a}, {"2": b, "1": a}, {"1": a, "3": b}, {"1": a, "2": Path("nowhere")},
         {"1": a}, {})]
     assert len(set(values)) == len(values)
+
+
+def test_each_of_many_files_has_its_own_state(tmp_path):
+    paths = [tmp_path / str(i) for i in range(2 * checksums.STATES_AT_ONCE + 3)]
+    for i, path in enumerate(paths[:-1]):
+        path.write_bytes(bytes(i))
+    found = checksums.file_states(paths)
+    assert list(found) == paths and found.pop(paths[-1]) is None
+    assert [state[2] for state in found.values()] == list(range(len(paths) - 1))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from util.data.cache import Arrays, cached
 
 PART_BYTES = 2**26  # of a file, hashed by one thread
 BUFFER_BYTES = 2**20
+STATES_AT_ONCE = 64  # files that one thread asks for, since handing out each one costs more than its state
 RECENT_SECONDS = 2  # a file may change again without another ctime, whose steps are up to 2 s long on some file systems
 REMEMBERED = 16  # lists of files: the base's, the ViT's, and the pictures of each split
 
@@ -50,8 +52,10 @@ def is_recent(state: State) -> bool:
 
 def file_states(paths: Iterable[Path]) -> States:
     paths = list(paths)
+    parts = [paths[start:start + STATES_AT_ONCE] for start in range(0, len(paths), STATES_AT_ONCE)]
     with ThreadPoolExecutor() as pool:  # on a network's file system, each one waits for the server
-        return dict(zip(paths, pool.map(file_state, paths), strict=True))
+        states = chain.from_iterable(pool.map(lambda part: list(map(file_state, part)), parts))
+        return dict(zip(paths, states, strict=True))
 
 
 def require_unchanged(before: States) -> None:
