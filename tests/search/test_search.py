@@ -20,7 +20,7 @@ import search
 import train
 from lavin.kernels import fp8
 from lavin.runtime import device, signals
-from lavin.runtime.errors import describe
+from lavin.runtime.errors import UserError, describe
 from lavin.runtime.files import read_json, write_json
 from tiny import ROOT
 from user_errors import error_message
@@ -297,10 +297,13 @@ def lines_of(error: BaseException) -> str:
     (lines_of(RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)")), "not enough memory on this"),
     (lines_of(torch.OutOfMemoryError("CUDA out of memory. Tried")), "trial: not enough GPU memory"),
     ("raise OSError(28, 'No space left on device')", "No space left on device"),
+    (lines_of(UserError(error_message(checksums.require_unchanged, {Path("x.png"): (1, 2, 3, 4, 5)}))),
+     "trial: x.png changes while it is read"),
     ("import os; os.kill(os.getpid(), 9)", "was killed (SIGKILL), as the system does where memory is short"),
     ("print('traceback : Signal 9 (SIGKILL) received by PID 7\\n====='); raise SystemExit(1)", "was killed (SIGKILL)")])
 def test_a_machine_that_is_short_of_something_fails_no_trial(tmp_path, script, words):
-    """The shortage is known by the words of train.py, of Python or of torchrun."""
+    """The shortage is known by the words of train.py, of Python or of torchrun. Neither does a file that somebody
+    changes."""
     with pytest.raises(WorkerError) as caught:
         command(tmp_path / "trial", script)
     assert words in str(caught.value) and str(tmp_path / "trial") in str(caught.value)

@@ -28,6 +28,7 @@ PART_BYTES = 2**26  # of a file, hashed by one thread
 BUFFER_BYTES = 2**20
 STATES_AT_ONCE = 64  # files that one thread asks for, since handing out each one costs more than its state
 RECENT_SECONDS = 2  # a file may change again without another ctime, whose steps are up to 2 s long on some file systems
+CHANGES = "changes while it is read"
 REMEMBERED = 16  # lists of files: the base's, the ViT's, and the pictures of each split
 
 State = tuple[int, ...]
@@ -64,7 +65,7 @@ def require_unchanged(before: States) -> None:
     now = file_states(before)
     for path, state in before.items():
         if state != now[path]:
-            raise UserError(f"{path} changes while it is read: start again when all files are there")
+            raise UserError(f"{path} {CHANGES}: start again when all files are there")
 
 
 def file_sha256s(paths: Sequence[Path]) -> list[str | None]:

@@ -20,7 +20,7 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, sha256
 from util.evaluation.results import read_scores
 from util.runs import SCORES, checkpoint_path, checkpoints
-from util.search.errors import CommandFailed, WorkerError, is_shortage
+from util.search.errors import CommandFailed, WorkerError, is_of_machine
 from util.search.folder import LOG, add_seconds, change_record, sign_of_life
 from util.search.identity import FILES, SCORING, Identity, checksums, differences, require_same
 from util.search.space import Values, command_line
@@ -132,7 +132,7 @@ def run_command(command: list[str], log: Path, lock: int, seconds: float) -> Non
             raise WorkerError(f"{log.parent}: its command was killed (SIGKILL), as the system does where memory is "
                               "short: free some, and the same command goes on")
         message = error_line(said) or f"exit status {status}"
-        if is_shortage(message):
+        if is_of_machine(message):
             raise WorkerError(f"{log.parent}: {message}")
         write_probe(log.parent)
         raise CommandFailed(message)
