@@ -29,6 +29,8 @@ from tests.faults.cases import (
     set_torch,
     write,
 )
+from util import trained_model
+from util.training import command as training_command
 
 USERS_FILE, USERS_TEXT = "thesis.tex", "years of work"  # no command may change it
 ANOTHER_USER = 4321
@@ -159,6 +161,31 @@ def exchanged_cases() -> Iterator[Case]:
                          *OF_SCORES)
     yield Case("exchanged files", "plot: a checkpoint (run/checkpoint-1.pth)", "plot", partial(
         exchange, "run/checkpoint-1.pth", lambda _: Path("run/checkpoint-0.pth").read_bytes()), anew=REFUSED)
+
+
+def exchange_once_loaded(file: str, make: Exchange) -> None:
+    """The models are loaded of the old file, whose checksum was taken before."""
+    def load(*args, load_base=trained_model.load_base, **more):
+        loaded = load_base(*args, **more)
+        exchange(file, make)
+        return loaded
+
+    trained_model.load_base = training_command.load_base = load  # in the process of the case
+
+
+def exchanged_meanwhile_cases() -> Iterator[Case]:
+    of_model = {"weights/tiny/consolidated.00.pth": other_matrix, "vit/model.safetensors": other_signs,
+                "weights/tokenizer.model": other_pieces}
+    training, scoring = ("train", "go on", "resume"), ("score", "score mme")
+    pictures = {f"data/images/train/{problem_with_picture('train')}/image.png": training,
+                f"data/images/test/{problem_with_picture('test')}/image.png": ("score",),
+                "data/mme/count/a.png": ("score mme",), f"data/{COCO}": ("pretrain",)}
+    found = [(file, make, (*training, *scoring, "chat")) for file, make in of_model.items()]
+    found += [(file, other_picture, commands) for file, commands in pictures.items()]
+    found += [("run/checkpoint-1.pth", lambda _: Path("run/checkpoint-0.pth").read_bytes(), (*scoring, "chat"))]
+    for file, make, commands in found:
+        yield from (Case("files exchanged while they are read", f"{command}: {file}", command,
+                         partial(exchange_once_loaded, file, make), anew=REFUSED) for command in commands)
 
 
 # --- Torn files ---
@@ -390,4 +417,4 @@ def replace_by(file: str, make: Callable[[Path], Path]) -> None:
     os.replace(make(Path(file)), file)
 
 
-KINDS = (exchanged_cases, torn_cases, planted_cases, header_cases)
+KINDS = (exchanged_cases, exchanged_meanwhile_cases, torn_cases, planted_cases, header_cases)
