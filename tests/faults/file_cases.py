@@ -180,7 +180,8 @@ def exchanged_meanwhile_cases() -> Iterator[Case]:
     pictures = {f"data/images/train/{problem_with_picture('train')}/image.png": training,
                 f"data/images/test/{problem_with_picture('test')}/image.png": ("score",),
                 "data/mme/count/a.png": ("score mme",), f"data/{COCO}": ("pretrain",)}
-    found = [(file, make, (*training, *scoring, "chat")) for file, make in of_model.items()]
+    found: list[tuple[str, Exchange, tuple[str, ...]]] = [
+        (file, make, (*training, *scoring, "chat")) for file, make in of_model.items()]
     found += [(file, other_picture, commands) for file, commands in pictures.items()]
     found += [("run/checkpoint-1.pth", lambda _: Path("run/checkpoint-0.pth").read_bytes(), (*scoring, "chat"))]
     for file, make, commands in found:
