@@ -309,7 +309,7 @@ def test_bad_images_raise_one_line_errors(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     for name, reason in {"huge": "50 million pixels", "large": "50 million pixels", "cut": "is broken",
-                         "text": "is not a picture", "empty": "is not a picture", "script": "is not a picture",
+                         "text": "is not a picture", "empty": r"is empty \(0 bytes\)", "script": "is not a picture",
                          "pipe": "is no file", "folder": "is no file"}.items():
         with pytest.raises(UserError, match=f"^{name}.png .*{reason}") as caught:
             open_image(tmp_path / f"{name}.png")

@@ -269,7 +269,7 @@ def test_texts_are_copied_and_the_conversation_saved_as_they_are(page, bot):
     saved = {}
     for name in ("Markdown", "JSON"):
         with page.expect_download() as download:
-            page.get_by_role("button", name=f"Save as {name}").click()
+            page.get_by_role("button", name=f"Save {name}").click()
         saved[download.value.suggested_filename] = Path(download.value.path()).read_text()
     exchange, = json.loads(saved["conversation.json"])
     assert exchange["question"] == "Is `<b>` so?" and exchange["run"] == "first"

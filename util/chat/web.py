@@ -81,10 +81,10 @@ def build(bot: Chatbot, settings: Settings, data_root: str) -> gr.Blocks:
 def chat_tab(tab: ChatTab, runs: list[str], session, fields: list, sampling: list, examples: list[list]) -> gr.Button:
     """Lays out the tab Chat; returns its button that opens a comparison."""
     with gr.Row(equal_height=True):
-        run = gr.Dropdown(runs, value=runs[0], label="Variant", container=False, scale=4, min_width=160)
+        run = gr.Dropdown(runs, value=runs[0], label="Variant", container=False, scale=4, min_width=240)
         new = gr.Button("New conversation", size="md", scale=1, min_width=150)
     compare, markdown, json = (gr.Button(name, render=False) for name in (
-        "Compare", "Save as Markdown", "Save as JSON"))
+        "Compare", "Save Markdown", "Save JSON"))
     with gr.Column(elem_id="chat"):
         history, growing = (gr.Chatbot(
             elem_id=name, height="auto", container=False, label=name.capitalize(), show_label=False, autoscroll=False,
@@ -120,7 +120,7 @@ def compare_tab(tab: CompareTab, runs: list[str], comparison, fields: list, samp
     """Lays out the tab Compare."""
     with gr.Row():
         chosen = gr.Dropdown(runs, value=runs[:2], multiselect=True, max_choices=MAX_RUNS, label="Variants",
-                             container=False, scale=4, min_width=160)
+                             container=False, scale=4, min_width=240)
         again = gr.Button("Ask again", size="md", scale=1, min_width=150)
     message = message_box(f"One question to 2, 3 or {MAX_RUNS} variants", "compared-message")
     with gr.Row():

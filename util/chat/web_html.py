@@ -34,6 +34,7 @@ main.app {max-width: 1240px !important; width: 100%}
 .gallery-item img {height: 50px !important; width: 50px !important; object-fit: cover; flex: none}
 [role=tab].selected {color: var(--primary-700) !important}
 .dark [role=tab].selected {color: var(--primary-300) !important}
+input[role=combobox] {text-overflow: ellipsis; padding-right: 28px !important}
 .card {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px 14px}
 .card-title {font-weight: 600} .card .html-container {padding: 0}
 """
