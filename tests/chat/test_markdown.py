@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from util.chat.markdown import with_html, without_html
 
 PIECES = ["<b>", "</b>", "<img src=x>", "<!--", "-->", "<?x", "<![CDATA[", "<div", "`", "``", "```", "~~~", "\n",
-          "\n\n", " ", "    ", "- ", "> ", "|", "\\", "a", "| a | b |\n|--|--|\n", "[a]: b", "(", ")", "[x]", "\r", "\r\r",
-          "1. ", "# ", "![", "](x)"]
+          "\n\n", " ", "    ", "- ", "> ", "|", "\\", "a", "| a | b |\n|--|--|\n", "[a]: b", "(", ")", "[x]", "\r",
+          "\r\r", "1. ", "# ", "![", "](x)"]
 
 
 def types(tokens):
