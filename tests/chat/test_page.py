@@ -222,8 +222,37 @@ def test_a_refused_message_changes_no_comparison(page):
     page.get_by_role("textbox", name="Options").fill("one")
     send(page, "Why?", box="compared-message")
     refused(page, "give 2 to 5 options")
+    page.get_by_label("Greedy").uncheck()
+    page.wait_for_function("!document.querySelector('[aria-label*=Temperature]').disabled")
+    page.get_by_label("Seed").fill("x")
+    page.get_by_role("button", name="Ask again").click()
+    refused(page, "the seed x is no whole number")
     assert page.locator(".card").all_inner_texts() == before
     assert message_box(page, "compared-message").input_value() == "Why?"
+
+
+def test_a_question_that_is_sent_twice_is_answered_once(bot, scienceqa):
+    """Before the box is closed, or by a button of another message."""
+    pytest.importorskip("gradio")
+    from util.chat.web_chat import ChatTab, Session
+    tab, session, sampling = ChatTab(bot, {}), Session(), ("first", 8, True, 0.7, 0.9, "")
+    message = {"text": QUESTION, "files": []}
+    tab.send(message, "", "", session)
+    with pytest.warns(UserWarning, match="still being written"):
+        tab.send(message, "", "", session)
+    first, second = tab.answer(*sampling, session), tab.answer(*sampling, session)
+    next(first)
+    with pytest.warns(UserWarning, match="still being written"):
+        tab.send(message, "", "", session)
+    list(second)
+    tab.finish(session)
+    assert session.is_answering
+    list(first)
+    assert len(session.conversation.exchanges) == 1 and len(session.bubbles) == 2
+    tab.finish(session)
+    tab.send(message, "", "", session)
+    list(tab.answer(*sampling, session))
+    assert len(session.conversation.exchanges) == 2
 
 
 def test_stop(page, bot):
@@ -396,8 +425,9 @@ def test_compared_variants_sample_with_one_seed(bot, monkeypatch):
     pytest.importorskip("gradio", reason="needs gradio")
     from util.chat.web_compare import CompareTab, Comparison
     for seed in ("", "7"):
-        comparison = Comparison(question=Question(QUESTION), is_asked=True)
-        list(CompareTab(bot, {}).answer(list(bot.runs), 9, False, 0.7, 0.9, seed, comparison))
+        comparison, tab = Comparison(question=Question(QUESTION)), CompareTab(bot, {})
+        tab.again(list(bot.runs), comparison, 9, False, 0.7, 0.9, seed)
+        list(tab.answer(comparison))
     assert len(seeds) == 6 and len(set(seeds[:3])) == 1 and seeds[3:] == [7, 7, 7]
 
 

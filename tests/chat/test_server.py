@@ -74,8 +74,8 @@ def test_no_message_ends_the_page(run):
                 for choice in ("first", "none", None):
                     client.predict(*message, api_name="/send")
                     client.predict(choice, *SAMPLING, api_name="/answer")
-                client.predict(*message, ["first", "none"], api_name="/compare")
-                client.predict(["first", "none"], *SAMPLING, api_name="/answer_several")
+                client.predict(*message, ["first", "none"], *SAMPLING, api_name="/compare")
+                client.predict(api_name="/answer_several")
                 client.predict("first", *SAMPLING[:-1], "no number", api_name="/answer")
             except Exception as error:  # the page's refusal
                 assert "Connect" not in type(error).__name__

@@ -103,7 +103,7 @@ def chat_tab(tab: ChatTab, runs: list[str], session, fields: list, sampling: lis
     answering = [event.then(tab.answer, [run, *sampling, session], [*shown, *box, session], api_name="answer",
                             show_progress_on=growing, **MODEL_QUEUE) for event in asked]
     for event in answering:
-        event.then(tab.finish, session, [message, session], api_visibility="private", **NO_QUEUE)
+        event.then(tab.finish, session, [growing, message, session], api_visibility="private", **NO_QUEUE)
     message.stop(tab.stop, session, None, queue=False, api_visibility="private")
     history.undo(tab.undo, session, [history, *box, session], api_visibility="private", **NO_QUEUE)
     gr.on([new.click, history.clear], tab.new, None, [*shown, message, session], cancels=answering,
@@ -137,14 +137,14 @@ def compare_tab(tab: CompareTab, runs: list[str], comparison, fields: list, samp
 
     shown, box = [picture, question, details, *cards], [message, *fields]
     asked = [
-        message.submit(tab.send, [*box, chosen, comparison], [*shown, *box, comparison], api_name="compare",
-                       **NO_QUEUE),
-        again.click(tab.again, [chosen, comparison], [*shown, message, comparison], api_visibility="private",
-                    **NO_QUEUE),
-        compare.click(tab.last_of_chat, [session, chosen, comparison], [*shown, message, comparison, tabs],
+        message.submit(tab.send, [*box, chosen, comparison, *sampling], [*shown, *box, comparison],
+                       api_name="compare", **NO_QUEUE),
+        again.click(tab.again, [chosen, comparison, *sampling], [*shown, message, comparison],
+                    api_visibility="private", **NO_QUEUE),
+        compare.click(tab.last_of_chat, [session, chosen, comparison, *sampling], [*shown, message, comparison, tabs],
                       api_visibility="private", **NO_QUEUE)]
     for event in asked:
-        event.then(tab.answer, [chosen, *sampling, comparison], cards, api_name="answer_several",
+        event.then(tab.answer, comparison, cards, api_name="answer_several",
                    show_progress_on=question, **MODEL_QUEUE).then(
             tab.finish, comparison, [message, comparison], api_visibility="private", **NO_QUEUE)
     message.stop(tab.stop, comparison, None, queue=False, api_visibility="private")

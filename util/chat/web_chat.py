@@ -19,13 +19,14 @@ from util.chat.own_gradio import gr
 
 @dataclass
 class Session:
-    """The chat of one user. `bubbles` has two messages for each exchange. `asked` is the question that is being
-    answered, its message, and the number of exchanges before it; or None.
+    """The chat of one user. `bubbles` has two messages for each exchange. `asked` is the question that waits for its
+    answer, its message, and the number of exchanges before it; or None.
     """
 
     conversation: Conversation = field(default_factory=Conversation)
     bubbles: list = field(default_factory=list)
     asked: tuple | None = None
+    is_answering: bool = False
     stopped: bool = False
 
 
@@ -43,7 +44,7 @@ class ChatTab:
         return [asked]
 
     def refuse_while_answering(self, session: Session) -> None:
-        if session.asked:
+        if session.asked or session.is_answering:
             raise UserError("the answer is still being written: stop it first")
 
     def send(self, message, context, options, session):
@@ -89,6 +90,7 @@ class ChatTab:
             yield [gr.skip()] * 6
             return
         (question, asked, at), start, is_begun, fault = session.asked, time.perf_counter(), False, ""
+        session.asked, session.is_answering = None, True
         conversation, before = session.conversation, session.bubbles[:2 * at]
         unchanged = [gr.skip()] * 3
         try:
@@ -107,7 +109,7 @@ class ChatTab:
                 return
             fault = first_line(error)
         finally:
-            session.asked = None
+            session.is_answering = False
         if is_begun:
             exchange = conversation.last
             notes = exchange_notes(exchange, time.perf_counter() - start, fault,
@@ -120,8 +122,10 @@ class ChatTab:
 
     def finish(self, session):
         """Makes the box ready, also where the answer could not begin because the queue is full."""
+        if session.is_answering:  # another question
+            return [gr.skip()] * 3
         session.asked = None
-        return ready(), session
+        return [], ready(), session
 
     def new(self):
         return [], [], ready(value=None), Session()
