@@ -1,6 +1,7 @@
 """The page as its own program in surroundings that it did not choose. Needs requirements/demo.txt, no browser."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ def served(run, *flags: str, **environment: str):
     log = run.with_name("page.log")
     with open(log, "w") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env={
             **os.environ, **environment}) as page:
+        run.with_name("page.pid").write_text(str(page.pid))
         try:
             end = time.monotonic() + 60
             while "Running on local URL:" not in log.read_text() or "\n" not in log.read_text():
@@ -40,6 +42,8 @@ def served(run, *flags: str, **environment: str):
                 time.sleep(0.1)
             time.sleep(0.3)  # for what follows the line
             yield log.read_text().split("URL:")[1].split()[0], log
+            if page.poll() is not None:
+                assert page.returncode == 0, log.read_text()
         finally:
             page.terminate()
 
@@ -58,6 +62,19 @@ def test_the_page_answers_in_a_notebooks_environment_behind_a_dead_proxy(run):
         client = Client(address, verbose=False)
         assert "tokens in" in answer(client)
         assert "Traceback" not in log.read_text()
+
+
+def test_ctrl_c_ends_the_page_in_a_word_though_it_is_open_and_answers(run):
+    with served(run) as (address, log):
+        client = Client(address, verbose=False)
+        client.predict(QUESTION, "", "", api_name="/send")
+        job = client.submit("first", 100, *SAMPLING[1:], api_name="/answer")
+        while not job.outputs():
+            time.sleep(0.01)
+        pid = int(run.with_name("page.pid").read_text())
+        os.kill(pid, signal.SIGINT)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert log.read_text().endswith("\nthe page is closed\n")
 
 
 def test_no_message_ends_the_page(run):

@@ -263,6 +263,10 @@ class Chatbot:
                 return
             yield answer
 
+    def end(self) -> None:
+        """Ends all answers for good, before the program ends: Python must not end while another thread computes."""
+        self.lock.acquire()
+
     def steps(self, run, turns, question, settings) -> Iterator[Answer]:
         """Yields one answer per generated token, and a last one that is complete."""
         prompt = make_prompt(question, self.load_run(run))

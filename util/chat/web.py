@@ -187,14 +187,16 @@ def serve(bot: Chatbot, settings: Settings, data_root: str, port: int | None = N
     if warning := notice(server_name, blocks.server_port):
         print_rank0(warning)
     if block:
-        wait(blocks)
+        wait(blocks, bot)
     return launched
 
 
-def wait(blocks: gr.Blocks) -> None:
+def wait(blocks: gr.Blocks, bot: Chatbot) -> None:
     """Serves the page until Ctrl-C. The server's thread ends with the program: closing it would wait for browsers."""
     try:
         while blocks.is_running:
             time.sleep(0.1)
     except KeyboardInterrupt:
         print_rank0("\nthe page is closed")
+    finally:
+        bot.end()
