@@ -4,10 +4,11 @@ Writes preds.json, generations.jsonl and scores.json to the run's folder; those 
 inside it. Adapter flags are read from the checkpoint. The same command again goes on where it was killed.
 """
 
-from lavin.runtime.startup import prepare_imports
+from lavin.runtime.startup import prepare_cuda, prepare_imports
 
 if __name__ == "__main__":
     prepare_imports()
+    prepare_cuda()
 
 from lavin.runtime.errors import one_line_errors
 from util.evaluation.scienceqa import main

@@ -4,15 +4,11 @@ The run's folder, --output_dir, belongs to one recipe: the same command again go
 It gets recipe.json, config.json, log.txt, metrics.jsonl and checkpoint-{epoch}.pth; eval.py adds the scores.
 """
 
-from lavin.runtime.startup import prepare_imports
+from lavin.runtime.startup import prepare_cuda, prepare_imports
 
 if __name__ == "__main__":
     prepare_imports()
-
-import os
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # tensor sizes change from step to step
+    prepare_cuda()
 
 from lavin.runtime.errors import one_line_errors
 from util.training.command import main

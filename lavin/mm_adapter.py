@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lavin.llama import Block
+from lavin.llama import Block, Llama
 from lavin.runtime.flags import FlagGroup, Role, flag
 from lavin.runtime.schema import Factor, Positive, Probability, Width
 
@@ -231,10 +231,14 @@ class Routing:
 class AdaptedBlock(Block):
     """A decoder layer with an adapter before attention and, with --adapter_type block, before the feed-forward."""
 
-    def __init__(self, config, drop_path: float, adapter: AdapterConfig, dropout: float):
-        super().__init__(config, drop_path)
-        self.adapter_attn = RepAdapterRouter(config.dim, adapter, dropout)
-        self.adapter_mlp = RepAdapterRouter(config.dim, adapter, dropout) if adapter.adapter_type == "block" else None
+    adapter_attn: RepAdapterRouter
+    adapter_mlp: RepAdapterRouter | None
+
+    def attach(self, adapter: AdapterConfig, dropout: float) -> None:
+        """Makes fresh adapters, in the place of those that are there."""
+        dim = len(self.attention_norm.weight)
+        self.adapter_attn = RepAdapterRouter(dim, adapter, dropout)
+        self.adapter_mlp = RepAdapterRouter(dim, adapter, dropout) if adapter.adapter_type == "block" else None
 
     def norm_and_adapter(self, norm: nn.Module, name: str, x, routing):
         x, adapter = norm(x), getattr(self, name)
@@ -258,12 +262,12 @@ class AdaptedBlock(Block):
         return self.add_feed_forward(x, attn_metadata, LayerRouting(one_hot, routed)), routed
 
 
-def make_adapted_block(adapter: AdapterConfig, n_layers: int, drop_path: float = 0.0):
-    """Makes a layer with adapters, whose dropout follows the depth schedule. It is a `make_block` for
-    lavin.llama.Llama.
-    """
-    dropout = dropout_schedule(n_layers, adapter.dropout_prob, adapter.dropout_var, adapter.dropout_lim)
-    return lambda config, layer: AdaptedBlock(config, drop_path, adapter, dropout[layer])
+def adapt_llama(llama: Llama, adapter: AdapterConfig, drop_path: float = 0.0) -> None:
+    """Puts fresh adapters, whose dropout follows the depth schedule, into the AdaptedBlocks of a decoder."""
+    dropout = dropout_schedule(len(llama.layers), adapter.dropout_prob, adapter.dropout_var, adapter.dropout_lim)
+    for block, p in zip(llama.layers, dropout, strict=True):
+        block.attach(adapter, p)
+        block.drop_path = drop_path
 
 
 # --- In the ViT ---
@@ -284,13 +288,19 @@ class AdaptedNorm(nn.Module):
 
 
 def adapt_vit(vit: nn.Module, adapter: AdapterConfig) -> None:
-    """Puts an adapter before attention (and, `router_block`, before the MLP) of every block of a timm ViT."""
+    """Puts a fresh adapter before attention (and, `router_block`, before the MLP) of every block of a timm ViT, in the
+    place of those that are there."""
     adapter_class = RepAdapter if adapter.visual_adapter_type == "normal" else RepAdapterRouter
     dropout = dropout_schedule(len(vit.blocks), adapter.dropout_prob, adapter.dropout_var, adapter.dropout_lim)
     for block, p in zip(vit.blocks, dropout, strict=True):
-        block.norm1 = AdaptedNorm(block.norm1, adapter_class(vit.embed_dim, adapter, p))
+        block.norm1 = AdaptedNorm(frozen_norm(block.norm1), adapter_class(vit.embed_dim, adapter, p))
+        block.norm2 = frozen_norm(block.norm2)
         if adapter.visual_adapter_type == "router_block":
             block.norm2 = AdaptedNorm(block.norm2, adapter_class(vit.embed_dim, adapter, p))
+
+
+def frozen_norm(norm: nn.Module) -> nn.Module:
+    return norm.norm if isinstance(norm, AdaptedNorm) else norm
 
 
 class VisualProjection(nn.Module):

@@ -20,11 +20,12 @@ from lavin.loss import answer_loss
 from lavin.mm_adapter import (
     INIT_DEVICE,
     MODALITIES,
+    AdaptedBlock,
     AdapterConfig,
     Routing,
     VisualProjection,
+    adapt_llama,
     adapt_vit,
-    make_adapted_block,
 )
 from lavin.routing_cache import RoutingCache
 from lavin.runtime.device import stack_on_device, to_device
@@ -83,20 +84,33 @@ class LaVIN(nn.Module):
 
     def __init__(self, config: LlamaConfig, vit: nn.Module, adapter: AdapterConfig, drop_path: float = 0.0):
         super().__init__()
-        self.adapter = adapter
         # replaced in lavin/fast/speed_up.py and lavin/weights/tensor_parallel.py
         self.answer_loss: Callable = answer_loss
         self.use_triton = HAS_TRITON  # in attention; set in lavin/fast/speed_up.py
         self.use_cuda_graphs = False  # in decoding; set in lavin/fast/captured_models.py
-        self.session: Any = None  # the latest generation session (lavin/generation/generate.py)
-        self.llama = Llama(config, make_adapted_block(adapter, config.n_layers, drop_path))
-        adapt_vit(vit, adapter)
+        self.llama = Llama(config, lambda config, layer: AdaptedBlock(config))
         self.vision = VisionEncoder(vit, adapter.n_prompt)
-        self.adapter_proj = VisualProjection(self.vision.width, adapter.hidden_proj, config.dim)
-        self.adapter_modality_embedding = nn.Embedding(MODALITIES, config.dim, device=INIT_DEVICE)
+        self.attach(adapter, drop_path)
+
+    def attach(self, adapter: AdapterConfig, drop_path: float = 0.0) -> None:
+        """Makes fresh adapters, on INIT_DEVICE, in the place of those that are there, and forgets all that depends on
+        these: the model is then as if it had just been built around its frozen parts.
+
+        Raises ValueError for adapters that do not fit the model.
+        """
+        dim = self.llama.config.dim
+        self.adapter = adapter
+        self.vision.set_features(adapter.n_prompt)
+        adapt_llama(self.llama, adapter, drop_path)
+        adapt_vit(self.vision.vit, adapter)
+        self.adapter_proj = VisualProjection(self.vision.width, adapter.hidden_proj, dim)
+        self.adapter_modality_embedding = nn.Embedding(MODALITIES, dim, device=INIT_DEVICE)
         for name, parameter in self.named_parameters():
             parameter.requires_grad = "adapter" in name
         self.routing_cache = RoutingCache(self.llama, self.adapter_modality_embedding)
+        self.session: Any = None  # the latest generation session (lavin/generation/generate.py)
+        self.set_gradient_checkpointing(False)
+        self.train()
 
     @property
     def device(self):

@@ -27,17 +27,21 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, vit: nn.Module, n_features: int):
         super().__init__()
-        if n_features < 1 or len(vit.blocks) % n_features:
-            raise ValueError(f"--n_prompt {n_features} must divide the ViT's {len(vit.blocks)} blocks")
         self.vit = vit
+        self.set_features(n_features)
         self.run_block = run_block  # replaced by a compiled version in lavin/fast/speed_up.py
-        self.blocks_per_feature = len(vit.blocks) // n_features
         self.width = vit.embed_dim
         self.image_size = vit.patch_embed.img_size[0]
         self.gradient_checkpointing = False
         self.mean, self.std = getattr(vit, "normalization", IMAGENET)
         self.register_buffer("pixel_mean", channels(self.mean), persistent=False)
         self.register_buffer("pixel_std", channels(self.std), persistent=False)
+
+    def set_features(self, n_features: int) -> None:
+        """Raises ValueError where `n_features` does not divide the number of blocks."""
+        if n_features < 1 or len(self.vit.blocks) % n_features:
+            raise ValueError(f"--n_prompt {n_features} must divide the ViT's {len(self.vit.blocks)} blocks")
+        self.blocks_per_feature = len(self.vit.blocks) // n_features
 
     def forward(self, images):
         """Returns the CLS features [I, n_features, width] of uint8 images [I, 3, S, S]."""

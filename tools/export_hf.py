@@ -44,7 +44,7 @@ from lavin.weights.hugging_face import HF_NAMES, rope_entry
 from tools.output import make_folder, save_tensors
 from util.data.images import IMAGE_ERRORS, load_image
 from util.flags import INHERITED, SHARED
-from util.trained_model import load_model
+from util.trained_model import load_plain_model
 
 MODALITIES = ("text", "image")
 SHARD_BYTES = 4 * 2**30
@@ -283,7 +283,7 @@ def main(args: Flags) -> None:
     if (args.out / "config.json").exists():
         raise UserError(f"--out {args.out} holds a model: name another folder")
     make_folder(args.out)
-    model, tokenizer, path = load_model(args, fast=False)
+    model, tokenizer, path = load_plain_model(args)
     family(model.llama.config, has_mlp_bias(model))  # refuses what cannot be exported, before anything is written
     check_tokenizer(tokenizer, args.modality)
     for picture, name in zip(args.pictures, names, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lavin.fast.speed_up import check_fast_paths, choose_attention, speed_up
+from lavin.fast.speed_up import check_fast_paths, choose_attention
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.runtime import distributed
@@ -23,8 +23,9 @@ from lavin.weights.load import load_base
 from util.data.checksums import States, file_states, require_unchanged
 from util.data.prompts import RESPONSE, answer_text
 from util.fingerprint import FROZEN, FROZEN_SHA256, fingerprints, frozen_files, is_comparable
-from util.flags import SHARED, BaseSettings, check_shared, inherit
+from util.flags import SHARED, BaseSettings, Execution, check_shared, inherit
 from util.runs import last_checkpoint
+from util.shared_base import SharedBase
 
 
 @dataclass(frozen=True)
@@ -124,23 +125,36 @@ def read_trained(args: Flags) -> Trained:
                    checkpoint.get("tokenization"), states)
 
 
-def load_model(args, trained: Trained | None = None, fast: bool = True) -> tuple[LaVIN, Tokenizer, Path | None]:
+def load_model(args, trained: Trained | None = None, shared: SharedBase | None = None
+               ) -> tuple[LaVIN, Tokenizer, Path | None]:
     """The model with the adapters of --adapter_path (fresh ones without it), its tokenizer, and the checkpoint's path.
 
-    trained: of `read_trained(args)`, where it was called before. fast: apply `speed_up`; without it, parameters keep
-    their names in the base model. Raises UserError where a file has changed since `read_trained`.
+    trained: of `read_trained(args)`, where it was called before. shared: lends the base, where the process has one.
+    Raises UserError where a file has changed since `read_trained`.
     """
     trained = trained or read_trained(args)
+    model, tokenizer = (shared or SharedBase()).lend(
+        BaseSettings.of(args), Execution.of(args), trained.adapter, trained.device, trained.dtype, args.max_seq_len,
+        tokenizer_path=args.tokenizer_path)
+    take_adapters(model, tokenizer, trained)
+    return model.eval(), tokenizer, trained.path
+
+
+def load_plain_model(args) -> tuple[LaVIN, Tokenizer, Path | None]:
+    """The same in the modules of the reference implementation: parameters keep their names in the base model."""
+    trained = read_trained(args)
     model, tokenizer = load_base(args.llama_model_path, args.llm_model, args.vision_model, trained.adapter,
                                  trained.device, trained.dtype, tokenizer_path=args.tokenizer_path,
                                  use_vicuna=args.use_vicuna, bits=args.bits, max_seq_len=args.max_seq_len)
+    take_adapters(model, tokenizer, trained)
+    choose_attention(model)
+    return model.eval(), tokenizer, trained.path
+
+
+def take_adapters(model: LaVIN, tokenizer: Tokenizer, trained: Trained) -> None:
+    """Loads the adapters of the checkpoint, where there is one. Raises UserError where they do not fit."""
     if trained.path:
         warn_of_other_tokenization(trained.path, trained.tokenization, tokenizer)
         check_image_statistics(model, trained.image_statistics, str(trained.path))
         load_adapters(model, trained.tensors, str(trained.path))
     require_unchanged(trained.states)
-    if fast:
-        speed_up(model, args.bits, args.compile, args.cuda_graphs)
-    else:
-        choose_attention(model)
-    return model.eval(), tokenizer, trained.path

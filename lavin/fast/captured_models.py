@@ -131,6 +131,13 @@ def capture_passes(model: LaVIN) -> None:
     CapturedVision(model.vision, model.device)
 
 
+def bind_graphs(model: LaVIN) -> None:
+    """Is called where a model, captured or not, has got other adapters."""
+    for module in (model.llama, model.vision):
+        if isinstance(module.forward, CapturedModule):
+            module.forward.bind()
+
+
 def free_graphs(*modules: nn.Module) -> None:
     """Drops the captured passes of LLaMA or the ViT and the memory they hold, where there are any."""
     for module in modules:

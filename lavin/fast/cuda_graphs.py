@@ -176,14 +176,18 @@ class CapturedModule:
 
     def __init__(self, module: nn.Module, device: torch.device):
         self.uncaptured, self.module, self.device = module.forward, module, device
-        self.owners = [(part, name) for part in module.modules() for name, p in part.named_parameters(recurse=False)
-                       if p.requires_grad]
-        self.parameters = [getattr(*owner) for owner in self.owners]
         self.leaf = torch.zeros((), device=device, requires_grad=True)  # see GraphReplay
         self.num_passes = 0
+        self.bind()
+        module.forward = self
+
+    def bind(self) -> None:
+        """Takes the trained parameters that the module has now, and drops what was captured with others."""
+        self.owners = [(part, name) for part in self.module.modules()
+                       for name, p in part.named_parameters(recurse=False) if p.requires_grad]
+        self.parameters = [getattr(*owner) for owner in self.owners]
         self.compiled: set[Hashable] = set()  # (training, kind)
         self.free()
-        module.forward = self
 
     def bucket(self, *inputs):
         raise NotImplementedError

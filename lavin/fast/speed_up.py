@@ -3,6 +3,7 @@
 import hashlib
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ def compile_model(model: LaVIN) -> None:
     for module in (model.llama, model.vision):
         module.run_block = torch.compile(module.run_block, dynamic=True)
     model.answer_loss = partial(answer_loss, cross_entropy=torch.compile(cross_entropy, dynamic=True))
+
+
+def forget_programs() -> None:
+    """Drops what was compiled for other modules: torch keeps a limited number of programs for each function."""
+    if "torch._dynamo" in sys.modules:  # the compiler takes as long to import as torch
+        torch.compiler.reset()
 
 
 @cache

@@ -4,7 +4,7 @@ With --model_parallel_size N, N consecutive ranks hold the parts of one model (l
 get the same samples and hold the same adapters, so that together they are one data-parallel rank.
 
 Their number N is, as the ranks and the world size that torch.distributed and fairscale hold, a fact of the process: it
-is set once, when the process joins its groups, and read wherever processes must act alike.
+is set when the process joins its groups, and read wherever processes must act alike.
 """
 
 import os
@@ -27,25 +27,28 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 model_parallel_size = 1  # ranks that share one model; set by `init`
 
 
-def init(parallel_size: int = 1) -> tuple[int, int, int]:
+def init(parallel_size: int | None = None) -> tuple[int, int, int]:
     """Joins the process group. Returns the data-parallel rank, the data-parallel world size and the local rank.
 
-    parallel_size: --model_parallel_size. Later calls return the same again. Raises UserError where the number of
-    processes is not a multiple of it.
+    parallel_size: --model_parallel_size; None: as it was set before. Raises UserError where the number of processes is
+    not a multiple of it.
     """
     global model_parallel_size
     rank, world, local_rank = launched_as()
+    parallel_size = model_parallel_size if parallel_size is None else parallel_size
     if parallel_size < 1 or world % parallel_size:
         raise UserError(f"--model_parallel_size {parallel_size} does not divide the number of processes, "
                         f"{world}: start others with torchrun --nproc_per_node")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
         heartbeat.start(rank, world)
-    if parallel_size > 1 and model_parallel_size == 1:
+    if parallel_size != model_parallel_size:
         # imported here, since few runs need fairscale
-        from fairscale.nn.model_parallel.initialize import initialize_model_parallel
-        with open(os.devnull, "w") as devnull, redirect_stdout(devnull):  # it prints all group sizes
-            initialize_model_parallel(parallel_size)
+        from fairscale.nn.model_parallel.initialize import destroy_model_parallel, initialize_model_parallel
+        destroy_model_parallel()
+        if parallel_size > 1:
+            with open(os.devnull, "w") as devnull, redirect_stdout(devnull):  # it prints all group sizes
+                initialize_model_parallel(parallel_size)
         model_parallel_size = parallel_size
     return rank // model_parallel_size, world // model_parallel_size, local_rank
 

@@ -14,3 +14,10 @@ def prepare_imports() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # which would show where the imports were
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def prepare_cuda() -> None:
+    """Settles what CUDA takes from the environment at its first use. Commands whose results are compared do it alike.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # tensor sizes change all the time

@@ -6,7 +6,8 @@ Whether all are finite is known at the end, since each answer from a GPU would s
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -39,11 +40,8 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
                         "belongs to another model: put the model's own into its folder")
     check_length(base.config, max_seq_len)
     vit, vit_tensors = open_vit(vision_model)
-    try:
-        with torch.device("meta"):
-            model = LaVIN(base.config, vit, adapter, drop_path)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    with user_error_if_unfit(), torch.device("meta"):
+        model = LaVIN(base.config, vit, adapter, drop_path)
     # Modules are replaced now, while they hold no memory. Shapes are taken after sharding, which changes them, and
     # before quantization, which removes the parameters.
     tensors = base.tensors
@@ -57,6 +55,24 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
     load_frozen(model.llama, llama_parameters, tensors, base.source, device, dtype)
     load_frozen(model.vision.vit, vit_parameters, vit_tensors, f"--vision_model {vision_model}", device, dtype)
     return model.to(device), tokenizer
+
+
+def exchange_adapters(model: LaVIN, adapter: AdapterConfig, drop_path: float, max_seq_len: int | None) -> None:
+    """Gives a loaded model the freshly initialised adapters, and checks, as `load_base` does."""
+    check_length(model.llama.config, max_seq_len)
+    device = model.device
+    with user_error_if_unfit():
+        model.attach(adapter, drop_path)
+    model.to(device)
+
+
+@contextmanager
+def user_error_if_unfit() -> Iterator[None]:
+    """Turns the error of adapters that do not fit a model into one that names the flag."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_length(config: LlamaConfig, max_seq_len: int | None) -> None:

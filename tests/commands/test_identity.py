@@ -16,7 +16,7 @@ from lavin.runtime.files import SAMPLE_BYTES, write_json_lines
 from lavin.weights import hub
 from tiny_runs import forget_in_checkpoint, load_checkpoint, run_flags, write_run
 from user_errors import error_message
-from util import fingerprint, trained_model
+from util import fingerprint, shared_base, trained_model
 from util.data.datasets import ScienceQA, load_scienceqa
 from util.data.instructions import Instructions, LazyImage
 from util.evaluation import evaluate, mme
@@ -292,8 +292,8 @@ def test_training_does_not_begin_on_other_files_than_its_recipe_names(flags, exc
 
 def test_scores_are_not_of_other_files_than_they_name(run, exchanged, tmp_path, monkeypatch):
     path, exchange = exchanged[0]("test"), exchanged[1]
-    load = trained_model.load_base
-    monkeypatch.setattr(trained_model, "load_base",
+    load = shared_base.load_base
+    monkeypatch.setattr(shared_base, "load_base",
                         lambda *args, **more: exchanging(lambda: load(*args, **more), lambda: exchange(path))())
     message = error_message(run_eval, "--adapter_path", run, "--output_dir", tmp_path / "scores")
     assert message.startswith(f"{path} changes while it is read") and not (tmp_path / "scores").exists()

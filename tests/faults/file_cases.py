@@ -29,8 +29,7 @@ from tests.faults.cases import (
     set_torch,
     write,
 )
-from util import trained_model
-from util.training import command as training_command
+from util import shared_base
 
 USERS_FILE, USERS_TEXT = "thesis.tex", "years of work"  # no command may change it
 ANOTHER_USER = 4321
@@ -165,12 +164,12 @@ def exchanged_cases() -> Iterator[Case]:
 
 def exchange_once_loaded(file: str, make: Exchange) -> None:
     """The models are loaded of the old file, whose checksum was taken before."""
-    def load(*args, load_base=trained_model.load_base, **more):
+    def load(*args, load_base=shared_base.load_base, **more):
         loaded = load_base(*args, **more)
         exchange(file, make)
         return loaded
 
-    trained_model.load_base = training_command.load_base = load  # in the process of the case
+    shared_base.load_base = load  # in the process of the case
 
 
 def exchanged_meanwhile_cases() -> Iterator[Case]:

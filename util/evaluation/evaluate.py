@@ -17,6 +17,7 @@ from util.evaluation.results import differing_words, results_folder, scored_befo
 from util.fingerprint import equal_on_all_nodes, with_fetched
 from util.flags import BaseSettings
 from util.runs import locked
+from util.shared_base import SharedBase
 from util.trackers import add_scores
 from util.trained_model import Trained, load_model
 
@@ -61,15 +62,15 @@ class Task(Protocol):
         """The lines that a user sees."""
 
 
-def run(task: Task, args: Flags, trained: Trained) -> None:
-    """Evaluates into the folder that --output_dir names, or that of the run, and prints the scores."""
+def run(task: Task, args: Flags, trained: Trained, shared: SharedBase) -> None:
+    """Evaluates into the folder that --output_dir names, or that of the run, and prints the scores. shared: lends the
+    base."""
     folder = distributed.from_rank_0(lambda: results_folder(args.output_dir, trained.path))
     with locked(folder), working_on(folder.name):
-        evaluate(task, args, trained, folder)
-    distributed.close()
+        evaluate(task, args, trained, folder, shared)
 
 
-def evaluate(task: Task, args: Flags, trained: Trained, folder: Path) -> None:
+def evaluate(task: Task, args: Flags, trained: Trained, folder: Path, shared: SharedBase) -> None:
     pictures = file_states(task.pictures())
     identity = equal_on_all_nodes(task.identity, differing_words)
     scores = distributed.from_rank_0(lambda: scored_before(folder / task.scores_file, identity,
@@ -79,7 +80,7 @@ def evaluate(task: Task, args: Flags, trained: Trained, folder: Path) -> None:
         report(task, folder, scores, trained)
         return
     torch.manual_seed(0)  # the fresh adapters of an untuned base are always the same ones, whatever --seed samples
-    model, tokenizer, _ = load_model(args, trained)
+    model, tokenizer, _ = load_model(args, trained, shared)
     keys = task.prepare(model)
     require_unchanged(pictures)
     identity = with_fetched(identity, task.base.vision_model)

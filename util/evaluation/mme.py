@@ -24,6 +24,7 @@ from util.evaluation.results import model_identity
 from util.evaluation.settings import Answering, take_run
 from util.flags import BaseSettings, Execution
 from util.runs import MME_ANSWERS, MME_SCORES
+from util.shared_base import SharedBase
 from util.trained_model import Trained, read_trained
 
 MAX_ANSWER_TOKENS = 20  # generation stops earlier, as soon as the answer is decided
@@ -133,4 +134,5 @@ def main(args: Flags) -> None:
     pairs = distributed.from_rank_0(lambda: known or load_mme(f"{args.data_root}/mme"))
     task = MMETask(pairs, trained, BaseSettings.of(args), Answering.of(args),
                    args.tokenizer_path, Execution.of(args).num_workers)
-    evaluate.run(task, args, trained)
+    evaluate.run(task, args, trained, SharedBase())
+    distributed.close()

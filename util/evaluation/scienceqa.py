@@ -21,6 +21,7 @@ from util.evaluation.scoring import COLUMNS, score
 from util.evaluation.settings import Answering, take_run
 from util.flags import BaseSettings, Execution
 from util.runs import GENERATIONS, PREDICTIONS, SCORES
+from util.shared_base import SharedBase
 from util.trained_model import Trained, read_trained
 
 
@@ -105,6 +106,12 @@ def score_table(scores: dict) -> str:
 
 def main(args: Flags) -> None:
     """The command eval.py."""
+    run(args, SharedBase())
+    distributed.close()
+
+
+def run(args: Flags, shared: SharedBase) -> None:
+    """The command among others of its process. shared: lends the base to all of them."""
     take_run(args)
     trained = read_trained(args)
     data, answering = DataSettings.of(args), Answering.of(args)
@@ -115,4 +122,4 @@ def main(args: Flags) -> None:
     problems = problems.sample(args.questions) if args.questions else problems
     task = ScienceQATask(problems, args.split, trained, BaseSettings.of(args), data, answering, args.tokenizer_path,
                          Execution.of(args).num_workers)
-    evaluate.run(task, args, trained)
+    evaluate.run(task, args, trained, shared)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from lavin.fast.speed_up import check_fast_paths, speed_up
+from lavin.fast.speed_up import check_fast_paths
 from lavin.runtime import distributed
 from lavin.runtime.console import is_main_process, print_rank0, working_on
 from lavin.runtime.device import choose_device, choose_dtype
@@ -12,11 +12,11 @@ from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags
 from lavin.weights.base import require_base
 from lavin.weights.hub import commits
-from lavin.weights.load import load_base
 from util.data.checksums import file_states, require_unchanged
 from util.data.examples import load_examples, load_training_data
 from util.fingerprint import equal_on_all_nodes, frozen_files, with_fetched
 from util.runs import locked, write_config
+from util.shared_base import SharedBase
 from util.trackers import require_trackers
 from util.training.epoch_record import EpochRecord
 from util.training.metrics import drop_metrics
@@ -28,6 +28,13 @@ from util.training.trainer import Trainer
 
 
 def main(args: Flags) -> None:
+    """The command train.py."""
+    run(args, SharedBase())
+    distributed.close()
+
+
+def run(args: Flags, shared: SharedBase) -> None:
+    """The command among others of its process. shared: lends the base to all of them."""
     effective_batch = take_flags_of_run(args, get_args_parser()) if args.resume else None
     rank, world, local_rank = distributed.init(args.model_parallel_size)
     if effective_batch:
@@ -36,11 +43,10 @@ def main(args: Flags) -> None:
     require_base(settings.base.llama_model_path, settings.base.llm_model, use_vicuna=settings.base.use_vicuna)
     device = choose_device(settings.execution.device, local_rank)
     with locked(settings.run.output_dir), working_on(Path(settings.run.output_dir).name):
-        train(settings, rank, world, device)
-    distributed.close()
+        train(settings, rank, world, device, shared)
 
 
-def train(settings: TrainSettings, rank: int, world: int, device: torch.device) -> None:
+def train(settings: TrainSettings, rank: int, world: int, device: torch.device, shared: SharedBase) -> None:
     # everything that is fast and may refuse the command comes first
     dtype = choose_dtype(settings.execution.precision, device)
     require_trackers(settings.run.trackers)
@@ -52,7 +58,7 @@ def train(settings: TrainSettings, rank: int, world: int, device: torch.device) 
         print_rank0(f"run: {run.folder}, which is finished: all {settings.schedule.epochs} epochs of this recipe are "
                     "there")
         return
-    model, tokenizer = load_model(settings, device, dtype)
+    model, tokenizer = load_model(settings, device, dtype, shared)
     examples = load_examples(data, settings.data, tokenizer, model.vision.image_size, settings.adapter.n_prompt,
                              settings.execution.num_workers)
     require_unchanged(states)
@@ -80,7 +86,7 @@ def require_equal_examples(sha256: str) -> None:
                         "same versions of sentencepiece and tokenizers on all nodes")
 
 
-def load_model(settings: TrainSettings, device: torch.device, dtype: torch.dtype):
+def load_model(settings: TrainSettings, device: torch.device, dtype: torch.dtype, shared: SharedBase):
     """The model with fresh adapters, the same on every rank, and its tokenizer."""
     base, execution = settings.base, settings.execution
     check_fast_paths(device, dtype, base.bits, execution.compile, execution.cuda_graphs)
@@ -88,10 +94,8 @@ def load_model(settings: TrainSettings, device: torch.device, dtype: torch.dtype
     torch.use_deterministic_algorithms(True, warn_only=base.bits in ("4bit", "8bit"))
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(settings.optimization.seed)
-    model, tokenizer = load_base(base.llama_model_path, base.llm_model, base.vision_model, settings.adapter, device,
-                                 dtype, settings.optimization.drop_path, use_vicuna=base.use_vicuna, bits=base.bits,
-                                 max_seq_len=settings.data.max_seq_len)
-    speed_up(model, base.bits, execution.compile, execution.cuda_graphs)
+    model, tokenizer = shared.lend(base, execution, settings.adapter, device, dtype, settings.data.max_seq_len,
+                                   settings.optimization.drop_path)
     model.set_gradient_checkpointing(settings.optimization.gradient_checkpointing)
     return model, tokenizer
 

@@ -1,7 +1,9 @@
 """Work and speed of training: FLOPs, model FLOPs utilization (MFU; Chowdhery et al. 2022, arXiv 2204.02311), memory."""
 
 import resource
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -47,6 +49,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype, n_gpus: int) -> float |
         return None
     name = torch.cuda.get_device_name(device)
     return next((n_gpus * 1e12 * tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+
+
+def restart_peak_memory() -> None:
+    """From here on, `peak_memory_gib` is that of the run that begins now, and not of those before it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # no Linux, or not allowed
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_gib(device: torch.device) -> float:
