@@ -79,9 +79,15 @@ RECIPE=(
     --visual_adapter_type router
 )
 
-# launch PROGRAM FLAG...: on all GPUs. The port of several nodes is the job's own, since jobs may share a node.
+# launch PROGRAM FLAG...: on all GPUs. The port of several nodes is the job's own, since jobs may share a node. Where
+# LISTED names a file, the command is written to it, for util/series, and not run.
 launch() {
     local command=(python) names
+    if [ -n "${LISTED:-}" ]; then
+        printf '%q ' "$@" >> "$LISTED"
+        echo >> "$LISTED"
+        return
+    fi
     if [ "$NODES" -gt 1 ]; then
         names=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
         # srun of Slurm 22.05 to 23.02 does not take the number of CPUs from sbatch

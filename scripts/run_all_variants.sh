@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains and scores all methods of scripts/methods.json, and draws the comparison:
 # goes on past a failure and names it at the end; finished runs take a moment.
-# Arguments go to every method.
+# Arguments go to every method. The runs of a slot share a process, and in it
+# their base (util/series), up to one that fails: the next get a new process.
 #   METHODS                   the methods, by default all: "base step" runs only
 #                             these; "step+drop_dec base+dropout_prob=0.05" the
 #                             script of the first with the flags of the second
@@ -60,29 +61,51 @@ for seed in $SEEDS; do
     done
 done
 
-state=$(mktemp -d) # its files: stopped, as soon as any run was stopped; failed, the folders of those that failed
+# its files: stopped, as soon as any run was stopped; failed, the folders of those that failed; SLOT-NUMBER: the commands
+# of a run that is not done. All nodes of a job see the project's folder.
+if [ "$NODES" -gt 1 ]; then state=$(mktemp -d "$PWD/.runs.XXXXXX"); else state=$(mktemp -d); fi
 trap 'rm -r "$state"' EXIT
 touch "$state/failed"
 
-# work SLOT FLAG...: every JOBS-th run, from number SLOT on.
+# list_runs SLOT FLAG...: writes the commands of every JOBS-th run, from number SLOT on.
+list_runs() {
+    local i method seed script added folder commands
+    for ((i = $1; i < ${#runs[@]}; i += JOBS)); do
+        read -r method seed <<< "${runs[i]}"
+        script="scripts/finetuning_sqa_7b_${method%%+*}.sh" folder=$(folder_of "$method" "$seed")
+        added=()
+        if [[ $method == *+* ]]; then read -r -d "" -a added <<< "$(added_flags "$method")" || true; fi
+        commands=$(printf '%s/%s-%04d' "$state" "$1" "$i")
+        echo "# $method, seed $seed" > "$commands"
+        LISTED=$commands bash "${script/_base/}" "${added[@]}" --seed "$seed" --output_dir "$folder" "${@:2}" ||
+            give_up "$commands"
+    done
+}
+
+# give_up FILE: the run of this file has failed
+give_up() {
+    local method seed
+    read -r method seed <<< "${runs[10#${1##*-}]}"
+    folder_of "$method" "$seed" >> "$state/failed"
+    rm "$1"
+}
+
+# work SLOT FLAG...: a process makes the slot's runs; where it ends before, the first one that is left has failed.
 work() {
-    local i method seed script added folder status
+    local left status
     forward_signals
     take_share "$1"
     export TQDM_POSITION=$1 # each slot's progress bar has a line of its own
-    for ((i = $1; i < ${#runs[@]}; i += JOBS)); do
-        [ ! -e "$state/stopped" ] || return
-        read -r method seed <<< "${runs[i]}"
-        script="scripts/finetuning_sqa_7b_${method%%+*}.sh" folder=$(folder_of "$method" "$seed") status=0
-        added=()
-        if [[ $method == *+* ]]; then read -r -d "" -a added <<< "$(added_flags "$method")" || true; fi
-        echo "== $method, seed $seed"
-        run bash "${script/_base/}" "${added[@]}" --seed "$seed" --output_dir "$folder" "${@:2}" || status=$?
+    list_runs "$@"
+    while left=("$state/$1"-*) && [ -e "${left[0]}" ] && [ ! -e "$state/stopped" ]; do
+        status=0
+        launch -m util.series "${left[@]}" || status=$?
         if [ -n "$stopped" ] || [ "$status" -eq "$UNFINISHED" ]; then
             touch "$state/stopped"
-        elif [ "$status" -ne 0 ]; then
-            echo "$folder" >> "$state/failed"
+            return
         fi
+        left=("$state/$1"-*)
+        [ ! -e "${left[0]}" ] || give_up "${left[0]}"
     done
 }
 

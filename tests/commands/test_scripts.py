@@ -29,6 +29,24 @@ if [ "$name" = nvidia-smi ]; then
     for ((i = 0; i < ${HERE:-0}; i++)); do echo "GPU $i: NVIDIA"; done
     exit "${BROKEN:-0}"
 fi
+if [[ "$*" = *"-m util.series "* ]]; then # its commands are called, with what stands before it
+    before=()
+    while [ "$1 $2" != "-m util.series" ]; do before+=("$1"); shift; done
+    shift 2
+    trap 'kill -TERM $command' TERM
+    for file; do
+        while read -r line <&3; do
+            [[ $line != "#"* ]] || continue
+            eval "words=($line)"
+            "$0" "${before[@]}" "${words[@]}" &
+            command=$!
+            while kill -0 $command 2> /dev/null; do wait $command || true; done
+            wait $command || exit
+        done 3< "$file"
+        rm "$file"
+    done
+    exit
+fi
 echo "$name $*" >> "$CALLS"
 case "$name $*" in
     *"${FAIL:-never}"*) exit "${STATUS:-1}" ;;

@@ -1,0 +1,268 @@
+"""Runs one after another in one process: each is what it is alone, and a run that fails or is stopped ends them."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import forked
+import train
+from conftest import write_base
+from forked import Ended, in_child
+from killed import contents
+from lavin.runtime.errors import one_line_errors
+from tiny_runs import load_checkpoint, run_flags, run_workers
+from util import shared_base
+from util.data import cache
+from util.series.commands import make_runs, process_of_its_own
+from util.training.throughput import peak_memory_gib
+from util.training.trainer import Trainer
+
+TIMES = ("seconds", "samples_per_s", "tokens_per_s", "peak_memory_gib")
+RUNS = {  # one after another: with adapters of the same and of other shapes, another base, and the first base again
+    "base": (), "seed": ("--seed", "1"),
+    "other-adapters": ("--adapter_type", "block", "--visual_adapter_type", "router_block", "--adapter_dim", "4",
+                       "--n_prompt", "2", "--dropout_prob", "0.3", "--dropout_lim", "0.3"),
+    "recomputed": ("--gradient_checkpointing", "--drop_path", "0.5", "--visual_adapter_type", "normal"),
+    "other-base": ("--seed", "1", "--adapter_scale", "0.5"), "base-again": ("--lr_schedule", "step")}
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    monkeypatch.setattr(forked, "SECONDS", 300)
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory, tokenizer_file):
+    folder = tmp_path_factory.mktemp("other")
+    other = write_base(folder, tokenizer_file)
+    path = other.weights / "tiny" / "consolidated.00.pth"
+    torch.save({name: 1.1 * tensor for name, tensor in torch.load(path).items()}, path)
+    return other
+
+
+def commands(base, scienceqa, name: str, *more: str) -> list[list[str]]:
+    """Trains into the folder `name`, and scores. Three of four questions' answers are drawn."""
+    flags = run_flags(base, scienceqa, name, "--epochs", "2", "--num_workers", "1", *RUNS.get(name, ()), *more)
+    return [["train.py", *flags], ["eval.py", "--device", "cpu", "--generation_temperature", "1", "--trained_with",
+                                   *flags]]
+
+
+def write_files(folder: Path, runs: dict[str, list[list[str]]]) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"0-{i:04d}" for i in range(len(runs))]
+    for path, (name, run) in zip(paths, runs.items(), strict=True):
+        path.write_text("".join(f"{line}\n" for line in (f"# {name}", *map(shlex.join, run))))
+    return paths
+
+
+def together(folder: Path, runs: dict[str, list[list[str]]], before=lambda: None) -> tuple[Ended, list[str]]:
+    """Makes the runs in the folder, in one process, and returns the names of those whose files are left. before: is
+    called in that process."""
+    paths = write_files(folder / "files", runs)
+
+    def make():
+        os.chdir(folder)
+        before()
+        with one_line_errors():
+            make_runs(paths)
+
+    ended = in_child(make)
+    return ended, [name for name, path in zip(runs, paths, strict=True) if path.exists()]
+
+
+def alone(folder: Path, run: list[list[str]]) -> str:
+    """Makes a run in the folder, each command in a process of its own; returns what they said."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = ""
+    for program, *words in run:
+        def command(main={"train.py": train, "eval.py": evaluation}[program], words=words):
+            os.chdir(folder)
+            with one_line_errors():
+                main.main(main.get_args_parser().parse_args(words))
+        ended = in_child(command)
+        assert ended.status == 0, ended.errors
+        said += ended.out
+    return said
+
+
+def untimed(said: str) -> list[str]:
+    return re.sub(r"[\d.]+ samples/s", "samples/s", said).splitlines()
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Byte for byte, but for times."""
+    def untimed_lines(text: bytes) -> list[dict]:
+        return [{name: value for name, value in json.loads(line).items() if name not in TIMES}
+                for line in text.splitlines()]
+    a, b = contents(folder), contents(other)
+    assert a.keys() == b.keys() >= {Path(name) for name in ("checkpoint-1.pth", "scores.json", "generations.jsonl")}
+    for name in a:
+        if name.name in ("log.txt", "metrics.jsonl"):
+            assert untimed_lines(a[name]) == untimed_lines(b[name])
+        else:
+            assert a[name] == b[name], name
+
+
+def test_each_run_is_what_it_is_alone(base, other_base, scienceqa, tmp_path):
+    runs = {name: commands(other_base if name == "other-base" else base, scienceqa, name) for name in RUNS}
+    ended, left = together(tmp_path / "together", runs)
+    assert ended.status == 0 and left == [], ended.errors
+    said = dict(part.split("\n", 1) for part in ended.out.split("== ")[1:])
+    assert list(said) == list(RUNS)
+    for name in RUNS:
+        assert untimed(said[name]) == untimed(alone(tmp_path / "alone", runs[name]))
+        assert_same_run(tmp_path / "together" / name, tmp_path / "alone" / name)
+    first, second = (load_checkpoint(tmp_path / "alone" / name / "checkpoint-1.pth")["model"]
+                     for name in ("base", "base-again"))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_that_fails_ends_the_process_and_the_next_one_makes_the_rest(base, scienceqa, tmp_path):
+    runs = {name: commands(base, scienceqa, name) for name in ("base", "seed", "base-again")}
+    runs["seed"] = commands(base, scienceqa, "seed", "--lr", "1e30")
+    ended, left = together(tmp_path, runs)
+    assert ended.status == 1 and left == ["seed", "base-again"]
+    assert ended.errors.splitlines()[-1].startswith("train.py: error: training diverged")
+    assert (tmp_path / "base" / "scores.json").exists() and not (tmp_path / "base-again").exists()
+    assert not (tmp_path / "seed" / "scores.json").exists() and not (tmp_path / "seed" / ".owner.json").exists()
+    ended, left = together(tmp_path, {name: runs[name] for name in ("base", "base-again")})
+    assert ended.status == 0 and left == [] and "base, which is finished" in ended.out
+    assert "scored before" in ended.out and (tmp_path / "base-again" / "scores.json").exists()
+
+
+def signal_at_step(number: int):
+    """SIGTERM comes in this step of a process."""
+    train_step, steps = Trainer.train_step, []
+
+    def counted(self, *args):
+        steps.append(1)
+        if len(steps) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train_step(self, *args)
+
+    Trainer.train_step = counted
+
+
+@pytest.mark.parametrize("step, said", [(8, "and saved, in epoch 0 after step"), (12, "the same command goes on")])
+def test_a_run_that_is_stopped_is_saved_and_no_other_begins(base, scienceqa, tmp_path, step, said):
+    """Also where the signal comes in the last step of a run, which is then done. A run has 6 steps."""
+    runs = {name: commands(base, scienceqa, name) for name in ("base", "seed", "base-again")}
+    ended, left = together(tmp_path / "together", runs, before=lambda: signal_at_step(step))
+    assert ended.status == 75 and not (tmp_path / "together" / "base-again").exists()
+    line = ended.errors.splitlines()[-1]
+    assert re.match(r"(train|eval)\.py: stopped by SIGTERM", line) and said in line
+    ended, left = together(tmp_path / "together", {name: runs[name] for name in left})
+    assert ended.status == 0 and left == []
+    alone(tmp_path / "alone", runs["seed"])
+    for name in ("checkpoint-1.pth", "generations.jsonl"):
+        assert load_file(tmp_path / "together" / "seed" / name) == load_file(tmp_path / "alone" / "seed" / name)
+
+
+def load_file(path: Path):
+    return json.dumps(load_checkpoint(path), default=torch.Tensor.tolist) if path.suffix == ".pth" else path.read_text()
+
+
+def test_no_run_begins_after_another_process_was_stopped(base, scienceqa, tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "stopped").touch()
+    ended, left = together(tmp_path, {"base": commands(base, scienceqa, "base")})
+    assert ended.status == 75 and left == ["base"] and not (tmp_path / "base").exists()
+    assert "stopped, since another of the runs was" in ended.errors
+
+
+def test_the_base_is_read_once_and_again_where_it_has_changed(base, other_base, scienceqa, tmp_path, monkeypatch):
+    read = []
+    load_base = shared_base.load_base
+    monkeypatch.setattr(shared_base, "load_base", lambda *args: read.append(args[2]) or load_base(*args))
+    shared = shared_base.SharedBase()
+    monkeypatch.chdir(tmp_path)
+    for name, changes in (("a", ()), ("b", ("--adapter_dim", "4")), ("c", ("--precision", "bf16"))):
+        (program, *words), _ = commands(base, scienceqa, name, "--stop_after_epoch", "1", *changes)
+        shared_base_run(words, shared)
+        assert len(read) == {"a": 1, "b": 1, "c": 2}[name]
+    path = next(base.vision.glob("*.safetensors"))
+    os.utime(path)
+    shared_base_run(commands(base, scienceqa, "d", "--stop_after_epoch", "1", "--precision", "bf16")[0][1:], shared)
+    assert len(read) == 3
+
+
+def shared_base_run(words: list[str], shared) -> None:
+    from util.training.command import run
+    run(train.get_args_parser().parse_args(words), shared)
+
+
+def test_adapters_that_do_not_fit_are_refused_as_ever(base, scienceqa, tmp_path):
+    runs = {"base": commands(base, scienceqa, "base"),
+            "unfit": commands(base, scienceqa, "unfit", "--n_prompt", "4")}
+    ended, left = together(tmp_path, runs)
+    assert ended.status == 1 and left == ["unfit"]
+    assert ended.errors.splitlines()[-1] == "train.py: error: --n_prompt 4 must divide the ViT's 6 blocks"
+
+
+def test_a_command_leaves_its_process_as_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["series"])
+    threads = torch.get_num_threads()
+    for _ in range(2):
+        with process_of_its_own("train.py"):
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.set_num_threads(threads + 1)
+            cache.report_no_cache(tmp_path, "full")
+            with warnings.catch_warnings(record=True) as shown:
+                warnings.simplefilter("default")
+                warnings.warn("once", stacklevel=1)
+            assert len(shown) == 1
+        assert not torch.are_deterministic_algorithms_enabled() and torch.get_num_threads() == threads
+        assert torch.utils.deterministic.fill_uninitialized_memory
+    assert capsys.readouterr().out.count("no cache of pictures") == 2
+
+
+def test_memory_is_counted_from_the_beginning_of_a_run():
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not tell")
+    before = peak_memory_gib(torch.device("cpu"))
+    large = bytearray(2**29)
+    large[::4096] = bytes([1]) * len(large[::4096])
+    assert peak_memory_gib(torch.device("cpu")) > before + 0.3
+    del large
+    with process_of_its_own("train.py"):
+        assert peak_memory_gib(torch.device("cpu")) < before + 0.2
+
+
+PROCESSES = """
+import os, sys
+from pathlib import Path
+import torch
+sys.path[:0] = {path!r}
+from util.series.commands import make_runs
+os.chdir({folder!r})
+make_runs([Path(path) for path in {files!r}])
+torch.save(0, Path({out!r}) / f"{{os.environ['RANK']}}.pt")
+"""
+
+
+def test_processes_that_train_together_share_their_bases(base, scienceqa, tmp_path):
+    """Also where a run splits the model among them, and the next one does not: its evaluation never does."""
+    def runs(*names):
+        return {name: commands(base, scienceqa, name, "--batch_size", "2", *(["--model_parallel_size", "2"] *
+                                                                            (name == "base"))) for name in names}
+
+    def launch(folder: str, **chosen):
+        (tmp_path / folder).mkdir()
+        files = write_files(tmp_path / folder / "files", chosen)
+        run_workers(PROCESSES.format(path=[str(Path(__file__).parents[2])], folder=str(tmp_path / folder), out=str(
+            tmp_path / folder), files=list(map(str, files))), 2, tmp_path / folder)
+        assert not any(path.exists() for path in files)
+
+    launch("together", **runs("base", "seed"))
+    launch("alone", **runs("seed"))
+    assert_same_run(tmp_path / "together" / "seed", tmp_path / "alone" / "seed")
+    assert (tmp_path / "together" / "base" / "scores.json").exists()
