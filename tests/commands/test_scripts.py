@@ -30,6 +30,8 @@ if [ "$name" = nvidia-smi ]; then
     exit "${BROKEN:-0}"
 fi
 if [[ "$*" = *"-m util.series "* ]]; then # its commands are called, with what stands before it
+    echo "$name $*" >> "$CALLS.series"
+    [ "${FAIL:-never}" != util.series ] || exit 1
     before=()
     while [ "$1 $2" != "-m util.series" ]; do before+=("$1"); shift; done
     shift 2
@@ -341,6 +343,51 @@ def test_jobs_share_the_runs(sandbox, jobs):
     calls = sandbox.run("scripts/run_all_variants.sh", SEEDS=" 0 1", GPUS="1", JOBS=jobs)
     runs = [call.split("--output_dir ")[-1] for call in calls if "train.py" in call]
     assert len(runs) == len(set(runs)) == 2 * len(METHODS) == sum("eval.py" in call for call in calls)
+
+
+def processes_of_runs(sandbox) -> list[str]:
+    """The calls of util.series since the last time."""
+    path = sandbox.folder / "calls.series"
+    calls = path.read_text().splitlines()
+    path.unlink()
+    return calls
+
+
+def runs_of_processes(sandbox) -> list[int]:
+    """The number of runs that each process was to make."""
+    return [len(re.findall(r"/\d+-\d{4}\b", call)) for call in processes_of_runs(sandbox)]
+
+
+def test_the_runs_of_a_slot_share_a_process_up_to_one_that_fails(sandbox):
+    sandbox.run("scripts/run_all_variants.sh", GPUS="1", JOBS="2")
+    assert runs_of_processes(sandbox) == [len(METHODS) // 2] * 2
+    sandbox.run("scripts/run_all_variants.sh", GPUS="4")  # all of them train together
+    assert runs_of_processes(sandbox) == [len(METHODS)]
+    sandbox.calls.write_text("")
+    calls = sandbox.run("scripts/run_all_variants.sh", GPUS="1", FAIL="--output_dir ./LaVIN-7B-cyclical-seed0", code=1)
+    assert runs_of_processes(sandbox) == [len(METHODS), len(METHODS) - 2]
+    assert sandbox.errors == "failed: ./LaVIN-7B-cyclical-seed0\n"
+    assert sum("train.py" in call for call in calls) == len(METHODS)
+
+
+def test_a_process_that_ends_before_its_runs_fails_each_of_them(sandbox):
+    """As where a GPU is gone: nothing is tried without end."""
+    sandbox.run("scripts/run_all_variants.sh", GPUS="1", METHODS="base step", FAIL="util.series", code=1)
+    assert sandbox.errors == "failed: ./LaVIN-7B-base-seed0 ./LaVIN-7B-step-seed0\n"
+    assert not list(sandbox.folder.glob(".runs*"))
+
+
+def test_a_method_without_a_script_keeps_no_other_from_running(sandbox):
+    calls = sandbox.run("scripts/run_all_variants.sh", GPUS="1", METHODS="base stepp step", code=1)
+    assert sandbox.errors.endswith("failed: ./LaVIN-7B-stepp-seed0\n")
+    assert sum("train.py" in call for call in calls) == 2
+
+
+def test_several_nodes_find_the_commands_in_the_projects_folder(sandbox):
+    sandbox.run("scripts/run_all_variants.sh", METHODS="base", **slurm(sandbox, "2"))
+    command, = processes_of_runs(sandbox)
+    assert command.startswith("srun --nodes 2 ") and f" -m util.series {sandbox.folder}/.runs." in command
+    assert not list(sandbox.folder.glob(".runs*"))
 
 
 def devices(calls: list[str]) -> list[str]:

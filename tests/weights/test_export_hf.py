@@ -49,7 +49,7 @@ def export(base, path, out, *flags):
 @torch.no_grad()
 def test_logits_and_answers_without_images(base, trained, tmp_path, monkeypatch):
     model, tokenizer, path = trained
-    monkeypatch.setattr("util.trained_model.speed_up", None)  # the export must not call it: it fuses weight matrices
+    monkeypatch.setattr("util.shared_base.speed_up", None)  # the export must not call it: it fuses weight matrices
     theirs = export(base, path, tmp_path / "hf")
     example = tokenizer.example(PROMPT)
     ids = torch.tensor(example.ids)[None]
