@@ -6,6 +6,7 @@ Without a GPU, `capture` returns the function itself; buckets, padding, static b
 import gc
 import itertools
 import math
+from dataclasses import replace
 from weakref import WeakMethod, ref
 
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 
 from lavin.attention import VarlenMetadata
 from lavin.fast import captured_models, cuda_graphs
-from lavin.fast.captured_models import CapturedLlama, CapturedLlamaPass, capture_passes
+from lavin.fast.captured_models import CapturedLlama, CapturedLlamaPass, bind_graphs, capture_passes
 from lavin.fast.cuda_graphs import pad_to_bucket
 from lavin.generation.generate import decode, warmup
 from lavin.generation.option_scoring import score_options
@@ -29,6 +30,7 @@ from tiny import (
     greedy_logits,
     loss_and_gradients,
     mixed_examples,
+    randomise_adapters,
     tiny_example,
     tiny_model,
 )
@@ -47,6 +49,22 @@ def test_captured_training_equals_eager(adapter_type, visual_type):
     assert llama.num_passes == 5 and len(llama.graphs) == 3 and vision.num_passes == 4 and len(vision.graphs) == 2
     tokens_of_graphs = [tokens for _, (tokens, *_) in llama.graphs]
     assert all(tokens > sum(len(e.ids) for e in BATCHES[1]) or tokens < 200 for tokens in tokens_of_graphs)  # padded
+
+
+def test_captured_passes_are_bound_to_adapters_that_were_attached_later():
+    eager, captured = (tiny_model(dropout_prob=0.0).train() for _ in range(2))
+    capture_passes(captured)
+    for rank in (4, 4, 2):
+        for model in (eager, captured):
+            torch.manual_seed(rank)
+            model.attach(replace(model.adapter, adapter_dim=rank))
+            randomise_adapters(model)
+        bind_graphs(captured)
+        bind_graphs(eager)  # nothing is captured there
+        for examples in BATCHES:
+            torch.testing.assert_close(loss_and_gradients(captured, examples), loss_and_gradients(eager, examples),
+                                       rtol=1e-4, atol=1e-5)
+        assert len(captured.llama.forward.graphs) == 3  # the first pass runs uncaptured, as in a new process
 
 
 def test_captured_scoring_equals_eager():

@@ -12,7 +12,7 @@ from lavin.mm_adapter import AdapterConfig, RepAdapterRouter
 from lavin.model import LaVIN, pack
 from lavin.timm_compat import timm
 from lavin.weights.adapters import adapter_parameters
-from tiny import VARIANTS, mixed_examples, tiny_example, tiny_model
+from tiny import VARIANTS, greedy_logits, loss_and_gradients, mixed_examples, tiny_example, tiny_model
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -217,3 +217,42 @@ def test_fused_projections_keep_loss_and_gradients(heads):
         results.append({"loss": summed_loss.detach(), **gradients})
         assert all(p.requires_grad == ("adapter" in name) for name, p in model.named_parameters())
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+
+
+# --- Another run's adapters in the place of those that are there ---
+
+def state(model) -> dict:
+    """All that a model is beside its frozen parameters, in the order in which an optimizer sees it."""
+    tensors = [*((name, p) for name, p in model.named_parameters() if p.requires_grad), *model.named_buffers()]
+    return {"tensors": [(name, tensor.tolist()) for name, tensor in tensors],
+            "adapter": model.adapter, "session": model.session,
+            "training": [(name, part.training) for name, part in model.named_modules()],
+            "blocks": [(block.drop_path, type(block)) for block in model.llama.layers],
+            "features": model.vision.blocks_per_feature,
+            "checkpointing": (model.llama.gradient_checkpointing, model.vision.gradient_checkpointing)}
+
+
+@pytest.mark.parametrize("before", VARIANTS)
+@pytest.mark.parametrize("after", VARIANTS)
+def test_adapters_attached_anew_are_those_of_a_new_model(before, after):
+    """After a model was trained, and has answered; whether the new ones have the shapes of the old ones or not."""
+    def config(types, **changes):
+        return AdapterConfig(adapter_type=types[0], visual_adapter_type=types[1], **changes)
+
+    later = config(after, adapter_dim=4, n_prompt=3, dropout_prob=0.2, adapter_scale=0.5, hidden_proj=8)
+    new = tiny_model(**vars(later), trained=False)
+    used = tiny_model(**vars(config(before)))
+    used.set_gradient_checkpointing(True)
+    loss_and_gradients(used.train(), mixed_examples())
+    greedy_logits(used.eval(), mixed_examples(0), 3)
+    for model in (used, new):
+        torch.manual_seed(7)
+        model.attach(later, drop_path=0.25)
+    assert state(used) == state(new)
+    assert all(p.grad is None for p in used.parameters())
+    frozen = {name: p.data for name, p in new.named_parameters() if not p.requires_grad}
+    for name, p in used.named_parameters():
+        p.data = frozen.get(name, p.data)
+    # the routing cache is that of the new adapters
+    first, second = (greedy_logits(model.eval(), [tiny_example(1, 5, 0)], 3) for model in (used, new))
+    assert torch.equal(first, second)
