@@ -19,6 +19,7 @@ Of several processes, one speaks. All that meet the same error, or the same sign
 Whoever starts programs tells 75 from the others, and passes a request to stop on as SIGTERM:
 - util/launch.py, torchrun for a run on several GPUs: its status is 75 where the process that ended first had 75, or
   where torchrun itself was asked to stop. Under srun it gets SIGUSR1 in place of SIGTERM.
+- util/series, several runs in one process: it ends as the first of their commands that fails or is stopped.
 - util/search/runner.py, a search's trials: where one ends with 75, or by a signal, the search ends with 75, too.
 - scripts/signals.sh, sourced by the scripts: they start nothing more after a signal, and end with 75.
 - slurm/run.sh, sourced by the jobs: it requeues a job that Slurm has warned of its time limit, unless all was done.
