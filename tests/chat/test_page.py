@@ -466,7 +466,8 @@ def test_who_waits_sees_his_place_in_the_queue(page, other_page):
     send(page)
     page.wait_for_function("document.querySelector('#growing .bot .md')?.innerText.length > 1")
     send(other_page)
-    other_page.get_by_text(re.compile(r"queue: \d+/\d+")).first.wait_for()
+    other_page.locator("#growing > .wrap:not(.hide)", has_text=re.compile(r"queue: \d+/\d+")).wait_for()
+    assert other_page.locator("#growing > .wrap").evaluate("wrap => getComputedStyle(wrap).opacity") == "1"
     answer_number(other_page, 1)
 
 
