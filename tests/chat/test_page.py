@@ -462,12 +462,14 @@ def test_a_picture_may_be_dropped_on_the_chat(page, bot, scienceqa):
     assert ask(page) == one_line(expected(bot, "first", question).text)
 
 
-def test_who_waits_sees_his_place_in_the_queue(page, other_page):
-    send(page)
-    page.wait_for_function("document.querySelector('#growing .bot .md')?.innerText.length > 1")
-    send(other_page)
-    other_page.locator("#growing > .wrap:not(.hide)", has_text=re.compile(r"queue: \d+/\d+")).wait_for()
-    assert other_page.locator("#growing > .wrap").evaluate("wrap => getComputedStyle(wrap).opacity") == "1"
+def test_who_waits_sees_his_place_in_the_queue(page, other_page, bot):
+    with bot.lock:  # the first answer cannot begin
+        send(page)
+        page.locator("button.stop-button:visible").wait_for()
+        page.wait_for_timeout(1000)
+        send(other_page)
+        other_page.locator("#growing > .wrap:not(.hide)", has_text=re.compile(r"queue: \d+/\d+")).wait_for()
+        assert other_page.locator("#growing > .wrap").evaluate("wrap => getComputedStyle(wrap).opacity") == "1"
     answer_number(other_page, 1)
 
 
