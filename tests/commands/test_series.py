@@ -22,6 +22,7 @@ from tiny_runs import load_checkpoint, run_flags, run_workers
 from util import shared_base
 from util.data import cache
 from util.series.commands import make_runs, process_of_its_own
+from util.training.command import run
 from util.training.throughput import peak_memory_gib
 from util.training.trainer import Trainer
 
@@ -49,7 +50,7 @@ def other_base(tmp_path_factory, tokenizer_file):
 
 
 def commands(base, scienceqa, name: str, *more: str) -> list[list[str]]:
-    """Trains into the folder `name`, and scores. Three of four questions' answers are drawn."""
+    """Trains into the folder `name`, and scores with answers that are drawn at random."""
     flags = run_flags(base, scienceqa, name, "--epochs", "2", "--num_workers", "1", *RUNS.get(name, ()), *more)
     return [["train.py", *flags], ["eval.py", "--device", "cpu", "--generation_temperature", "1", "--trained_with",
                                    *flags]]
@@ -58,8 +59,8 @@ def commands(base, scienceqa, name: str, *more: str) -> list[list[str]]:
 def write_files(folder: Path, runs: dict[str, list[list[str]]]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"0-{i:04d}" for i in range(len(runs))]
-    for path, (name, run) in zip(paths, runs.items(), strict=True):
-        path.write_text("".join(f"{line}\n" for line in (f"# {name}", *map(shlex.join, run))))
+    for path, (name, lines) in zip(paths, runs.items(), strict=True):
+        path.write_text("".join(f"{line}\n" for line in (f"# {name}", *map(shlex.join, lines))))
     return paths
 
 
@@ -78,11 +79,11 @@ def together(folder: Path, runs: dict[str, list[list[str]]], before=lambda: None
     return ended, [name for name, path in zip(runs, paths, strict=True) if path.exists()]
 
 
-def alone(folder: Path, run: list[list[str]]) -> str:
+def alone(folder: Path, words_of_run: list[list[str]]) -> str:
     """Makes a run in the folder, each command in a process of its own; returns what they said."""
     folder.mkdir(parents=True, exist_ok=True)
     said = ""
-    for program, *words in run:
+    for program, *words in words_of_run:
         def command(main={"train.py": train, "eval.py": evaluation}[program], words=words):
             os.chdir(folder)
             with one_line_errors():
@@ -195,7 +196,6 @@ def test_the_base_is_read_once_and_again_where_it_has_changed(base, other_base, 
 
 
 def shared_base_run(words: list[str], shared) -> None:
-    from util.training.command import run
     run(train.get_args_parser().parse_args(words), shared)
 
 
