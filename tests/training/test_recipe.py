@@ -9,7 +9,7 @@ import torch
 
 import train
 from lavin.tokenizer import Example
-from tiny_runs import run_flags
+from tiny_runs import load_checkpoint, run_flags
 from user_errors import error_message
 from util.data.examples import examples_sha256
 from util.training.recipe import differences
@@ -17,11 +17,14 @@ from util.training.recipe import differences
 # another value of each flag that changes a run's result; empty: a flag without a value
 CHANGES = {
     "bits": "fp8", "precision": "bf16", "use_caption": "", "skip_bad": "", "prompt_format": "QCM-A",
-    "max_seq_len": "150", "adapter_type": "block", "visual_adapter_type": "normal", "adapter_dim": "4",
+    "max_seq_len": "80", "adapter_type": "block", "visual_adapter_type": "normal", "adapter_dim": "4",
     "adapter_scale": "2", "temperature": "5", "hidden_proj": "64", "n_prompt": "3", "drop_path": "0.1",
     "dropout_prob": "0.15", "dropout_var": "1.5", "dropout_lim": "0.25", "batch_size": "2", "accum_iter": "2",
     "epochs": "4", "lr_schedule": "step", "warmup_epochs": "0.5", "lr": "0.02", "min_lr": "0.001",
-    "weight_decay": "0.5", "clip_grad": "1", "loss_norm": "microbatch", "seed": "7"}
+    "weight_decay": "0.5", "clip_grad": "0.1", "loss_norm": "microbatch", "seed": "7"}
+# of these, those without effect on a CPU, without a bad picture, with one dropout for all layers, and with answers of
+# one length
+NO_EFFECT = {"bits", "skip_bad", "dropout_lim", "loss_norm"}
 # flags that may differ from one command to the next on the same run, with another value where it works on a CPU
 FREE = {"compile": "off", "cuda_graphs": "off", "num_workers": "2", "cpu_load": "", "gradient_checkpointing": "",
         "save_every_minutes": "3", "keep_last": "3", "device": "cpu", "stop_after_epoch": "3", "overwrite": "",
@@ -55,6 +58,16 @@ def test_every_flag_is_in_one_of_the_lists_above():
 def test_a_folder_refuses_another_value_of_a_flag_that_changes_results(flags, name, value):
     message = error_message(run, *flags, f"--{name}", *[value] * bool(value))
     assert "belongs to another recipe" in message and f"--{name}" in message
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES.keys() - NO_EFFECT))
+def test_a_flag_that_changes_results_reaches_the_training(flags, tmp_path, name):
+    """Two epochs with another value give other adapters."""
+    run(*flags, "--output_dir", tmp_path / "run", "--stop_after_epoch", "2", f"--{name}",
+        *filter(None, [CHANGES[name]]))
+    usual, other = (load_checkpoint(Path(folder) / "checkpoint-1.pth")["model"]
+                    for folder in (flags[flags.index("--output_dir") + 1], tmp_path / "run"))
+    assert usual.keys() != other.keys() or not all(torch.equal(usual[name], other[name]) for name in usual)
 
 
 @pytest.mark.parametrize("name, value", FREE.items())
