@@ -179,6 +179,15 @@ def test_unparsed_answer_in_a_batch_gets_its_own_option_and_keeps_the_session(to
     assert sessions[0] is sessions[1] is model.session
 
 
+def test_an_option_that_a_question_does_not_have_is_never_the_likeliest(tokenizer, monkeypatch):
+    """The last option is always the likeliest, also where another question of the batch has more of them."""
+    monkeypatch.setattr(answering, "score_options", lambda model, batches: (
+        [list(range(len(tokens))) for _, tokens in batch] for batch in batches))
+    example = tokenizer.example("Which pond?\nResponse:")
+    batch = [answering.EvalQuestion(str(n), "Which pond?\nResponse:", example, n, 0) for n in (2, 5, 3)]
+    assert list(answering.most_likely_options(tiny_model(), tokenizer, [batch])) == [[1, 4, 2]]
+
+
 def test_decode_score_gives_the_most_likely_options(finished, tmp_path):
     """Generation falls back to the same options, since the tiny model's answers do not parse."""
     run_eval("--adapter_path", finished, "--output_dir", tmp_path, "--decode", "score")

@@ -33,6 +33,9 @@ def equal_questions(tmp_path_factory):
     return root
 
 
+ONE_TOKEN = ("--generation_temperature", "3", "--top_p", "1e-9")  # which is the likeliest, as of a greedy answer
+
+
 @pytest.fixture
 def answer(run, equal_questions, tmp_path):
     """A function that evaluates with some flags into a new folder, and returns the texts by question."""
@@ -50,6 +53,10 @@ def test_the_seed_decides_what_is_sampled(answer):
     sampled = [answer("--generation_temperature", "3", "--top_p", "1", "--seed", seed) for seed in (0, 0, 1)]
     assert sampled[0] == sampled[1]
     assert all(sampled[0][qid] != sampled[2][qid] for qid in sampled[0])
+
+
+def test_a_nucleus_of_one_token_leaves_nothing_to_draw(answer):
+    assert answer(*ONE_TOKEN) == answer()
 
 
 def test_each_question_draws_by_itself(answer):
@@ -107,6 +114,15 @@ def test_mme_draws_for_each_question_and_seed_by_itself(run, mme, tmp_path, monk
     assert texts[0] == texts[1]
     drawn = [text for of_seed in (texts[0], *texts[2:]) for text in of_seed]
     assert len(set(drawn)) == len(drawn) == 12
+
+
+def test_a_nucleus_of_one_token_leaves_nothing_to_draw_in_mme(run, mme, tmp_path):
+    for name, flags in (("sampled", ONE_TOKEN), ("greedy", ())):
+        eval_mme.main(eval_mme.get_args_parser().parse_args([
+            "--adapter_path", str(run), "--mme_root", str(mme), "--device", "cpu", "--output_dir",
+            str(tmp_path / name), *flags]))
+    sampled, greedy = ((tmp_path / name / "mme_answers.jsonl").read_text() for name in ("sampled", "greedy"))
+    assert sampled == greedy
 
 
 def test_the_seed_of_a_chat_decides_its_answer(run):

@@ -455,6 +455,22 @@ def test_differences_are_paired_by_question(tmp_path):
     assert "they do not tell whether one method is better" in text_table(comparison) and verdicts(comparison) == []
 
 
+@pytest.mark.parametrize("turned", ["generations.jsonl", "preds.json"])
+def test_questions_are_matched_by_their_id_whatever_their_order_in_the_files(turned, tmp_path):
+    for order in ("the same", "turned round"):
+        write_run(tmp_path / order / "base", "1111100000")
+        write_run(tmp_path / order / "step", "1111000111", **STEP)
+        if turned == "preds.json":  # all that is left of the answers
+            (tmp_path / order / "step" / "generations.jsonl").unlink()
+    path = tmp_path / "turned round" / "step" / turned
+    if turned == "preds.json":
+        path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items()))))
+    else:
+        path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    straight, other = (compare([str(tmp_path / order)]).differences for order in ("the same", "turned round"))
+    assert straight == other and straight["Step Decay"].p == 10 / 2**4  # of four questions, one or three are lost
+
+
 def test_several_seeds_compare_methods_by_one_estimate(tmp_path):
     rights = {"base": ("1111100000", "1111000000", "1111110000"), "step": ("1111111100", "1101111000"),
               "inc": ("1111110011",)}

@@ -197,6 +197,18 @@ def test_workers_at_once_share_the_budget(storage, tmp_path):
     assert sorted(taken) == list(range(6)) == all_numbers(open_study(tmp_path, storage))
 
 
+def test_a_trial_that_ends_while_another_worker_looks_for_work_is_not_made_again(tmp_path, monkeypatch):
+    study, other = open_study(tmp_path), open_study(tmp_path)
+    held = [study.take()]
+
+    def claim_late(path: Path) -> int | None:
+        if held:
+            run_trial(study, held.pop(), fake_reach(Counter()))
+        return claim(path)
+    monkeypatch.setattr(study_module, "claim", claim_late)
+    assert other.take().number == 1 and [trial.number for trial in other.trials(COMPLETE)] == [0]
+
+
 def test_a_failed_trial_is_told_with_its_line_and_the_study_goes_on(tmp_path):
     study = open_study(tmp_path)
 

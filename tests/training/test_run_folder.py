@@ -133,6 +133,11 @@ def test_stopping_after_an_epoch_changes_nothing_about_the_run(flags, unbroken, 
     assert same_tensors(folder, unbroken)
 
 
+def test_a_stop_behind_the_last_epoch_is_that_of_the_schedule(flags, unbroken, tmp_path):
+    run(*in_folder(flags, tmp_path / "run", "--stop_after_epoch", "5"))
+    assert list(checkpoints(tmp_path / "run")) == [0, 1, 2] and same_tensors(tmp_path / "run", unbroken)
+
+
 def test_a_run_that_trains_on_drops_the_results_of_its_former_checkpoint(flags, tmp_path):
     folder = tmp_path / "run"
     run(*in_folder(flags, folder, "--stop_after_epoch", "1"))
@@ -197,6 +202,17 @@ def test_a_checkpoint_of_another_run_is_refused(flags, finished, tmp_path, more,
     assert contents(finished) == before
     (finished / "checkpoint-2.pth").unlink()
     run(*in_folder(flags, finished))
+
+
+def test_a_run_within_its_first_epoch_is_not_replaced_by_another_recipe(flags, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stop_after(patched, 2, Killed)
+        run(*in_folder(flags, folder, "--save_every_minutes", "1e-9"))
+    before = contents(folder)
+    assert (folder / LAST).exists() and not checkpoints(folder)
+    assert "--lr 0.5, not 0.01" in refused(*in_folder(flags, folder, "--lr", "0.5"))
+    assert contents(folder) == before
 
 
 def test_the_recipe_does_not_depend_on_paths_and_processes(flags, finished, scienceqa_copy, base, tmp_path):
@@ -472,6 +488,13 @@ def test_only_the_last_checkpoints_are_kept(flags, unbroken, tmp_path):
     folder = tmp_path / "run"
     run(*in_folder(flags, folder, "--keep_last", "2"))
     assert list(checkpoints(folder)) == [1, 2] and same_tensors(folder, unbroken)
+
+
+def test_checkpoints_are_kept_by_their_epochs_and_not_by_their_names(tmp_path):
+    folder = run_folder.RunFolder(tmp_path, recipe={}, epochs=20, keep_last=2)
+    for epoch in (8, 9, 10, 11):
+        folder.save(b"", epoch, {"epoch": epoch})
+    assert list(checkpoints(tmp_path)) == [10, 11]
 
 
 def test_the_checkpoint_that_a_command_names_is_kept(flags, finished):

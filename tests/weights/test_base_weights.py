@@ -12,7 +12,7 @@ from lavin.mm_adapter import AdapterConfig
 from lavin.model import pack
 from lavin.tokenizer import Example, Tokenizer
 from lavin.weights import base as base_module
-from lavin.weights.base import open_base, require_base
+from lavin.weights.base import BaseWeights, apply_delta, open_base, require_base
 from lavin.weights.hugging_face import HuggingFaceLlama, llama_config
 from lavin.weights.load import frozen_parameters, load_base
 from tiny_tokenizers import qwen, write_json
@@ -431,6 +431,23 @@ def test_vicuna_delta_is_added(base, vicuna, tmp_path):
     assert_same_logits(load(tmp_path, "7B", base.vision, use_vicuna=True), vicuna)
     with pytest.raises(AssertionError):
         assert_same_logits(load(tmp_path, "7B", base.vision), vicuna)
+
+
+def test_a_delta_is_added_with_more_digits_than_its_files_have():
+    base, delta = ({"norm.weight": torch.tensor([value], dtype=torch.bfloat16)} for value in (1.0, 2.0**-12))
+    config = LlamaConfig(dim=1, n_layers=1, n_heads=1, vocab_size=1)
+    merged = apply_delta(BaseWeights(config, base, "base"), BaseWeights(config, delta, "delta"))
+    assert merged.tensors["norm.weight"].tolist() == [1 + 2.0**-12]
+
+
+def test_the_delta_is_in_the_fingerprint_of_its_base(base, vicuna, tmp_path):
+    settings = BaseSettings(llm_model="7B", llama_model_path=str(tmp_path), vision_model=str(base.vision),
+                            use_vicuna=True)
+    before = fingerprints(settings)
+    with open(tmp_path / "vicuna_7B" / "model.safetensors", "ab") as file:
+        file.write(b" ")
+    assert {name for name, digest in fingerprints(settings).items() if digest != before[name]} == {
+        "base", "base_sha256"}
 
 
 def test_vicuna_delta_on_meta_shards(base, vicuna, tmp_path):

@@ -89,16 +89,18 @@ def test_epsilon_of_hugging_faces_clip(base, tmp_path):
         assert "layer_norm_eps: " in error_message(open_vit, str(tmp_path / "clip"))
 
 
-def test_clip_as_saved_before_transformers_5(base, tmp_path):
+@pytest.mark.parametrize("shape, saved", [({"num_attention_heads": 8}, {"num_attention_heads": 8}),
+                                          ({"hidden_size": 96, "num_attention_heads": 12}, {})])
+def test_clip_as_saved_before_transformers_5(base, tmp_path, shape, saved):
     """Its names begin with `vision_model.`; it has position ids, pytorch_model.bin, and no default values in its
     configuration."""
-    tower = write_clip(tmp_path / "clip", "CLIPVisionModel", num_attention_heads=8)
+    tower = write_clip(tmp_path / "clip", "CLIPVisionModel", **shape)
     tensors = {f"vision_model.{name.removeprefix('vision_model.')}": t for name, t in tower.state_dict().items()}
     tensors["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
     torch.save(tensors, tmp_path / "clip" / "pytorch_model.bin")
     (tmp_path / "clip" / "model.safetensors").unlink()
     (tmp_path / "clip" / "config.json").write_text(json.dumps({
-        "model_type": "clip", "vision_config": {"num_attention_heads": 8}}))
+        "model_type": "clip", "vision_config": saved}))
     torch.testing.assert_close(features(base, tmp_path / "clip"), clip_features(tower), atol=1e-4, rtol=1e-4)
 
 
