@@ -1,9 +1,11 @@
-"""Multiple-choice answers without generation: log-probabilities of the options from one forward pass."""
+"""Multiple-choice answers without generation: log-probabilities of the options from one forward pass, or the losses of
+whole texts."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 
 from lavin.generation.generate import session_for, set_eval
 from lavin.generation.sampling import refuse_not_finite
@@ -62,3 +64,20 @@ def option_log_probs(logits: Callable[[], torch.Tensor], questions: list[OptionE
     scores = [row[tokens].log_softmax(-1).tolist() for row, (_, tokens) in zip(logits(), questions, strict=True)]
     refuse_not_finite(i for i, of_options in enumerate(scores) if math.isnan(of_options[0]))  # one makes all NaN
     return scores
+
+
+@torch.no_grad()
+def answer_losses(model: LaVIN, examples: list[Example]) -> list[tuple[float, bool]]:
+    """Returns the mean cross-entropy of each example's answer tokens, and whether every one of them is the likeliest.
+
+    Raises NotFinite, a UserError, for losses that are not finite.
+    """
+    set_eval(model)
+    batch = pack(examples, device=model.device)
+    logits = model.llama.output(model.prefill(batch)[batch.logit_indices]).float()
+    losses, is_likeliest = F.cross_entropy(logits, batch.targets, reduction="none"), logits.argmax(-1) == batch.targets
+    lengths = [len(example.ids) - example.answer_start for example in examples]
+    found = [(of_answer.mean().item(), bool(are_likeliest.all())) for of_answer, are_likeliest
+             in zip(losses.cpu().split(lengths), is_likeliest.cpu().split(lengths), strict=True)]
+    refuse_not_finite(i for i, (loss, _) in enumerate(found) if not math.isfinite(loss))
+    return found
