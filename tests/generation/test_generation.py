@@ -1,6 +1,7 @@
 """Decoding, scoring and sampling against the full forward pass."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import reference
 from lavin.generation.generate import decode, generate, stream
-from lavin.generation.option_scoring import option_example, score_options
+from lavin.generation.option_scoring import answer_losses, option_example, score_options
 from lavin.generation.sampling import NOT_FINITE, NotFinite, sampler
 from lavin.generation.session import Session
 from lavin.model import pack
@@ -185,6 +186,46 @@ def test_option_scores_equal_the_full_forward_pass(tokenizer):
 def test_options_that_do_not_differ_in_one_token(tokenizer):
     with pytest.raises(UserError, match="apart by one token"):
         option_example(tokenizer, "Response:", ["north pond", "north pond", "south pond"])
+
+
+def test_answer_losses_are_those_of_training():
+    model, examples = tiny_model(), [*mixed_examples(), tiny_example(5, 6, 7)]
+    with torch.no_grad():
+        expected = [model(pack([example])).item() / (len(example.ids) - example.answer_start) for example in examples]
+    found = answer_losses(model, examples)
+    assert [loss for loss, _ in found] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_answer_is_likeliest_where_greedy_decoding_writes_it():
+    model, prompts, answers = tiny_model(), mixed_examples(answer=0), []
+    for ids in itertools.islice(decode(model, prompts, 4, greedy), 4):
+        answers.append(ids.tolist())
+    for i, prompt in enumerate(prompts):
+        written = [ids[i] for ids in answers]
+        other = [*written[:1], (written[1] + 1) % VOCAB_SIZE, *written[2:]]
+        examples = [Example([*prompt.ids, *answer], len(prompt.ids), prompt.image) for answer in (written, other)]
+        assert [is_likeliest for _, is_likeliest in answer_losses(model, examples)] == [True, False]
+
+
+def test_answer_losses_rank_options_as_option_scores_do(tokenizer):
+    """Of answers that differ in their last token alone, the losses say as much as the log-probabilities."""
+    model = tiny_model(llama={"vocab_size": tokenizer.n_words})
+    options = [f"The answer is {letter}" for letter in "ABCD"]
+    for image in (None, tiny_example(1, 2, image=True).image):
+        examples = [tokenizer.example("Which pond?\nResponse:", option, image) for option in options]
+        examples = [replace(example, ids=example.ids[:-1]) for example in examples]
+        sums = [-loss * (len(example.ids) - example.answer_start)
+                for (loss, _), example in zip(answer_losses(model, examples), examples, strict=True)]
+        question = option_example(tokenizer, "Which pond?\nResponse:", options, image=image, n_prompt=6)
+        [[scores]] = score_options(model, [[question]])
+        assert torch.tensor(sums).log_softmax(-1).tolist() == pytest.approx(scores, abs=1e-4)
+
+
+def test_answer_losses_that_are_not_finite_are_refused():
+    model = tiny_model()
+    model.llama.output.weight.data[:] = float("nan")
+    with pytest.raises(NotFinite):
+        answer_losses(model, mixed_examples())
 
 
 def test_greedy_generation_equals_the_padded_reference(tokenizer):

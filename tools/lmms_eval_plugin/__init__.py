@@ -1,5 +1,4 @@
-"""The model `lavin` for lmms-eval, which finds it by the entry point in pyproject.toml; docs/export.md says how to run it.
-"""
+"""The model `lavin` for lmms-eval, found by the entry point in pyproject.toml; docs/export.md has the commands."""
 
 
 def manifest():

@@ -5,11 +5,12 @@
 --model_args takes the flags of eval.py that concern the model.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
@@ -29,6 +30,8 @@ from util.data.settings import DataSettings
 from util.evaluation.answers import NAMED_OPTION, is_answered
 from util.flags import SHARED
 from util.trained_model import load_model
+
+T = TypeVar("T")
 
 
 class Question(NamedTuple):
@@ -59,6 +62,23 @@ def sampling_of(options: dict[str, Any]) -> tuple[float, float]:
     """The temperature and the nucleus that a task asks for. options: its generation_kwargs."""
     temperature = 0.0 if options.get("do_sample") is False else float(options.get("temperature") or 0)
     return temperature, float(options.get("top_p") or 1)
+
+
+# --- Requests ---
+
+def batches(items: list[T], size: int) -> Iterator[list[T]]:
+    for start in range(0, len(items), size):
+        yield items[start:start + size]
+
+
+def seeded(requests: list[Instance]) -> Iterator[tuple[Instance, int]]:
+    """Each request with the seed of its draws, which is another one where a task asks the same question again."""
+    times: Counter[str] = Counter()
+    for request in requests:
+        *_, doc_id, task, split = request.args
+        name = f"{task} {split} {doc_id}"
+        yield request, sampling_seed(torch.initial_seed(), f"{name} {times[name]}")
+        times[name] += 1
 
 
 # --- Texts ---
@@ -132,28 +152,23 @@ class LaVINModel(lmms):
         example = self.tokenizer.example(question.prompt, answer, question.image, self.model.adapter.n_prompt)
         return example if answer is None else replace(example, ids=example.ids[:-1])
 
-    def batches(self, requests: list[Instance]) -> Iterator[list[Instance]]:
-        for start in range(0, len(requests), self.batch_size):
-            yield requests[start:start + self.batch_size]
-
     def generate_until(self, requests: list[Instance]) -> list[str]:
         texts: list[str] = []
         with progress_bar(None, "questions", total=len(requests), unit="question") as bar:
-            for options, group in groupby(requests, lambda request: request.args[1]):
-                for batch in self.batches(list(group)):
-                    questions = [self.question(request.args[0], *request.args[2:]) for request in batch]
-                    texts += self.generate_batch(questions, options)
+            for options, group in groupby(seeded(requests), lambda pair: pair[0].args[1]):
+                for batch in batches(list(group), self.batch_size):
+                    questions = [self.question(request.args[0], *request.args[2:]) for request, _ in batch]
+                    texts += self.generate_batch(questions, [seed for _, seed in batch], options)
                     bar.update(len(batch))
         return texts
 
-    def generate_batch(self, questions: list[Question], options: dict[str, Any]) -> list[str]:
+    def generate_batch(self, questions: list[Question], seeds: list[int], options: dict[str, Any]) -> list[str]:
         """options: the generation_kwargs of the task."""
         stops = stops_of(options)
         with named_failures([f"question {question.name}" for question in questions]):
             texts = generate(self.model, self.tokenizer, [self.example(question) for question in questions],
                              int(options.get("max_new_tokens") or self.max_seq_len), partial(is_complete, stops=stops),
-                             *sampling_of(options),
-                             [sampling_seed(torch.initial_seed(), question.name) for question in questions])
+                             *sampling_of(options), seeds)
         texts = [before(text, stops) for text in texts]
         return [given_letter(text) if question.is_instruction else text
                 for text, question in zip(texts, questions, strict=True)]
@@ -166,7 +181,7 @@ class LaVINModel(lmms):
         """
         losses: list[tuple[float, bool]] = []
         with progress_bar(None, "options", total=len(requests), unit="option") as bar:
-            for batch in self.batches(requests):
+            for batch in batches(requests, self.batch_size):
                 questions = [self.question(request.args[0], *request.args[2:]) for request in batch]
                 examples = [self.example(question, self.continuation(*request.args))
                             for question, request in zip(questions, batch, strict=True)]
