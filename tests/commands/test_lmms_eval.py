@@ -3,6 +3,7 @@
 The tests run lmms-eval itself, and are skipped where it is not installed (requirements/lmms-eval.txt).
 """
 
+import importlib
 import json
 import os
 import re
@@ -11,9 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import eval as eval_command
+from lavin.model import pack
+from lavin.tokenizer import Example
 from tiny import ROOT
 from tiny_runs import train_run
 from tools.lmms_eval_plugin import scienceqa as scienceqa_task
@@ -28,7 +32,7 @@ pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 datasets = pytest.importorskip("datasets")
 Instance = pytest.importorskip("lmms_eval.api.instance").Instance
-plugin = pytest.importorskip("tools.lmms_eval_plugin.model")
+plugin = importlib.import_module("tools.lmms_eval_plugin.model")
 LaVINModel, command_line = plugin.LaVINModel, plugin.command_line
 
 PLUGIN = ROOT / "tools" / "lmms_eval_plugin"
@@ -190,6 +194,11 @@ def test_likelihoods_are_losses_of_what_follows_the_prompt(model):
                 for text in (" north", "north", "south", lambda doc: doc["answer"])]
     losses = [result.text[0] for result in model.loglikelihood(requests)]
     assert losses[0] == pytest.approx(losses[1]) == pytest.approx(losses[3]) != pytest.approx(losses[2])
+    whole = model.tokenizer.example("Which pond?\nResponse:", "north")
+    example = Example(whole.ids[:-1], whole.answer_start)  # without EOS
+    with torch.no_grad():
+        expected = model.model(pack([example])).item() / (len(example.ids) - example.answer_start)
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("options, expected", [
