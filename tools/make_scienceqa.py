@@ -26,8 +26,8 @@ from typing import Annotated, Any
 
 from PIL import Image
 from pydantic import Field
-from tqdm import tqdm
 
+from lavin.runtime.console import progress_bar
 from lavin.runtime.errors import UsageError, UserError, first_line, one_line_errors
 from lavin.runtime.files import (
     PUT_IT_THERE,
@@ -209,7 +209,7 @@ def read_question(row: dict[str, Any], number: int, folder: Path, pictures: Path
 def read_questions(source: Path, pictures: Path) -> tuple[list[Question], list[str]]:
     """The questions of a file, with copies of their pictures, and a line about each row that is wrong."""
     questions, errors, folder = {}, [], source if source.is_dir() else source.parent
-    for number, row in enumerate(tqdm(read_rows(source), source.name, unit="row"), 1):
+    for number, row in enumerate(progress_bar(read_rows(source), source.name, unit="row"), 1):
         try:
             question = read_question(row, number, folder, pictures)
             if question.qid in questions:

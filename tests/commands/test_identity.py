@@ -20,11 +20,11 @@ from util import fingerprint, shared_base, trained_model
 from util.data.datasets import ScienceQA, load_scienceqa
 from util.data.instructions import Instructions, LazyImage
 from util.evaluation import evaluate, mme
-from util.evaluation.answers import GENERATIONS
 from util.evaluation.partial_answers import partial_path, recover
 from util.evaluation.scienceqa import summarize
 from util.fingerprint import FROZEN_SHA256, RECENT, fingerprints, report_unrecorded
 from util.flags import BaseSettings
+from util.runs import GENERATIONS
 from util.training import command
 
 SCORES = "checkpoint-0/scores.json"  # of the run's first epoch

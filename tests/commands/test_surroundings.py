@@ -1,6 +1,7 @@
 """The commands in surroundings that they did not choose, each as its own process, and with the published flags."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def chat(run: Path, *lines: str, prefix: tuple = (), **environment: str) -> str:
 @pytest.mark.parametrize("encoding, name", [("ascii", "?tang ?"), ("latin-1", "étang ?")])
 def test_output_in_any_encoding_is_replaced_where_it_must_be(run, encoding, name):
     out = chat(run, "Why?", "/options été | 水", "Which?", PYTHONIOENCODING=encoding, **HOMELESS)
-    assert f"{name} answers." in out and out.count(f"{name}> ") == 4
+    assert f"{name} answers." in out and len(re.findall(rf"{re.escape(name)}[^\n]*> ", out)) == 4
 
 
 @pytest.mark.parametrize("environment", [

@@ -4,6 +4,7 @@ code has it, ends with the same adapters."""
 import os
 import subprocess
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from lavin.model import pack
 from tiny import ROOT, tiny_example, tiny_model
 from train import get_args_parser
 from util.lr_sched import adjust_learning_rate
+from util.trackers import Trackers
 from util.training import optimizer
 from util.training.epoch_record import EpochRecord
 from util.training.metrics import Metrics
@@ -88,7 +90,7 @@ class Ranks:
             try:
                 run = SimpleNamespace(folder="", path=None, checkpoint=None)
                 trainer = Trainer(settings, models[rank], dict(enumerate(samples())), run, rank, self.world)
-                trainer.metrics = Metrics(None, trainer.frozen, None, 0)
+                trainer.metrics = Metrics(Trackers("", Path(), Path(), {}), trainer.frozen, None)
                 for epoch in range(EPOCHS):
                     record = EpochRecord(epoch)
                     for step, (global_batch, local_batch) in enumerate(trainer.batches(epoch)):

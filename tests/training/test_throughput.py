@@ -8,6 +8,7 @@ import torch
 
 from lavin.tokenizer import Example
 from tiny import tiny_model
+from util.trackers import Trackers
 from util.training import metrics
 from util.training.epoch_record import EpochRecord
 from util.training.throughput import FrozenWeights, frozen_weights, peak_flops
@@ -38,8 +39,8 @@ def test_metrics_divide_the_work_of_the_steps_that_were_read_by_their_time(tmp_p
     """Two of three launched steps are read after 4 s: 2 samples of 10 tokens, 4 of them answers, 1 picture each."""
     clock = [100.0]
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    lines = metrics.Metrics(None, FrozenWeights(layers=1000, head=100, vit=10, positions=5), peak_flops=1e6,
-                            first_step=0)
+    untracked = Trackers("", tmp_path, tmp_path, {})
+    lines = metrics.Metrics(untracked, FrozenWeights(layers=1000, head=100, vit=10, positions=5), peak_flops=1e6)
     record = EpochRecord(0, steps=[[2.0, 1.0, 0.5], [4.0, 0.0, float("inf")]], rates=[0.1, 0.2, 0.3])
     for _ in range(3):
         lines.add([Example([3] * 10, 6, torch.zeros(1))])

@@ -141,7 +141,8 @@ def to_page(title: str, facts: dict[str, str], parts: Sequence[Part], folder: Pa
     names begin with."""
     rows = "\n".join(f"<dt>{in_html(name)}</dt><dd>{in_html(value)}</dd>" for name, value in facts.items())
     body = "\n".join(part_in_html(part, folder, prefix) for part in parts)
-    return Template(PAGE.read_text(encoding="utf-8")).substitute(title=html.escape(title), facts=rows, body=body)
+    page = Template(PAGE.read_text(encoding="utf-8")).substitute(title=html.escape(title), facts=rows, body=body)
+    return page.encode(errors="replace").decode()  # a path may hold bytes that are no UTF-8
 
 
 def in_html(text: str) -> str:
