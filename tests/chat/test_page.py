@@ -429,6 +429,7 @@ def test_compared_variants_sample_with_one_seed(bot, monkeypatch):
         tab.again(list(bot.runs), comparison, 9, False, 0.7, 0.9, seed)
         list(tab.answer(comparison))
     assert len(seeds) == 6 and len(set(seeds[:3])) == 1 and seeds[3:] == [7, 7, 7]
+    assert None not in seeds  # else each answer would draw its own
 
 
 def test_what_greedy_does_not_use_is_grey_and_the_seed_is_shown(page):
