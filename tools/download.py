@@ -19,12 +19,13 @@ import shutil
 import stat
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from lavin.runtime.console import progress_bar
 from lavin.runtime.errors import UsageError, UserError, one_line_errors
-from lavin.runtime.flags import Parser
+from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
 from lavin.runtime.schema import is_plain_name, read_validated
 from lavin.weights import hub
 from lavin.weights.hub import Repository, require_space
@@ -37,6 +38,22 @@ MODELS = {"llama-7b": ("nyanko7/LLaMA-7B", "7B"), "clip": ("openai/clip-vit-larg
 ADAPTERS = {  # of the model zoo of https://github.com/luogen1996/LaVIN
     "sqa-llama-7b.pth": "https://drive.usercontent.google.com/download?id=10X2qCBYrLH1grZOHwHRMXLUoz-S6MSgV&confirm=t"}
 LARGEST_RATIO = 10  # of a zip file's content to the file: pictures are hardly compressed a second time
+NAMES = ("scienceqa", *MODELS, "adapters")
+
+
+@dataclass(frozen=True)
+class Wanted(FlagGroup):
+    """The files that are fetched, and where they go."""
+
+    title: ClassVar[str] = "files"
+    names: list[str] | None = flag(None, f"what to fetch: {', '.join(NAMES)}, or USER/REPO of the Hugging Face hub",
+                                   Role.DATA, positional=True, nargs="+", metavar="NAME")
+    data_root: Path = flag(Path("../data"), "folder of ScienceQA", Role.RUN)
+    weights: Path | None = flag(None, "folder of the models (default: weights in --data_root)", Role.RUN)
+
+
+def get_args_parser() -> Parser:
+    return Parser("-m tools.download", __doc__, Wanted)
 
 
 def fetch_scienceqa(root: Path) -> None:
@@ -117,20 +134,14 @@ def download(name: str, data_root: Path, weights: Path) -> None:
     elif repository := Repository.parse(name):
         print(f"{name}: {hub.fetch(repository)}")
     else:
-        known = ", ".join(("scienceqa", *MODELS, "adapters"))
-        raise UsageError(f"{name!r} is none of {known}, and no USER/REPO of the hub")
+        raise UsageError(f"{name!r} is none of {', '.join(NAMES)}, and no USER/REPO of the hub")
 
 
-def main() -> None:
-    parser = Parser("download.py", __doc__)
-    parser.add_argument("names", nargs="+", metavar="NAME", help="what to fetch")
-    parser.add_argument("--data_root", type=Path, default=Path("../data"), help="folder of ScienceQA (../data)")
-    parser.add_argument("--weights", type=Path, help="folder of the models (weights in --data_root)")
-    args = parser.parse_args()
+def main(args: Flags) -> None:
     for name in args.names:
         download(name, args.data_root, args.weights or args.data_root / "weights")
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main()
+        main(get_args_parser().parse_args())

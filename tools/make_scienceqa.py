@@ -22,12 +22,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from PIL import Image
 from pydantic import Field
 
-from lavin.runtime.console import progress_bar
+from lavin.runtime.console import BAR_SECONDS, progress_bar
 from lavin.runtime.errors import UsageError, UserError, first_line, one_line_errors
 from lavin.runtime.files import (
     PUT_IT_THERE,
@@ -39,7 +39,7 @@ from lavin.runtime.files import (
     sha256,
     write_json,
 )
-from lavin.runtime.flags import Parser, parse_as
+from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
 from lavin.runtime.schema import is_plain_name, validate
 from tools.output import make_folder, split_ids
 from util.data.datasets import Problem
@@ -58,6 +58,22 @@ OTHER_NAMES = {"context": "hint", "explanation": "solution", "options": "choices
 OPTION = re.compile(r"\(([A-E])\)\s*(.+?)(?=\s*\([A-E]\)|\n|$)|^([A-E])[.:)]\s*(.+)$", re.MULTILINE)
 LETTER = re.compile(r"(?:answer is|answer:)?\s*\(?([A-E])\)?[.)]?\s*$|answer is \(?([A-E])\b", re.IGNORECASE)
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Questions(FlagGroup):
+    """The questions that are read, and the data set that is written."""
+
+    title: ClassVar[str] = "data set"
+    source: Path | None = flag(None, "file or folder of the questions", Role.DATA, positional=True, type=Path,
+                               metavar="QUESTIONS")
+    out: Path | None = flag(None, "folder to write: the --data_root of other commands", Role.RUN, required=True)
+    val: Share = flag(0.1, "fraction of the rows without a split that are for validation", Role.DATA)
+    test: Share = flag(0.2, "fraction of the rows without a split that are for tests", Role.DATA)
+
+
+def get_args_parser() -> Parser:
+    return Parser("-m tools.make_scienceqa", __doc__, Questions)
 
 
 @dataclass
@@ -209,7 +225,7 @@ def read_question(row: dict[str, Any], number: int, folder: Path, pictures: Path
 def read_questions(source: Path, pictures: Path) -> tuple[list[Question], list[str]]:
     """The questions of a file, with copies of their pictures, and a line about each row that is wrong."""
     questions, errors, folder = {}, [], source if source.is_dir() else source.parent
-    for number, row in enumerate(progress_bar(read_rows(source), source.name, unit="row"), 1):
+    for number, row in enumerate(progress_bar(read_rows(source), source.name, unit="row", delay=BAR_SECONDS), 1):
         try:
             question = read_question(row, number, folder, pictures)
             if question.qid in questions:
@@ -269,13 +285,7 @@ def make_scienceqa(source: Path, out: Path, val: float, test: float) -> tuple[li
     return questions, errors
 
 
-def main() -> None:
-    parser = Parser("make_scienceqa.py", __doc__)
-    parser.add_argument("source", type=Path, help="file or folder of the questions")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write: the --data_root of other commands")
-    parser.add_argument("--val", type=parse_as(Share), default=0.1, help="fraction of the rows without a split (0.1)")
-    parser.add_argument("--test", type=parse_as(Share), default=0.2, help="fraction of the rows without a split (0.2)")
-    args = parser.parse_args()
+def main(args: Flags) -> None:
     if args.val + args.test >= 1:
         raise UsageError(f"--val {args.val:g} and --test {args.test:g} leave nothing to train on: lower one")
     make_folder(args.out)
@@ -295,4 +305,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main()
+        main(get_args_parser().parse_args())

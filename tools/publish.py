@@ -12,9 +12,10 @@ if __name__ == "__main__":
     prepare_imports()
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from huggingface_hub import HfApi
@@ -22,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lavin.runtime.errors import UserError, first_line, one_line_errors
 from lavin.runtime.files import read_json, value_sha256, write_json, write_text
-from lavin.runtime.flags import Flag, Parser, flags_of
+from lavin.runtime.flags import Flag, FlagGroup, Flags, Parser, Role, flag, flags_of
 from lavin.runtime.schema import FileName, PathText
 from lavin.weights.adapters import SHARED_SETTINGS, SHARED_TENSORS, Checkpoint, read_adapters
 from lavin.weights.hub import Repository
@@ -88,6 +89,21 @@ python eval.py --adapter_path $where --llm_model MODEL --vision_model ENCODER --
 The model answers multiple-choice questions with the letter of an option, and explains it. It was scored on the
 questions above alone. Explanations may be wrong where the answer is right, and the base model's biases are its own.
 """)
+
+
+@dataclass(frozen=True)
+class Shared(FlagGroup):
+    """The run that is shared, and the places that get it."""
+
+    title: ClassVar[str] = "share"
+    run: Path | None = flag(None, "folder of a run that is trained and scored", Role.RUN, positional=True, type=Path,
+                            metavar="RUN")
+    out: Path | None = flag(None, "folder to write", Role.RUN, required=True)
+    push: str | None = flag(None, "uploads the folder to the Hugging Face hub, too", Role.RUN, metavar="USER/REPO")
+
+
+def get_args_parser() -> Parser:
+    return Parser("-m tools.publish", __doc__, Shared)
 
 
 # --- What is shared ---
@@ -170,12 +186,7 @@ def push(folder: Path, repository: str) -> str:
                         f"a token that may write; {folder} stays") from error
 
 
-def main() -> None:
-    parser = Parser("publish.py", __doc__)
-    parser.add_argument("run", type=Path, help="the folder of a run that is trained and scored")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write")
-    parser.add_argument("--push", metavar="USER/REPO", help="uploads the folder to the Hugging Face hub, too")
-    args = parser.parse_args()
+def main(args: Flags) -> None:
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"--out {args.out} is not empty: name another folder")
     make_folder(args.out)
@@ -187,4 +198,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main()
+        main(get_args_parser().parse_args())

@@ -204,7 +204,9 @@ def usage(prog: str, flags: dict[str, Flag]) -> str:
     """The command in one line: the flags that it needs, and what is given without a flag's name."""
     needed = [f"--{name} {declared.options.get('metavar', name.upper())}" for name, declared in flags.items()
               if declared.options.get("required")]
-    values = [f"[{declared.options['metavar']} ...]" for declared in flags.values() if declared.positional]
+    forms = {None: "{}", "+": "{} ...", "*": "[{} ...]"}  # by argparse's nargs
+    values = [forms[declared.options.get("nargs")].format(declared.options["metavar"])
+              for declared in flags.values() if declared.positional]
     return " ".join(["python", prog, *needed, "[FLAG ...]", *values])
 
 

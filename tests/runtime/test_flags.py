@@ -19,17 +19,29 @@ from lavin.runtime.errors import UsageError
 from lavin.runtime.flags import FlagGroup, Parser, Role, check_flags, flag, flags_of
 from lavin.runtime.schema import PathText
 from tiny import ROOT
-from tools import data_processing, doctor, export_hf, make_easy_vqa, make_mini_scienceqa, make_toy_base, topic_scores
+from tools import (
+    data_processing,
+    doctor,
+    download,
+    export_hf,
+    make_easy_vqa,
+    make_mini_scienceqa,
+    make_scienceqa,
+    make_toy_base,
+    publish,
+    topic_scores,
+)
 from user_errors import error_message
 from util.flags import inherit
 
 COMMANDS = {module.__name__: module.get_args_parser for module in (
-    train, evaluation, eval_mme, demo, search, plot_results, data_processing, export_hf, make_easy_vqa,
-    make_mini_scienceqa, make_toy_base, topic_scores)}
+    train, evaluation, eval_mme, demo, search, plot_results, data_processing, download, export_hf, make_easy_vqa,
+    make_mini_scienceqa, make_scienceqa, make_toy_base, publish, topic_scores)}
 FIRST_GROUP = {"train": "run", "eval": "what is scored", "eval_mme": "MME", "demo": "runs", "search": "search",
                "plot_results": "comparison", "tools.data_processing": "files", "tools.export_hf": "export",
                "tools.make_easy_vqa": "data set", "tools.make_mini_scienceqa": "data set",
-               "tools.make_toy_base": "toy base", "tools.topic_scores": "results"}
+               "tools.make_scienceqa": "data set", "tools.make_toy_base": "toy base", "tools.publish": "share",
+               "tools.download": "files", "tools.topic_scores": "results"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,9 @@ def test_help_says_every_default_once(name):
 def test_help_says_what_a_command_needs():
     first_line = export_hf.get_args_parser().format_help().splitlines()[0]
     assert "--adapter_path RUN --out FOLDER [FLAG ...]" in first_line
+    for name, needed in (("tools.download", "[FLAG ...] NAME ..."), ("tools.publish", "--out OUT [FLAG ...] RUN"),
+                         ("plot_results", "[FLAG ...] [RUN ...]")):
+        assert COMMANDS[name]().format_help().splitlines()[0].endswith(f" {needed}")
 
 
 def test_a_command_may_have_other_defaults_than_the_flags_that_it_shares():

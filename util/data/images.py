@@ -178,7 +178,8 @@ def decode_all(paths: list[Path], size: int, threads: int, skip_bad: bool) -> Ar
         return None
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        for i, error in enumerate(progress_bar(pool.map(load, range(len(paths))), "pictures", total=len(paths))):
+        errors = progress_bar(pool.map(load, range(len(paths))), "pictures", total=len(paths), unit="picture")
+        for i, error in enumerate(errors):
             good[i] = error is None
             if error and not skip_bad:
                 pool.shutdown(cancel_futures=True)

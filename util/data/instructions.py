@@ -75,7 +75,7 @@ def read_instructions(data_root: str, data_path: str) -> Instructions:
 def find_bad_images(images: list[LazyImage], threads: int) -> dict[LazyImage, str]:
     """The images that do not decode, each with what is wrong."""
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        problems = progress_bar(pool.map(LazyImage.problem, images), "pictures", total=len(images))
+        problems = progress_bar(pool.map(LazyImage.problem, images), "pictures", total=len(images), unit="picture")
         return {image: problem for image, problem in zip(images, problems, strict=True) if problem}
 
 
