@@ -74,7 +74,8 @@ def is_terminal() -> bool:
 
 
 class Lines(tqdm):
-    """Progress as lines of a log: one in LINE_SECONDS, and one at the end, if that comes after `delay` seconds."""
+    """Progress as lines of a log: one in LINE_SECONDS, and one at the end, if that comes after `delay` seconds. The last
+    one has the mean rate."""
 
     _instances: WeakSet = WeakSet()  # a bar among tqdm's own is cleared and drawn again where tqdm.write writes a line
 
@@ -94,7 +95,8 @@ class Lines(tqdm):
         """A log has no cursor to be moved."""
 
     def close(self) -> None:
-        if not self.disable and self.n > self.initial and self._time() - self.start_t >= self.shortest:
+        if not self.disable and self.n > self.last_print_n and self._time() - self.start_t >= self.shortest:
+            self._ema_dt = lambda: None  # then the rate is that of the whole, as in super().close
             self.display()
         self.delay = math.inf  # super() writes a last line, unless nothing was to be seen yet
         super().close()

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import tqdm
 from torch.distributed.elastic.multiprocessing.api import PContext
 
 from forked import in_child
@@ -230,6 +231,20 @@ def test_progress_in_a_log_has_lines_and_moves_no_cursor(monkeypatch):
     assert ended.out == "saved\n" and not {"\r", "\x1b"} & {*ended.errors} and "checksums" not in ended.errors
     assert 2 <= len(lines) <= 5 and lines[-1].startswith("run, epoch 1: 8 of 8, ") and lines[-1].endswith("loss 7")
     assert all(line.startswith("run, epoch 1: ") and " left, loss " in line for line in lines)
+
+
+def test_the_last_line_of_progress_has_the_rate_of_the_whole_and_comes_once():
+    def work():
+        now = 0.0
+        tqdm.std.time = lambda: now  # the clock of progress
+        for name, seconds in (("slow", (10, 30, 10, 10)), ("even", (20, 20))):
+            with progress_bar(None, name, total=len(seconds)) as bar:
+                for step in seconds:
+                    now += step
+                    bar.update()
+    assert in_child(work).errors.splitlines() == [
+        "slow: 2 of 4, 20.00s/it, 00:40 left", "slow: 4 of 4, 15.00s/it, 00:00 left",
+        "even: 2 of 2, 20.00s/it, 00:00 left"]
 
 
 def test_progress_names_the_run_which_tells_jobs_side_by_side_apart():
