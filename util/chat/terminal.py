@@ -187,7 +187,7 @@ COMMANDS = {
     "compare": Command(Terminal.compare, "NUMBER ...", "the last question to these runs"),
     "picture": Command(Terminal.use_picture, "FILE", "a picture, from now on", ("image",)),
     "options": Command(Terminal.use_options, "A | B | C", "options of the next question"),
-    "context": Command(Terminal.use_context, "TEXT", "more to go by for the next question"),
+    "context": Command(Terminal.use_context, "TEXT", "a hint for the next question"),
     "drop": Command(Terminal.drop, "", "ask without picture, options and context"),
     "runs": Command(Terminal.list_runs, "", "list the runs"),
     "run": Command(Terminal.use_run, "NUMBER", "who answers from now on"),

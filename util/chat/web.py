@@ -55,7 +55,7 @@ def build(bot: Chatbot, settings: Settings, data_root: str) -> gr.Blocks:
         gr.Markdown("# LaVIN\nAsk a finished run about a text or a picture.", elem_id="title")
         options = gr.Textbox(label="Options", lines=4, render=False, placeholder=(
             "One a line, for a multiple-choice question. It is asked on its own, and each option's probability shown."))
-        context = gr.Textbox(label="Context", placeholder="A hint to go by", render=False)
+        context = gr.Textbox(label="Context", placeholder="A hint for the question", render=False)
         sampling = sampling_controls(settings, bot.max_seq_len)
         session, comparison = gr.State(Session()), gr.State(Comparison())
         with gr.Row():
