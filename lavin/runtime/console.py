@@ -74,8 +74,8 @@ def is_terminal() -> bool:
 
 
 class Lines(tqdm):
-    """Progress as lines of a log: one in LINE_SECONDS, and one at the end, if that comes after `delay` seconds. The last
-    one has the mean rate."""
+    """Progress as lines of a log: one in LINE_SECONDS, and one at the end, with the mean rate, if that comes after
+    `delay` seconds."""
 
     _instances: WeakSet = WeakSet()  # a bar among tqdm's own is cleared and drawn again where tqdm.write writes a line
 
