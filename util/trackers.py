@@ -41,18 +41,17 @@ class Tracker(Protocol):
     def show(self, figure: Path) -> None:
         """Adds a PNG."""
 
-    def close(self) -> None:
-        """Writes what is left."""
+    def close(self, failed: bool) -> None:
+        """Writes what is left, and says how the process ends that the run was shown by."""
 
 
 class TensorBoard:
     """place: the folder of its events."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], place: dict[str, Any], first_step: int):
+    def __init__(self, folder: Path, config: Mapping[str, Any], place: dict[str, Any], first_step: int | None):
         self.place = {"log_dir": place.get("log_dir") or str(folder / "tensorboard")}
-        # later steps that it has are of an interrupted run; the first it drops is this one
-        self.events = summary_writer()(self.place["log_dir"], purge_step=first_step + 1)
-        self.last_step = first_step
+        # steps from purge_step on that it has already are of an interrupted run, and no longer shown
+        self.events = summary_writer()(self.place["log_dir"], purge_step=None if first_step is None else first_step + 1)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         for name, value in numbers.items():
@@ -60,14 +59,14 @@ class TensorBoard:
         self.events.flush()  # else a process that is killed would lose the lines of the last minutes
 
     def summarize(self, numbers: Mapping[str, float]) -> None:
-        self.log(numbers, self.last_step)
+        self.log(numbers, 0)
 
     def show(self, figure: Path) -> None:
         import numpy as np
         from PIL import Image
         self.events.add_image(figure.stem, np.asarray(Image.open(figure).convert("RGB")), dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.events.close()
 
 
@@ -79,7 +78,7 @@ def summary_writer() -> type:
 class WandB:
     """place: the run's id."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], place: dict[str, Any], first_step: int):
+    def __init__(self, folder: Path, config: Mapping[str, Any], place: dict[str, Any], first_step: int | None):
         import wandb
         self.wandb, self.place = wandb, {"id": place.get("id") or secrets.token_hex(4)}
         self.run = wandb.init(
@@ -96,14 +95,14 @@ class WandB:
     def show(self, figure: Path) -> None:
         self.run.log({figure.stem: self.wandb.Image(str(figure))})
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
 class MLflow:
     """place: the run's id and the store that has it."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], place: dict[str, Any], first_step: int):
+    def __init__(self, folder: Path, config: Mapping[str, Any], place: dict[str, Any], first_step: int | None):
         for name, value in MLFLOW_PATIENCE.items():
             os.environ.setdefault(name, value)
         import mlflow
@@ -136,8 +135,8 @@ class MLflow:
     def show(self, figure: Path) -> None:
         self.client.log_artifact(self.id, str(figure))
 
-    def close(self) -> None:
-        self.client.set_terminated(self.id)
+    def close(self, failed: bool) -> None:
+        self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
 
 
 def group_of(folder: Path) -> str:
@@ -169,11 +168,15 @@ class Trackers:
     """The trackers of one run. On other ranks than 0 there are none.
 
     names: of known trackers, with commas between them. folder: the run's, after which it is named. path: of the file
-    that says where the trackers have the run. config: the run's flags. first_step: the first step of this process,
-    since the run's start. log_dir: TensorBoard's folder, where it is not in the run's.
+    that says where the trackers have the run. config: the run's flags. first_step: the steps from the run's start up to
+    this process; those that the trackers have beyond it are made again. None: the process makes no steps. log_dir:
+    TensorBoard's folder, where it is not in the run's.
+
+    `with` closes them, also where the run fails. Where it is stopped, they stay as those of a run that goes on, since
+    the process must end before its grace period does, and a tracker may wait for its server.
     """
 
-    def __init__(self, names: str, folder: Path, path: Path, config: Mapping[str, Any], first_step: int = 0,
+    def __init__(self, names: str, folder: Path, path: Path, config: Mapping[str, Any], first_step: int | None = None,
                  log_dir: str | None = None):
         self.open: dict[str, Tracker] = {}
         if not (names and is_main_process()):
@@ -185,7 +188,8 @@ class Trackers:
             self.attempt(name, partial(self.begin, name, folder, config, places.get(name, {}), first_step))
         write_json(path, places | {name: tracker.place for name, tracker in self.open.items()})
 
-    def begin(self, name: str, folder: Path, config: Mapping[str, Any], place: dict[str, Any], first_step: int) -> None:
+    def begin(self, name: str, folder: Path, config: Mapping[str, Any], place: dict[str, Any], first_step: int | None
+              ) -> None:
         self.open[name] = KNOWN[name](folder, config, place, first_step)
 
     def attempt(self, name: str, action: Callable[[], None]) -> None:
@@ -205,8 +209,12 @@ class Trackers:
         known = {name: value for name, value in numbers.items() if value is not None}
         self.each(lambda tracker: tracker.log(known, step))
 
-    def close(self) -> None:
-        self.each(lambda tracker: tracker.close())
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self.each(lambda tracker: tracker.close(failed=kind is not None))
 
 
 def read_places(path: Path) -> dict[str, Any]:
@@ -220,15 +228,13 @@ def read_places(path: Path) -> dict[str, Any]:
 def add_scores(folder: Path, scores: Mapping[str, float]) -> None:
     """Adds scores to the runs of the trackers in which the run of this folder is."""
     places = read_places(folder / TRACKERS)
-    trackers = Trackers(",".join(name for name in KNOWN if name in places), folder, folder / TRACKERS, {})
     named = {f"scores/{name}": value for name, value in scores.items()}
-    trackers.each(lambda tracker: tracker.summarize(named))
-    trackers.close()
+    with Trackers(",".join(name for name in KNOWN if name in places), folder, folder / TRACKERS, {}) as trackers:
+        trackers.each(lambda tracker: tracker.summarize(named))
 
 
 def show_figures(names: str, folder: Path, figures: list[Path]) -> None:
     """Adds figures to a run of each tracker that has the name of their folder."""
-    trackers = Trackers(names, folder, folder / TRACKERS, {})
-    for figure in figures:
-        trackers.each(lambda tracker, figure=figure: tracker.show(figure))  # type: ignore[misc]
-    trackers.close()
+    with Trackers(names, folder, folder / TRACKERS, {}) as trackers:
+        for figure in figures:
+            trackers.each(lambda tracker, figure=figure: tracker.show(figure))  # type: ignore[misc]

@@ -30,7 +30,8 @@ class Fake:
         self.fail("begin")
         self.place = place or {"id": len(self.runs)}
         self.told = self.runs.setdefault(self.place["id"], {"name": folder.name, "config": dict(config), "log": [],
-                                                            "summary": {}, "figures": [], "closed": 0})
+                                                            "summary": {}, "figures": [], "first": [], "failed": []})
+        self.told["first"].append(first_step)
 
     def fail(self, where):
         if self.fails_at == where:
@@ -47,9 +48,9 @@ class Fake:
     def show(self, figure):
         self.told["figures"].append(figure.name)
 
-    def close(self):
+    def close(self, failed):
         self.fail("close")
-        self.told["closed"] += 1
+        self.told["failed"].append(failed)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,8 @@ def test_every_logged_number_and_the_scores_are_in_one_run(base, scienceqa, tmp_
     assert dict(told["log"]) == {6 * line["epoch"] + line["step"]: numbers_of(line) for line in lines(folder)}
     scores = json.loads((folder / "scores.json").read_text())
     assert told["summary"]["scores/Avg"] == scores["Avg"] and "scores/base" not in told["summary"]
-    assert told["closed"] == 2
+    assert told["first"] == [0, 9, None]  # the scores are added by a process that makes no step again
+    assert told["failed"] == [False, False]  # nothing said so of the process that was stopped, whose run went on
     assert json.loads((folder / TRACKERS).read_text()) == {"wandb": {"id": 0}}
 
 
@@ -107,6 +109,12 @@ def test_a_tracker_that_fails_stops_nothing(base, scienceqa, tmp_path, monkeypat
     assert (tmp_path / "tracked" / "checkpoint-1.pth").is_file()
     plain, tracked = ([line["loss"] for line in lines(tmp_path / name)] for name in ("plain", "tracked"))
     assert tracked == plain
+
+
+def test_a_run_that_fails_is_told_to_have_failed(base, scienceqa, tmp_path):
+    assert "training diverged" in error_message(run, base, scienceqa, tmp_path / "run", "--lr", "1e30")
+    (told,) = Fake.runs.values()
+    assert told["failed"] == [True]
 
 
 def test_figures(tmp_path):
@@ -139,6 +147,17 @@ def run_for_real(base, scienceqa, folder, tracker, **environment):
                           env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     assert "left out" not in done.stdout, done.stdout
+
+
+def test_tensorboard_shows_the_steps_once_and_the_scores(base, scienceqa, tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tmp_path / "runs" / "a"
+    run_for_real(base, scienceqa, folder, "tensorboard")
+    shown = accumulators.EventAccumulator(str(folder / "tensorboard")).Reload()
+    losses = [(point.step, point.value) for point in shown.Scalars("loss")]
+    assert losses == [(3 * line["epoch"] + line["step"], pytest.approx(line["loss"])) for line in lines(folder)]
+    scores = json.loads((folder / "scores.json").read_text())
+    assert [point.value for point in shown.Scalars("scores/Avg")] == [pytest.approx(scores["Avg"])]
 
 
 def test_mlflow_on_a_local_store(base, scienceqa, tmp_path):

@@ -69,29 +69,31 @@ class Trainer:
     def train(self, record: EpochRecord) -> None:
         """Trains the epochs from the record's on."""
         run = self.settings.run
-        trackers = Trackers(run.trackers, self.run.folder, self.run.path / TRACKERS, self.settings.flags,
-                            first_step=record.epoch * self.n_steps + len(record.steps), log_dir=run.log_dir)
-        self.metrics = Metrics(trackers, self.frozen, peak_flops(self.model.device, self.model.dtype,
-                                                                 self.world * distributed.model_parallel_size))
-        self.max_tokens = distributed.all_min(probe_max_tokens(self.model, self.examples, self.scaler))
-        gc.collect()
-        gc.freeze()  # excludes the objects of loading and compiling from later garbage collections
-        self.optimizer.zero_grad()
-        self.last_save = time.monotonic()
-        with signals.deferred():
-            while record.epoch < self.end:
-                self.train_epoch(record)
-                entry = record.log_line(self.n_steps * min(self.effective_batch, len(self.examples)),
-                                        peak_memory_gib(self.model.device))
-                self.save(record, entry)
-                print_rank0(f"{self.run.folder.name}, epoch {record.epoch}: {loss_in_words(entry['train_closs'])}, "
-                            f"{entry['samples_per_s']:.1f} samples/s"
-                            + (f", {entry['skipped_steps']} skipped steps (not finite)" if entry["skipped_steps"]
-                               else ""))
-                if record.stop and record.epoch + 1 < self.end:
-                    self.stop(record)
-                record = EpochRecord(record.epoch + 1, record.skipped)
-        trackers.close()
+        with Trackers(run.trackers, self.run.folder, self.run.path / TRACKERS, self.settings.flags,
+                      first_step=record.epoch * self.n_steps + len(record.steps), log_dir=run.log_dir) as trackers:
+            self.metrics = Metrics(trackers, self.frozen, peak_flops(self.model.device, self.model.dtype,
+                                                                     self.world * distributed.model_parallel_size))
+            self.max_tokens = distributed.all_min(probe_max_tokens(self.model, self.examples, self.scaler))
+            gc.collect()
+            gc.freeze()  # excludes the objects of loading and compiling from later garbage collections
+            self.optimizer.zero_grad()
+            self.last_save = time.monotonic()
+            with signals.deferred():
+                self.train_epochs(record)
+
+    def train_epochs(self, record: EpochRecord) -> None:
+        """Trains and saves epoch by epoch. Raises Stopped between two of them where a process was asked to stop."""
+        while record.epoch < self.end:
+            self.train_epoch(record)
+            entry = record.log_line(self.n_steps * min(self.effective_batch, len(self.examples)),
+                                    peak_memory_gib(self.model.device))
+            self.save(record, entry)
+            print_rank0(f"{self.run.folder.name}, epoch {record.epoch}: {loss_in_words(entry['train_closs'])}, "
+                        f"{entry['samples_per_s']:.1f} samples/s"
+                        + (f", {entry['skipped_steps']} skipped steps (not finite)" if entry["skipped_steps"] else ""))
+            if record.stop and record.epoch + 1 < self.end:
+                self.stop(record)
+            record = EpochRecord(record.epoch + 1, record.skipped)
 
     def batches(self, epoch: int, first_step: int = 0):
         batches = epoch_batches(self.costs, self.effective_batch, self.rank, self.world,
