@@ -39,7 +39,8 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
         raise UserError(f"the tokenizer has {tokenizer.n_words} pieces, and {base.source} {base.config.vocab_size}: it "
                         "belongs to another model: put the model's own into its folder")
     check_length(base.config, max_seq_len)
-    vit, vit_tensors = open_vit(vision_model)
+    with torch.random.fork_rng(devices=[]):  # timm draws the weights that it then fetches, and adapters must not differ
+        vit, vit_tensors = open_vit(vision_model)
     with user_error_if_unfit(), torch.device("meta"):
         model = LaVIN(base.config, vit, adapter, drop_path)
     # Modules are replaced now, while they hold no memory. Shapes are taken after sharding, which changes them, and

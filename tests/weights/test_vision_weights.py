@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from lavin.mm_adapter import AdapterConfig
 from lavin.timm_compat import timm
 from lavin.weights import hub
-from lavin.weights.load import load_base
+from lavin.weights.adapters import adapter_parameters
+from lavin.weights.load import exchange_adapters, load_base
 from lavin.weights.vision import open_vit
 from tiny import IMAGE_SIZE, ROOT, normalize_imagenet, tiny_vit
 from user_errors import error_message
@@ -206,6 +207,20 @@ def test_timm_model_name(base, monkeypatch):
     names = mock_hub(monkeypatch, vit)
     torch.testing.assert_close(features(base, "vit_tiny_patch16_224.augreg_in21k"), expected, atol=1e-5, rtol=1e-5)
     assert names == ["vit_tiny_patch16_224.augreg_in21k"]
+
+
+def test_adapters_do_not_depend_on_what_timm_draws(base, monkeypatch):
+    """timm initialises a model before it puts the weights in, and a model that is loaded already is not read again."""
+    adapter, tiny = AdapterConfig(), tiny_vit()
+    mock_hub(monkeypatch, tiny)
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: (torch.rand(1), tiny)[1])
+    torch.manual_seed(0)
+    model, _ = load_base(str(base.weights), "tiny", "vit_tiny_patch16_224.augreg_in21k", adapter, torch.device("cpu"),
+                         torch.float32)
+    loaded = {name: p.clone() for name, p in adapter_parameters(model).items()}
+    torch.manual_seed(0)
+    exchange_adapters(model, adapter, 0.0, None)
+    torch.testing.assert_close(loaded, adapter_parameters(model), rtol=0, atol=0)
 
 
 # --- Activation, normalization ---
