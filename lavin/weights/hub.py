@@ -8,7 +8,7 @@ taken for a name.
 import re
 import shutil
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -121,11 +121,11 @@ def cached_or_fetched(repository: Repository) -> Path:
     return folder
 
 
-def commits(names: Iterable[str]) -> dict[str, str]:
-    """For those of the names that are models of the hub, the commit whose files are in the cache. USER/REPO@COMMIT
-    gives the same files at any time."""
-    found = {name: cached(repository) for name in names if (repository := Repository.parse(name))}
-    return {name: folder.name for name, folder in found.items() if folder}
+def commits(paths: Mapping[str, Path]) -> dict[str, str]:
+    """For those of the models, name -> path, that are read from the hub's cache, the commit of their files.
+    USER/REPO@COMMIT gives the same files at any time."""
+    return {name: path.name for name, path in paths.items()
+            if path.parent.name == "snapshots" and path.is_relative_to(constants.HF_HUB_CACHE)}
 
 
 # --- Fetching ---

@@ -66,7 +66,19 @@ def test_only_what_is_read_is_fetched_and_once(server, models):
     hub.cached_or_fetched.cache_clear()
     assert base_path("none", "lab/tiny-llama") == path
     assert {server.fetched[name] for name in fetched} == {1}
-    assert hub.commits(["lab/tiny-llama", "7B", "lab/unknown"]) == {"lab/tiny-llama": COMMIT}
+
+
+def test_the_commit_is_that_of_the_files_that_are_read(server, tmp_path, monkeypatch):
+    """Another program may fetch a newer commit meanwhile, and a folder may have the name of a model on the hub."""
+    paths = {"lab/tiny-llama": base_path("none", "lab/tiny-llama"), "7B": base_path("none", "7B")}
+    main, = (tmp_path / "hub").rglob("models--lab--tiny-llama/refs/main")
+    newer = main.parents[1] / "snapshots" / "f00"
+    shutil.copytree(paths["lab/tiny-llama"], newer)
+    main.write_text(newer.name)
+    assert base_path("none", "lab/tiny-llama") == paths["lab/tiny-llama"]
+    assert hub.commits(paths) == {"lab/tiny-llama": COMMIT}
+    (tmp_path / "weights" / "lab" / "tiny-llama").mkdir(parents=True)
+    assert hub.commits({"lab/tiny-llama": base_path(str(tmp_path / "weights"), "lab/tiny-llama")}) == {}
 
 
 def test_a_run_is_that_of_the_same_files_in_a_folder(server, models, scienceqa, base, tmp_path):

@@ -10,8 +10,8 @@ from lavin.runtime.console import is_main_process, print_rank0, working_on
 from lavin.runtime.device import choose_device, choose_dtype
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags
-from lavin.weights.base import require_base
-from lavin.weights.hub import commits
+from lavin.weights.base import base_path, require_base
+from lavin.weights.hub import commits, model_path
 from util.data.checksums import file_states, require_unchanged
 from util.data.examples import load_examples, load_training_data
 from util.fingerprint import equal_on_all_nodes, frozen_files, with_fetched
@@ -104,8 +104,9 @@ def begin(run: RunFolder, settings: TrainSettings, device: torch.device, world: 
           record: EpochRecord) -> None:
     """Writes, on rank 0, what the run's folder holds before the first step. record: says where training goes on."""
     if is_main_process():
-        place = {"epoch": record.epoch, "step": len(record.steps)}
+        place, base = {"epoch": record.epoch, "step": len(record.steps)}, settings.base
         run.begin(settings.flags)
         drop_metrics(run.path, **place)
         write_config(run.path, settings.flags, device, world, n_layers, place if run.checkpoint else None,
-                     commits((settings.base.llm_model, settings.base.vision_model)))
+                     commits({base.llm_model: base_path(base.llama_model_path, base.llm_model),
+                              base.vision_model: model_path(base.vision_model, "--vision_model")}))
