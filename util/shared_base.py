@@ -1,7 +1,6 @@
 """The base model of a process, which one run after another gets with adapters of its own."""
 
 import gc
-from typing import Any
 
 from lavin.fast.captured_models import bind_graphs
 from lavin.fast.speed_up import forget_programs, speed_up
@@ -11,7 +10,7 @@ from lavin.runtime import distributed
 from lavin.runtime.flags import flags_of
 from lavin.tokenizer import Tokenizer
 from lavin.weights.load import exchange_adapters, load_base
-from util.data.checksums import States, file_states
+from util.data.checksums import file_states
 from util.fingerprint import frozen_files
 from util.flags import BaseSettings, Execution
 
@@ -50,7 +49,8 @@ class SharedBase:
             self.loaded = load_base(base.llama_model_path, base.llm_model, base.vision_model, adapter, device, dtype,
                                     drop_path, tokenizer_path, base.use_vicuna, base.bits, max_seq_len)
             speed_up(self.loaded[0], base.bits, execution.compile, execution.cuda_graphs)
-            self.key = settings, self.unchanged(files, file_states(frozen_files(base, tokenizer_path)))
+            # before they were read, or after that where timm has fetched them meanwhile
+            self.key = settings, {**file_states(frozen_files(base, tokenizer_path)), **files}
         self.shape = shape
         return self.loaded
 
@@ -60,8 +60,3 @@ class SharedBase:
             self.loaded, self.key = None, ()
             forget_programs()
             gc.collect()
-
-    @staticmethod
-    def unchanged(before: States, after: States) -> Any:
-        """The files that a base was read from; nothing that can be equal where they have changed meanwhile."""
-        return after if before.items() <= after.items() else object()

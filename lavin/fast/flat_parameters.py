@@ -50,6 +50,6 @@ class FlatParameters:
             raise RuntimeError("a gradient was replaced: it must be set to zero in place (set_to_none=False)")
 
     def count_write(self) -> None:
-        """Says to those who watch the parameters' versions (lavin/routing.py) that `flat` was written to."""
+        """Says to those who watch the parameters' versions (lavin/routing_cache.py) that `flat` was written to."""
         for p in self.parameters:
             torch.autograd.graph.increment_version(p)

@@ -17,10 +17,12 @@ import train
 from conftest import write_base
 from forked import Ended, in_child
 from killed import contents
+from lavin.mm_adapter import AdapterConfig
 from lavin.runtime.errors import one_line_errors
 from tiny_runs import load_checkpoint, run_flags, run_workers
 from util import shared_base
 from util.data import cache
+from util.flags import BaseSettings, Execution
 from util.series.commands import make_runs, process_of_its_own
 from util.training.command import run
 from util.training.throughput import peak_memory_gib
@@ -193,6 +195,24 @@ def test_the_base_is_read_once_and_again_where_it_has_changed(base, other_base, 
     os.utime(path)
     shared_base_run(commands(base, scienceqa, "d", "--stop_after_epoch", "1", "--precision", "bf16")[0][1:], shared)
     assert len(read) == 3
+
+
+def test_a_base_that_changes_while_it_is_read_is_read_again(base, tmp_path, monkeypatch):
+    read, load_base = [], shared_base.load_base
+
+    def changed_meanwhile(*args):
+        read.append(1)
+        loaded = load_base(*args)
+        if len(read) == 1:
+            os.utime(next(base.vision.glob("*.safetensors")))
+        return loaded
+
+    monkeypatch.setattr(shared_base, "load_base", changed_meanwhile)
+    shared = shared_base.SharedBase()
+    for n_read in (1, 2, 2):
+        shared.lend(BaseSettings(llm_model="tiny", llama_model_path=str(base.weights), vision_model=str(base.vision)),
+                    Execution(), AdapterConfig(), torch.device("cpu"), torch.float32, 64)
+        assert len(read) == n_read
 
 
 def shared_base_run(words: list[str], shared) -> None:
