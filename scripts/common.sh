@@ -83,9 +83,8 @@ RECIPE=(
 # LISTED names a file, the command is written to it, for util/series, and not run.
 launch() {
     local command=(python) names
-    if [ -n "${LISTED:-}" ]; then
-        printf '%q ' "$@" >> "$LISTED"
-        echo >> "$LISTED"
+    if [ -n "${LISTED:-}" ]; then # each word in single quotes, since only bash knows $'...', to which %q may come
+        printf '%s\n' "$@" | LC_ALL=C sed "s/'/'\\\\''/g; s/.*/'&'/" | paste -sd " " - >> "$LISTED"
         return
     fi
     if [ "$NODES" -gt 1 ]; then

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from forked import Ended, in_child
 from killed import contents
 from lavin.mm_adapter import AdapterConfig
 from lavin.runtime.errors import one_line_errors
+from tiny import ROOT
 from tiny_runs import load_checkpoint, run_flags, run_workers
 from util import shared_base
 from util.data import cache
 from util.flags import BaseSettings, Execution
-from util.series.commands import make_runs, process_of_its_own
+from util.series.commands import make_runs, process_of_its_own, read_run
 from util.training.command import run
 from util.training.throughput import peak_memory_gib
 from util.training.trainer import Trainer
@@ -154,6 +156,19 @@ def signal_at_step(number: int):
     Trainer.train_step = counted
 
 
+WORDS = [["train.py", "--output_dir", "données/it's a\\b $x `y`", "--caption_file", ""], ["eval.py", "--split", "test"]]
+
+
+@pytest.mark.parametrize("encoding", ["C", "C.UTF-8"])
+def test_the_words_of_a_command_are_those_that_a_script_gave(tmp_path, encoding):
+    path = tmp_path / "0-0000"
+    path.write_text("# base, seed 0\n")
+    lines = ["source scripts/common.sh", *(f"launch {shlex.join(words)}" for words in WORDS)]
+    subprocess.run(["bash", "-c", "\n".join(lines)], cwd=ROOT, check=True, timeout=60,
+                   env={**os.environ, "LC_ALL": encoding, "LISTED": str(path), "GPUS": "1"})
+    assert read_run(path) == ("base, seed 0", WORDS)
+
+
 @pytest.mark.parametrize("step, said", [(8, "and saved, in epoch 0 after step"), (12, "the same command goes on")])
 def test_a_run_that_is_stopped_is_saved_and_no_other_begins(base, scienceqa, tmp_path, step, said):
     """Also where the signal comes in the last step of a run, which is then done. A run has 6 steps."""
@@ -161,7 +176,9 @@ def test_a_run_that_is_stopped_is_saved_and_no_other_begins(base, scienceqa, tmp
     ended, left = together(tmp_path / "together", runs, before=lambda: signal_at_step(step))
     assert ended.status == 75 and not (tmp_path / "together" / "base-again").exists()
     line = ended.errors.splitlines()[-1]
-    assert re.match(r"(train|eval)\.py: stopped by SIGTERM", line) and said in line
+    assert line.startswith("train.py: stopped by SIGTERM") and said in line
+    assert (tmp_path / "together" / "base" / "scores.json").exists()
+    assert not (tmp_path / "together" / "seed" / "scores.json").exists()
     ended, left = together(tmp_path / "together", {name: runs[name] for name in left})
     assert ended.status == 0 and left == []
     alone(tmp_path / "alone", runs["seed"])

@@ -7,10 +7,12 @@ FLAG...`. The file is removed when the run is done.
   gets fresh adapters, and finds what it may change in the process as it was (`process_of_its_own`).
 - A command that fails or is stopped ends the process, as it would end its own, whatever state that is then in. The
   first file that is left is its run's; whoever started the process decides on the others.
-- A signal to one process is meant for all: where a file `stopped` lies beside that of a run, the run does not begin.
+- A signal to one process is meant for all: where a file `stopped` lies beside that of a run, none of its commands
+  begins.
 """
 
 import gc
+import os
 import shlex
 import sys
 import warnings
@@ -39,16 +41,22 @@ PROGRAMS: dict[str, tuple[Callable[[], Parser], Callable[[Flags, SharedBase], No
 
 
 def make_runs(paths: list[Path]) -> None:
-    shared, texts = SharedBase(), [path.read_text() for path in paths]  # at once: rank 0 removes them one by one
-    for path, text in zip(paths, texts, strict=True):
+    shared, runs = SharedBase(), [read_run(path) for path in paths]  # at once: rank 0 removes them one by one
+    for path, (title, commands) in zip(paths, runs, strict=True):
         require_not_stopped(path)
-        title, *lines = text.splitlines()
-        print_rank0(f"== {title.removeprefix('# ')}")
-        for line in lines:
-            run_command(shlex.split(line), shared)
+        print_rank0(f"== {title}")
+        for words in commands:
+            require_not_stopped(path)
+            run_command(words, shared)
         if is_main_process():
             path.unlink()
     distributed.close()
+
+
+def read_run(path: Path) -> tuple[str, list[list[str]]]:
+    """The title of a run, and the words of each of its commands."""
+    title, *lines = os.fsdecode(path.read_bytes()).strip("\n").split("\n")  # as Python decodes a command line
+    return title.removeprefix("# "), [shlex.split(line) for line in lines]
 
 
 def require_not_stopped(path: Path) -> None:
