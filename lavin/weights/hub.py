@@ -22,11 +22,12 @@ from huggingface_hub.utils import disable_progress_bars
 
 from lavin.runtime.console import is_main_process, is_terminal, print_rank0
 from lavin.runtime.errors import UserError, first_line
+from lavin.tokenizer import SPECIAL_IDS
 from lavin.weights.adapters import SHARED_SETTINGS, SHARED_TENSORS
 
 ANSWER_SECONDS = 5  # within which the hub must answer
 # The files of a model that are read here, with `*` for any text. Of several formats of the weights, the first is taken.
-DESCRIPTIONS = (SHARED_SETTINGS, "config.json", "params.json", "tokenizer.model", "tokenizer.json")
+DESCRIPTIONS = (SHARED_SETTINGS, "params.json", "tokenizer.model", "tokenizer.json", *SPECIAL_IDS)
 WEIGHTS = ((SHARED_TENSORS,), ("model*.safetensors", "model*.safetensors.index.json"),
            ("pytorch_model*.bin", "pytorch_model*.bin.index.json"), ("consolidated.*.pth",))
 FILE_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin", ".gguf")  # of files, which are named by paths

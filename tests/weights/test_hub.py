@@ -9,11 +9,13 @@ import torch
 
 import train
 from hub_server import COMMIT, serving, use
+from lavin.tokenizer import Tokenizer
 from lavin.weights import hub
-from lavin.weights.base import base_path, require_base
+from lavin.weights.base import base_path, find_tokenizer, require_base
 from lavin.weights.hub import Repository
 from lavin.weights.vision import vit_files
 from tiny_runs import load_checkpoint, run_flags
+from tiny_tokenizers import byte_level, write_json
 from tiny_weights import write_hugging_face
 from user_errors import error_message
 from util.fingerprint import fingerprints
@@ -95,6 +97,20 @@ def test_a_run_is_that_of_the_same_files_in_a_folder(server, models, scienceqa, 
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert config["hub_commits"] == {f"lab/tiny-llama@{COMMIT}": COMMIT, "lab/vit": COMMIT}
     assert "hub_commits" not in json.loads((tmp_path / "path" / "config.json").read_text())
+
+
+def test_a_tokenizer_is_that_of_the_same_files_in_a_folder(server, models):
+    """Also where BOS and EOS stand in a file of their own: here config.json names a BOS that is not to be used."""
+    folder = models / "lab" / "fast"
+    shutil.copytree(models / "lab" / "meta", folder, ignore=shutil.ignore_patterns("tokenizer.model"))
+    write_json(folder, byte_level())
+    (folder / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 1}')
+    (folder / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": "</s>"}')
+    fetched, local = Tokenizer(find_tokenizer("none", "lab/fast")), Tokenizer(find_tokenizer("none", str(folder)))
+    assert (fetched.bos_id, fetched.eos_id) == (local.bos_id, local.eos_id) == (None, 2)
+    settings = [BaseSettings(llm_model=name, llama_model_path="none", vision_model="lab/vit") for name in (
+        "lab/fast", str(folder))]
+    assert fingerprints(settings[0]) == fingerprints(settings[1])
 
 
 def test_metas_layout(server, base):
