@@ -127,15 +127,18 @@ def read_trained(args: Flags) -> Trained:
 
 def load_model(args, trained: Trained | None = None, shared: SharedBase | None = None
                ) -> tuple[LaVIN, Tokenizer, Path | None]:
-    """The model with the adapters of --adapter_path (fresh ones without it), its tokenizer, and the checkpoint's path.
+    """The model with the adapters of --adapter_path, its tokenizer, and the checkpoint's path. Without --adapter_path the
+    adapters are fresh, and always the same ones.
 
     trained: of `read_trained(args)`, where it was called before. shared: lends the base, where the process has one.
     Raises UserError where a file has changed since `read_trained`.
     """
     trained = trained or read_trained(args)
-    model, tokenizer = (shared or SharedBase()).lend(
-        BaseSettings.of(args), Execution.of(args), trained.adapter, trained.device, trained.dtype, args.max_seq_len,
-        tokenizer_path=args.tokenizer_path)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model, tokenizer = (shared or SharedBase()).lend(
+            BaseSettings.of(args), Execution.of(args), trained.adapter, trained.device, trained.dtype, args.max_seq_len,
+            tokenizer_path=args.tokenizer_path)
     take_adapters(model, tokenizer, trained)
     return model.eval(), tokenizer, trained.path
 

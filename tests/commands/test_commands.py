@@ -16,6 +16,7 @@ import train
 from lavin.generation.generate import generate
 from lavin.mm_adapter import AdapterConfig
 from lavin.runtime.errors import UserError, one_line_errors
+from lavin.weights.adapters import adapter_parameters
 from lavin.weights.base import open_base
 from tiny import ROOT, tiny_model
 from tiny_weights import write_hugging_face
@@ -221,6 +222,17 @@ def test_the_untuned_base_has_the_same_fresh_adapters_whatever_the_seed(base, sc
         run_eval(*base.flags, "--data_root", scienceqa, "--output_dir", tmp_path / seed, "--seed", seed)
         texts.add((tmp_path / seed / "generations.jsonl").read_text())
     assert len(texts) == 1
+
+
+def test_every_program_gives_the_untuned_base_the_same_adapters(base):
+    """Whatever random numbers it has drawn before; and loading a model leaves these as they were."""
+    args, loaded, drawn = evaluation.get_args_parser().parse_args(base.flags), [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        loaded.append(adapter_parameters(load_model(args)[0]))
+        drawn.append((torch.initial_seed(), torch.rand(1)))
+    torch.testing.assert_close(*loaded, rtol=0, atol=0)
+    assert drawn == [(seed, torch.rand(1, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)]
 
 
 def test_captions(base, scienceqa, tmp_path, monkeypatch):

@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from lavin.runtime import distributed
 from lavin.runtime.console import is_main_process, print_rank0, working_on
 from lavin.runtime.files import write_json
@@ -79,7 +77,6 @@ def evaluate(task: Task, args: Flags, trained: Trained, folder: Path, shared: Sh
         print_rank0("scored before, with the same settings:")
         report(task, folder, scores, trained)
         return
-    torch.manual_seed(0)  # the fresh adapters of an untuned base are always the same ones, whatever --seed samples
     model, tokenizer, _ = load_model(args, trained, shared)
     keys = task.prepare(model)
     require_unchanged(pictures)
