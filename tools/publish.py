@@ -22,7 +22,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from lavin.runtime.errors import UserError, first_line, one_line_errors
-from lavin.runtime.files import read_json, value_sha256, write_json, write_text
+from lavin.runtime.files import read_json, sha256, value_sha256, write_json, write_text
 from lavin.runtime.flags import Flag, FlagGroup, Flags, Parser, Role, flag, flags_of
 from lavin.runtime.schema import FileName, PathText
 from lavin.weights.adapters import SHARED_SETTINGS, SHARED_TENSORS, Checkpoint, read_adapters
@@ -161,8 +161,8 @@ def publish(run: Path, out: Path, name: str, where: str) -> None:
     if not (run / SCORES).is_file():
         raise UserError(f"{run} has no {SCORES}: score it with eval.py --adapter_path {run} first")
     scores = read_scores(run / SCORES)
-    if scores.get("checkpoint") != path.name:
-        raise UserError(f"{run / 'scores.json'} is of {scores.get('checkpoint')}, not of {path.name}: score it with "
+    if scores.get("checkpoint") != path.name or scores.get("checkpoint_sha256") not in (None, sha256(path)):
+        raise UserError(f"{run / SCORES} is of {scores.get('checkpoint')}, not of {path.name} as it is: score it with "
                         "eval.py first")
     settings, recipe = settings_of(checkpoint), read_json(run / RECIPE)
     with user_error_if_malformed(run / SCORES):

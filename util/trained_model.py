@@ -127,8 +127,8 @@ def read_trained(args: Flags) -> Trained:
 
 def load_model(args, trained: Trained | None = None, shared: SharedBase | None = None
                ) -> tuple[LaVIN, Tokenizer, Path | None]:
-    """The model with the adapters of --adapter_path, its tokenizer, and the checkpoint's path. Without --adapter_path the
-    adapters are fresh, and always the same ones.
+    """The model with the adapters of --adapter_path, its tokenizer, and the checkpoint's path. Without --adapter_path
+    the adapters are fresh, and always the same ones.
 
     trained: of `read_trained(args)`, where it was called before. shared: lends the base, where the process has one.
     Raises UserError where a file has changed since `read_trained`.

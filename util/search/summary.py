@@ -16,6 +16,7 @@ import numpy as np
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from util.comparison.statistics import wilson
+from util.runs import CONFIG
 from util.search.folder import BASE, RUN_FOLDERS, accuracy, base_values, read_records, read_settings, trial_folder
 from util.search.identity import runs_of_something_else
 
@@ -100,7 +101,7 @@ class StudyReport:
     @cached_property
     def base_config(self) -> dict[str, Any]:
         """The content of config.json of the base's trial; empty where training has not begun."""
-        path = trial_folder(self.folder, int(BASE)) / "config.json"
+        path = trial_folder(self.folder, int(BASE)) / CONFIG
         return read_json(path) if path.is_file() else {}
 
     @property
