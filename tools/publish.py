@@ -32,7 +32,6 @@ from util.comparison.comparison import clusters_of
 from util.comparison.statistics import accuracy_interval
 from util.evaluation.answers import read_answers
 from util.evaluation.results import read_scores
-from util.evaluation.scoring import COLUMNS
 from util.flags import SHARED
 from util.runs import GENERATIONS, RECIPE, SCORES, last_checkpoint, user_error_if_malformed
 
@@ -138,7 +137,7 @@ def card(name: str, where: str, checkpoint: Checkpoint, recipe: Mapping[str, Any
     flags = settings["flags"]
     llm_model, vision_model = (str(flags.get(flag, "not recorded")) for flag in ("llm_model", "vision_model"))
     hub_model = Repository.parse(llm_model)
-    columns = [column for column in COLUMNS if scores[column] is not None]
+    columns = [column for column in scores["counts"] if scores[column] is not None]
     training = [f"`--{flag} {recipe[flag]}`" for flag in ("lr_schedule", "lr", "epochs", "dropout_prob", "dropout_var",
                                                           "adapter_dim", "prompt_format", "seed") if flag in recipe]
     return CARD.substitute(

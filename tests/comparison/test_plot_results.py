@@ -17,11 +17,13 @@ from lavin.mm_adapter import dropout_schedule
 from lavin.runtime.errors import one_line_errors
 from util.comparison import figures
 from util.comparison.comparison import Method, compare, published
-from util.comparison.figures import CATEGORIES, COLOURS, FIGURES
+from util.comparison.figures import COLOURS, FIGURES
 from util.comparison.references import Reference
 from util.comparison.statistics import wilson
+from util.evaluation.scoring import COLUMNS
 from util.lr_sched import learning_rate
 
+CATEGORIES = [column for column in COLUMNS if column != "Avg"]
 # as published, in the order of the publication
 NAMES = ["Base", "Cyclical LR", "Step Decay", "Exp. Decay", "Inc. Drop. Prob", "Dec. Drop. Prob", "Inc. Drop. Prob V2",
          "Dec. Drop. Prob V2"]

@@ -15,7 +15,7 @@ def same_questions(runs: list[Run], base: Run | None) -> tuple[list[Run], list[s
     Returns these runs, with answers if any run knows the right options, and the reasons why the others are excluded.
     """
     def asked(run):
-        return run.split, run.questions, frozenset(run.scored_with.items())
+        return run.split, run.questions, frozenset(run.counts), frozenset(run.scored_with.items())
 
     most_common = Counter(map(asked, runs)).most_common(1)[0][0]
     reference = base or next(run for run in runs if asked(run) == most_common)
@@ -33,6 +33,8 @@ def why_incomparable(run: Run, reference: Run, right_options: dict[str, int]) ->
     if run.questions != reference.questions:
         return (f"its {len(run.questions)} questions are not the others' {len(reference.questions)}: evaluate on the "
                 "same")
+    if run.counts.keys() != reference.counts.keys():
+        return "its scores have other columns than the others': evaluate on the same data"
     if run.answers and run.right_options != right_options:
         return "its questions have other right answers: evaluate on the same data"
     for name, (words, flag) in CONDITIONS.items():

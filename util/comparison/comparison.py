@@ -133,6 +133,7 @@ class Comparison:
 
     @property
     def counts(self) -> dict[str, int]:
+        """The number of questions by column, in the order of columns."""
         return self.methods[0].counts
 
 

@@ -31,17 +31,15 @@ from util.comparison.factorial import Effect, find_effects
 from util.comparison.methods import method_names
 from util.comparison.references import Reference
 from util.comparison.statistics import LEVEL
-from util.evaluation.scoring import COLUMNS
 from util.lr_sched import LearningRate, learning_rate
 
-CATEGORIES = [column for column in COLUMNS if column != "Avg"]
 # Okabe & Ito's palette for all kinds of colour vision, with wine in place of its yellow, which is hardly visible in
 # print. Markers and dashes differ too, for prints in grey.
 COLOURS = ["#000000", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2", "#882255"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h"]
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 2, 2)), (0, (9, 2))]
-CODES = ("NAT, SOC, LAN: natural, social and language science.  TXT, IMG, NO: with a text, a picture or neither as "
-         "context.  G1-6, G7-12: grades.")
+CODES = {"NAT, SOC, LAN": "natural, social and language science",
+         "TXT, IMG, NO": "with a text, a picture or neither as context", "G1-6, G7-12": "grades"}
 MANY, BEST = 20, 10  # of more than MANY methods, the base and the BEST others are told apart
 GREY = {"color": "#999999", "marker": "none", "linestyle": "-", "linewidth": 0.5, "zorder": 1.5}
 FEW_EPOCHS = 5  # of fewer epochs, the overview has the loss by step
@@ -211,7 +209,7 @@ def draw_categories(ax: Axes, methods: list[Method]) -> None:
     """The categories that have questions, from left to right; within each, the methods in their order, and then the
     others as points."""
     (named, others), counts = told_apart(methods), methods[0].counts
-    columns = [column for column in CATEGORIES if counts[column]]
+    columns = [column for column, n in counts.items() if n and column != "Avg"]
     offsets = np.linspace(-0.38, 0.38, len(named) + bool(others)) if len(methods) > 1 else np.zeros(1)
     ends = []
     for offset, (method, style) in zip(offsets, zip(named, styles(named).values(), strict=True), strict=False):
@@ -226,7 +224,8 @@ def draw_categories(ax: Axes, methods: list[Method]) -> None:
         ends += zip(means, means, strict=True)
     ax.set(title="Accuracy by category, 95 % intervals", ylabel="accuracy (%)", xlim=(-0.5, len(columns) - 0.5),
            xticks=range(len(columns)), xticklabels=[f"{column}\nn = {counts[column]:,}" for column in columns])
-    ax.set_xlabel(CODES, fontsize=8)
+    codes = [f"{names}: {words}." for names, words in CODES.items() if counts.keys() & names.split(", ")]
+    ax.set_xlabel("  ".join(codes), fontsize=8)
     for edge in range(1, len(columns)):
         ax.axvline(edge - 0.5, color="grey", linewidth=0.6, alpha=0.5)
     ax.tick_params(axis="x", length=0)

@@ -9,16 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, AliasChoices, Field, NonNegativeInt
+from pydantic import AfterValidator, AliasChoices, Field, NonNegativeInt, ValidationInfo
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.mm_adapter import AdapterConfig, AdapterShape, dropout_schedule
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, read_json_lines, sha256, whole_lines
 from lavin.runtime.flags import Flag, flags_of
-from lavin.runtime.schema import declared, read_validated, validate
+from lavin.runtime.schema import declared, read_validated, shown, validate
 from util.evaluation.answers import Answer, read_answers
-from util.evaluation.scoring import COLUMNS
 from util.fingerprint import FROZEN, FROZEN_SHA256, both_tell
 from util.lr_sched import LearningRate, check_schedule
 from util.runs import CONFIG, GENERATIONS, LOG, METRICS, PREDICTIONS, RECIPE, SCORES, checkpoint_path
@@ -39,10 +38,15 @@ CONDITIONS = {"decode": ("--decode", None), "precision": ("--precision", "precis
 
 # --- What the files must hold ---
 
-def has_all_columns(numbers: dict) -> dict:
-    missing = [column for column in COLUMNS if column not in numbers]
-    if missing:
-        raise ValueError(f"lacks {missing[0]}")
+def has_all_columns(numbers: dict, info: ValidationInfo) -> dict:
+    """The columns of a run are those of `counts`, which is checked first and needs Avg alone."""
+    columns = info.data.get("counts", {**numbers, "Avg": 0})
+    for column in columns:
+        if column not in numbers:
+            raise ValueError(f"lacks {shown(column, quoted=False)}")
+    for column in numbers:
+        if column not in columns:
+            raise ValueError(f"has {shown(column, quoted=False)}, and counts has not")
     return numbers
 
 
@@ -126,7 +130,7 @@ class Run:
     folder: str
     flags: dict  # train.py's flags, plus EFFECTIVE_BATCH and MICRO_BATCH
     losses: list[float]  # mean training loss of each epoch
-    counts: dict[str, int]  # number of questions by column
+    counts: dict[str, int]  # number of questions by column, in the order of columns
     correct: dict[str, int]
     split: str = "test"
     answers: list[Answer] = field(default_factory=list)
@@ -259,8 +263,8 @@ def last_step(losses: dict[tuple[int, int], float | None]) -> int:
 
 def check_counts(scores: dict, path: Path) -> None:
     """Raises UserError where the percentages contradict the counts."""
-    for column in COLUMNS:
-        n, correct, percent = scores["counts"][column], scores["correct"][column], scores.get(column)
+    for column, n in scores["counts"].items():
+        correct, percent = scores["correct"][column], scores.get(column)
         is_number = isinstance(percent, int | float)
         if is_number != (n > 0) or (is_number and abs(percent - 100 * correct / n) >= 0.006):
             raise UserError(f"{path} is broken ({column} {percent} is not {correct} of {n}): {FIX}")

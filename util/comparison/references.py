@@ -7,7 +7,6 @@ import numpy as np
 from util.comparison.comparability import why_incomparable
 from util.comparison.finished_runs import ASKED_WITH, Run
 from util.comparison.statistics import accuracy_interval, wilson
-from util.evaluation.scoring import COLUMNS
 from util.fingerprint import FROZEN, FROZEN_SHA256
 from util.training.recipe import other_inputs
 
@@ -69,6 +68,5 @@ def of_untuned(run: Run, clusters: np.ndarray | None) -> Reference:
     outcomes = np.array([[answer.correct for answer in run.answers]], int)
     low, high = accuracy_interval(outcomes, clusters, None) if run.answers else \
         wilson(run.correct["Avg"], run.counts["Avg"])
-    accuracies = {column: 100 * run.correct[column] / run.counts[column] if run.counts[column] else None
-                  for column in COLUMNS}
+    accuracies = {column: 100 * run.correct[column] / n if n else None for column, n in run.counts.items()}
     return Reference(UNTUNED, accuracies, (100 * low, 100 * high), f"without adapters, in {run.folder}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from util.comparison.comparison import Comparison
 from util.comparison.document import Bullets, Heading, Part, Picture, to_page
 from util.comparison.tables import table_parts
+from util.evaluation.scoring import COLUMNS
 
 CAPTIONS = {"overview": "Overview: loss, accuracy, categories, learning rate and dropout",
             "accuracy": "Overall accuracy of each method, with 95 % intervals",
@@ -32,9 +33,10 @@ def facts(comparison: Comparison) -> dict[str, str]:
     own = [run for method in methods if not method.published for run in method.runs]
     runs = own or methods[0].runs
     seeds = sorted({len(method.runs) for method in methods})
+    of_scienceqa = " of ScienceQA" if comparison.counts.keys() == COLUMNS.keys() else ""
     found = {
         "Methods": f"{len(methods)}, {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} each",
-        "Questions": f"{comparison.counts['Avg']:,} of the {runs[0].split} split of ScienceQA",
+        "Questions": f"{comparison.counts['Avg']:,} of the {runs[0].split} split{of_scienceqa}",
         "Data": listed(f"{run.flags.get('data_root', '')}{checksum(run.scored_with.get('data'))}" for run in runs),
         "Base model": listed(f"{run.flags.get('llm_model')}{checksum(run.trained_on.get('base'))}" for run in runs),
         "Epochs": listed(run.flags["epochs"] for run in runs),

@@ -16,7 +16,6 @@ from util.comparison.factorial import Effect, find_effects
 from util.comparison.methods import BASE_IN_WORDS
 from util.comparison.references import CHANCE, Reference
 from util.comparison.statistics import LEVEL, design_effect
-from util.evaluation.scoring import COLUMNS
 
 NONE = "–"
 DIFFERENCE = ["vs. base", "verdict", "vs. base, 95 %", "p", "p (Holm)", "detectable"]
@@ -73,20 +72,20 @@ def csv_table(comparison: Comparison) -> str:
     """The table as CSV: percentages and points have four decimals, and a cell without a value is empty. A row with 0
     seeds is no method: the untuned base, or chance."""
     out = io.StringIO()
-    write = csv.writer(out, lineterminator="\n").writerow
-    write(["method", "published", "seeds", "n", *COLUMNS, "Avg_low", "Avg_high",
-           *(f"{column}_sd" for column in COLUMNS), "difference", "difference_low", "difference_high", "p", "p_holm",
+    write, columns = csv.writer(out, lineterminator="\n").writerow, list(comparison.counts)
+    write(["method", "published", "seeds", "n", *columns, "Avg_low", "Avg_high",
+           *(f"{column}_sd" for column in columns), "difference", "difference_low", "difference_high", "p", "p_holm",
            "difference_detectable"])
     for method in comparison.methods:
         d = comparison.differences.get(method.name)
         write([method.name, int(method.published), len(method.runs), method.counts["Avg"],
-               *fixed([*map(method.accuracy, COLUMNS), *method.interval("Avg"), *map(method.deviation, COLUMNS)]),
+               *fixed([*map(method.accuracy, columns), *method.interval("Avg"), *map(method.deviation, columns)]),
                *fixed((d.points, d.low, d.high) if d else (None,) * 3), *p_values(d),
                *fixed([d.detectable if d else None])])
     for reference in comparison.references:
         write([reference.name, 0, 0, comparison.counts["Avg"],
-               *fixed([*(reference.accuracies[column] for column in COLUMNS), *(reference.interval or (None, None)),
-                       *[None] * (len(COLUMNS) + 3)]), "", "", ""])
+               *fixed([*(reference.accuracies[column] for column in columns), *(reference.interval or (None, None)),
+                       *[None] * (len(columns) + 3)]), "", "", ""])
     return out.getvalue()
 
 
@@ -114,11 +113,11 @@ def p_values(d: Difference | None) -> list[str]:
 
 def rounded_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """The header and the rows, the last of which has the numbers of questions, without columns that say nothing."""
-    header = ["Method", "seeds", *COLUMNS, "n", "Avg, 95 %", *DIFFERENCE]
+    header = ["Method", "seeds", *comparison.counts, "n", "Avg, 95 %", *DIFFERENCE]
     rows = [method_cells(method, comparison) for method in comparison.methods]
     rows += [reference_cells(reference, comparison) for reference in comparison.references]
-    counts = [f"{comparison.counts[column]:,}" for column in COLUMNS]
-    rows.append(["questions", NONE, *counts, *[NONE] * (len(header) - len(COLUMNS) - 2)])
+    counts = [f"{n:,}" for n in comparison.counts.values()]
+    rows.append(["questions", NONE, *counts, *[NONE] * (len(header) - len(counts) - 2)])
     kept = [i for i, name in enumerate(header)
             if any(row[i] != NONE for row in rows) and not (name == "seeds" and all(row[i] in "1–" for row in rows))]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
@@ -126,14 +125,15 @@ def rounded_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def method_cells(method: Method, comparison: Comparison) -> list[str]:
     low, high = method.interval("Avg")
-    return [method.name, str(len(method.runs)), *(accuracy(method, column) for column in COLUMNS),
+    return [method.name, str(len(method.runs)), *(accuracy(method, column) for column in comparison.counts),
             f"{method.counts['Avg']:,}", f"{low:.2f} to {high:.2f}",
             *difference_cells(comparison.differences.get(method.name))]
 
 
 def reference_cells(reference: Reference, comparison: Comparison) -> list[str]:
     low_high = f"{reference.interval[0]:.2f} to {reference.interval[1]:.2f}" if reference.interval else NONE
-    accuracies = [NONE if (value := reference.accuracies[column]) is None else f"{value:.2f}" for column in COLUMNS]
+    accuracies = [NONE if (value := reference.accuracies[column]) is None else f"{value:.2f}"
+                  for column in comparison.counts]
     return [reference.name, NONE, *accuracies, f"{comparison.counts['Avg']:,}", low_high, *[NONE] * len(DIFFERENCE)]
 
 

@@ -17,7 +17,7 @@ from util.evaluation import evaluate
 from util.evaluation.answering import answer_questions, answers_first
 from util.evaluation.answers import Answer, from_json, predictions_of, read_answers, write_answers
 from util.evaluation.results import model_identity
-from util.evaluation.scoring import COLUMNS, score
+from util.evaluation.scoring import score
 from util.evaluation.settings import Answering, take_run
 from util.flags import BaseSettings, Execution
 from util.runs import GENERATIONS, PREDICTIONS, SCORES
@@ -100,8 +100,9 @@ def restore_predictions(path: Path, answers: list[Answer]) -> None:
 
 
 def score_table(scores: dict) -> str:
-    percent = ["-" if scores[column] is None else f"{scores[column]:.2f}" for column in COLUMNS]
-    return format_table(["", *COLUMNS], [["accuracy %", *percent], ["questions", *scores["counts"].values()]])
+    counts = scores["counts"]
+    percent = ["-" if scores[column] is None else f"{scores[column]:.2f}" for column in counts]
+    return format_table(["", *counts], [["accuracy %", *percent], ["questions", *counts.values()]])
 
 
 def main(args: Flags) -> None:

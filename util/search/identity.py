@@ -87,7 +87,7 @@ def said_by_files(folder: Path, searched: set[str]) -> list[tuple[str, dict[str,
         for path in sorted(folder.glob(pattern)):
             try:
                 entries = checksums(read_json(path)["recipe"]) if part == "train" else conditions(read_scores(path))
-            except (UserError, KeyError, AttributeError):
+            except (UserError, KeyError, AttributeError, TypeError):
                 continue
             parts.append((part, {name: value for name, value in entries.items() if name not in searched}))
     return parts
@@ -95,7 +95,8 @@ def said_by_files(folder: Path, searched: set[str]) -> list[tuple[str, dict[str,
 
 def conditions(scores: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of scores.json that say on what, and how, a run was scored."""
-    return {name: value for name, value in scores.items() if name not in RESULT}
+    columns = scores.get("counts", ())
+    return {name: value for name, value in scores.items() if name not in RESULT and name not in columns}
 
 
 def runs_of_something_else(study: Path, settings: Mapping[str, Any], name: str) -> dict[str, str]:
