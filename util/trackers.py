@@ -8,6 +8,7 @@ Each tracker reads its own environment variables (WANDB_MODE, WANDB_PROJECT, MLF
 """
 
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -130,7 +131,7 @@ class MLflow:
 
     def summarize(self, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
-            self.client.log_metric(self.id, name.replace("/", "."), value)
+            self.client.log_metric(self.id, re.sub(r"[^\w. -]", ".", name), value)  # it refuses other characters
 
     def show(self, figure: Path) -> None:
         self.client.log_artifact(self.id, str(figure))

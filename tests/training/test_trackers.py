@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +19,7 @@ from tiny_runs import run_flags
 from user_errors import error_message
 from util import trackers
 from util.runs import TRACKERS
-from util.trackers import show_figures
+from util.trackers import MLflow, show_figures
 
 
 class Fake:
@@ -158,6 +160,14 @@ def test_tensorboard_shows_the_steps_once_and_the_scores(base, scienceqa, tmp_pa
     assert losses == [(3 * line["epoch"] + line["step"], pytest.approx(line["loss"])) for line in lines(folder)]
     scores = json.loads((folder / "scores.json").read_text())
     assert [point.value for point in shown.Scalars("scores/Avg")] == [pytest.approx(scores["Avg"])]
+
+
+def test_mlflow_gets_only_names_that_it_takes():
+    """By its message: "Names may only contain alphanumerics, underscores, dashes, periods, spaces, and slashes"."""
+    tracker, names = MLflow.__new__(MLflow), []
+    tracker.id, tracker.client = "1", SimpleNamespace(log_metric=lambda run, name, value: names.append(name))
+    tracker.summarize(dict.fromkeys(("scores/G1-6", "scores/C# & C+", "scores/100 %: 植物", "scores/Land & sea"), 1.0))
+    assert names[0] == "scores.G1-6" and all(re.fullmatch(r"[/\w.\- ]*", name) for name in names)
 
 
 def test_mlflow_on_a_local_store(base, scienceqa, tmp_path):
