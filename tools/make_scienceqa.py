@@ -209,8 +209,7 @@ def read_question(row: dict[str, Any], number: int, folder: Path, pictures: Path
     texts = {name: str(row.get(name, "")).strip() for name in (*TEXTS, *GIVEN)}
     texts["split"] = SPLIT_NAMES.get(texts["split"], texts["split"])
     problem = {"question": str(row["question"]).strip(), "choices": choices,
-               "answer": read_answer(row["answer"], choices), "image": None, "grade": "grade1",
-               "subject": "natural science",
+               "answer": read_answer(row["answer"], choices), "image": None,
                **{name: text for name, text in texts.items() if text or name in TEXTS}}
     validate(problem, Problem, "", "")
     if not is_plain_name(qid):

@@ -102,6 +102,14 @@ def test_parquet_and_what_the_package_datasets_saves(tmp_path):
     assert "a.parquet cannot be read" in error_message(make_scienceqa, tmp_path / "a.parquet", tmp_path / "b", 0.1, 0.2)
 
 
+def test_grade_and_subject_are_there_only_where_a_row_has_them(tmp_path):
+    plain = read_question(ROWS[0], 1, tmp_path, tmp_path).problem
+    assert not {"grade", "subject", "category"} & plain.keys()
+    given = {"grade": "grade7", "subject": "social science", "category": "Maps"}
+    assert read_question(ROWS[0] | given, 1, tmp_path, tmp_path).problem == {**plain, **given}
+    assert read_question(ROWS[0] | dict.fromkeys(given, " "), 1, tmp_path, tmp_path).problem == plain
+
+
 @pytest.mark.parametrize("value, expected", [("B", 1), ("b", 1), ("1", 1), (2, 2), ("10", 0), ("the", 2), ("0", 0)])
 def test_answers(value, expected):
     assert read_answer(value, ["10", "20", "the"]) == expected

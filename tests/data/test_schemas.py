@@ -194,6 +194,39 @@ def test_fingerprint_changes_with_everything_that_determines_results(scienceqa):
     assert len({other.fingerprint for other in (data, *others)}) == 4
 
 
+def test_the_fingerprint_of_problems_with_grade_and_subject_stays_that_of_earlier_versions(scienceqa):
+    """It was computed by the version before these fields were optional. A run goes on by it."""
+    data = ScienceQA(scienceqa, json.loads((scienceqa / "problems.json").read_text()), {"100": "A pond."})
+    assert data.fingerprint == "2277beb2ae95557448bf735d6218d9a4407305c8c11ee66d1461846449e2c789"
+
+
+def test_without_a_grade_or_a_subject_the_fingerprint_holds_what_the_columns_go_by(scienceqa):
+    data = load_scienceqa(scienceqa, "train")
+    found = {data.fingerprint}
+    for missing in (("grade",), ("subject",), ("grade", "subject")):
+        changed = copy.deepcopy(data)
+        for name in missing:
+            del changed.problems["100"][name]
+        found.add(changed.fingerprint)
+        for name in ("category", "topic"):
+            changed.problems["101"][name] += "s"
+            found.add(changed.fingerprint)
+    assert len(found) == 10
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("grade", "college", "'college' is none of grade1 to grade12, ScienceQA's grades: leave grade out of your own"),
+    ("subject", "alchemy", "language science, ScienceQA's subjects: write other ones as category")])
+def test_what_scienceqa_does_not_know_is_told_where_to_write_it(scienceqa_copy, field, value, words):
+    path = scienceqa_copy / "problems.json"
+    content = json.loads(path.read_text())["101"]
+    change_json(path, {"101": {**content, field: value}})
+    assert words in error_message(load_scienceqa, scienceqa_copy, "train")
+    del content[field]
+    change_json(path, {"101": content})
+    assert field not in load_scienceqa(scienceqa_copy, "train").problems["101"]
+
+
 def test_fingerprint_does_not_depend_on_path_key_order_or_unused_entries(scienceqa, scienceqa_copy):
     path = scienceqa_copy / "problems.json"
     problems = {qid: {"extra": 1, **dict(reversed(p.items())), "skill": "x"}

@@ -399,7 +399,8 @@ def data_cases() -> Iterator[Case]:
     kind, file = "problems.json", "data/problems.json"
     choices = ("AB", [1, 2], ["a"], ["a", ""], list("abcdef"), ["a", None], {"A": "a", "B": "b"})
     wrong_values = {"question": wrong(*TEXTS[1:]), "choices": [*WRONG, *choices], "answer": wrong(0),
-                    "image": wrong(None), "grade": [*WRONG, "grade0", "grade13", "Grade7"], "subject": [*WRONG],
+                    "image": wrong(None), "grade": [*wrong(MISSING), "grade0", "grade13", "Grade7"],
+                    "subject": wrong(MISSING),
                     "split": [*WRONG], **dict.fromkeys(("hint", "lecture", "solution"), wrong(*TEXTS)),
                     **dict.fromkeys(("skill", "topic", "category"), wrong(MISSING, *TEXTS))}
     for split, command in (("train", "train"), ("test", "eval")):

@@ -1,11 +1,11 @@
 """ScienceQA (Lu et al. 2022, arXiv 2209.09513): reads and checks the problems and captions of one split."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationInfo
 from typing_extensions import NotRequired, TypedDict
@@ -13,12 +13,15 @@ from typing_extensions import NotRequired, TypedDict
 from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import json_list_sha256, json_sha256
-from lavin.runtime.schema import NonBlankText, PlainName, Text, declared, distinct, read_validated, validate
+from lavin.runtime.schema import NonBlankText, PlainName, Text, declared, distinct, read_validated, shown, validate
 from util.data.checksums import named_files_sha256
 from util.data.prompts import OPTIONS
 
 # the fields that determine what a model is trained on and how its answer is scored
 USED_FIELDS = ("question", "choices", "answer", "hint", "image", "lecture", "solution", "grade", "subject")
+OWN_FIELDS = ("category", "topic")  # determine the columns of scores where problems lack a grade or a subject
+GRADES = [f"grade{i}" for i in range(1, 13)]
+SUBJECTS = ("natural science", "social science", "language science")
 DISJOINT_SPLITS = ("train", "val", "test")  # others, such as trainval and minitest, are made of these
 
 
@@ -27,6 +30,20 @@ def names_a_choice(answer: int, info: ValidationInfo) -> int:
     if not 0 <= answer < n_choices:
         raise ValueError(f"there is no choice number {answer} among {n_choices}")
     return answer
+
+
+def known_grade(grade: str) -> str:
+    if grade not in GRADES:
+        raise ValueError(f"{shown(grade)} is none of {GRADES[0]} to {GRADES[-1]}, ScienceQA's grades: leave grade out "
+                         "of your own questions")
+    return grade
+
+
+def known_subject(subject: str) -> str:
+    if subject not in SUBJECTS:
+        raise ValueError(f"{shown(subject)} is none of {', '.join(SUBJECTS)}, ScienceQA's subjects: write other ones "
+                         "as category")
+    return subject
 
 
 @declared
@@ -38,8 +55,8 @@ class Problem(TypedDict):
     lecture: Text
     solution: Text
     image: PlainName | None
-    grade: Annotated[str, Field(pattern="^grade([1-9]|1[0-2])$")]
-    subject: Literal["natural science", "social science", "language science"]
+    grade: NotRequired[Annotated[Text, AfterValidator(known_grade)]]
+    subject: NotRequired[Annotated[Text, AfterValidator(known_subject)]]
     split: NotRequired[PlainName]
     skill: NotRequired[Text]
     topic: NotRequired[Text]
@@ -93,8 +110,14 @@ class ScienceQA:
     @property
     def fingerprint(self) -> str:
         """Equal for texts of equal results, wherever and in whichever order of keys they are stored."""
-        return json_list_sha256([qid, *(problem[name] for name in USED_FIELDS), self.captions.get(qid, "")]
-                                for qid, problem in self.problems.items())
+        own = () if has_grades_and_subjects(self.problems.values()) else OWN_FIELDS
+        return json_list_sha256([qid, *(problem.get(name) for name in USED_FIELDS), self.captions.get(qid, ""),
+                                 *(problem.get(name, "") for name in own)] for qid, problem in self.problems.items())
+
+
+def has_grades_and_subjects(problems: Iterable[Any]) -> bool:
+    """Whether all problems have the grade and the subject by which ScienceQA is scored."""
+    return all("grade" in problem and "subject" in problem for problem in problems)
 
 
 def cluster(qid: str, problem: Any) -> str:
