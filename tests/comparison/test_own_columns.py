@@ -80,6 +80,14 @@ def test_runs_with_other_columns_are_left_out_with_the_reason(study):
     assert list(comparison.counts) == list(SIZES) and len(comparison.methods) == 2
 
 
+def test_without_a_base_the_columns_of_most_runs_are_compared(tmp_path):
+    other = write_own(tmp_path / "a", sizes={"Cells": 9, "NO": 10, "Avg": 10}, **STEP)
+    for seed in (1, 2):
+        write_own(tmp_path / f"b{seed}", seed=seed, **STEP)
+    comparison = compare([str(tmp_path)])
+    assert list(comparison.counts) == list(SIZES) and [line.split(": ")[0] for line in comparison.excluded] == [other]
+
+
 @pytest.mark.parametrize("change, words", [
     ({"correct": {"Plants": 6, "TXT": 4, "NO": 6, "Avg": 6}}, "correct: lacks Animals"),
     ({"chance": {**SIZES, "NAT": 50.0}}, "chance: has NAT, and counts has not"),
