@@ -275,11 +275,14 @@ def test_memory_is_counted_from_the_beginning_of_a_run():
 
 
 PROCESSES = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 import torch
 sys.path[:0] = {path!r}
 from util.series.commands import make_runs
+from util.training.run_folder import RunFolder
+save = RunFolder.save  # of rank 0, for which the other must wait before it reads what is saved
+RunFolder.save = lambda *args: (time.sleep(0.3), save(*args))[1]
 os.chdir({folder!r})
 make_runs([Path(path) for path in {files!r}])
 torch.save(0, Path({out!r}) / f"{{os.environ['RANK']}}.pt")

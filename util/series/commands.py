@@ -60,10 +60,14 @@ def read_run(path: Path) -> tuple[str, list[list[str]]]:
 
 
 def require_not_stopped(path: Path) -> None:
-    """Raises Stopped where this process was asked to stop while it did its last step, or another of the runs was."""
-    if signals.requested:
-        raise signals.Stopped(f"stopped by {signals.requested}: the same command goes on")
-    if path.with_name(STOPPED).exists():
+    """Raises Stopped, on all ranks, where one was asked to stop while it did its last step, or another of the runs was.
+
+    The ranks wait for one another here: the next command reads what rank 0 writes at the end of the one before it.
+    """
+    found = distributed.all_gather_object((signals.requested, path.with_name(STOPPED).exists()))
+    if requested := next((name for name, _ in found if name), None):
+        raise signals.Stopped(f"stopped by {requested}: the same command goes on")
+    if any(exists for _, exists in found):
         raise signals.Stopped("stopped, since another of the runs was: the same command goes on")
 
 
