@@ -148,7 +148,7 @@ def card(name: str, where: str, checkpoint: Checkpoint, recipe: Mapping[str, Any
         n_questions=f"{scores['counts']['Avg']:,}", split=scores.get("split", "test"),
         decode="scored by the likelihood of each option" if scores.get("decode") == "score" else "answers written out",
         precision=scores.get("precision", "an unrecorded precision"), columns=" | ".join(columns),
-        rules=" --: |" * len(columns), accuracies=" | ".join(f"{scores[column]:.2f}" for column in columns),
+        rules="|".join([" --: "] * len(columns)), accuracies=" | ".join(f"{scores[column]:.2f}" for column in columns),
         average=f"{scores['Avg']:.2f}", low=f"{100 * limits[0]:.2f}", high=f"{100 * limits[1]:.2f}")
 
 

@@ -62,7 +62,8 @@ def test_the_same_answers_from_a_hub(run, shared, base, scienceqa, tmp_path, mon
 def test_the_card_says_what_the_scores_say(run, shared, base):
     card, scores = (shared / "README.md").read_text(), json.loads((run / "scores.json").read_text())
     assert card.startswith("---\ntags:\n") and "$" not in card
-    header, _, accuracies = re.findall(r"^\| .*\|$|^\|.*:.*\|$", card[card.index("## Scores"):], re.MULTILINE)
+    header, rules, accuracies = re.findall(r"^\| .*\|$|^\|.*:.*\|$", card[card.index("## Scores"):], re.MULTILINE)
+    assert header.count("|") == rules.count("|") == accuracies.count("|")  # else it is no table
     columns, values = ([cell.strip() for cell in row.strip("|").split("|")] for row in (header, accuracies))
     assert {column: float(value) for column, value in zip(columns, values, strict=True)} == {
         column: round(scores[column], 2) for column in columns}
