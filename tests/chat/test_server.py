@@ -37,11 +37,11 @@ def served(run, *flags: str, **environment: str):
         run.with_name("page.pid").write_text(str(page.pid))
         try:
             end = time.monotonic() + 60
-            while "Running on local URL:" not in log.read_text() or "\n" not in log.read_text():
+            while "the page is at" not in log.read_text() or "\n" not in log.read_text():
                 assert page.poll() is None and time.monotonic() < end, log.read_text()
                 time.sleep(0.1)
             time.sleep(0.3)  # for what follows the line
-            yield log.read_text().split("URL:")[1].split()[0], log
+            yield log.read_text().split("the page is at ")[1].split()[0], log
             if page.poll() is not None:
                 assert page.returncode == 0, log.read_text()
         finally:

@@ -1,5 +1,6 @@
 """The terminal chat as people type: the commands, which follow the same rule as the page, line editing, and Ctrl-C."""
 
+import io
 import json
 import os
 import pty
@@ -135,6 +136,12 @@ def test_two_interruptions_in_a_row_end_the_chat(monkeypatch, capsys, keys, ends
     monkeypatch.setattr("builtins.input", read)
     talk(Bot(), Settings())
     assert next(keys, None) is None and ("an answer" in capsys.readouterr().out) != ends
+
+
+def test_the_line_of_the_prompt_ends_with_the_chat(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n"))
+    talk(Bot(), Settings())
+    assert capsys.readouterr().out.endswith("> \n")
 
 
 # --- At a terminal ---

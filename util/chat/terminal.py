@@ -220,6 +220,7 @@ def talk(bot: Chatbot, settings: Settings) -> None:
         except (UserError, torch.OutOfMemoryError) as error:
             print(first_line(error))
         except EOFError:
+            print()  # the line of the prompt ends
             return
         except KeyboardInterrupt:
             if interrupted:

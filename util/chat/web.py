@@ -127,7 +127,7 @@ def compare_tab(tab: CompareTab, runs: list[str], comparison, fields: list, samp
         picture = gr.Image(show_label=False, visible=False, buttons=[], interactive=False,
                            container=False, scale=0, min_width=THUMBNAIL_SIZE)
         with gr.Column():
-            question, details = gr.Markdown(elem_id="compared-question"), gr.HTML()
+            question, details = gr.Markdown(elem_id="compared-question"), gr.HTML(elem_id="compared-details")
     cards: list = []
     with gr.Row(equal_height=True):
         for _ in range(MAX_RUNS):
@@ -168,7 +168,7 @@ def sampling_controls(settings: Settings, max_seq_len: int) -> list:
 
 
 def serve(bot: Chatbot, settings: Settings, data_root: str, port: int | None = None, share: bool = False,
-          server_name: str = "127.0.0.1", auth: tuple[str, str] | None = None, block: bool = True, **launch):
+          server_name: str = "127.0.0.1", auth: tuple[str, str] | None = None, block: bool = True, quiet: bool = False):
     """Runs the page, until interrupted if `block`. Only this machine can connect, unless `share` or `server_name` says
     otherwise.
     """
@@ -183,7 +183,9 @@ def serve(bot: Chatbot, settings: Settings, data_root: str, port: int | None = N
             server_port=port, share=share, auth=auth, theme=theme, css=CSS, footer_links=[], ssr_mode=False,
             run_history=False, app_kwargs={"middleware": [Middleware(ContentPolicy)]},
             max_file_size=MAX_UPLOAD, allowed_paths=[str(Path(data_root, "images").resolve())],
-            prevent_thread_lock=True, **launch)
+            prevent_thread_lock=True, quiet=True)
+    if not quiet:
+        print_rank0(f"the page is at {launched[1].rstrip('/')} (Ctrl-C closes it)")
     if warning := notice(server_name, blocks.server_port):
         print_rank0(warning)
     if block:

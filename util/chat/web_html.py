@@ -16,8 +16,8 @@ main.app {max-width: 1240px !important; width: 100%}
 #chat > .block, #chat [role=log] {height: auto !important; overflow: visible !important; flex: none;
                                       border-width: 0 !important}
 #chat .placeholder {margin: 15vh auto; text-align: center}
-#chat .top-panel {position: sticky; margin-left: auto; width: fit-content}
-#growing:not(:has(.message)), #growing .top-panel {display: none}
+#chat .top-panel {position: sticky; width: 100%; justify-content: flex-end; border-width: 0 0 1px; border-radius: 0}
+#growing:not(:has(.message)), #growing .top-panel, .icon-button-wrapper:not(:has(button)) {display: none}
 #chat .message-row:has(.component) + .message-buttons {display: none}
 .options {margin: 2px 0 6px; min-width: 200px}
 .option {display: grid; grid-template-columns: minmax(0, 1fr) 90px 52px; gap: 10px; align-items: center;
@@ -36,7 +36,7 @@ main.app {max-width: 1240px !important; width: 100%}
 .dark [role=tab].selected {color: var(--primary-300) !important}
 input[role=combobox] {text-overflow: ellipsis; padding-right: 28px !important}
 .card {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px 14px}
-.card-title {font-weight: 600} .card .html-container {padding: 0}
+.card-title {font-weight: 600} :is(.card, #compared-details) .html-container {padding: 0}
 """
 
 # Screen readers get names that Gradio leaves out. The chat goes to a new question, and follows the answer until the
