@@ -297,6 +297,9 @@ def main(args: Flags) -> None:
         print(f"warning: {shared} groups or pictures are in several splits, so that a model may know test questions' "
               "pictures from training")
     sizes = Counter(question.problem["split"] for question in questions)
+    for split in ("train", "test"):
+        if not sizes[split]:
+            print(f"warning: no question is in split {split}: write more rows, or a column split")
     n_pictures = sum(question.picture is not None for question in questions)
     print(f"{args.out}: " + ", ".join(f"{n:,} {split}" for split, n in sizes.items()) + " questions, "
           f"{n_pictures:,} with a picture; {len(errors):,} rows left out")

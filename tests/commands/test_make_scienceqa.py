@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -169,6 +170,15 @@ def test_equal_pictures_are_one_group_and_shared_ones_are_told(tmp_path, picture
     assert progress == ""  # what is over at once shows none, and a log gets no carriage returns
     assert "warning: 1 groups or pictures are in several splits" in shown
     assert "1 train, 1 test questions, 2 with a picture; 0 rows left out" in shown
+
+
+@pytest.mark.parametrize("splits, missing", [(("train", "train"), ["test"]), (("test", "val"), ["train"]),
+                                             (("train", "test"), [])])
+def test_a_split_without_a_question_is_told(tmp_path, capsys, splits, missing):
+    rows = [row | {"split": split} for row, split in zip(ROWS, splits, strict=False)]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    main(get_args_parser().parse_args([str(tmp_path / "q.json"), "--out", str(tmp_path / "out")]))
+    assert re.findall("no question is in split (.*):", capsys.readouterr().out) == missing
 
 
 def test_what_is_there_is_not_replaced(tmp_path):
