@@ -32,7 +32,7 @@ from util.data.settings import DataSettings
 from util.evaluation.answers import given_reason
 from util.fingerprint import FROZEN, FROZEN_SHA256
 from util.flags import BaseSettings
-from util.runs import checkpoints, last_checkpoint, run_folders, user_error_if_malformed
+from util.runs import CONFIG, checkpoints, last_checkpoint, run_folders, user_error_if_malformed
 from util.trained_model import check_image_statistics
 
 # flags that must be equal in all runs on one model: they determine the base model and the shapes of the adapters
@@ -108,7 +108,7 @@ def find_runs(folder: str) -> tuple[dict[str, Path], list[str]]:
     A finished run has a config.json and a checkpoint, which is read to see that it is whole. Where runs differ in
     SHARED_FLAGS, the largest group is used. Raises UserError where there is none.
     """
-    paths = [path for path in run_folders([folder]) if (path / "config.json").is_file() and checkpoints(path)]
+    paths = [path for path in run_folders([folder]) if (path / CONFIG).is_file() and checkpoints(path)]
     if not paths:
         raise UserError(f"--runs {folder} holds no finished run (config.json and checkpoint-*.pth): train one first")
     flags, left_out = {}, []
@@ -146,7 +146,7 @@ def leave_out_other_files(flags: dict[Path, dict]) -> list[str]:
 def read_flags(run: Path) -> dict:
     """Returns the flags of config.json, and TRAINED_ON. Raises UserError where that file or the checkpoint is broken.
     """
-    path, checkpoint = run / "config.json", last_checkpoint(str(run))
+    path, checkpoint = run / CONFIG, last_checkpoint(str(run))
     with user_error_if_malformed(path):
         flags = dict(read_json(path)["flags"])
         hash(tuple(flags.get(name) for name in SHARED_FLAGS))  # to be counted

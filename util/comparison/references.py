@@ -1,4 +1,4 @@
-"""What methods are held against, and are no methods themselves: the untuned base, and chance."""
+"""References: the untuned base and chance, which methods are held against and which are no methods themselves."""
 
 from dataclasses import dataclass, replace
 
