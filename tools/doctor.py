@@ -35,7 +35,7 @@ try:  # packages may be missing or broken, and this program says so
     from lavin.timm_compat import import_timm
     from lavin.tokenizer import Tokenizer
     from lavin.weights.base import base_files, base_path, open_base, require_base
-    from lavin.weights.hub import Repository, cached, is_offline, model_path, offline, require_cached
+    from lavin.weights.hub import FETCH_ELSEWHERE, Repository, cached, is_offline, model_path, offline, require_cached
     from lavin.weights.vision import DOWNLOAD_HINT, open_vit
     from util.data.datasets import find_problems_file, load_scienceqa
     from util.data.instructions import read_instructions
@@ -52,7 +52,6 @@ FIX = "bash scripts/quickstart.sh makes .venv with all packages, or pip install 
 INSTALLED = {found.name.lower(): found.version for found in metadata.distributions() if found.name}
 BITSANDBYTES = ", and bitsandbytes (pip install -r requirements/lite.txt)"
 LEAST = {"fp8": (8, 9), "8bit": (7, 5), "4bit": (6, 0)}  # compute capability: of lavin/kernels/fp8.py, bitsandbytes
-FETCH_ELSEWHERE = "fetch it where there is one by python -m tools.download, into the same HF_HOME, or correct the path"
 BUILDS = ("; for older GPUs or drivers: pip install -r requirements.txt -c requirements/constraints/v100.txt (or "
           "cuda12.txt or cuda11.txt of that folder)")
 GPU_QUERY = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
@@ -157,7 +156,8 @@ def weights(args) -> Iterator[str]:
     """Opens the base, which finds files that were cut short; its tensors are not read."""
     base = args.llama_model_path, args.llm_model
     if not Path(*base).exists() and is_to_be_fetched(args.llm_model):
-        yield from to_be_fetched("base model", "--llm_model", args.llm_model, FETCH_ELSEWHERE)
+        yield from to_be_fetched("base model", "--llm_model", args.llm_model,
+                                 FETCH_ELSEWHERE.format(args.llm_model))
         return
     with offline():
         require_base(*base, use_vicuna=args.use_vicuna)
@@ -182,7 +182,7 @@ def to_be_fetched(label: str, flag: str, name: str, fix: str) -> Iterator[str]:
 def vision(args) -> Iterator[str]:
     label, flag, name = "vision model", "--vision_model", args.vision_model
     if is_to_be_fetched(name):
-        yield from to_be_fetched(label, flag, name, FETCH_ELSEWHERE)
+        yield from to_be_fetched(label, flag, name, FETCH_ELSEWHERE.format(name))
         return
     with offline():
         path = model_path(name, flag)

@@ -25,15 +25,16 @@ from typing import Any, ClassVar
 
 from lavin.runtime.console import progress_bar
 from lavin.runtime.errors import UsageError, UserError, one_line_errors
+from lavin.runtime.files import require_space
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
 from lavin.runtime.schema import is_plain_name, read_validated
 from lavin.weights import hub
-from lavin.weights.hub import Repository, require_space
+from lavin.weights.hub import Repository
 from tools.fetch import fetch
+from util.data.datasets import DISJOINT_SPLITS
 
 SCIENCEQA = "https://raw.githubusercontent.com/lupantech/ScienceQA/main/data"
 PICTURES = "https://scienceqa.s3.us-west-1.amazonaws.com/images"
-SPLITS = ("train", "val", "test")
 MODELS = {"llama-7b": ("nyanko7/LLaMA-7B", "7B"), "clip": ("openai/clip-vit-large-patch14", "clip-vit-large-patch14")}
 ADAPTERS = {  # of the model zoo of https://github.com/luogen1996/LaVIN
     "sqa-llama-7b.pth": "https://drive.usercontent.google.com/download?id=10X2qCBYrLH1grZOHwHRMXLUoz-S6MSgV&confirm=t"}
@@ -62,7 +63,7 @@ def fetch_scienceqa(root: Path) -> None:
                        ("captions.json", "captions.json")):
         fetch(f"{SCIENCEQA}/{path}", root / name)
     problems = read_validated(root / "problems.json", dict[str, dict[str, Any]])
-    for split in SPLITS:
+    for split in DISJOINT_SPLITS:
         pictures = expected_pictures(problems, split)
         if all((root / "images" / picture).is_file() for picture in pictures):
             continue

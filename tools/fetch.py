@@ -12,8 +12,7 @@ from urllib.request import Request, urlopen
 from lavin.runtime.arithmetic import ceil_div
 from lavin.runtime.console import progress_bar
 from lavin.runtime.errors import UserError, first_line
-from lavin.runtime.files import sync
-from lavin.weights.hub import require_space
+from lavin.runtime.files import require_space, sync
 
 TIMEOUT_SECONDS = 30  # without a byte
 TRIES = 5  # in a row that bring nothing new

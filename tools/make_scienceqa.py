@@ -42,7 +42,7 @@ from lavin.runtime.files import (
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
 from lavin.runtime.schema import is_plain_name, validate
 from tools.output import make_folder, split_ids
-from util.data.datasets import Problem
+from util.data.datasets import DISJOINT_SPLITS, Problem
 from util.data.images import IMAGE_ERRORS, image_fault, open_picture
 from util.data.prompts import OPTIONS
 
@@ -50,7 +50,7 @@ MAX_REPORTED = 10  # wrong rows that are reported one by one
 TEXTS = ("hint", "lecture", "solution")
 GIVEN = ("category", "topic", "skill", "grade", "subject", "split")  # only where a row has them
 SPLIT_NAMES = {"validation": "val", "dev": "val"}  # in other data sets
-KNOWN_SPLITS = ("train", "val", "test", *SPLIT_NAMES)
+KNOWN_SPLITS = (*DISJOINT_SPLITS, *SPLIT_NAMES)
 BATCH_ROWS = 256  # that are in memory at a time, with their pictures
 OTHER_NAMES = {"context": "hint", "explanation": "solution", "options": "choices", "pid": "id", "question_id": "id",
                "label": "answer"}  # of columns, in other data sets

@@ -189,7 +189,7 @@ def main(args: Flags) -> None:
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"--out {args.out} is not empty: name another folder")
     make_folder(args.out)
-    publish(args.run, args.out, args.run.name, args.push or str(args.out))
+    publish(args.run, args.out, args.run.name, args.push or args.out.name)
     print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
     if args.push:
         print(push(args.out, args.push))

@@ -2,7 +2,7 @@
 
 A tracker never stops a run: one that fails is left out from then on, with a line that says why. Where each run is
 found again is kept in its folder (trackers.json), so that a resumed run goes on in the same run of the tracker, and its
-scores are added to it. Runs are grouped by the folder that theirs lies in, as those of a study of search.py.
+scores are added to it. The trials of a study of search.py are a group, and so are other runs that lie in one folder.
 
 Each tracker reads its own environment variables (WANDB_MODE, WANDB_PROJECT, MLFLOW_TRACKING_URI and so on).
 """
@@ -24,12 +24,13 @@ from lavin.runtime.files import read_json, write_json
 from util.runs import TRACKERS
 
 PROJECT = "lavin"  # where the environment names no other
+GROUP = "WANDB_RUN_GROUP"  # the variable that names the group of a run, for MLflow too
 # MLflow would wait many minutes for a server that does not answer
 MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 class Tracker(Protocol):
-    """What is made of a tracker's library. Methods may raise any exception."""
+    """A tracker's library, as it is used here. Methods may raise any exception."""
 
     place: dict[str, Any]  # by which the run is found again
 
@@ -83,7 +84,7 @@ class WandB:
         import wandb
         self.wandb, self.place = wandb, {"id": place.get("id") or secrets.token_hex(4)}
         self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT), group=os.environ.get("WANDB_RUN_GROUP", group_of(folder)),
+            project=os.environ.get("WANDB_PROJECT", PROJECT), group=group_of(folder),
             id=self.place["id"], name=folder.name, dir=folder, config=dict(config), resume="allow",
             reinit="create_new", settings=wandb.Settings(console="off", quiet=True, init_timeout=30))
 
@@ -141,7 +142,7 @@ class MLflow:
 
 
 def group_of(folder: Path) -> str:
-    return folder.absolute().parent.name
+    return os.environ.get(GROUP) or folder.absolute().parent.name
 
 
 KNOWN: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
@@ -219,7 +220,7 @@ class Trackers:
 
 
 def read_places(path: Path) -> dict[str, Any]:
-    """Where the trackers have a run; empty where it is not tracked."""
+    """The places where the trackers have a run, by tracker; empty where it is not tracked."""
     try:
         return read_json(path)
     except UserError:

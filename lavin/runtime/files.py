@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -162,6 +163,15 @@ def write_json(path: str | Path, value) -> None:
 
 def write_json_lines(path: str | Path, values) -> None:
     write_text(path, "".join(json.dumps(value) + "\n" for value in values))
+
+
+def require_space(folder: Path, n_bytes: int, what: str) -> None:
+    """Raises UserError where the disk of a folder, which may not be there yet, has less free space."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise UserError(f"{what} needs {n_bytes / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free in {existing}: "
+                        "free some, or name another folder")
 
 
 # --- Checksums ---

@@ -6,7 +6,6 @@ taken for a name.
 """
 
 import re
-import shutil
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from lavin.runtime.console import is_main_process, is_terminal, print_rank0
 from lavin.runtime.errors import UserError, first_line
+from lavin.runtime.files import require_space
 from lavin.tokenizer import SPECIAL_IDS
 from lavin.weights.adapters import SHARED_SETTINGS, SHARED_TENSORS
 
@@ -31,7 +31,9 @@ DESCRIPTIONS = (SHARED_SETTINGS, "params.json", "tokenizer.model", "tokenizer.js
 WEIGHTS = ((SHARED_TENSORS,), ("model*.safetensors", "model*.safetensors.index.json"),
            ("pytorch_model*.bin", "pytorch_model*.bin.index.json"), ("consolidated.*.pth",))
 FILE_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin", ".gguf")  # of files, which are named by paths
-OFFLINE_FIX = "fetch it where there is a network by python -m tools.download"
+# what to do on a machine without a network, in a message
+FETCH_ELSEWHERE = ("fetch it where there is one by python -m tools.download {}, into the same HF_HOME, or correct the "
+                   "path")
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,10 @@ def is_offline() -> bool:
 
 
 @contextmanager
-def offline(is_offline: bool = True) -> Iterator[None]:
+def offline(without_network: bool = True) -> Iterator[None]:
     """Lets nothing be fetched: what is not in the cache is missing."""
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or is_offline
+    constants.HF_HUB_OFFLINE = before or without_network
     try:
         yield
     finally:
@@ -118,7 +120,7 @@ def cached_or_fetched(repository: Repository) -> Path:
     folder = cached(repository)
     if folder is None:
         raise UserError(f"{repository} is neither a path nor in the hub's cache, and there is no network to "
-                        f"{constants.ENDPOINT}: {OFFLINE_FIX} {repository}, or correct the path")
+                        f"{constants.ENDPOINT}: {FETCH_ELSEWHERE.format(repository)}")
     return folder
 
 
@@ -185,12 +187,3 @@ def missing_bytes(repository: Repository, sizes: dict[str, int], folder: Path | 
         print_rank0(f"fetching {repository} from {constants.ENDPOINT}: {missing / 1e9:.2f} GB, into "
                     f"{folder or constants.HF_HUB_CACHE}")
     return missing
-
-
-def require_space(folder: Path, n_bytes: int, what: str) -> None:
-    """Raises UserError where the disk of a folder, which may not be there yet, has less free space."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < n_bytes:
-        raise UserError(f"{what} needs {n_bytes / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free in {existing}: "
-                        "free some, or name another folder")

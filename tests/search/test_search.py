@@ -274,6 +274,15 @@ def command(tmp_path, script: str, seconds: float = 60.0) -> None:
         os.close(lock)
 
 
+def test_the_trials_of_a_study_are_one_group_of_experiment_trackers(tmp_path, monkeypatch):
+    script = "import os; print(os.environ['WANDB_RUN_GROUP'])"
+    for group in ("my-study", "my-group"):
+        (tmp_path / "my-study" / "trials").mkdir(parents=True, exist_ok=True)
+        command(tmp_path / "my-study" / "trials" / "003", script)
+        assert (tmp_path / "my-study" / "trials" / "003" / "log").read_text().split()[-1] == group
+        monkeypatch.setenv("WANDB_RUN_GROUP", "my-group")  # the user's own wins
+
+
 @pytest.mark.parametrize("script, words", [
     ("import sys; print('a bar\\r50%\\rtrain.py: error: no data: fetch it\\nlater', file=sys.stderr); sys.exit(1)",
      "no data: fetch it"),

@@ -1,4 +1,4 @@
-"""What both tabs of the page do with a message: read it, refuse it, and stream answers to it."""
+"""The part that both tabs of the page share: a message is read, refused or asked, and its answer is streamed."""
 
 import time
 from collections.abc import Callable, Iterator

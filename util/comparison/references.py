@@ -7,7 +7,7 @@ import numpy as np
 from util.comparison.comparability import why_incomparable
 from util.comparison.finished_runs import ASKED_WITH, Run
 from util.comparison.statistics import accuracy_interval, wilson
-from util.fingerprint import FROZEN, FROZEN_SHA256
+from util.fingerprint import FROZEN, FROZEN_SHA256, both_tell
 from util.training.recipe import other_inputs
 
 UNTUNED, CHANCE = "untuned base", "chance"
@@ -58,9 +58,9 @@ def why_another(run: Run, reference: Run, right_options: dict[str, int]) -> str 
     if others:
         return f"the untuned base has {', '.join(others)} than {reference.folder}"
     for flag in ASKED_WITH:
-        trained, scored = reference.flags.get(flag), run.flags.get(flag)
-        if None not in (trained, scored) and trained != scored:
-            return f"the untuned base was scored with --{flag} {scored}, and not {trained}: run eval.py as for the runs"
+        if both_tell(flag, run.flags, reference.flags) and run.flags[flag] != reference.flags[flag]:
+            return (f"the untuned base was scored with --{flag} {run.flags[flag]}, and not {reference.flags[flag]}: "
+                    "run eval.py as for the runs")
     return why_incomparable(replace(run, flags=reference.flags), reference, right_options)
 
 

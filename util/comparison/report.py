@@ -28,7 +28,7 @@ def comparison_page(comparison: Comparison, folder: Path, prefix: str, command: 
 
 
 def facts(comparison: Comparison) -> dict[str, str]:
-    """What was compared, by name."""
+    """The facts on what was compared, by their names."""
     methods = comparison.methods
     own = [run for method in methods if not method.published for run in method.runs]
     runs = own or methods[0].runs

@@ -167,7 +167,7 @@ def report_text(folder: Path, width: int) -> str:
 
 
 def facts(report: StudyReport) -> dict[str, str]:
-    """What was searched, by name."""
+    """The facts on what was searched, by their names."""
     settings, config = report.settings, report.base_config
     identity = settings.get("identity", {})
     data = identity.get("trials", {}).get("data")

@@ -4,6 +4,7 @@ The commands inherit the worker's lock on the trial. They are stopped as a user 
 later.
 """
 
+import os
 import re
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from util.search.errors import CommandFailed, WorkerError, is_of_machine
 from util.search.folder import LOG, add_seconds, change_record, sign_of_life
 from util.search.identity import FILES, SCORING, Identity, checksums, differences, require_same
 from util.search.space import Values, command_line
+from util.trackers import GROUP
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.5
@@ -102,15 +104,18 @@ class Runner:
 
 
 def run_command(command: list[str], log: Path, lock: int, seconds: float) -> None:
-    """Raises CommandFailed where the command fails, WorkerError or OSError where its machine lets it fail, HoursSpent
-    after `seconds`, and Stopped at a signal to either."""
+    """Runs a command, whose output goes to `log` in the folder of a trial.
+
+    Raises CommandFailed where the command fails, WorkerError or OSError where its machine lets it fail, HoursSpent
+    after `seconds`, and Stopped at a signal to either.
+    """
     end = time.monotonic() + seconds
     if seconds <= 0:
         raise HoursSpent
     with open(log, "ab") as output, signals.deferred():
         begin = output.tell()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   pass_fds=[lock])
+                                   pass_fds=[lock], env={GROUP: log.parents[2].name, **os.environ})
         status = None
         while status is None:
             try:

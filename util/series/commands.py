@@ -80,7 +80,7 @@ def run_command(words: list[str], shared: SharedBase) -> None:
 
 @contextmanager
 def process_of_its_own(program: str) -> Iterator[None]:
-    """What a command changes in its process is as it was before, when it has ended well. program: what it is called in
+    """Puts back, when a command has ended well, all that it has changed in its process. program: the command's name in
     messages."""
     sys.argv[0] = program
     threads = torch.get_num_threads()
