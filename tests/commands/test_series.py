@@ -15,13 +15,13 @@ import torch
 import eval as evaluation
 import forked
 import train
-from conftest import write_base
 from forked import Ended, in_child
 from killed import contents
 from lavin.mm_adapter import AdapterConfig
 from lavin.runtime.errors import one_line_errors
 from tiny import ROOT
 from tiny_runs import load_checkpoint, run_flags, run_workers
+from tiny_weights import write_base
 from util import shared_base
 from util.data import cache
 from util.flags import BaseSettings, Execution
