@@ -1,4 +1,4 @@
-"""What a training step costs the host and the GPU, by its number of samples: for small bases, the host may be slower.
+"""The costs of a training step for host and GPU, by its number of samples: for small bases, the host may be slower.
 
     python -m benchmarks.step_cost                # SmolLM2's shape, 8 to 128 samples a step
     python -m benchmarks.step_cost --size 7B --samples 8 32

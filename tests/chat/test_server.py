@@ -49,7 +49,7 @@ def served(run, *flags: str, **environment: str):
 
 
 def answer(client: Client) -> str:
-    """Of a whole round: a question is asked and answered."""
+    """The sum is of a whole round: a question is asked and answered."""
     client.predict(QUESTION, "", "", api_name="/send")
     history, *_ = client.predict("first", *SAMPLING, api_name="/answer")
     return str(history[-1])

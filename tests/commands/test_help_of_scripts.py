@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 
 def help_of(folder: Path, script: str, *arguments: str, cwd: Path | None = None) -> str:
-    """What a script prints, in an empty environment."""
+    """Returns the text that a script prints, in an empty environment."""
     done = subprocess.run([shutil.which("bash"), script, *arguments], cwd=cwd or folder, capture_output=True, text=True,
                           env={"PATH": str(folder.parent / "bin")}, stdin=subprocess.DEVNULL, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

@@ -346,7 +346,7 @@ def test_instructions_are_trained_with_the_pictures_that_were_there_when_the_run
 
 
 def test_a_vit_that_timm_fetches_now_is_recorded(run, flags, tmp_path, monkeypatch):
-    """What is recorded of it is what the next command finds."""
+    """The record of it holds what the next command finds."""
     fetched, of_vit = [], fingerprint.vit_files
     monkeypatch.setattr(fingerprint, "vit_files", lambda name: of_vit(name) if fetched else [])
     monkeypatch.setattr(command, "load_model", exchanging(command.load_model, lambda: fetched.append(1)))

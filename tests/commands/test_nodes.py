@@ -51,8 +51,8 @@ def other_answers(path) -> None:
 
 @pytest.fixture(scope="module")
 def said(base, scienceqa, tmp_path_factory):
-    """What train.py and eval.py say on two nodes. Each has folders of the same names; on the second, one of them has
-    something else in it."""
+    """Returns the output of train.py and eval.py on two nodes. Each has folders of the same names; on the second, one
+    of them has something else in it."""
     root = tmp_path_factory.mktemp("nodes")
     write_run(root / "trained", base, 0)
     for node in (root / "0", root / "1"):

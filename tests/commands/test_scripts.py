@@ -371,7 +371,7 @@ def test_the_runs_of_a_slot_share_a_process_up_to_one_that_fails(sandbox):
 
 
 def test_a_process_that_ends_before_its_runs_fails_each_of_them(sandbox):
-    """As where a GPU is gone: nothing is tried without end."""
+    """The process has lost its GPU, for instance: nothing is tried without end."""
     sandbox.run("scripts/run_all_variants.sh", GPUS="1", METHODS="base step", FAIL="util.series", code=1)
     assert sandbox.errors == "failed: ./LaVIN-7B-base-seed0 ./LaVIN-7B-step-seed0\n"
     assert not list(sandbox.folder.glob(".runs*"))

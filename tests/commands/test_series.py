@@ -171,7 +171,7 @@ def test_the_words_of_a_command_are_those_that_a_script_gave(tmp_path, encoding)
 
 @pytest.mark.parametrize("step, said", [(8, "and saved, in epoch 0 after step"), (12, "the same command goes on")])
 def test_a_run_that_is_stopped_is_saved_and_no_other_begins(base, scienceqa, tmp_path, step, said):
-    """Also where the signal comes in the last step of a run, which is then done. A run has 6 steps."""
+    """The signal may come in the last step of a run, which is then done. A run has 6 steps."""
     runs = {name: commands(base, scienceqa, name) for name in ("base", "seed", "base-again")}
     ended, left = together(tmp_path / "together", runs, before=lambda: signal_at_step(step))
     assert ended.status == 75 and not (tmp_path / "together" / "base-again").exists()
@@ -290,7 +290,7 @@ torch.save(0, Path({out!r}) / f"{{os.environ['RANK']}}.pt")
 
 
 def test_processes_that_train_together_share_their_bases(base, scienceqa, tmp_path):
-    """Also where a run splits the model among them, and the next one does not: its evaluation never does."""
+    """One run splits the model among them, and the next one does not; its evaluation never does."""
     def runs(*names):
         return {name: commands(base, scienceqa, name, "--batch_size", "2", *(["--model_parallel_size", "2"] *
                                                                             (name == "base"))) for name in names}

@@ -578,7 +578,7 @@ def test_13b_has_a_router_temperature_of_its_own(tmp_path):
 
 
 def test_where_no_run_is_published_the_base_is_what_its_script_writes(tmp_path):
-    """As for the quickstart's toy, whose rate is its own: METHODS="base base+blr=0.08", with two seeds."""
+    """The runs are of the quickstart's toy, whose rate is its own: METHODS="base base+blr=0.08", with two seeds."""
     runs = [write_run(tmp_path / f"LaVIN-toy-{name}-seed{seed}", lr=lr, seed=seed) for seed in (0, 1)
             for name, lr in (("base+blr=0.08", 0.01), ("base", 0.02))]
     assert [method.name for method in compare(runs).methods] == ["Base", "Base + lr 0.01"]

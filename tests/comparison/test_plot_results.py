@@ -302,7 +302,7 @@ def test_overview_has_all_panels_and_one_legend():
 
 
 def shortened(method: Method) -> Method:
-    """Of two epochs, within which Step Decay is flat."""
+    """Returns a comparison of two epochs, within which Step Decay is flat."""
     (run,) = method.runs
     return replace(method, runs=[replace(run, losses=run.losses[:2], flags={**run.flags, "epochs": 2,
                                                                             "warmup_epochs": 0.5})])

@@ -81,7 +81,7 @@ def test_join_undoes_split():
 
 @pytest.mark.parametrize("make", [flat_adamw, captured_adamw])
 def test_steps_equal_those_of_single_parameters(make):
-    """With several passes a step, a batch without pictures, clipping, weight decay, and a step that is skipped."""
+    """The steps have several passes, clipping and weight decay; one has no pictures, and one is skipped."""
     model, single = (tiny_model(dropout_prob=0.0).train() for _ in range(2))
     numbers = take_steps(model, make(model), BATCHES, nan_at=2)
     expected = take_steps(single, plain_adamw(single), BATCHES, nan_at=2)
@@ -165,7 +165,7 @@ def test_a_state_of_another_model_is_refused():
 
 
 def test_a_gradient_that_is_no_part_of_the_flat_one_is_noticed():
-    """Else the optimizer would take a step without it."""
+    """The optimizer would take a step without it otherwise."""
     model = tiny_model().train()
     optimizer = flat_adamw(model)
     take_steps(model, optimizer, BATCHES[:1])

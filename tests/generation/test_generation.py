@@ -208,7 +208,7 @@ def test_an_answer_is_likeliest_where_greedy_decoding_writes_it():
 
 
 def test_answer_losses_rank_options_as_option_scores_do(tokenizer):
-    """Of answers that differ in their last token alone, the losses say as much as the log-probabilities."""
+    """The losses of answers that differ in their last token alone say as much as the log-probabilities."""
     model = tiny_model(llama={"vocab_size": tokenizer.n_words})
     options = [f"The answer is {letter}" for letter in "ABCD"]
     for image in (None, tiny_example(1, 2, image=True).image):

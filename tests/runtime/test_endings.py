@@ -258,7 +258,7 @@ def test_progress_names_the_run_which_tells_jobs_side_by_side_apart():
 
 
 def test_an_error_is_the_last_line_of_a_log_with_progress(monkeypatch):
-    """Also where the progress was not closed: it is not drawn again below the error, with cursor movements."""
+    """Progress that was not closed is not drawn again below the error, with cursor movements."""
     monkeypatch.setattr(console, "LINE_SECONDS", 0)
 
     def work():

@@ -85,7 +85,7 @@ def test_help_fits_the_terminal_and_begins_with_the_commands_own_flags(name, col
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_says_every_default_once(name):
-    """And the one that holds: a command may have another one than the flags that it shares."""
+    """It is the one that holds: a command may have another one than the flags that it shares."""
     parser = COMMANDS[name]()
     for action in parser._actions:
         declared = parser.flags.get(action.dest)

@@ -48,7 +48,7 @@ def report_of(study) -> str:
 
 
 def empty_file(_, path) -> None:
-    """In place of a picture, which takes long to draw."""
+    """Writes this in place of a picture, which takes long to draw."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
 

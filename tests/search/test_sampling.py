@@ -122,8 +122,8 @@ def test_rates_and_factors_are_searched_by_their_logarithm_on_both_sides_of_the_
 
 
 def test_choices_of_numbers_lie_evenly_on_both_sides_of_the_base():
-    """In the default space, the choices of a size are factors of 2 apart, up to fourfold in each direction. Those of
-    the dropout's factor lie symmetrically about 1, two hundredths or less apart, and hold those of all methods."""
+    """The choices of a size in the default space are factors of 2 apart, up to fourfold in each direction. Those of the
+    dropout's factor lie symmetrically about 1, two hundredths or less apart, and hold those of all methods."""
     parameters = in_full(SPACE)["parameters"]
     numeric = {flag: parameter for flag, parameter in parameters.items() if "choices" in parameter
                and not any(isinstance(choice, str) for choice in parameter["choices"])}

@@ -417,7 +417,7 @@ def test_the_seconds_of_a_command_that_outlives_its_worker_are_counted(tmp_path)
 
 
 def test_scores_of_another_checkpoint_are_made_again(tmp_path):
-    """Where a trial has gone on, the checkpoint is gone, and the scores stay."""
+    """A trial that has gone on has lost the checkpoint, and its scores stay."""
     runner, path, checkpoint = Runner([], [], 1, lambda: 60.0), tmp_path / "scores.json", tmp_path / "checkpoint-1.pth"
     for written, there, is_scored in ((b"a", b"a", True), (b"a", b"b", False), (b"a", None, True), (None, b"a", True)):
         entries = {"checkpoint_sha256": hashlib.sha256(written).hexdigest()} if written else {}

@@ -78,7 +78,7 @@ def numbers_of(line):
 
 
 def test_every_logged_number_and_the_scores_are_in_one_run(base, scienceqa, tmp_path, monkeypatch):
-    """Also where the run was stopped, and went on in another process."""
+    """The run was stopped, and went on in another process."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patched, pytest.raises(signals.Stopped):
         stop_after(patched, 8)
@@ -163,7 +163,7 @@ def test_tensorboard_shows_the_steps_once_and_the_scores(base, scienceqa, tmp_pa
 
 
 def test_mlflow_gets_only_names_that_it_takes():
-    """By its message: "Names may only contain alphanumerics, underscores, dashes, periods, spaces, and slashes"."""
+    """MLflow says: "Names may only contain alphanumerics, underscores, dashes, periods, spaces, and slashes"."""
     tracker, names = MLflow.__new__(MLflow), []
     tracker.id, tracker.client = "1", SimpleNamespace(log_metric=lambda run, name, value: names.append(name))
     tracker.summarize(dict.fromkeys(("scores/G1-6", "scores/C# & C+", "scores/100 %: 植物", "scores/Land & sea"), 1.0))

@@ -100,7 +100,7 @@ def test_a_run_is_that_of_the_same_files_in_a_folder(server, models, scienceqa, 
 
 
 def test_a_tokenizer_is_that_of_the_same_files_in_a_folder(server, models):
-    """Also where BOS and EOS stand in a file of their own: here config.json names a BOS that is not to be used."""
+    """BOS and EOS may stand in a file of their own: here config.json names a BOS that is not to be used."""
     folder = models / "lab" / "fast"
     shutil.copytree(models / "lab" / "meta", folder, ignore=shutil.ignore_patterns("tokenizer.model"))
     write_json(folder, byte_level())

@@ -105,7 +105,7 @@ def differing(recorded: dict, identity: dict) -> list[str]:
 
 
 def differing_words(recorded: dict, identity: dict) -> list[str]:
-    """The same as in messages."""
+    """The same entries as messages call them."""
     return list(dict.fromkeys(name.removesuffix("_sha256") for name in differing(recorded, identity)))
 
 
