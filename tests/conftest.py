@@ -15,7 +15,7 @@ from lavin.runtime.distributed import LAUNCHER_VARIABLES
 from lavin.timm_compat import import_timm
 from lavin.tokenizer import Tokenizer
 from tiny import problem
-from tiny_weights import Base, write_base
+from tiny_base import Base, write_base
 
 for number in signals.STOP_SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:  # by nohup, or in a background job: child processes would inherit it

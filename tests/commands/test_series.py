@@ -20,8 +20,8 @@ from killed import contents
 from lavin.mm_adapter import AdapterConfig
 from lavin.runtime.errors import one_line_errors
 from tiny import ROOT
+from tiny_base import write_base
 from tiny_runs import load_checkpoint, run_flags, run_workers
-from tiny_weights import write_base
 from util import shared_base
 from util.data import cache
 from util.flags import BaseSettings, Execution
