@@ -10,11 +10,13 @@
 #   SEEDS=0                   the seeds of each, as in "0 1 2"
 #   JOBS=1                    runs at once, which share the GPUs and need no
 #                             communication among them (1: each on all GPUs)
+#   PLOTS=OUTPUT_ROOT/plots   where the table and the figures go
 # Example:
 #   SEEDS="0 1 2" METHODS="base step" JOBS=4 bash scripts/run_all_variants.sh
 source "$(dirname "$0")/common.sh"
 JOBS=${JOBS:-1}
 SEEDS=${SEEDS:-0}
+PLOTS=${PLOTS:-$OUTPUT_ROOT/plots}
 KNOWN=$(python -c 'import json; print(*json.load(open("scripts/methods.json")))')
 METHODS=${METHODS:-$KNOWN}
 
@@ -123,7 +125,7 @@ for name in "${runs[@]}"; do
     folder=$(folder_of "$method" "$seed")
     grep -qxF "$folder" "$state/failed" || done_runs+=("$folder")
 done
-[ ${#done_runs[@]} -eq 0 ] || run python plot_results.py "${done_runs[@]}" "${untuned[@]}" --out "$OUTPUT_ROOT/plots" ||
+[ ${#done_runs[@]} -eq 0 ] || run python plot_results.py "${done_runs[@]}" "${untuned[@]}" --out "$PLOTS" ||
     echo plot_results.py >> "$state/failed"
 if [ -s "$state/failed" ]; then
     echo "failed: $(paste -sd " " "$state/failed")" >&2

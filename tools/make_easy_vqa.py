@@ -1,12 +1,13 @@
 """Lays easy-VQA (package easy-vqa, MIT) out as ScienceQA: a fixed subset, three types of question, shuffled options.
 
-    python -m tools.make_easy_vqa [--out data/easy_vqa] [--seed 0]
+    python -m tools.make_easy_vqa [--out data/easy_vqa] [--seed 0] [--train 960] [--test 400]
 
 Writes problems.json, pid_splits.json, captions.json and images/{split}/{id}/image.png. The topic is the type of
-question. Each picture, of one coloured shape, is asked about once; test has pictures of the package's own test split
-only. Of each type, all answers are right equally often, for each wording as far as the package has such questions: the
-text alone does not tell the answer. Split `pretrain` has further train pictures, on which a ViT can be pretrained.
-Split `shuffled` is test with each picture at another question.
+question, and the skill is what the picture shows: both together are the cluster of a question, since a model that does
+not know teal rectangles fails on all of them. Each picture, of one coloured shape, is asked about once; test has
+pictures of the package's own test split only. Of each type, all answers are right equally often, for each wording as
+far as the package has such questions: the text alone does not tell the answer. Split `pretrain` has further train
+pictures, on which a ViT can be pretrained. Split `shuffled` is test with each picture at another question.
 """
 
 from lavin.runtime.startup import prepare_imports
@@ -28,7 +29,7 @@ from typing import ClassVar, NamedTuple
 
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
-from lavin.runtime.schema import Seed
+from lavin.runtime.schema import Count, Seed
 from tools.make_mini_scienceqa import split_evenly
 from tools.output import make_folder, write_scienceqa
 from util.data.prompts import OPTIONS
@@ -47,6 +48,8 @@ class Output(FlagGroup):
     title: ClassVar[str] = "data set"
     out: Path = flag(Path("data/easy_vqa"), "folder to write", Role.RUN)
     seed: Seed = flag(0, "seed of the choice of questions", Role.DATA)
+    train: Count = flag(SIZES["train"], "questions to fine-tune on", Role.DATA)
+    test: Count = flag(SIZES["test"], "questions to score", Role.DATA)
 
 
 def get_args_parser() -> Parser:
@@ -119,7 +122,7 @@ def next_new(questions: dict[str, list[Question]], wordings: Iterator[str], take
             if question.picture not in taken:
                 taken.add(question.picture)
                 return question
-    raise ValueError("the package has no more questions about new pictures: ask for fewer")
+    raise UserError("easy-VQA has no more questions about new pictures: give fewer with --train or --test")
 
 
 def explain(topic: str, question: Question, description: str) -> str:
@@ -141,8 +144,8 @@ def record(topic: str, question: Question, description: str, split: str, rng: Ra
     rng.shuffle(choices)
     return {"question": question.text.capitalize(), "choices": choices, "answer": choices.index(question.answer),
             "hint": "", "image": "image.png", "task": "yes or no" if topic == "yes or no" else "closed choice",
-            "grade": "grade1", "subject": "natural science", "topic": topic, "category": "Pictures", "skill": topic,
-            "lecture": "", "solution": explain(topic, question, description), "split": split}
+            "grade": "grade1", "subject": "natural science", "topic": topic, "category": "Pictures",
+            "skill": description, "lecture": "", "solution": explain(topic, question, description), "split": split}
 
 
 def make_problems(sizes: dict[str, int], seed: int) -> tuple[dict[str, dict], dict[str, Path], dict[str, str]]:
@@ -178,8 +181,9 @@ def write_easy_vqa(out: Path, sizes: dict[str, int], seed: int) -> dict[str, dic
 
 def main(args: Flags) -> None:
     make_folder(args.out)
-    write_easy_vqa(args.out, SIZES, args.seed)
-    print(f"{args.out}: " + ", ".join(f"{size} {split}" for split, size in SIZES.items()) + " problems, all with a "
+    sizes = {**SIZES, "train": args.train, "test": args.test}
+    write_easy_vqa(args.out, sizes, args.seed)
+    print(f"{args.out}: " + ", ".join(f"{size} {split}" for split, size in sizes.items()) + " problems, all with a "
           "picture; and split shuffled, test with exchanged pictures")
 
 

@@ -620,6 +620,21 @@ def test_quickstart_smollm2_scores_untuned_tuned_and_with_exchanged_pictures(san
     assert all(run in calls[-1] for run in runs)
 
 
+def test_the_study_of_smollm2_has_all_methods_and_crossings_and_two_tables(sandbox):
+    sandbox.install()
+    calls = sandbox.run("scripts/study_smollm2.sh", "--epochs", "3", SEEDS="0 1")
+    trained = [call.split("train.py ")[1].split() for call in calls if " train.py " in call]
+    tables = [call for call in calls if "plot_results.py" in call]
+    assert [table.split("--out ")[1].split()[0] for table in tables] == [
+        "runs/study_smollm2/crossed", "runs/study_smollm2/plots"]
+    assert [len(re.findall(r"/LaVIN-\S+-seed\d ", table)) for table in tables] == [40, 16]
+    of = [get_args_parser().parse_args(words) for words in trained]
+    assert len({run.output_dir for run in of}) == (4 * 5 + 2) * 2  # six of the eight methods are among the crossed ones
+    assert {(run.epochs, run.blr, run.data_root, run.batch_size * run.accum_iter) for run in of} == {
+        (3, 0.06, "data/easy_vqa_80", 16)}
+    assert any("make_easy_vqa --out data/easy_vqa_80 --train 80 --test 800" in call for call in calls)
+
+
 @pytest.mark.parametrize("script, step", [
     *(("quickstart_smollm2.sh", step)
       for step in ("make_easy_vqa", "make_toy_base", "eval.py --ckpt_dir", "train.py", "--split shuffled")),

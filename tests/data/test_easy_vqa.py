@@ -9,8 +9,18 @@ from collections import Counter, defaultdict
 import pytest
 from scipy.stats import chisquare
 
-from tools.make_easy_vqa import ANSWERS, SIZES, Question, facts, make_problems, write_easy_vqa
-from util.data.datasets import load_scienceqa
+from lavin.runtime.errors import UserError
+from tools.make_easy_vqa import (
+    ANSWERS,
+    SIZES,
+    Question,
+    facts,
+    get_args_parser,
+    main,
+    make_problems,
+    write_easy_vqa,
+)
+from util.data.datasets import cluster, load_scienceqa
 
 easy_vqa = pytest.importorskip("easy_vqa")
 SPLITS = ("train", "val", "test")
@@ -139,6 +149,20 @@ def test_shuffled_pictures_are_those_of_other_test_questions(written):
     assert Counter(map(picture, test)) == Counter(picture(f"{qid}s") for qid in test)
 
 
+def test_questions_of_one_type_on_equal_pictures_are_a_cluster(made):
+    problems, _, captions = made
+    of_test = [qid for qid, problem in problems.items() if problem["split"] == "test"]
+    clusters = {cluster(qid, problems[qid]) for qid in of_test}
+    assert clusters == {f"{problems[qid]['topic']}/{captions[qid][2:-1]}" for qid in of_test}
+    assert 40 < len(clusters) <= 3 * 8 * 3  # types of question x colours x shapes
+
+
+def test_sizes_are_flags(tmp_path):
+    main(get_args_parser().parse_args(["--out", str(tmp_path), "--train", "60", "--test", "90"]))
+    splits = json.loads((tmp_path / "pid_splits.json").read_text())
+    assert {split: len(ids) for split, ids in splits.items() if split in SIZES} == {**SIZES, "train": 60, "test": 90}
+
+
 def test_same_seed_gives_the_same_problems():
     assert make_problems(SMALL, 0) == make_problems(SMALL, 0) != make_problems(SMALL, 1)
 
@@ -155,5 +179,5 @@ def test_facts_by_hand(text, answer, expected):
 
 
 def test_too_many_questions_are_refused():
-    with pytest.raises(ValueError, match="ask for fewer"):
+    with pytest.raises(UserError, match="give fewer with --train"):
         make_problems({"train": 4500}, 0)

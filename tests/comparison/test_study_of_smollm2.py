@@ -1,0 +1,59 @@
+"""The tables of docs/study.md are those of the runs in assets/smollm2_study."""
+
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from documents import read_page
+from plot_results import get_args_parser, make_comparison
+from tiny import ROOT
+from util.comparison.tables import text_table
+
+STUDY = ROOT / "assets" / "smollm2_study"
+METHODS, CROSSED = (block for _, block in read_page(ROOT / "docs" / "study.md").blocks
+                    if block.startswith(("Method ", "Effect ")))
+
+
+def cells(line: str) -> list[str]:
+    return re.split(r"\s{2,}", line.strip())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, list[Path]]:
+    """The folders of runs by method, and that of the untuned base."""
+    root = tmp_path_factory.mktemp("study")
+    with tarfile.open(STUDY / "runs.tar.xz") as archive:
+        archive.extractall(root, filter="data")
+    folders: dict[str, list[Path]] = {}
+    for path in sorted((root / "runs" / "study_smollm2").iterdir()):
+        folders.setdefault(path.name.removeprefix("LaVIN-smollm2.gguf-").partition("-seed")[0], []).append(path)
+    return folders
+
+
+def printed(folders: list[Path]) -> str:
+    comparison = make_comparison(get_args_parser().parse_args([*map(str, folders), "--out", "unused"]))
+    return text_table(comparison, 120)
+
+
+def test_every_method_has_five_seeds(runs):
+    assert {name: len(folders) for name, folders in runs.items()} == {**dict.fromkeys(runs, 5), "untuned": 1}
+    assert len(runs) == 1 + 22
+
+
+def test_the_table_of_the_eight_methods_is_made_of_the_runs(runs):
+    names = ["base", "cyclical", "step", "exponential", "drop_inc", "drop_dec", "drop_inc_v2", "drop_dec_v2", "untuned"]
+    header, _, *lines = printed([folder for name in names for folder in runs[name]]).splitlines()
+    columns = [cells(header).index(name) for name in cells(METHODS.splitlines()[0])]
+    made = {cells(line)[0]: cells(line) for line in lines if line}
+    for line in METHODS.splitlines()[2:-2]:
+        assert [made[cells(line)[0]][column] for column in columns] == cells(line)
+
+
+def test_the_effects_are_made_of_the_runs(runs):
+    crossed = [folder for name, folders in runs.items() if name not in ("drop_inc", "drop_dec") for folder in folders]
+    lines = list(map(cells, printed(crossed).splitlines()))
+    for line in CROSSED.splitlines():
+        if not line.startswith("-"):
+            assert cells(line) in lines
