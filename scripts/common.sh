@@ -47,7 +47,8 @@ visible_gpus() {
     fi
     echo "${visible:-0}"
 }
-VISIBLE=$(visible_gpus)
+VISIBLE=0
+[ -n "${LISTED:-}" ] || VISIBLE=$(visible_gpus) # else whoever lists many runs has asked, since it takes a second
 [ "$VISIBLE" -eq 0 ] || [ "$GPUS" -le "$VISIBLE" ] ||
     fail "GPUS=$GPUS (4 where it is not set), and $VISIBLE of this node's GPUs are visible: set GPUS to $VISIBLE or fewer"
 
@@ -101,8 +102,17 @@ launch() {
     run "${command[@]}" "$@"
 }
 
+# check_jobs: JOBS=auto is a run a GPU; of a base below a gigabyte, which leaves a GPU idle most of the time, up to 8 where
+# the node has two cores for each (docs/performance.md)
 check_jobs() {
-    [[ $JOBS =~ ^[1-9][0-9]{0,2}$ ]] || fail "JOBS=$JOBS: give the number of runs at once, from 1 to 999"
+    local mebibytes most=1
+    if [ "$JOBS" = auto ]; then
+        mebibytes=$(du -sLm "$WEIGHTS/$MODEL" 2> /dev/null | cut -f1) || true
+        [ "$VISIBLE" -eq 0 ] || [ "${mebibytes:-1024}" -ge 1024 ] || most=$(($(nproc) / 2 / GPUS))
+        most=$((most > 8 ? 8 : most < 1 ? 1 : most))
+        JOBS=$((GPUS * most))
+    fi
+    [[ $JOBS =~ ^[1-9][0-9]{0,2}$ ]] || fail "JOBS=$JOBS: give the number of runs at once, from 1 to 999, or auto"
 }
 
 # take_share SLOT: job number SLOT of JOBS gets GPUs of its own, or one of them where there are more jobs than GPUs

@@ -5,7 +5,7 @@
 # --, of train.py for all trials.
 #   STUDY=./search-7B         the study's folder
 #   JOBS=GPUS                 trials at once on this node, which share its GPUs
-#                             (JOBS=1: all for one)
+#                             (1: all for one; auto: more where the base is small)
 # Example:
 #   JOBS=4 bash scripts/search_sqa_7b.sh --trials 64 -- --epochs 5
 source "$(dirname "$0")/common.sh"

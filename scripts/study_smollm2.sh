@@ -7,13 +7,13 @@
 # flags of train.py. Installs what is missing as scripts/environment.sh does,
 # whose variables hold.
 #   SEEDS="0 1 2 3 4"         the seeds of each method
-#   JOBS=1                    runs at once
+#   JOBS=auto                 runs at once, as in run_all_variants.sh
 # Example:
-#   JOBS=8 bash scripts/study_smollm2.sh
+#   SEEDS="0 1" bash scripts/study_smollm2.sh
 source "$(dirname "$0")/help.sh"
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export SEEDS=${SEEDS:-0 1 2 3 4} DATA_ROOT=data/easy_vqa_80 OUTPUT_ROOT=runs/study_smollm2
+export SEEDS=${SEEDS:-0 1 2 3 4} JOBS=${JOBS:-auto} DATA_ROOT=data/easy_vqa_80 OUTPUT_ROOT=runs/study_smollm2
 BASE=weights/smollm2_study SIZES=(--train 80 --test 800)
 source scripts/smollm2.sh
 

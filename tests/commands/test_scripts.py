@@ -26,6 +26,7 @@ STUB = """#!/usr/bin/env bash
 name=$(basename "$0")
 [[ "$*" != "-c "*scripts/methods.json* ]] || exec "$PYTHON" "$@"
 if [ "$name" = nvidia-smi ]; then
+    echo "$*" >> "$CALLS.gpus"
     for ((i = 0; i < ${HERE:-0}; i++)); do echo "GPU $i: NVIDIA"; done
     exit "${BROKEN:-0}"
 fi
@@ -343,6 +344,34 @@ def test_jobs_share_the_runs(sandbox, jobs):
     calls = sandbox.run("scripts/run_all_variants.sh", SEEDS=" 0 1", GPUS="1", JOBS=jobs)
     runs = [call.split("--output_dir ")[-1] for call in calls if "train.py" in call]
     assert len(runs) == len(set(runs)) == 2 * len(METHODS) == sum("eval.py" in call for call in calls)
+
+
+def stub(sandbox, name: str, script: str) -> None:
+    path = sandbox.folder / "bin" / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("mebibytes, gpus, cores, jobs", [
+    ("100", 1, 16, 8), ("100", 1, 64, 8), ("100", 1, 6, 3), ("100", 1, 1, 1), ("100", 2, 16, 8), ("2000", 1, 16, 1),
+    ("2000", 2, 16, 2), (None, 2, 16, 2)])
+def test_jobs_auto_is_a_run_a_gpu_and_more_of_a_small_base(sandbox, mebibytes, gpus, cores, jobs):
+    stub(sandbox, "nproc", f"echo {cores}")
+    stub(sandbox, "du", f"printf '{mebibytes}\\t%s' $2" if mebibytes else "exit 1")
+    sandbox.run("scripts/run_all_variants.sh", SEEDS="0 1", GPUS=str(gpus), JOBS="auto", HERE=str(gpus))
+    assert len(runs_of_processes(sandbox)) == jobs
+
+
+def test_jobs_auto_without_a_gpu_is_one_run(sandbox):
+    stub(sandbox, "du", "printf '100\\tweights'")
+    sandbox.run("scripts/run_all_variants.sh", GPUS="1", JOBS="auto")
+    assert runs_of_processes(sandbox) == [len(METHODS)]
+
+
+def test_the_gpus_are_listed_once_for_all_runs(sandbox):
+    """nvidia-smi takes a second where no process keeps the driver loaded."""
+    sandbox.run("scripts/run_all_variants.sh", GPUS="1", HERE="1")
+    assert (sandbox.folder / "calls.gpus").read_text() == "-L\n"
 
 
 def processes_of_runs(sandbox) -> list[str]:
