@@ -9,6 +9,7 @@ import pytest
 from documents import read_page
 from plot_results import get_args_parser, make_comparison
 from tiny import ROOT
+from util.comparison.methods import named_methods
 from util.comparison.tables import text_table
 
 STUDY = ROOT / "assets" / "smollm2_study"
@@ -57,3 +58,13 @@ def test_the_effects_are_made_of_the_runs(runs):
     for line in CROSSED.splitlines():
         if not line.startswith("-"):
             assert cells(line) in lines
+
+
+def test_the_column_of_the_readme_is_that_of_the_table():
+    header, *rows = map(cells, METHODS.splitlines())
+    difference, interval = header.index("vs. base"), header.index("vs. base, 95 %")
+    of_table = {row[0]: f"{row[difference]} ({row[interval]})" for row in rows if len(row) == len(header)}
+    lines = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines()
+             if line.startswith("| `finetuning_sqa_7b")]
+    of_script = {re.search(r"7b_?(\w*)\.sh", line[1])[1] or "base": line[5].strip() for line in lines}
+    assert of_script == {method.key: of_table[method.name] for method in named_methods()} | {"base": ""}
