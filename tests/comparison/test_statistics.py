@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, sem, t, ttest_1samp, ttest_ind
+from scipy.stats import binomtest, chi2, sem, t, ttest_1samp, ttest_ind
 
 from tests.simulated_studies import World, simulate, simulate_table
 from util.comparison.statistics import (
@@ -14,6 +14,7 @@ from util.comparison.statistics import (
     accuracy_interval,
     contrast,
     design_effect,
+    equal_variances,
     expected_design_effect,
     holm,
     mcnemar,
@@ -342,3 +343,29 @@ def test_intervals_hold_the_truth_and_equal_methods_rarely_differ(seeds, deviati
 
 def test_p_holm_keeps_5_percent_over_a_table_of_equal_methods():
     assert simulate_table(World(3, 0.5, False, methods=8, n=600), 200) < 0.09
+
+
+# --- Are the variances between seeds equal? ---
+
+def test_equal_variances_equals_the_published_example():
+    """The diameters of ten batches of ten gears in NIST's handbook (section 1.3.5.7): T = 20.78580."""
+    def batch(text: str) -> np.ndarray:
+        return np.array(list(map(float, text.split())))
+    batches = list(map(batch, [
+        "1.006 0.996 0.998 1.000 0.992 0.993 1.002 0.999 0.994 1.000",
+        "0.998 1.006 1.000 1.002 0.997 0.998 0.996 1.000 1.006 0.988",
+        "0.991 0.987 0.997 0.999 0.995 0.994 1.000 0.999 0.996 0.996",
+        "1.005 1.002 0.994 1.000 0.995 0.994 0.998 0.996 1.002 0.996",
+        "0.998 0.998 0.982 0.990 1.002 0.984 0.996 0.993 0.980 0.996",
+        "1.009 1.013 1.009 0.997 0.988 1.002 0.995 0.998 0.981 0.996",
+        "0.990 1.004 0.996 1.001 0.998 1.000 1.018 1.010 0.996 1.002",
+        "0.998 1.000 1.006 1.000 1.002 0.996 0.998 0.996 1.002 1.006",
+        "1.002 0.998 0.996 0.995 0.996 1.004 1.004 0.998 0.999 0.991",
+        "0.991 0.995 0.984 0.994 0.997 0.997 0.991 0.998 1.004 0.997"]))
+    assert equal_variances(batches) == pytest.approx(chi2.sf(20.7858, 9), rel=1e-4)
+
+
+@pytest.mark.parametrize("seeds", [[[80.0, 82.0], [70.0, 90.0]], [[80.0, 82.0, 83.0], [81.0]],
+                                   [[80.0, 80.0, 80.0], [80.0, 82.0, 83.0]]])
+def test_variances_of_few_or_equal_accuracies_tell_nothing(seeds):
+    assert equal_variances(list(map(np.array, seeds))) is None

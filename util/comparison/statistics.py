@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
+from scipy.stats import bartlett
 from scipy.stats import t as student_t
 
 Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
@@ -78,6 +79,13 @@ def seed_variance(outcomes: Sequence[np.ndarray], clusters: np.ndarray | None = 
     deviations = [row - rows.mean(0) for rows in outcomes for row in rows]  # 0 for a method with one seed
     return SeedVariance(sum(float(row.mean()) ** 2 for row in deviations) / freedom,
                         sum(standard_error(row, clusters) ** 2 for row in deviations) / freedom, freedom)
+
+
+def equal_variances(accuracies: Sequence[np.ndarray]) -> float | None:
+    """The p-value of the null hypothesis that accuracies of the methods vary equally between the seeds (Bartlett 1937),
+    as `seed_variance` assumes. None where fewer than two methods have three seeds that are not all equal."""
+    groups = [values for values in accuracies if len(values) >= 3 and np.ptp(values) > 0]
+    return float(bartlett(*groups).pvalue) if len(groups) > 1 else None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from util.comparison.document import Bullets, Part, Table, to_markdown, to_text
 from util.comparison.factorial import Effect, find_effects
 from util.comparison.methods import BASE_IN_WORDS
 from util.comparison.references import CHANCE, Reference
-from util.comparison.statistics import LEVEL, design_effect
+from util.comparison.statistics import LEVEL, design_effect, equal_variances
 
 NONE = "–"
 DIFFERENCE = ["vs. base", "verdict", "vs. base, 95 %", "p", "p (Holm)", "detectable"]
@@ -183,6 +183,7 @@ def notes(comparison: Comparison) -> list[str]:
     if any(len(method.runs) > 1 for method in comparison.methods):
         lines.append("±: standard deviation over the seeds; all else is of their mean. The variance between seeds is "
                      "taken as the same for all methods, so those with one seed have it from the others.")
+        lines += variance_notes(comparison.methods)
     if any(method.published for method in comparison.methods):
         lines.append("The published figures are of one run each, and come without predictions: their differences are "
                      "of these runs, unpaired (Newcombe's interval) and untested. Another seed may give others, so "
@@ -200,6 +201,17 @@ def reference_notes(comparison: Comparison) -> list[str]:
         lines.append("Chance is not known, since an earlier version scored these runs: eval.py --adapter_path RUN adds "
                      "it, and computes nothing again.")
     return lines
+
+
+def variance_notes(methods: list[Method]) -> list[str]:
+    """The sentence on variances between seeds that are not the same for all methods."""
+    p = equal_variances([method.accuracies("Avg") for method in methods])
+    if p is None or p >= LEVEL:
+        return []
+    deviations = [deviation for method in methods if (deviation := method.deviation("Avg")) is not None]
+    return [f"But these variances differ by more than chance (± from {min(deviations):.2f} to {max(deviations):.2f}; "
+            f"Bartlett's test: p {'' if p < 0.001 else '= '}{p_value(p)}). So intervals are too short, and p is too "
+            "small, for the methods with the largest ±; for the others, the reverse. Compare these without them."]
 
 
 def difference_notes(differences: list[Difference]) -> list[str]:
