@@ -434,7 +434,9 @@ def can_mount() -> bool:
 def bench_machine(device: str = "cpu", match: str = "") -> tuple[list[list], list[str]]:
     """Prints a line for each fault as it ends. device: of the runs."""
     rows, wrong = [], []
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background commands, and so runs, ignore
+    # a shell's background commands ignore SIGINT and those of nohup SIGHUP, and so would the runs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     skipped = dict.fromkeys(() if can_mount() else NEED_MOUNT, "mount is not permitted")
     if device == "cuda" and torch.cuda.device_count() < 2:
         skipped |= dict.fromkeys(NEED_TWO_GPUS, "it needs two GPUs")

@@ -87,19 +87,21 @@ def test_every_exchange_keeps_size_and_time(tmp_path):
         file_cases.exchange(str(path), lambda old: b"abc", keeps_samples=True)
 
 
-def test_runs_take_signals_that_a_shell_lets_the_bench_ignore(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_runs_take_signals_that_a_shell_or_nohup_lets_the_bench_ignore(tmp_path, monkeypatch, number):
     """A bench in the background would else wait for ever for a run to be stopped."""
     def fault(_):
-        ending = machine.run(tmp_path, "-c", "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)")
+        ending = machine.run(tmp_path, "-c",
+                             f"import signal; print(signal.getsignal({int(number)}) == signal.SIG_IGN)")
         yield machine.Check(ending.out == "False\n", "", ending)
 
     monkeypatch.setattr(machine, "build", lambda *_: None)
     monkeypatch.setattr(machine, "FAULTS", {"x": fault})
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         assert machine.bench_machine()[0][0][1:3] == [1, 1]
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def test_search_proof_counts_what_was_found(monkeypatch):
