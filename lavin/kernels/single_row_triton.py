@@ -25,18 +25,31 @@ def wait_and_launch_dependents(USE_PDL: tl.constexpr):
 
 
 @triton.jit
-def row_products(x, weight, scale, rows, row_mask, K, BLOCK_K: tl.constexpr, SCALED: tl.constexpr,
+def row_products(x, weight, scale, rows, row_mask, K: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr,
                  USE_PDL: tl.constexpr):
-    """Returns weight[rows] x in float32. The first part of the weight is read before x is there."""
+    """Returns weight[rows] x in float32. The first part of the weight is read before x is there.
+
+    Each further part is read while the one before it is multiplied: into registers in 16 bits, and in fp8, which Triton
+    would unpack in order to keep it there, into shared memory.
+    """
     cols = tl.arange(0, BLOCK_K)
     start = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
     w = tl.load(start, row_mask[:, None] & (cols < K)[None, :], 0.0, eviction_policy="evict_first")
     wait_and_launch_dependents(USE_PDL)
-    products = w.to(tl.float32) * tl.load(x + cols, cols < K, 0.0).to(tl.float32)[None, :]
-    for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=3):
-        mask = k + cols < K
-        w = tl.load(start + k, row_mask[:, None] & mask[None, :], 0.0, eviction_policy="evict_first")
-        products += w.to(tl.float32) * tl.load(x + k + cols, mask, 0.0).to(tl.float32)[None, :]
+    if SCALED:
+        products = w.to(tl.float32) * tl.load(x + cols, cols < K, 0.0).to(tl.float32)[None, :]
+        for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=3):
+            mask = k + cols < K
+            w = tl.load(start + k, row_mask[:, None] & mask[None, :], 0.0, eviction_policy="evict_first")
+            products += w.to(tl.float32) * tl.load(x + k + cols, mask, 0.0).to(tl.float32)[None, :]
+    else:
+        products = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
+        for k in tl.range(0, K, BLOCK_K, num_stages=1):
+            ahead = k + BLOCK_K + cols < K
+            next_w = tl.load(start + k + BLOCK_K, row_mask[:, None] & ahead[None, :], 0.0,
+                             eviction_policy="evict_first")
+            products += w.to(tl.float32) * tl.load(x + k + cols, k + cols < K, 0.0).to(tl.float32)[None, :]
+            w = next_w
     y = tl.sum(products, 1)
     if SCALED:
         y *= tl.load(scale + rows, row_mask, 0.0)
@@ -44,8 +57,8 @@ def row_products(x, weight, scale, rows, row_mask, K, BLOCK_K: tl.constexpr, SCA
 
 
 @triton.jit
-def gemv_fwd(x, weight, scale, out, n_rows, K, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr,
-             USE_PDL: tl.constexpr):
+def gemv_fwd(x, weight, scale, out, n_rows, K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+             SCALED: tl.constexpr, USE_PDL: tl.constexpr):
     """Writes out [O], the product of weight [O, K] and x [K]; the weight has a scale [O] where SCALED."""
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     y = row_products(x, weight, scale, rows, rows < n_rows, K, BLOCK_K, SCALED, USE_PDL)
@@ -53,7 +66,7 @@ def gemv_fwd(x, weight, scale, out, n_rows, K, BLOCK_O: tl.constexpr, BLOCK_K: t
 
 
 @triton.jit
-def gemv_swiglu_fwd(x, weight, scale, bias, out, H, K, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+def gemv_swiglu_fwd(x, weight, scale, bias, out, H, K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
                     SCALED: tl.constexpr, BIASED: tl.constexpr, USE_PDL: tl.constexpr):
     """Writes out [H] for x [K], weight [2H, K] and bias [2H]. A program has pairs of rows: of the gate, and of up."""
     half: tl.constexpr = BLOCK_O // 2
