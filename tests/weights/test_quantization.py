@@ -23,6 +23,7 @@ from tiny import greedy, loss_and_gradients, mixed_examples, tiny_model, tiny_vi
 from tiny_quantized import dequantized_weight, quantized_and_dequantized_model, weight_bytes
 from tiny_runs import load_checkpoint, read_log, train_run
 from util.flags import stays_plain
+from util.trained_model import load_model
 
 CPU = torch.device("cpu")
 BITS = ["4bit", "8bit"]
@@ -146,7 +147,7 @@ def test_4_bit_models_are_captured(quantization, monkeypatch):
                              for model in (plain, fast)))
         assert isinstance(fast.llama.layers[1].attention.wo, quantization.QUANTIZED_LINEARS[bits])
         assert isinstance(fast.llama.forward, CapturedModule) == (bits == "4bit")
-        assert stays_plain(Namespace(bits=bits, model_parallel_size=1)) == (bits == "8bit")
+        assert stays_plain(Namespace(bits=bits), Namespace(model_parallel_size=1)) == (bits == "8bit")
         assert isinstance(fast.llama.layers[1], FusedAdaptedBlock) == (bits == "4bit")
 
 
@@ -160,7 +161,7 @@ def test_training_and_evaluation(quantization, base, scienceqa, tmp_path, bits):
     assert losses[2] < losses[0] - 0.05 and losses != exact and losses == pytest.approx(exact, rel=0.05)
     assert load_checkpoint(tmp_path / "checkpoint-2.pth")["flags"]["bits"] == bits
     flags = evaluation.get_args_parser().parse_args(["--adapter_path", str(tmp_path), "--device", "cpu"])
-    model, _, _ = evaluation.load_model(flags)
+    model, _, _ = load_model(flags)
     assert isinstance(model.llama.layers[0].attention.wq, quantization.QUANTIZED_LINEARS[bits])
 
 
