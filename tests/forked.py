@@ -22,18 +22,40 @@ def in_child(function: Callable[[], object], **environment: str) -> Ended:
     """Calls the function in a forked child; returns what the child prints, and how it ends. environment: variables that
     are added to this process's."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        child = os.fork()
-        if not child:
-            call_and_end(function, out.fileno(), errors.fileno(), environment)
-        deadline = time.monotonic() + SECONDS
-        while not (done := os.waitpid(child, os.WNOHANG))[0]:
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
-                done = os.waitpid(child, 0)
-                break
-            time.sleep(0.005)
+        status = Child(function, out.fileno(), errors.fileno(), environment).wait()
         said = [file.seek(0) or file.read().decode() for file in (out, errors)]
-    return Ended(os.waitstatus_to_exitcode(done[1]), *said)
+    return Ended(status, *said)
+
+
+class Child:
+    """A forked child that calls the function, with what subprocess.Popen has of a process."""
+
+    def __init__(self, function: Callable[[], object], out: int, errors: int, environment: dict[str, str]):
+        self.args, self.returncode = "a forked child", None
+        self.pid = os.fork()
+        if not self.pid:
+            call_and_end(function, out, errors, environment)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if done else None
+        return self.returncode
+
+    def wait(self) -> int:
+        """The exit status, after SECONDS that of SIGKILL."""
+        deadline = time.monotonic() + SECONDS
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.kill()
+            time.sleep(0.005)
+        return self.returncode
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
 
 
 def call_and_end(function: Callable[[], object], out: int, errors: int, environment: dict[str, str]) -> None:

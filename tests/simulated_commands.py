@@ -23,6 +23,7 @@ from util.evaluation.scoring import COLUMNS
 from util.fingerprint import fingerprints
 from util.flags import BaseSettings
 from util.runs import checkpoint_path, checkpoints
+from util.search.processes import SharedProcess
 
 EPOCH_SECONDS, SCORE_SECONDS, STOP_SECONDS = 10.0, 4.0, 2.0  # STOP_SECONDS: from the signal to the end, while it saves
 QUESTIONS = {"val": 200, "test": 300}
@@ -50,7 +51,8 @@ class Machine:
         self.epochs_made: dict[str, list[int]] = {}  # by the name of the run's folder
 
     def install(self, monkeypatch) -> None:
-        monkeypatch.setattr(subprocess, "Popen", lambda words, stdout, **_: Process(self, words, stdout))
+        monkeypatch.setattr(SharedProcess, "start", lambda _, words, log, lock: Process(self, words, log))
+        monkeypatch.setattr(subprocess, "Popen", lambda words, stdout, **_: Process(self, words, stdout))  # torchrun
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(os, "fsync", lambda _: None)  # no machine crashes here, and most of the time goes there
 
@@ -60,7 +62,7 @@ class Machine:
 
 
 class Process:
-    """Stands for a subprocess.Popen."""
+    """Stands for a util.search.processes.Process."""
 
     def __init__(self, machine: Machine, words: list[str], log):
         place = next(i for i, word in enumerate(words) if word.endswith(("train.py", "eval.py")))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ import eval as evaluation
 import plot_results
 import search
 import train
+from forked import Child
 from lavin.kernels import fp8
 from lavin.runtime import device, signals
-from lavin.runtime.errors import UserError, describe
+from lavin.runtime.errors import UserError, describe, one_line_errors
 from lavin.runtime.files import read_json, write_json
 from tiny import ROOT
 from user_errors import error_message
@@ -32,6 +34,7 @@ from util.search import folder as folder_module
 from util.search.errors import CommandFailed, WorkerError
 from util.search.folder import LOG, RECORD, all_records, begin_record, change_record, gpu_seconds, read_records
 from util.search.locks import claim, waiting_for
+from util.search.processes import starting
 from util.search.runner import HoursSpent, Runner, run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -61,10 +64,10 @@ def commands(monkeypatch) -> list[list[str]]:
     """train.py and eval.py run in this process; their commands."""
     known = []
 
-    def run_here(command: list[str], log: Path, lock: int, seconds: float) -> None:
-        known.append(command[1:])
-        module = {"train.py": train, "eval.py": evaluation}[Path(command[1]).name]
-        module.main(module.get_args_parser().parse_args(command[2:]))
+    def run_here(start, words: list[str], log: Path, lock: int, seconds: float) -> None:
+        known.append(words)
+        module = {"train.py": train, "eval.py": evaluation}[words[0]]
+        module.main(module.get_args_parser().parse_args(words[1:]))
     monkeypatch.setattr(runner, "run_command", run_here)
     return known
 
@@ -140,7 +143,7 @@ def test_a_suggestion_that_train_refuses_is_not_run(flags, commands, tmp_path, m
 
 
 def test_three_failures_at_the_start_end_the_worker(flags, monkeypatch, tmp_path):
-    def fails(command, log, lock, seconds):
+    def fails(*_):
         raise CommandFailed("no space left")
     monkeypatch.setattr(runner, "run_command", fails)
     message = error_message(run_search, flags, "--trials", "5")
@@ -151,10 +154,10 @@ def test_three_failures_at_the_start_end_the_worker(flags, monkeypatch, tmp_path
 def test_a_confirming_run_that_fails_is_named(flags, commands, monkeypatch, tmp_path):
     run_here = runner.run_command
 
-    def fails(command, *rest):
-        if "--seed" in command:
+    def fails(start, words, *rest):
+        if "--seed" in words:
             raise CommandFailed("training diverged")
-        run_here(command, *rest)
+        run_here(start, words, *rest)
     monkeypatch.setattr(runner, "run_command", fails)
     assert error_message(run_search, flags, "--trials", "2", "--pruner", "none").endswith(
         "S/confirm/000-seed1: training diverged")
@@ -265,21 +268,30 @@ def test_machine_flags_reach_eval():
 
 # --- Commands ---
 
-def command(tmp_path, script: str, seconds: float = 60.0) -> None:
-    tmp_path.mkdir(exist_ok=True)
-    lock = claim(tmp_path / "lock")
-    try:
-        run_command([sys.executable, "-c", script], tmp_path / "log", lock, seconds)
-    finally:
-        os.close(lock)
+@pytest.fixture
+def command(start):
+    def run(tmp_path, script: str, seconds: float = 60.0) -> None:
+        tmp_path.mkdir(exist_ok=True)
+        lock = claim(tmp_path / "lock")
+        try:
+            run_command(start, ["script.py", script], tmp_path / "log", lock, seconds)
+        finally:
+            os.close(lock)
+    return run
 
 
-def test_the_trials_of_a_study_are_one_group_of_experiment_trackers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_the_trials_of_a_study_are_one_group_of_experiment_trackers(servers, tmp_path, monkeypatch, gpus):
+    def start_torchrun(words, stdout, env, **_):
+        stdout.write(f"{env['WANDB_RUN_GROUP']}\n".encode())
+        return SimpleNamespace(wait=lambda _: 0)
+
+    monkeypatch.setattr(subprocess, "Popen", start_torchrun)
     script = "import os; print(os.environ['WANDB_RUN_GROUP'])"
     for group in ("my-study", "my-group"):
-        (tmp_path / "my-study" / "trials").mkdir(parents=True, exist_ok=True)
-        command(tmp_path / "my-study" / "trials" / "003", script)
-        assert (tmp_path / "my-study" / "trials" / "003" / "log").read_text().split()[-1] == group
+        with starting(tmp_path / "my-study", gpus) as start:
+            run_command(start, ["script.py", script], tmp_path / "log", 0, 60)
+        assert (tmp_path / "log").read_text().split()[-1] == group
         monkeypatch.setenv("WANDB_RUN_GROUP", "my-group")  # the user's own wins
 
 
@@ -288,7 +300,7 @@ def test_the_trials_of_a_study_are_one_group_of_experiment_trackers(tmp_path, mo
      "no data: fetch it"),
     ("raise RuntimeError('a bug')", "RuntimeError: a bug"), ("import sys; sys.exit(3)", "exit status 3"),
     ("import os; os.kill(os.getpid(), 11)", "exit status -11")])
-def test_a_command_that_fails_is_told_by_its_line(tmp_path, script, words):
+def test_a_command_that_fails_is_told_by_its_line(command, tmp_path, script, words):
     (tmp_path / "log").write_text("train.py: error: of another time\n")
     with pytest.raises(CommandFailed, match=f"^{words}$"):
         command(tmp_path, script)
@@ -310,7 +322,7 @@ def lines_of(error: BaseException) -> str:
      "trial: x.png changes while it is read"),
     ("import os; os.kill(os.getpid(), 9)", "was killed (SIGKILL), as the system does where memory is short"),
     ("print('traceback : Signal 9 (SIGKILL) received by PID 7\\n====='); raise SystemExit(1)", "was killed (SIGKILL)")])
-def test_a_machine_that_is_short_of_something_fails_no_trial(tmp_path, script, words):
+def test_a_machine_that_is_short_of_something_fails_no_trial(command, tmp_path, script, words):
     """The shortage is known by the words of train.py, of Python or of torchrun. Neither does a file that somebody
     changes."""
     with pytest.raises(WorkerError) as caught:
@@ -318,7 +330,7 @@ def test_a_machine_that_is_short_of_something_fails_no_trial(tmp_path, script, w
     assert words in str(caught.value) and str(tmp_path / "trial") in str(caught.value)
 
 
-def test_a_disk_that_is_too_full_for_a_log_fails_no_trial(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_full_for_a_log_fails_no_trial(command, tmp_path, monkeypatch):
     """The command cannot say why it failed. What is written here fits, until the worker looks."""
     def full(dir):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -328,7 +340,7 @@ def test_a_disk_that_is_too_full_for_a_log_fails_no_trial(tmp_path, monkeypatch)
     assert describe(caught.value).startswith(f"{tmp_path}: No space left on device: free some space")
 
 
-def test_a_command_ends_with_the_hours_or_a_signal_of_its_own(tmp_path):
+def test_a_command_ends_with_the_hours_or_a_signal_of_its_own(command, tmp_path):
     wait = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('up'); time.sleep(60)"
     with pytest.raises(HoursSpent):
         command(tmp_path, wait, seconds=1)
@@ -340,36 +352,36 @@ def test_a_command_ends_with_the_hours_or_a_signal_of_its_own(tmp_path):
     command(tmp_path, "")
 
 
-def test_a_stop_signal_reaches_the_command_which_saves(tmp_path):
-    child = ("import signal, sys, time; from pathlib import Path; "
+def test_a_stop_signal_reaches_the_command_which_saves(start, tmp_path):
+    saves = ("import signal, sys, time; from pathlib import Path; "
              f"signal.signal(15, lambda *_: (Path({str(tmp_path / 'saved')!r}).touch(), sys.exit(75))); "
              f"Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)")
-    worker = ("import sys; from pathlib import Path; from lavin.runtime.errors import one_line_errors; "
-              "from util.search.runner import run_command; from util.search.locks import claim\n"
-              "with one_line_errors():\n"
-              f"    run_command([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), "
-              f"claim(Path({str(tmp_path / 'lock')!r})), 60)")
-    with subprocess.Popen([sys.executable, "-c", worker], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "up").exists():
-            time.sleep(0.05)
-            assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=30)[1]
-    assert process.returncode == 75 and (tmp_path / "saved").exists()
-    assert errors.strip().endswith("stopped by SIGTERM: the same command goes on")
+
+    def work():
+        with one_line_errors():
+            run_command(start, ["script.py", saves], tmp_path / "log", claim(tmp_path / "lock"), 60)
+
+    with open(tmp_path / "errors", "w") as errors:
+        worker = Child(work, errors.fileno(), errors.fileno(), {})
+    while not (tmp_path / "up").exists():
+        time.sleep(0.05)
+        assert worker.poll() is None
+    worker.terminate()
+    assert worker.wait() == 75 and (tmp_path / "saved").exists()
+    assert (tmp_path / "errors").read_text().strip().endswith("stopped by SIGTERM: the same command goes on")
 
 
 SILENT = "import time; time.sleep(60)"
 
 
-def start_worker(folder: Path, child: str) -> subprocess.Popen:
-    """Starts a worker in a session of its own, with a command that runs `child`; returns when both have shown signs of
-    life."""
-    (folder / "child.py").write_text(child)
-    worker = ("from pathlib import Path; from util.search.locks import claim; from util.search.runner import Runner\n"
-              f"folder = Path({str(folder)!r})\n"
-              "Runner([], [], 1, lambda: 60.0).run(folder, claim(folder / 'lock'), str(folder / 'child.py'))")
-    process = subprocess.Popen([sys.executable, "-c", worker], cwd=ROOT, start_new_session=True)
+def start_worker(start, folder: Path, script: str) -> Child:
+    """Starts a worker in a session of its own, with a command that runs the script; returns when both have shown signs
+    of life."""
+    def work():
+        os.setsid()
+        Runner([], [], 1, lambda: 60.0, start).run(folder, claim(folder / "lock"), "script.py", script)
+
+    process = Child(work, 1, 2, {})
     while "since" not in (record := read_json(folder / RECORD)) or (folder / LOG).stat().st_mtime <= record["since"]:
         assert process.poll() is None
         time.sleep(0.05)
@@ -380,11 +392,11 @@ def seconds(study: Path) -> float:
     return read_records(study)["000"]["seconds"]
 
 
-def test_the_seconds_of_a_killed_command_are_counted_once(tmp_path):
+def test_the_seconds_of_a_killed_command_are_counted_once(start, tmp_path):
     """Killed with its worker. It says nothing here: what is counted are the worker's own signs of life."""
     folder = tmp_path / "trials" / "000"
     begin_record(folder, 1, values={})
-    process = start_worker(folder, SILENT)
+    process = start_worker(start, folder, SILENT)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     killed = (folder / LOG).stat().st_mtime - read_json(folder / RECORD)["since"]
@@ -392,9 +404,8 @@ def test_the_seconds_of_a_killed_command_are_counted_once(tmp_path):
     begin_record(folder, 1, values={})  # by whoever goes on
     (folder / LOG).touch()
     assert seconds(tmp_path) == pytest.approx(killed)
-    (folder / "child.py").write_text("print('run: ...')")
     lock = claim(folder / "lock")
-    Runner([], [], 1, lambda: 60.0).run(folder, lock, str(folder / "child.py"))
+    Runner([], [], 1, lambda: 60.0, start).run(folder, lock, "script.py", "print('run: ...')")
     os.close(lock)
     assert killed < seconds(tmp_path) == read_json(folder / RECORD)["seconds"]
     before = gpu_seconds(all_records(tmp_path))
@@ -402,13 +413,14 @@ def test_the_seconds_of_a_killed_command_are_counted_once(tmp_path):
     assert gpu_seconds(all_records(tmp_path)) == pytest.approx(before)
 
 
-def test_the_seconds_of_a_command_that_outlives_its_worker_are_counted(tmp_path):
+def test_the_seconds_of_a_command_that_outlives_its_worker_are_counted(start, tmp_path):
     """They are counted up to the last line that the command writes."""
     folder = tmp_path / "trials" / "000"
     begin_record(folder, 1, values={})
     waits = f"for _ in range(600): Path({str(tmp_path / 'go')!r}).exists() or time.sleep(0.05)"
-    with start_worker(folder, f"import time; from pathlib import Path\n{waits}\nprint('run: ...')") as process:
-        process.kill()
+    process = start_worker(start, folder, f"import time; from pathlib import Path\n{waits}\nprint('run: ...')")
+    process.kill()
+    process.wait()
     first = seconds(tmp_path)
     time.sleep(0.05)
     (tmp_path / "go").touch()
@@ -418,7 +430,8 @@ def test_the_seconds_of_a_command_that_outlives_its_worker_are_counted(tmp_path)
 
 def test_scores_of_another_checkpoint_are_made_again(tmp_path):
     """A trial that has gone on has lost the checkpoint, and its scores stay."""
-    runner, path, checkpoint = Runner([], [], 1, lambda: 60.0), tmp_path / "scores.json", tmp_path / "checkpoint-1.pth"
+    runner = Runner([], [], 1, lambda: 60.0, None)
+    path, checkpoint = tmp_path / "scores.json", tmp_path / "checkpoint-1.pth"
     for written, there, is_scored in ((b"a", b"a", True), (b"a", b"b", False), (b"a", None, True), (None, b"a", True)):
         entries = {"checkpoint_sha256": hashlib.sha256(written).hexdigest()} if written else {}
         write_json(path, {"correct": {}, "counts": {}, "split": "val", **entries})
@@ -462,11 +475,18 @@ def test_a_lock_is_looked_at_less_and_less_often(tmp_path, monkeypatch):
 
 
 def test_several_gpus_are_torchruns(tmp_path, monkeypatch):
-    known = []
-    monkeypatch.setattr(runner, "run_command", lambda words, *_: known.append(words))
-    begin_record(tmp_path, 2)
-    Runner(["--epochs", "3"], [], 2, lambda: 1.0).train(tmp_path, {"blr": 0.01}, 1, 0, "--stop_after_epoch", "1")
+    known, folder = [], tmp_path / "S" / "trials" / "000"
+
+    def start_torchrun(words, **_):
+        known.append(words)
+        return SimpleNamespace(wait=lambda _: 0)
+
+    monkeypatch.setattr(subprocess, "Popen", start_torchrun)
+    begin_record(folder, 2)
+    with starting(tmp_path / "S", 2) as start:
+        Runner(["--epochs", "3"], [], 2, lambda: 1.0, start).train(folder, {"blr": 0.01}, 1, 0, "--stop_after_epoch",
+                                                                   "1")
     (words,) = known
     assert words[1:6] == ["-m", "util.launch", "--standalone", "--nproc_per_node", "2"]
-    assert words[7:] == ["--keep_last", "1", "--epochs", "3", "--blr", "0.01", "--stop_after_epoch", "1",
-                         "--output_dir", str(tmp_path)]
+    assert words[6:] == [str(ROOT / "train.py"), "--keep_last", "1", "--epochs", "3", "--blr", "0.01",
+                         "--stop_after_epoch", "1", "--output_dir", str(folder)]

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -16,13 +15,14 @@ import numpy as np
 import pytest
 
 pytest.importorskip("optuna")
+from forked import Child
 from lavin.runtime.errors import UserError
-from tiny import ROOT
 from user_errors import error_message
 from util.search import study as study_module
 from util.search.folder import Settings, add_rung, add_seconds, read_records, read_settings
 from util.search.locks import claim, waiting_for
 from util.search.pruning import longest_warmup, make_pruner, rungs
+from util.search.runner import run_command
 from util.search.space import Space
 from util.search.storage import storage_errors
 from util.search.study import COMPLETE, FAIL, PRUNED, Study, Trial, run_trial
@@ -468,20 +468,20 @@ def test_a_study_killed_while_it_begins_is_begun_again(tmp_path, monkeypatch):
 
 # --- Locks ---
 
-def test_a_command_that_outlives_its_worker_keeps_the_lock(tmp_path):
+def test_a_command_that_outlives_its_worker_keeps_the_lock(start, tmp_path):
     """A command that a killed worker had started is not started again before it has ended."""
-    child = (f"import time; from pathlib import Path; Path({str(tmp_path / 'up')!r}).touch()\n"
-             f"while not Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.05)")
-    worker = ("import sys; from pathlib import Path; from util.search.locks import claim; "
-              f"from util.search.runner import run_command; run_command([sys.executable, '-c', {child!r}], "
-              f"Path({str(tmp_path / 'log')!r}), claim(Path({str(tmp_path / 'lock')!r})), 60)")
-    with subprocess.Popen([sys.executable, "-c", worker], cwd=ROOT) as process:
-        while not (tmp_path / "up").exists():
-            time.sleep(0.05)
-            assert process.poll() is None
-        process.kill()
+    script = (f"import time; from pathlib import Path; Path({str(tmp_path / 'up')!r}).touch()\n"
+              f"while not Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.05)\n"
+              "print('done')")
+    worker = Child(lambda: run_command(start, ["script.py", script], tmp_path / "log", claim(tmp_path / "lock"), 60), 1,
+                   2, {})
+    while not (tmp_path / "up").exists():
+        time.sleep(0.05)
+        assert worker.poll() is None
+    worker.kill()
+    worker.wait()
     assert claim(tmp_path / "lock") is None
     (tmp_path / "go").touch()
     with waiting_for(tmp_path / "lock"):  # it has ended
-        assert claim(tmp_path / "lock") is None
+        assert claim(tmp_path / "lock") is None and (tmp_path / "log").read_text() == "done\n"
     os.close(claim(tmp_path / "lock"))

@@ -19,6 +19,7 @@ from util.search.folder import LOG, add_rung, all_records, gpu_seconds, longest_
 from util.search.identity import study_identity
 from util.search.locks import WAIT_SECONDS
 from util.search.machine import resolve_precision
+from util.search.processes import starting
 from util.search.progress import cost_lines, progress_line
 from util.search.runner import HoursSpent, Runner
 from util.search.settings import Search
@@ -175,13 +176,14 @@ def main(args: Flags) -> None:
         if fixed:
             print_rank0(f"not searched, since the command gives them: {', '.join(f'--{flag}' for flag in fixed)}")
     words = [*given, "--precision", study.precision]
-    runner = Runner(words, machine_flags(train_parser().parse_args(words)), search.gpus, partial(seconds_left, search),
-                    settings["identity"])
     try:
-        with storage_errors():
-            work(study, runner, search.questions, check_values)
-        if search.confirm:
-            confirm_best(search, runner, trained.epochs, trained.seed, study.left_out)
+        with starting(search.study, search.gpus) as start:
+            runner = Runner(words, machine_flags(train_parser().parse_args(words)), search.gpus,
+                            partial(seconds_left, search), start, settings["identity"])
+            with storage_errors():
+                work(study, runner, search.questions, check_values)
+            if search.confirm:
+                confirm_best(search, runner, trained.epochs, trained.seed, study.left_out)
     except HoursSpent:
         print_rank0(f"stopped: {hours_spent(search.study, search.gpu_hours or 0)}; the same command with more goes on")
     print_rank0(f"report: python plot_results.py {search.study}")

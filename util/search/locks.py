@@ -18,8 +18,8 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 def claim(path: Path) -> int | None:
     """A descriptor that holds the lock until `os.close`; None where somebody else holds it.
 
-    A command that inherits the descriptor (subprocess's pass_fds) holds the lock too: what a killed worker had started
-    is not started a second time before it has ended.
+    A command that gets the descriptor (processes.py) holds the lock too: what a killed worker had started is not
+    started a second time before it has ended.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

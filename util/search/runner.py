@@ -1,14 +1,12 @@
-"""Runs train.py and eval.py for a trial, as commands of their own, and keeps account of it in trial.json.
+"""Runs train.py and eval.py for a trial, in processes of their own (processes.py), and keeps account in trial.json.
 
-The commands inherit the worker's lock on the trial. They are stopped as a user would stop them: they save, and go on
+The commands hold the worker's lock on the trial too. They are stopped as a user would stop them: they save, and go on
 later.
 """
 
-import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,10 +22,9 @@ from util.runs import SCORES, checkpoint_path, checkpoints
 from util.search.errors import CommandFailed, WorkerError, is_of_machine
 from util.search.folder import LOG, add_seconds, change_record, sign_of_life
 from util.search.identity import FILES, SCORING, Identity, checksums, differences, require_same
+from util.search.processes import Start
 from util.search.space import Values, command_line
-from util.trackers import GROUP
 
-ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.5
 ENDED_BY_SIGNAL = (signals.UNFINISHED, *(-number for number in signals.STOP_SIGNALS))  # before or after saving
 KILLED_PROCESS = "Signal 9 (SIGKILL) received"  # torchrun's words, for one of its processes
@@ -43,13 +40,15 @@ class Runner:
     """Runs a trial's commands one after another.
 
     flags: train.py's. machine: those of them that eval.py does not read from the run. gpus: of one trial.
-    seconds_left: until the study's GPU-hours are used up, for one trial. identity: that of the study.
+    seconds_left: until the study's GPU-hours are used up, for one trial. start: of a command. identity: that of the
+    study.
     """
 
     flags: list[str]
     machine: list[str]
     gpus: int
     seconds_left: Callable[[], float]
+    start: Start
     identity: Identity = field(default_factory=dict)
 
     def train(self, folder: Path, values: Values, epochs: int, lock: int, *more: str) -> None:
@@ -93,17 +92,15 @@ class Runner:
                 and not differences({part: scores}, self.identity))
 
     def run(self, folder: Path, lock: int, program: str, *arguments: str) -> None:
-        launcher = ["-m", "util.launch", "--standalone", "--nproc_per_node", str(self.gpus)] if self.gpus > 1 else []
-        start = time.monotonic()
+        begin = time.monotonic()
         change_record(folder, since=sign_of_life(folder / LOG))  # should this worker be killed
         try:
-            run_command([sys.executable, *launcher, str(ROOT / program), *arguments], folder / LOG, lock,
-                        self.seconds_left())
+            run_command(self.start, [program, *arguments], folder / LOG, lock, self.seconds_left())
         finally:
-            add_seconds(folder, time.monotonic() - start)
+            add_seconds(folder, time.monotonic() - begin)
 
 
-def run_command(command: list[str], log: Path, lock: int, seconds: float) -> None:
+def run_command(start: Start, words: list[str], log: Path, lock: int, seconds: float) -> None:
     """Runs a command, whose output goes to `log` in the folder of a trial.
 
     Raises CommandFailed where the command fails, WorkerError or OSError where its machine lets it fail, HoursSpent
@@ -114,8 +111,7 @@ def run_command(command: list[str], log: Path, lock: int, seconds: float) -> Non
         raise HoursSpent
     with open(log, "ab") as output, signals.deferred():
         begin = output.tell()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   pass_fds=[lock], env={GROUP: log.parents[2].name, **os.environ})
+        process = start(words, output, lock)
         status = None
         while status is None:
             try:
