@@ -24,6 +24,7 @@ from tiny_base import write_base
 from tiny_runs import load_checkpoint, run_flags, run_workers
 from util import shared_base
 from util.data import cache
+from util.evaluation.scienceqa import ScienceQATask
 from util.flags import BaseSettings, Execution
 from util.series.commands import make_runs, process_of_its_own, read_run
 from util.training.command import run
@@ -102,8 +103,8 @@ def untimed(said: str) -> list[str]:
     return re.sub(r"[\d.]+ samples/s", "samples/s", said).splitlines()
 
 
-def assert_same_run(folder: Path, other: Path) -> None:
-    """Byte for byte, but for times."""
+def assert_same_run(folder: Path, other: Path, goes_on: bool = False) -> None:
+    """Byte for byte, but for times. goes_on: config.json of the first run also says that it has gone on."""
     def untimed_lines(text: bytes) -> list[dict]:
         return [{name: value for name, value in json.loads(line).items() if name not in TIMES}
                 for line in text.splitlines()]
@@ -112,6 +113,9 @@ def assert_same_run(folder: Path, other: Path) -> None:
     for name in a:
         if name.name in ("log.txt", "metrics.jsonl"):
             assert untimed_lines(a[name]) == untimed_lines(b[name])
+        elif goes_on and name.name == "config.json":
+            found = json.loads(a[name])
+            assert found.pop("resumed") and found == json.loads(b[name])
         else:
             assert a[name] == b[name], name
 
@@ -143,14 +147,14 @@ def test_a_run_that_fails_ends_the_process_and_the_next_one_makes_the_rest(base,
     assert "scored before" in ended.out and (tmp_path / "base-again" / "scores.json").exists()
 
 
-def signal_at_step(number: int):
-    """SIGTERM comes in this step of a process."""
+def signal_at_step(number: int, which: signal.Signals = signal.SIGTERM):
+    """A signal comes in this step of a process."""
     train_step, steps = Trainer.train_step, []
 
     def counted(self, *args):
         steps.append(1)
         if len(steps) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), which)
         train_step(self, *args)
 
     Trainer.train_step = counted
@@ -184,6 +188,35 @@ def test_a_run_that_is_stopped_is_saved_and_no_other_begins(base, scienceqa, tmp
     alone(tmp_path / "alone", runs["seed"])
     for name in ("checkpoint-1.pth", "generations.jsonl"):
         assert load_file(tmp_path / "together" / "seed" / name) == load_file(tmp_path / "alone" / "seed" / name)
+
+
+def kill_at_step(number: int):
+    signal_at_step(number, signal.SIGKILL)
+
+
+def kill_at_answers(number: int):
+    """SIGKILL comes when a process has these many times asked all questions, and has not written the scores yet."""
+    write_answers, evaluations = ScienceQATask.write_answers, []
+
+    def counted(self, *args):
+        evaluations.append(1)
+        if len(evaluations) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_answers(self, *args)
+
+    ScienceQATask.write_answers = counted
+
+
+@pytest.mark.parametrize("kill, number", [(kill_at_step, 8), (kill_at_step, 11), (kill_at_answers, 2)])
+def test_the_same_runs_go_on_after_a_kill_and_end_as_they_would_have(base, scienceqa, tmp_path, kill, number):
+    """The second run is killed: in its first epoch, in its last one (a run has 6 steps), and before it has scores."""
+    runs = {name: commands(base, scienceqa, name, "--save_every_minutes", "1e-9") for name in ("base", "seed")}
+    ended, left = together(tmp_path / "together", runs, before=lambda: kill(number))
+    assert ended.status == -signal.SIGKILL and left == ["seed"]
+    ended, left = together(tmp_path / "together", runs)
+    assert ended.status == 0 and left == [] and ended.out.count(", which is finished") == 1 + (kill is kill_at_answers)
+    alone(tmp_path / "alone", runs["seed"])
+    assert_same_run(tmp_path / "together" / "seed", tmp_path / "alone" / "seed", goes_on=kill is kill_at_step)
 
 
 def load_file(path: Path):

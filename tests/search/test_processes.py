@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from util.search.folder import RECORD, read_records
 from util.search.locks import claim, waiting_for
 from util.search.processes import SharedProcess, starting
 from util.search.runner import run_command
+from util.series import serve
 from util.training.throughput import restart_peak_memory
 from util.training.trainer import Trainer
 
@@ -254,6 +256,14 @@ def test_an_idle_process_ends_in_silence_when_its_worker_is_killed(servers, tmp_
     worker.wait()
     with waiting_for(tmp_path / "process"):
         assert (tmp_path / "trial" / "log").read_text() == ""
+
+
+def test_a_worker_that_was_killed_before_it_read_the_answer_gives_no_more_commands():
+    worker, own = socket.socketpair()
+    with own:
+        own.sendall(b"\n")
+        worker.close()
+        assert serve.receive(own) is None
 
 
 def test_a_busy_process_ends_after_its_command_when_its_worker_is_killed(servers, tmp_path):
