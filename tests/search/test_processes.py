@@ -223,6 +223,15 @@ def test_a_process_that_ends_before_it_has_read_its_command_is_told_by_its_end(s
     assert run(shared_process, tmp_path / "b", "print(2)") == "2\n"
 
 
+def test_a_process_that_is_killed_with_its_command_unread_is_told_by_its_end(shared_process, servers, tmp_path):
+    run(shared_process, tmp_path / "a", "")
+    os.kill(servers[0].pid, signal.SIGSTOP)
+    with open(tmp_path / "log", "ab") as log:
+        process = shared_process(["script.py", ""], log, 0)
+    servers[0].kill()
+    assert process.wait(30) == -signal.SIGKILL
+
+
 # --- The end of the worker ---
 
 @pytest.mark.parametrize("error", [None, UserError("of a trial"), signals.Stopped("stopped by SIGTERM")])

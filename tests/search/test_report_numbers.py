@@ -176,7 +176,7 @@ def test_the_cost_is_foretold_by_gpu_seconds_an_epoch(study):
     settings = {"trials": 12, "confirm": 1, "seeds": 2, "steps_per_epoch": 397, "pruner": "asha",
                 "flags": {"epochs": 20}}
     per_epoch = sum(TRIALS[i][3] * TRIALS[i][4] for i in SCORED) / 102
-    assert cost_lines(study, settings, [2, 6, 20])[-1] == (
+    assert cost_lines(study, settings, [2, 6, 20], on_cpu=False)[-1] == (
         f"GPU-hours: at most {(12 + 4) * 20 * per_epoch / 3600:.2f}, by the trials so far ({per_epoch:.1f} s an epoch)")
 
 

@@ -167,13 +167,21 @@ def test_the_hours_are_kept(flags, commands, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runner.time, "monotonic", iter(range(0, 10**6, 100)).__next__)  # each look takes 100 s
     run_search(flags, "--gpu_hours", "0.1", *WITHOUT_CONFIRMATION)
     printed = capsys.readouterr().out
-    assert "stopped: the 0.1 GPU-hours are spent; the same command with more goes on" in printed
-    assert "\nGPU-hours: unknown until the first trial is scored\n" in printed
+    assert "stopped: the 0.1 hours on a CPU are spent; the same command with more goes on" in printed
+    assert "\nhours on a CPU: unknown until the first trial is scored\n" in printed
     assert 3 <= len(commands) <= 4
     monkeypatch.setenv("LAVIN_WORKER", "1")  # the second one of a node: the first tells the cost
     run_search(flags, "--gpu_hours", "9", *WITHOUT_CONFIRMATION)
-    assert "GPU-hours" not in capsys.readouterr().out
+    assert "hours on a CPU" not in capsys.readouterr().out
     assert {record["state"] for record in read_records(tmp_path / "S").values()} <= {"COMPLETE", "PRUNED"}
+
+
+@pytest.mark.parametrize("chosen, sees_gpu, unit", [
+    (None, True, "GPU-hours"), ("cuda", True, "GPU-hours"), ("cpu", True, "hours on a CPU"),
+    (None, False, "hours on a CPU")])
+def test_hours_are_those_of_the_device(monkeypatch, tmp_path, chosen, sees_gpu, unit):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_gpu)
+    assert search_command.hours_spent(tmp_path, 2.0, machine.is_cpu(chosen)) == f"the 2 {unit} are spent"
 
 
 # --- The machine ---

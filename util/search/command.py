@@ -18,9 +18,9 @@ from util.search import confirm
 from util.search.folder import LOG, add_rung, all_records, gpu_seconds, longest_unended
 from util.search.identity import study_identity
 from util.search.locks import WAIT_SECONDS
-from util.search.machine import resolve_precision
+from util.search.machine import is_cpu, resolve_precision
 from util.search.processes import starting
-from util.search.progress import cost_lines, progress_line
+from util.search.progress import cost_lines, progress_line, unit_of_hours
 from util.search.runner import HoursSpent, Runner
 from util.search.settings import Search
 from util.search.space import Space, Values, command_line, flag_of, read_space
@@ -138,12 +138,12 @@ def seconds_left(search: Search) -> float:
     return (3600 * search.gpu_hours - gpu_seconds(records)) / search.gpus / max(1, n_running)
 
 
-def hours_spent(study: Path, gpu_hours: float) -> str:
+def hours_spent(study: Path, gpu_hours: float, on_cpu: bool) -> str:
     """The words for hours that are spent. A command would have been stopped before it alone had taken all of them."""
     folder, seconds = longest_unended(study)
     where = (f" ({seconds / 3600:,.0f} of them by a command in {folder} that was killed: if a clock was wrong, remove "
              f"{folder / LOG})") if seconds > 3600 * gpu_hours else ""
-    return f"the {gpu_hours:g} GPU-hours are spent{where}"
+    return f"the {gpu_hours:g} {unit_of_hours(on_cpu)} are spent{where}"
 
 
 def main(args: Flags) -> None:
@@ -171,7 +171,7 @@ def main(args: Flags) -> None:
         print_rank0(f"trial {name} is not ranked with the others: it is of something else ({reason})")
     check_precision(search.study, study.precision, trained, here=settings["precision"])
     if os.environ.get("LAVIN_WORKER", "0") == "0":  # the first of a node's (scripts/search_sqa_7b.sh)
-        print_rank0("\n".join(cost_lines(search.study, settings, study.rungs)))
+        print_rank0("\n".join(cost_lines(search.study, settings, study.rungs, is_cpu(trained.device))))
         fixed = sorted({flag_of(name, whole.parameters[name]) for name in whole.parameters.keys() - space.parameters})
         if fixed:
             print_rank0(f"not searched, since the command gives them: {', '.join(f'--{flag}' for flag in fixed)}")
@@ -185,5 +185,6 @@ def main(args: Flags) -> None:
             if search.confirm:
                 confirm_best(search, runner, trained.epochs, trained.seed, study.left_out)
     except HoursSpent:
-        print_rank0(f"stopped: {hours_spent(search.study, search.gpu_hours or 0)}; the same command with more goes on")
+        spent = hours_spent(search.study, search.gpu_hours or 0, is_cpu(trained.device))
+        print_rank0(f"stopped: {spent}; the same command with more goes on")
     print_rank0(f"report: python plot_results.py {search.study}")

@@ -14,10 +14,15 @@ from lavin.runtime.device import choose_device, choose_dtype, precision_name
 from lavin.runtime.errors import UserError
 
 
+def is_cpu(device: str | None) -> bool:
+    """Whether --device means the CPU here."""
+    return device == "cpu" or not torch.cuda.is_available()
+
+
 def resolve_precision(precision: str, device: str | None, bits: str, gpus: int = 1) -> str:
     """The precision that --precision means here: bf16, fp16 or fp32. Raises UserError where it, --bits or --gpus fails.
     """
-    if device == "cpu" or not torch.cuda.is_available():
+    if is_cpu(device):
         return ask(precision, device, bits, gpus)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(ask, precision, device, bits, gpus).result()

@@ -7,7 +7,11 @@ from typing import Any
 from util.search.folder import accuracy, gpu_seconds, read_records
 
 
-def cost_lines(study: Path, settings: Any, rungs: list[int]) -> list[str]:
+def unit_of_hours(on_cpu: bool) -> str:
+    return "hours on a CPU" if on_cpu else "GPU-hours"
+
+
+def cost_lines(study: Path, settings: Any, rungs: list[int], on_cpu: bool) -> list[str]:
     """The lines on what the search will cost at most, for when it begins, or goes on."""
     trials, epochs, per_epoch = settings["trials"], settings["flags"]["epochs"], settings["steps_per_epoch"]
     n_fresh = settings["seeds"] * (settings["confirm"] + 1) if settings["confirm"] else 0
@@ -21,7 +25,7 @@ def cost_lines(study: Path, settings: Any, rungs: list[int]) -> list[str]:
     seconds = seconds_per_epoch(study)
     hours = "unknown until the first trial is scored" if seconds is None else \
         f"at most {(trials + n_fresh) * epochs * seconds / 3600:.2f}, by the trials so far ({seconds:.1f} s an epoch)"
-    return [*lines, f"GPU-hours: {hours}"]
+    return [*lines, f"{unit_of_hours(on_cpu)}: {hours}"]
 
 
 def seconds_per_epoch(study: Path) -> float | None:

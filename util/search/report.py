@@ -25,6 +25,7 @@ from util.search.confirm import (
 from util.search.figures import write_figures
 from util.search.folder import BASE, gpu_seconds
 from util.search.identity import FILES
+from util.search.progress import unit_of_hours
 from util.search.summary import MIN_TRIALS, StudyReport
 
 N_BEST = 10  # rows of the table of trials
@@ -102,7 +103,7 @@ def budget(report: StudyReport) -> list[str]:
     counts = ", ".join(f"{states.count(state)} {word}" for state, word in MARKS.items() if state in states)
     steps, confirmed = report.steps(report.records), report.steps(report.confirmed)
     unpruned = len(states) * report.epochs * report.settings["steps_per_epoch"]
-    hours = [f"{gpu_seconds(list(records.values())) / 3600:.2f} {'hours on a CPU' if report.on_cpu else 'GPU-hours'}"
+    hours = [f"{gpu_seconds(list(records.values())) / 3600:.2f} {unit_of_hours(report.on_cpu)}"
              for records in (report.records, report.confirmed)]
     lines = [f"{len(states)} of {report.settings['trials']} trials: {counts}.",
              f"{steps:,} steps, {100 * steps / unpruned:.0f} % of those without pruning; {hours[0]}."]
