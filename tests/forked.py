@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,11 +43,13 @@ class Child:
             self.returncode = os.waitstatus_to_exitcode(status) if done else None
         return self.returncode
 
-    def wait(self) -> int:
-        """The exit status, after SECONDS that of SIGKILL."""
-        deadline = time.monotonic() + SECONDS
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, after SECONDS that of SIGKILL; with a timeout, as subprocess.Popen gives it."""
+        deadline = time.monotonic() + (SECONDS if timeout is None else timeout)
         while self.poll() is None:
             if time.monotonic() > deadline:
+                if timeout is not None:
+                    raise subprocess.TimeoutExpired(self.args, timeout)
                 self.kill()
             time.sleep(0.005)
         return self.returncode

@@ -24,7 +24,7 @@ from util.search.errors import CommandFailed, WorkerError
 from util.search.folder import RECORD, read_records
 from util.search.locks import claim, waiting_for
 from util.search.processes import SharedProcess, starting
-from util.search.runner import run_command
+from util.search.runner import HoursSpent, run_command
 from util.series import serve
 from util.training.throughput import restart_peak_memory
 from util.training.trainer import Trainer
@@ -215,7 +215,7 @@ def test_a_process_that_ends_before_it_has_read_its_command_is_told_by_its_end(s
     servers[0].poll = lambda: None  # it ends just after the worker has looked
     servers[0].kill()
     os.waitpid(servers[0].pid, 0)
-    servers[0].wait = lambda: -signal.SIGKILL
+    servers[0].wait = lambda _: -signal.SIGKILL
     with pytest.raises(WorkerError, match=r"was killed \(SIGKILL\)"):
         run(shared_process, tmp_path / "b", "")
     del servers[0].poll, servers[0].wait
@@ -230,6 +230,17 @@ def test_a_process_that_is_killed_with_its_command_unread_is_told_by_its_end(sha
         process = shared_process(["script.py", ""], log, 0)
     servers[0].kill()
     assert process.wait(30) == -signal.SIGKILL
+
+
+def test_a_command_whose_process_is_long_in_ending_is_still_watched(shared_process, servers, tmp_path):
+    """An experiment tracker may upload what is left. The end of the socket is not that of the process."""
+    script = ("import os, time\nfor name in os.listdir('/proc/self/fd'):\n"
+              "    path = f'/proc/self/fd/{name}'\n"
+              "    if os.path.islink(path) and os.readlink(path).startswith('socket'): os.close(int(name))\n"
+              "time.sleep(60)")
+    with pytest.raises(HoursSpent):
+        run(shared_process, tmp_path / "a", script, seconds=1)
+    assert servers[0].returncode not in (None, -signal.SIGKILL)
 
 
 # --- The end of the worker ---

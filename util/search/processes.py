@@ -88,7 +88,7 @@ class SharedProcess:
             raise subprocess.TimeoutExpired(self.process.args, timeout or 0.0) from error
         except ConnectionError:  # it has ended before it read the command
             is_done = b""
-        status = 0 if is_done else self.process.wait()
+        status = 0 if is_done else self.process.wait(timeout)
         self.is_busy = False
         return status
 
