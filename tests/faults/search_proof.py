@@ -42,7 +42,8 @@ ROOT = Path(__file__).parents[2]
 SIZES = {"train": 64, "val": 200, "test": 6}
 TRAIN = ("--llama_model_path", "weights", "--llm_model", "tiny", "--vision_model", "vit", "--data_root", "data",
          "--device", "cpu", "--batch_size", "4", "--accum_iter", "8", "--epochs", "9", "--max_seq_len", "500",
-         "--save_every_minutes", "0.002")
+         "--save_every_minutes", "0.002",
+         "--warmup_epochs", "0.5")  # a longer one would leave no early scores, at which trials are ended
 EPOCHS, MOST_STEPS = 9, 0.4  # of an unpruned study
 
 Checks = list[tuple[str, bool, str]]  # what, whether it holds, the figure
