@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ def data(scienceqa_copy) -> Path:
 
 
 @pytest.fixture
-def servers(monkeypatch) -> list[Child]:
+def servers(monkeypatch) -> Iterator[list[Child]]:
     """The processes that are begun to run commands (util/series/serve.py), in which the patches of a test hold. One
     more program, script.py, runs its first flag as Python."""
     begun = []

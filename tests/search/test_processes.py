@@ -307,6 +307,21 @@ def test_a_busy_process_ends_after_its_command_when_its_worker_is_killed(servers
         assert (tmp_path / "trial" / "log").read_text() == "done\n"
 
 
+def test_a_command_that_has_not_begun_when_its_worker_ends_holds_the_lock_all_the_same(servers, tmp_path):
+    """Its process may still be busy with imports. Here it is halted."""
+    shared, log, lock = SharedProcess(dict(os.environ)), tmp_path / "log", claim(tmp_path / "lock")
+    run(shared.start, tmp_path / "before", "")
+    os.kill(servers[0].pid, signal.SIGSTOP)
+    with open(log, "ab") as output:
+        shared.start(["script.py", "print('done')"], output, lock)
+    os.close(lock)
+    shared.close()
+    assert claim(tmp_path / "lock") is None
+    os.kill(servers[0].pid, signal.SIGCONT)
+    assert servers[0].wait() == 0 and log.read_text() == "done\n"
+    os.close(claim(tmp_path / "lock"))
+
+
 def test_a_worker_that_fails_during_a_command_does_not_wait_for_it(servers, tmp_path, monkeypatch):
     """The command goes on, and keeps the lock."""
     def fails(log):
@@ -331,12 +346,13 @@ def test_the_process_begins_in_any_folder_and_commands_run_in_that_of_the_worker
     monkeypatch.chdir(tmp_path)
     (tmp_path / "util").mkdir()
     (tmp_path / "util" / "__init__.py").write_text("raise SystemExit('a package of the user')")
-    shared, lock = SharedProcess(dict(os.environ)), claim(tmp_path / "lock")
+    lock, shared = claim(tmp_path / "lock"), SharedProcess({**os.environ, "LAVIN_CACHE": str(tmp_path / "cache")})
     try:
         for words in (["train.py", *run_flags(base, scienceqa, "run", "--stop_after_epoch", "1")],
                       ["eval.py", "--adapter_path", "run", "--device", "cpu", "--output_dir", "scores"]):
             run_command(shared.start, words, tmp_path / "log", lock, 60)
         assert (tmp_path / "run" / "checkpoint-0.pth").is_file() and (tmp_path / "scores" / "scores.json").is_file()
+        assert (tmp_path / "cache").is_dir()
         with pytest.raises(CommandFailed, match="^--epochs 0"):
             run_command(shared.start, ["train.py", "--epochs", "0"], tmp_path / "log", lock, 60)
     finally:
