@@ -36,7 +36,7 @@ Start = Callable[[list[str], BinaryIO, int], Process]
 
 @contextmanager
 def starting(study: Path, gpus: int) -> Iterator[Start]:
-    """How a worker starts the commands of a study. No process is left at the end."""
+    """How a worker starts the commands of a study. An idle process of theirs ends with it."""
     environment = {GROUP: study.name, **os.environ}
     if gpus > 1:
         yield partial(start_torchrun, gpus, environment)
