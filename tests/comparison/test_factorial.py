@@ -11,8 +11,9 @@ import plot_results
 from util.comparison import figures
 from util.comparison.comparison import compare
 from util.comparison.factorial import find_effects, find_grid
-from util.comparison.planning import detectable, measure
-from util.comparison.statistics import contrast, holm, seed_variance
+from util.comparison.planning import detectable, measure, measure_family
+from util.comparison.statistics import block_variance, contrast, holm
+from util.comparison.tables import notes
 
 SCHEDULES = {"Base": {}, "Step Decay": {"lr_schedule": "step"}, "Exp. Decay": {"lr_schedule": "exponential"}}
 DROPOUTS = {"Base": {}, "dropout 0.3": {"dropout_prob": 0.3, "dropout_lim": 0.2}}
@@ -60,7 +61,12 @@ def test_effects_by_hand(study):
             - means["Base", "dropout 0.3"] + means["Base", "Base"])
     assert effects["Step Decay x dropout 0.3"].points == pytest.approx(both) and both < 0
     keys = [("Step Decay", "dropout 0.3"), ("Step Decay", "Base"), ("Base", "dropout 0.3"), ("Base", "Base")]
-    estimate = contrast([rows[key] for key in keys], (1, -1, -1, 1), None, seed_variance(list(rows.values())))
+    family = np.array([[{("Step Decay", "dropout 0.3"): 1, ("Step Decay", "Base"): -1, ("Base", "dropout 0.3"): -1,
+                         ("Base", "Base"): 1}.get(key, 0) for key in rows],
+                       [{("Exp. Decay", "dropout 0.3"): 1, ("Exp. Decay", "Base"): -1, ("Base", "dropout 0.3"): -1,
+                         ("Base", "Base"): 1}.get(key, 0) for key in rows]])
+    between = block_variance(list(rows.values()), None, family)
+    estimate = contrast([rows[key] for key in keys], (1, -1, -1, 1), None, between)
     found = effects["Step Decay x dropout 0.3"]
     assert found.p == pytest.approx(estimate.p) and found.detectable == pytest.approx(100 * estimate.detectable(2))
     assert (found.low, found.high) == pytest.approx([100 * end for end in estimate.interval()])
@@ -128,9 +134,73 @@ def test_effects_are_in_tables_figures_and_plans(study, tmp_path, capsys, monkey
     assert [float(row["points"]) for row in rows] == pytest.approx([effect.points for effect in effects], abs=1e-4)
     plan = run_command("--plan", "1").splitlines()
     assert plan[0].split("  ")[-3:] == ["schedule effect", "dropout effect", "interaction effect"]
-    variances = measure(compare([str(study)]))
-    assert plan[3].split()[-3:] == [f"±{detectable(variances, 3, N, weights, tests):.2f}" for weights, tests in (
-        ((0.5, 0.5, -0.5, -0.5), 2), ((1 / 3, 1 / 3, 1 / 3, -1 / 3, -1 / 3, -1 / 3), 1), ((1, -1, -1, 1), 2))]
+    comparison = compare([str(study)])
+    variances, families = measure(comparison), find_grid(comparison).families()
+    assert plan[3].split()[-3:] == [
+        f"±{detectable(measure_family(variances, comparison, families[family]), 3, N, weights, tests):.2f}"
+        for family, weights, tests in (
+            ("schedule", (0.5, 0.5, -0.5, -0.5), 2), ("dropout", (1 / 3, 1 / 3, 1 / 3, -1 / 3, -1 / 3, -1 / 3), 1),
+            ("interaction", (1, -1, -1, 1), 2))]
+
+
+def accuracies_of(rows: dict) -> np.ndarray:
+    """[schedules, dropouts, seeds]."""
+    return np.array([[rows[s, d].mean(1) for d in DROPOUTS] for s in SCHEDULES])
+
+
+def test_the_variance_between_seeds_is_the_error_term_of_a_split_plot(study):
+    """The mean squares of schedule x seed, dropout x seed and of all three, as textbooks sum them; but no less than the
+    variance between the seeds of a method."""
+    grid = find_grid(compare([str(study)]))
+    a = accuracies_of({(s, d): rows_of(s, d) for s in SCHEDULES for d in DROPOUTS})
+    of_runs = a.var(2, ddof=1).mean()
+    n_schedules, n_dropouts, n_seeds = a.shape
+
+    def mean(*kept: int) -> np.ndarray:
+        return a.mean(tuple({0, 1, 2} - set(kept)), keepdims=True)
+
+    of_schedule = mean(0, 2) - mean(0) - mean(2) + mean()
+    of_dropout = mean(1, 2) - mean(1) - mean(2) + mean()
+    of_both = a - mean(0, 1) - mean(0, 2) - mean(1, 2) + mean(0) + mean(1) + mean(2) - mean()
+    expected = {"schedule": (n_dropouts * (of_schedule**2).sum(), (n_schedules - 1) * (n_seeds - 1)),
+                "dropout": (n_schedules * (of_dropout**2).sum(), (n_dropouts - 1) * (n_seeds - 1)),
+                "interaction": ((of_both**2).sum(), (n_schedules - 1) * (n_dropouts - 1) * (n_seeds - 1))}
+    for family, (squares, freedom) in expected.items():
+        found = grid.seed_variance(grid.families()[family], None)
+        assert found.freedom == freedom and found.accuracies == pytest.approx(max(squares / freedom, of_runs))
+    assert sum(squares / freedom > of_runs for squares, freedom in expected.values()) in (1, 2)
+
+
+def test_a_seed_that_suits_a_schedule_with_every_dropout_counts_once(tmp_path):
+    """All runs of a schedule and a seed answer alike: more dropouts tell nothing more about the schedule."""
+    right = {"Base": (30, 40, 50), "Step Decay": (45, 35, 40), "Exp. Decay": (20, 25, 50)}
+    for i, (schedule, flags) in enumerate(SCHEDULES.items()):
+        for j, more in enumerate(DROPOUTS.values()):
+            for seed, n in enumerate(right[schedule]):
+                write_run(tmp_path / f"{i}{j}{seed}", "1" * n + "0" * (N - n), seed=seed, **flags, **more)
+    grid = find_grid(compare([str(tmp_path)]))
+    of_schedules = grid.seed_variance(grid.families()["schedule"], None)
+    a = np.array(list(right.values())) / N  # [schedules, seeds]
+    residuals = a - a.mean(0) - a.mean(1, keepdims=True) + a.mean()
+    per_effect = 2 / (len(DROPOUTS) * 3)  # of the variance of a seed: the squares of weights, over the seeds
+    assert per_effect * of_schedules.accuracies == pytest.approx(2 / 3 * (residuals**2).sum() / 4)
+    assert grid.seed_variance(grid.families()["dropout"], None).accuracies == pytest.approx(a.var(1, ddof=1).mean())
+
+
+def test_effects_are_of_the_seeds_that_all_methods_have(study):
+    effects = find_effects(compare([str(study)]))
+    write_run(study / "further", "1" * N, seed=7)  # of the base alone
+    assert find_effects(compare([str(study)])) == effects
+
+
+def test_without_two_seeds_in_common_there_are_no_effects_and_a_note(tmp_path):
+    for i, flags in enumerate(SCHEDULES.values()):
+        for j, more in enumerate(DROPOUTS.values()):
+            for seed in (0, 1 + i):
+                write_run(tmp_path / f"{i}{j}{seed}", seed=seed, **flags, **more)
+    comparison = compare([str(tmp_path)])
+    assert find_effects(comparison) == []
+    assert any("do not have two seeds in common" in note for note in notes(comparison))
 
 
 def test_the_figure_fills_what_differs(study):

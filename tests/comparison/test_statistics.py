@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2, sem, t, ttest_1samp, ttest_ind
 
-from tests.simulated_studies import World, simulate, simulate_table
+from tests.simulated_studies import World, simulate, simulate_effect, simulate_table
 from util.comparison.statistics import (
     Estimate,
     accuracy_interval,
@@ -343,6 +343,14 @@ def test_intervals_hold_the_truth_and_equal_methods_rarely_differ(seeds, deviati
 
 def test_p_holm_keeps_5_percent_over_a_table_of_equal_methods():
     assert simulate_table(World(3, 0.5, False, methods=8, n=600), 200) < 0.09
+
+
+def test_a_main_effect_of_runs_that_share_seeds_is_rarely_found_where_there_is_none():
+    """Where a seed suits a schedule with every dropout. Runs that are taken as independent find it far too often."""
+    world = World(3, 1.0, True, n=600)
+    size, coverage = simulate_effect(world, 1.0, True, 300)
+    assert size < 0.1 and coverage > 0.9
+    assert simulate_effect(world, 1.0, False, 300)[0] > 0.15
 
 
 # --- Are the variances between seeds equal? ---

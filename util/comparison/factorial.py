@@ -3,13 +3,18 @@
 Each factor has levels, of which the first is the base's. A schedule's main effect is its difference to the base's
 schedule, averaged over all dropouts, so that all runs tell of it; a dropout's likewise. An interaction is what a
 schedule and a dropout give together beyond the sum of what each gives alone.
+
+Runs with the same seed begin with the same adapters and take the samples in the same order. So seeds are blocks of the
+design, and only those count that all methods have.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from util.comparison.comparison import Comparison, Method
 from util.comparison.methods import WORDED, is_named, method_name
-from util.comparison.statistics import contrast, holm, seed_variance
+from util.comparison.statistics import SeedVariance, block_variance, contrast, holm
 
 DROPOUT = tuple(flag for flag in WORDED if flag.startswith("dropout"))
 FACTORS = (*WORDED, "warmup_epochs")  # a schedule may have no warm-up
@@ -24,6 +29,22 @@ class Grid:
     schedules: list[str]
     dropouts: list[str]
     methods: dict[tuple[str, str], Method]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that all methods have."""
+        return sorted(set.intersection(*(set(seeds_of(method)) for method in self.methods.values())))
+
+    def outcomes(self) -> dict[tuple[str, str], np.ndarray]:
+        """1 where the answer of a method is correct, else 0: [seeds, questions]."""
+        return {levels: method.outcomes[list(map(seeds_of(method).index, self.seeds))]
+                for levels, method in self.methods.items()}
+
+    def seed_variance(self, effects: dict[str, Weights], clusters: np.ndarray | None) -> SeedVariance | None:
+        """What the seeds do to a family of effects; None where the methods do not have two seeds in common."""
+        outcomes = self.outcomes()
+        family = np.array([[weights.get(levels, 0.0) for levels in outcomes] for weights in effects.values()])
+        return block_variance(list(outcomes.values()), clusters, family) if len(self.seeds) > 1 else None
 
     def families(self) -> dict[str, dict[str, Weights]]:
         """The effects by name, in the families over which their p-values are adjusted."""
@@ -45,6 +66,11 @@ class Grid:
     def interaction(self, schedule: str, dropout: str) -> Weights:
         return {(schedule, dropout): 1.0, (schedule, self.dropouts[0]): -1.0,
                 (self.schedules[0], dropout): -1.0, (self.schedules[0], self.dropouts[0]): 1.0}
+
+
+def seeds_of(method: Method) -> list[int]:
+    """The seed of each run."""
+    return [run.flags.get("seed", 0) for run in method.runs]
 
 
 @dataclass(frozen=True)
@@ -103,19 +129,20 @@ def levels(method: Method, base: Method) -> tuple[str, str]:
 
 
 def find_effects(comparison: Comparison) -> list[Effect]:
-    """All effects, family by family; none where nothing is crossed, or where every method has one seed."""
-    grid = find_grid(comparison)
-    own = [method.outcomes for method in comparison.methods if not method.published] if grid else []
-    between = seed_variance(own, comparison.clusters)
-    if grid is None or between is None:
+    """All effects, family by family; none where nothing is crossed, or where the methods do not have two seeds in
+    common."""
+    grid, clusters, found = find_grid(comparison), comparison.clusters, []
+    if grid is None or len(grid.seeds) < 2:
         return []
-    outcomes, found = {levels: method.outcomes for levels, method in grid.methods.items()}, []
+    outcomes = grid.outcomes()
     for family, effects in grid.families().items():
-        estimates = [contrast([outcomes[levels] for levels in weights], list(weights.values()), comparison.clusters,
-                              between) for weights in effects.values()]
+        between = grid.seed_variance(effects, clusters)
+        assert between is not None
+        estimates = [contrast([outcomes[levels] for levels in weights], list(weights.values()), clusters, between)
+                     for weights in effects.values()]
         adjusted = holm([estimate.p for estimate in estimates])
         for (name, weights), estimate, p in zip(effects.items(), estimates, adjusted, strict=True):
-            points = sum(weight * grid.methods[levels].overall for levels, weight in weights.items())
+            points = 100 * sum(weight * float(outcomes[levels].mean()) for levels, weight in weights.items())
             low, high = estimate.interval()
             found.append(Effect(family, name, points, 100 * low, 100 * high, estimate.p, p,
                                 100 * estimate.detectable(len(estimates))))

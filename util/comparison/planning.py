@@ -7,7 +7,7 @@ runs; what they cannot show is assumed, which the plan says.
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import chi2
@@ -15,7 +15,7 @@ from scipy.stats import chi2
 from lavin.runtime.console import format_table
 from lavin.runtime.errors import UserError
 from util.comparison.comparison import Comparison
-from util.comparison.factorial import find_grid
+from util.comparison.factorial import Weights, find_grid
 from util.comparison.statistics import Estimate, seed_variance, standard_error, two_way
 from util.comparison.tables import NONE, half_width
 
@@ -33,6 +33,8 @@ class Variances:
     - questions: the variance between questions, of the difference that stays whatever the seed.
     - noise: the variance of a single answer of one seed.
     - methods: their number, of which one is the base.
+    - directions: in how many independent ways the seeds vary: the degrees of freedom of two seeds. By default as many
+      as there are methods.
     - cluster_size: the number of questions in a cluster, on average.
     - notes: the source of these numbers.
     """
@@ -41,6 +43,7 @@ class Variances:
     questions: float
     noise: float
     methods: int = 2
+    directions: int | None = None
     cluster_size: float = 1.0
     notes: tuple[str, ...] = ()
 
@@ -55,7 +58,20 @@ def measure(comparison: Comparison) -> Variances:
     questions, questions_note = between_questions(comparison, noise)
     n = comparison.counts["Avg"]
     cluster_size = 1.0 if comparison.clusters is None else n / (comparison.clusters.max() + 1)
-    return Variances(seeds, questions, noise, len(comparison.methods), cluster_size, (seeds_note, questions_note))
+    return Variances(seeds, questions, noise, len(comparison.methods), cluster_size=cluster_size,
+                     notes=(seeds_note, questions_note))
+
+
+def measure_family(variances: Variances, comparison: Comparison, effects: dict[str, Weights]) -> Variances:
+    """The variances of the effects of a family, of which seeds are blocks. Where they cannot be measured, the seeds
+    are taken as independent."""
+    grid = find_grid(comparison)
+    found = grid.seed_variance(effects, comparison.clusters) if grid else None
+    if grid is None or found is None:
+        return variances
+    return replace(variances, seeds=1e4 * max(0.0, found.accuracies - found.answers),
+                   noise=1e4 * found.answers * comparison.counts["Avg"],
+                   directions=found.freedom // (len(grid.seeds) - 1))
 
 
 def between_seeds(comparison: Comparison) -> tuple[float, float, str]:
@@ -113,7 +129,7 @@ def detectable(variances: Variances, seeds: int, n: int, weights: Collection[flo
     those of the methods' accuracies, as `contrast` takes them, whose two imaginary questions count here, too. tests:
     how many effects 5 % hold for together.
     """
-    freedom, n_clusters = variances.methods * (seeds - 1), n / variances.cluster_size
+    freedom, n_clusters = (variances.directions or variances.methods) * (seeds - 1), n / variances.cluster_size
     if freedom == 0 or n_clusters < 2:
         return math.inf
     squares, largest = sum(weight**2 for weight in weights), sum(weight for weight in weights if weight > 0)
@@ -146,16 +162,17 @@ def plan(comparison: Comparison, points: float) -> str:
     """The plan as text: a table by number of seeds, what it says of these questions, and where its numbers are from."""
     variances, n = measure(comparison), comparison.counts["Avg"]
     grid = find_grid(comparison)
-    families = grid.families() if grid else {}
+    by_name = grid.families() if grid else {}
+    families = [(measure_family(variances, comparison, effects), effects) for effects in by_name.values()]
     header = ["seeds a method", f"detectable with {n:,} questions", f"questions for {in_points(points)}",
-              *(f"{family} effect" for family in families)]
+              *(f"{family} effect" for family in by_name)]
     rows = []
     for seeds in SEEDS:
         found, needed = detectable(variances, seeds, n), questions_needed(variances, seeds, points)
         rows.append([seeds, half_width(found), f"{needed:,}" if needed else NONE])
-        for effects in families.values():
+        for of_family, effects in families:
             weights = next(iter(effects.values())).values()
-            rows[-1].append(half_width(detectable(variances, seeds, n, weights, len(effects))))
+            rows[-1].append(half_width(detectable(of_family, seeds, n, weights, len(effects))))
     k = variances.methods - 1
     return "\n".join([format_table(header, rows), "", verdict(variances, n, points), *variances.notes, (
         f"detectable: found with a power of 80 % between the base and one of {k} other method{'s' * (k > 1)} with as "

@@ -12,7 +12,7 @@ that all questions are independent.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import brentq
@@ -72,13 +72,32 @@ class SeedVariance:
 
 
 def seed_variance(outcomes: Sequence[np.ndarray], clusters: np.ndarray | None = None) -> SeedVariance | None:
-    """The variance between seeds, pooled over the methods' outcomes; None where no method has several seeds."""
-    freedom = sum(len(rows) - 1 for rows in outcomes)
-    if freedom == 0:
-        return None
-    deviations = [row - rows.mean(0) for rows in outcomes for row in rows]  # 0 for a method with one seed
-    return SeedVariance(sum(float(row.mean()) ** 2 for row in deviations) / freedom,
-                        sum(standard_error(row, clusters) ** 2 for row in deviations) / freedom, freedom)
+    """The variance between seeds, pooled over the methods' outcomes, whose runs are taken as independent; None where no
+    method has several seeds."""
+    return pooled([rows - rows.mean(0) for rows in outcomes], clusters, sum(len(rows) - 1 for rows in outcomes))
+
+
+def block_variance(outcomes: Sequence[np.ndarray], clusters: np.ndarray | None, family: np.ndarray) -> SeedVariance:
+    """The variance between seeds for a family of contrasts between methods that have the same seeds, two or more.
+
+    A seed that suits a schedule may suit it with every dropout, so that the runs over which a main effect is averaged
+    are not independent. So seeds are blocks: only what they do to these contrasts counts, as in the error term of a
+    split-plot design (Yates 1935). By chance few seeds may show too little of it, so it is no less than the variance
+    of runs that are taken as independent. family: the contrasts' weights [contrasts, methods].
+    """
+    projection = np.linalg.pinv(family) @ family  # [methods, methods], on the span of the contrasts
+    deviations = np.einsum("ij,jsn->isn", projection, np.stack([rows - rows.mean(0) for rows in outcomes]))
+    of_family = pooled(list(deviations), clusters, int(np.linalg.matrix_rank(family)) * (len(outcomes[0]) - 1))
+    of_runs = seed_variance(outcomes, clusters)
+    assert of_family is not None and of_runs is not None
+    return replace(max(of_family, of_runs, key=lambda found: found.accuracies), freedom=of_family.freedom)
+
+
+def pooled(deviations: Sequence[np.ndarray], clusters: np.ndarray | None, freedom: int) -> SeedVariance | None:
+    """The variance of runs whose outcomes deviate so much from those of other seeds."""
+    rows = [row for of_method in deviations for row in of_method]
+    return SeedVariance(sum(float(row.mean()) ** 2 for row in rows) / freedom,
+                        sum(standard_error(row, clusters) ** 2 for row in rows) / freedom, freedom) if freedom else None
 
 
 def equal_variances(accuracies: Sequence[np.ndarray]) -> float | None:

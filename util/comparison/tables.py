@@ -12,7 +12,7 @@ import numpy as np
 
 from util.comparison.comparison import Comparison, Difference, Method
 from util.comparison.document import Bullets, Part, Table, to_markdown, to_text
-from util.comparison.factorial import Effect, find_effects
+from util.comparison.factorial import Effect, find_effects, find_grid
 from util.comparison.methods import BASE_IN_WORDS
 from util.comparison.references import CHANCE, Reference
 from util.comparison.statistics import LEVEL, design_effect, equal_variances
@@ -23,8 +23,9 @@ IN_TERMINAL = ["Avg", "vs. base", "verdict", "vs. base, 95 %", "p (Holm)", "seed
 EFFECT_IN_TERMINAL = ["points", "95 %", "p (Holm)", "kind", "detectable"]
 EFFECT = ["Effect", "kind", "points", "95 %", "p", "p (Holm)", "detectable"]
 EFFECTS_NOTE = ("Effects: a schedule's is its difference to the base's, averaged over the dropouts; a dropout's "
-                "likewise; an interaction is what both give together beyond the sum of what each gives alone. p (Holm) "
-                "is adjusted over the effects of a kind.")
+                "likewise; an interaction is what both give together beyond the sum of what each gives alone. Seeds "
+                "are blocks, since a seed may suit a schedule with every dropout; those count that all of these "
+                "methods have. p (Holm) is adjusted over the effects of a kind.")
 NEGLIGIBLE = 1.0  # points: intervals that exclude more than this are said to show no difference above it
 BETTER, WORSE, WITHIN, CANNOT_TELL = "better", "worse", f"within {NEGLIGIBLE:g} point", "cannot tell"
 LATEX = str.maketrans({"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
@@ -184,6 +185,9 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append("±: standard deviation over the seeds; all else is of their mean. The variance between seeds is "
                      "taken as the same for all methods, so those with one seed have it from the others.")
         lines += variance_notes(comparison.methods)
+    if find_grid(comparison) and not find_effects(comparison):
+        lines.append("Schedules and dropouts are crossed, but these methods do not have two seeds in common, which the "
+                     "effects of both need.")
     if any(method.published for method in comparison.methods):
         lines.append("The published figures are of one run each, and come without predictions: their differences are "
                      "of these runs, unpaired (Newcombe's interval) and untested. Another seed may give others, so "
