@@ -13,8 +13,9 @@ from util.comparison.methods import named_methods
 from util.comparison.tables import text_table
 
 STUDY = ROOT / "assets" / "smollm2_study"
-METHODS, CROSSED = (block for _, block in read_page(ROOT / "docs" / "study.md").blocks
-                    if block.startswith(("Method ", "Effect ")))
+METHODS, CROSSED, FOUR = (block for name in ("study.md", "statistics.md")
+                          for _, block in read_page(ROOT / "docs" / name).blocks
+                          if block.startswith("Effect ") or block.startswith("Method ") and name == "study.md")
 
 
 def cells(line: str) -> list[str]:
@@ -49,17 +50,20 @@ def test_the_table_of_the_eight_methods_is_made_of_the_runs(runs):
     header, _, *lines = text.splitlines()
     columns = [cells(header).index(name) for name in cells(METHODS.splitlines()[0])]
     made = {cells(line)[0]: cells(line) for line in lines if line}
-    for line in METHODS.splitlines()[2:-2]:
-        assert [made[cells(line)[0]][column] for column in columns] == cells(line)
+    for name, *shown in map(cells, METHODS.splitlines()[2:]):
+        row = made[name] if name != "chance" else [*made[name][:3], "–", *made[name][3:]]  # its empty interval
+        assert [row[column] for column in columns] == [name, *shown]
     assert "Bartlett" not in text
 
 
-def test_the_effects_are_made_of_the_runs(runs):
-    crossed = [folder for name, folders in runs.items() if name not in ("drop_inc", "drop_dec") for folder in folders]
-    text = printed(crossed)
-    assert "± from 1.57 to 12.88; Bartlett's test: p <0.001" in " ".join(text.split())
+@pytest.mark.parametrize("block", [CROSSED, FOUR], ids=["study", "statistics"])
+def test_the_effects_are_made_of_the_runs(runs, block):
+    names = ["base", "step", "drop_dec_v2", "step+drop_dec_v2"] if block == FOUR else \
+        [name for name in runs if name not in ("drop_inc", "drop_dec")]
+    text = printed([folder for name in names for folder in runs[name]])
+    assert ("± from 1.57 to 12.88; Bartlett's test: p <0.001" in " ".join(text.split())) == (block == CROSSED)
     lines = list(map(cells, text.splitlines()))
-    for line in CROSSED.splitlines():
+    for line in block.splitlines():
         if not line.startswith("-"):
             assert cells(line) in lines
 
