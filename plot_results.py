@@ -38,8 +38,9 @@ def write_comparison(comparison: Comparison, folder: Path, command: str) -> list
         if text:  # effects are there only where runs cross schedule and dropout
             written.append(folder / f"{prefix}{name}")
             write_text(written[-1], text)
+    page = comparison_page(comparison, folder, prefix, written, command)
     written.append(folder / f"{prefix}report.html")
-    write_text(written[-1], comparison_page(comparison, folder, prefix, command))
+    write_text(written[-1], page)
     return written
 
 

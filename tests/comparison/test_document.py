@@ -115,6 +115,18 @@ def page(tmp_path, monkeypatch) -> str:
     return (tmp_path / "out" / "report.html").read_text()
 
 
+def test_the_page_has_no_figure_of_an_earlier_comparison(tmp_path, monkeypatch):
+    """The folder keeps it where the new comparison has no such figure."""
+    monkeypatch.setattr(figures, "FIGURES", {"dropout": figures.FIGURES["dropout"]})
+    write_run(tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    for name in ("categories", "effects", "losses_by_step"):
+        (tmp_path / "out" / f"{name}.png").write_bytes(b"an earlier figure")
+    plot_results.main(plot_results.get_args_parser().parse_args([str(tmp_path / "run"), "--out",
+                                                                 str(tmp_path / "out")]))
+    assert Reader((tmp_path / "out" / "report.html").read_text()).alternatives == ["Dropout of each layer"]
+
+
 def test_the_page_has_the_table_the_figures_and_how_to_get_them_again(page, tmp_path):
     reader, runs = Reader(page), tmp_path / "<b>runs<!--"
     text = " ".join("".join(reader.texts).split())

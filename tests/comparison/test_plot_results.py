@@ -38,7 +38,7 @@ def ax():
 
 @pytest.fixture
 def runs(tmp_path):
-    """Base with three seeds and Step Decay with one; five of the categories have no questions."""
+    """Base with three seeds and Step Decay with one. Three of the categories have all questions, the others none."""
     for seed, right in enumerate(("1111111100", "1111111000", "1111110000")):
         write_run(tmp_path / f"base{seed}", right, losses=(1.0 + seed**2, 0.1), seed=seed)
     write_run(tmp_path / "step", "1111111110", losses=(3.0, 0.2), **STEP)
@@ -166,6 +166,17 @@ def test_accuracy_shows_each_seed(ax, runs):
     assert texts(ax.texts) == ["70.00", "90.00"]
 
 
+@pytest.mark.parametrize("rights", [(60, 61, 62, 20), (0, 100, 50, 50), (40, 60, 50, 50), (38, 39, 94, 39)])
+def test_the_axis_has_room_for_every_seed_and_interval(ax, tmp_path, rights):
+    """A seed may lie outside its method's interval, and on one of the axis' ends it would not be seen."""
+    for seed, right in enumerate(rights):
+        write_run(tmp_path / f"base{seed}", "1" * right + "0" * (100 - right), seed=seed)
+    (method,) = compare([str(tmp_path)]).methods
+    figures.draw_accuracy(ax, [method], cut=True)
+    (low, high), ends = ax.get_xlim(), method.interval("Avg")
+    assert low < min(*rights, *ends) and max(*rights, *ends) < high and -1 <= low and high <= 101
+
+
 def test_categories(ax):
     methods = published().methods
     figures.draw_categories(ax, methods)
@@ -180,16 +191,38 @@ def test_categories(ax):
     assert ax.get_ylabel() == "accuracy (%), axis cut: starts at 78, not 0"
 
 
-def test_categories_without_questions_are_left_out(ax, runs):
-    figures.draw_categories(ax, runs.methods)
-    assert ax.containers[0].lines[0].get_xdata().round().tolist() == [0, 1, 2]
-    assert [text.split()[0] for text in texts(ax.get_xticklabels())] == ["NAT", "TXT", "G1-6"]
+def with_counts(method: Method, **changed: int) -> Method:
+    """The method with other numbers of questions in some columns."""
+    (run,) = method.runs
+    counts = {**run.counts, **changed}
+    return replace(method, runs=[replace(run, counts=counts, correct={column: min(n, run.correct[column])
+                                                                      for column, n in counts.items()})])
+
+
+def test_categories_without_questions_or_with_all_of_them_are_left_out(ax):
+    """All questions of easy-VQA are NAT, IMG and G1-6: each of these would be Avg again, with another interval."""
+    methods = [with_counts(method, NAT=4241, SOC=0, LAN=0) for method in published().methods]
+    figures.draw_categories(ax, methods)
+    assert ax.containers[0].lines[0].get_xdata().round().tolist() == [0, 1, 2, 3, 4]
+    assert [text.split()[0] for text in texts(ax.get_xticklabels())] == ["TXT", "IMG", "NO", "G1-6", "G7-12"]
+    assert ax.get_xlabel() == "TXT, IMG, NO: with a text, a picture or neither as context.  G1-6, G7-12: grades."
+
+
+def test_without_a_category_its_figure_and_panel_are_left_out(tmp_path, runs, monkeypatch):
+    figure = figures.overview(runs.methods)
+    assert [ax.get_title().split(" (")[0] for ax in figure.axes] == [
+        "Training loss", "Overall accuracy, 95 % intervals", "Learning rate", "Dropout by layer"]
+    plt.close(figure)
+    monkeypatch.setattr(figures, "FIGURES", {name: FIGURES[name] for name in ("dropout", "categories")})
+    assert {path.stem for path in figures.write_figures(runs, tmp_path / "out", "")} == {"dropout"}
 
 
 def test_axis_from_0_is_not_labelled_as_cut(ax):
-    figures.cut_axis(ax, "y", [8.0, 60.0], [99.5, 70.0])
+    figures.cut_axis(ax, "y", [8.0, 60.0, 99.5, 70.0])
     assert ax.get_ylim() == (0, 101) and ax.get_ylabel() == ""
-    figures.cut_axis(ax, "y", [92.5], [99.5])
+    figures.cut_axis(ax, "y", [0.0, 60.0])
+    assert ax.get_ylim() == (-1, 62) and ax.get_ylabel() == ""
+    figures.cut_axis(ax, "y", [92.5, 99.5])
     assert 100 < ax.get_ylim()[1] < 100.5  # no tick above 100
 
 
@@ -309,13 +342,14 @@ def shortened(method: Method) -> Method:
 
 
 @pytest.mark.parametrize("name, which", [*((name, "few") for name in FIGURES), ("learning_rates", "short"),
-                                         *(("overview", which) for which in ("short", "most", "many"))])
+                                         *(("overview", which) for which in ("short", "most", "many", "alone"))])
 def test_no_text_is_cut_off_or_overlaps(name, which):
     """Titles, labels and legends lie inside the figure and do not overlap, even with a long method name."""
     methods = published().methods
     methods.append(Method("Inc. Drop. Prob 0.1 x 1.02 to 0.2 + lr 0.002 + warmup_epochs 0", methods[4].runs))
     methods = {"few": methods, "short": [shortened(method) for method in methods], "most": many_methods(20),
-               "many": figures.others_last(many_methods(120))}[which]
+               "many": figures.others_last(many_methods(120)),
+               "alone": [with_counts(method, **dict.fromkeys(CATEGORIES, 0)) for method in methods]}[which]
     references = [Reference("untuned base", {"Avg": 39.0}, (37.0, 41.0), ""),
                   Reference("chance", {"Avg": 85.0}, None, "")]
     with figures.own_style():
@@ -405,7 +439,7 @@ def run_command(*arguments):
         plot_results.main(plot_results.get_args_parser().parse_args(list(map(str, arguments))))
 
 
-FILES = sorted([f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")]
+FILES = sorted([f"{name}.{suffix}" for name in FIGURES if name != "categories" for suffix in ("png", "svg")]
                + ["table.md", "table.csv", "table.tex", "report.html"])
 
 

@@ -167,16 +167,12 @@ def draw_accuracy(ax: Axes, methods: list[Method], cut: bool, references: Sequen
     ax.grid(axis="y", visible=False)
     if cut:
         ax.axvline(methods[0].overall, color="grey", linewidth=0.8, linestyle="--", zorder=0)
-        ends = np.array([*map(method_interval, named), *((method.overall,) * 2 for method in others)])
-        cut_axis(ax, "x", list(ends[:, 0]), list(ends[:, 1]))
+        of_named = [value for method in named for value in (*method.interval("Avg"), *method.accuracies("Avg"))]
+        cut_axis(ax, "x", [*of_named, *(method.overall for method in others)])
     else:
         ax.set_xlim(0, 100)
     for y, reference in enumerate(references, len(rows)):
         draw_reference(ax, y, reference)
-
-
-def method_interval(method: Method) -> tuple[float, float]:
-    return method.interval("Avg")
 
 
 def draw_reference(ax: Axes, y: int, reference: Reference) -> None:
@@ -205,11 +201,15 @@ def lighten(colour: str, share: float) -> tuple:
     return tuple(1 - share * (1 - channel) for channel in to_rgb(colour))
 
 
+def find_categories(methods: list[Method]) -> list[str]:
+    """The columns that have questions, but not all of them: a column of all questions has nothing that Avg has not."""
+    counts = methods[0].counts
+    return [column for column, n in counts.items() if 0 < n < counts["Avg"]]
+
+
 def draw_categories(ax: Axes, methods: list[Method]) -> None:
-    """The categories that have questions, from left to right; within each, the methods in their order, and then the
-    others as points."""
-    (named, others), counts = told_apart(methods), methods[0].counts
-    columns = [column for column, n in counts.items() if n and column != "Avg"]
+    """The categories from left to right; within each, the methods in their order, and then the others as points."""
+    (named, others), counts, columns = told_apart(methods), methods[0].counts, find_categories(methods)
     offsets = np.linspace(-0.38, 0.38, len(named) + bool(others)) if len(methods) > 1 else np.zeros(1)
     ends = []
     for offset, (method, style) in zip(offsets, zip(named, styles(named).values(), strict=True), strict=False):
@@ -217,29 +217,30 @@ def draw_categories(ax: Axes, methods: list[Method]) -> None:
         bounds = np.array([method.interval(column) for column in columns])
         ax.errorbar(np.arange(len(columns)) + offset, means, yerr=[means - bounds[:, 0], bounds[:, 1] - means],
                     capsize=1.5, elinewidth=1, label=wrap(method.name), **{**style, "linestyle": "none"})
-        ends += bounds.tolist()
+        ends += bounds.ravel().tolist()
     for method in others:
         means = np.array([method.accuracy(column) for column in columns])
         ax.plot(np.arange(len(columns)) + offsets[-1], means, ".", color=GREY["color"], alpha=0.4)
-        ends += zip(means, means, strict=True)
+        ends += means.tolist()
     ax.set(title="Accuracy by category, 95 % intervals", ylabel="accuracy (%)", xlim=(-0.5, len(columns) - 0.5),
            xticks=range(len(columns)), xticklabels=[f"{column}\nn = {counts[column]:,}" for column in columns])
-    codes = [f"{names}: {words}." for names, words in CODES.items() if counts.keys() & names.split(", ")]
+    codes = [f"{names}: {words}." for names, words in CODES.items() if {*columns} & {*names.split(", ")}]
     ax.set_xlabel("  ".join(codes), fontsize=8)
     for edge in range(1, len(columns)):
         ax.axvline(edge - 0.5, color="grey", linewidth=0.6, alpha=0.5)
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="x", visible=False)
-    cut_axis(ax, "y", [low for low, _ in ends], [high for _, high in ends])
+    cut_axis(ax, "y", ends)
 
 
-def cut_axis(ax: Axes, axis: str, lows: list[float], highs: list[float]) -> None:
-    """Limits the axis to the range of the intervals; if it then does not start at 0, its label says so."""
-    low, high = 2 * np.floor(min(lows) / 2), 2 * np.ceil(max(highs) / 2)
+def cut_axis(ax: Axes, axis: str, values: list[float]) -> None:
+    """Limits the axis to the range of all that is drawn; if it then does not start at 0, its label says so. No value
+    lies on a limit, where its marker would be clipped or hidden by the frame."""
+    low, high = 2 * np.ceil(min(values) / 2) - 2, min(2 * np.floor(max(values) / 2) + 2, 100)
     if low < 10:
         low = 0
-    margin = min(1, 0.03 * (high - low)) if high == 100 else 0  # so that a marker at 100 is not clipped
-    ax.set(**{f"{axis}lim": (low, high + margin)})
+    margin = min(1, 0.03 * (high - low))  # beyond 0 and 100
+    ax.set(**{f"{axis}lim": (low - margin * (min(values) <= 0), high + margin * (high == 100))})
     getattr(ax, f"{axis}axis").set_major_locator(integer_ticks())
     if low > 0:
         ax.set(**{f"{axis}label": f"accuracy (%), axis cut: starts at {low:g}, not 0"})
@@ -354,17 +355,18 @@ def n_rows(methods: list[Method], references: Sequence[Reference]) -> float:
 
 def overview(methods: list[Method], references: Sequence[Reference] = ()) -> Figure:
     extra = 0.3 * max(0, n_rows(methods, references) - 8)  # inches, for more than eight rows of names
-    fig = plt.figure(figsize=(10, 10.5 + 1.4 * extra))
-    grid = fig.add_gridspec(3, 2, height_ratios=[3.3 + extra, 3, 2.6])
-    losses, accuracy, categories, rates, dropout = map(fig.add_subplot, [grid[0, 0], grid[0, 1], grid[1, :], grid[2, 0],
-                                                                          grid[2, 1]])
+    has_categories = bool(find_categories(methods))
+    fig = plt.figure(figsize=(10, 10.5 + 1.4 * extra - 3.5 * (not has_categories)))
+    heights = [3.3 + extra, *[3] * has_categories, 2.6]
+    grid = fig.add_gridspec(len(heights), 2, height_ratios=heights)
     runs = [run for method in methods for run in method.runs]
     by_step = max(len(run.losses) for run in runs) < FEW_EPOCHS and any(run.step_losses for run in runs)
-    (draw_losses_by_step if by_step else draw_losses)(losses, methods)
-    draw_accuracy(accuracy, methods, cut=True, references=references)
-    draw_categories(categories, methods)
-    draw_learning_rates(rates, methods, legend=False)
-    draw_dropout(dropout, methods, legend=False)
+    (draw_losses_by_step if by_step else draw_losses)(fig.add_subplot(grid[0, 0]), methods)
+    draw_accuracy(fig.add_subplot(grid[0, 1]), methods, cut=True, references=references)
+    if has_categories:
+        draw_categories(fig.add_subplot(grid[1, :]), methods)
+    draw_learning_rates(fig.add_subplot(grid[-1, 0]), methods, legend=False)
+    draw_dropout(fig.add_subplot(grid[-1, 1]), methods, legend=False)
     legend_below(fig, methods, 4)
     return fig
 
@@ -423,12 +425,14 @@ def write_figures(comparison: Comparison, folder: Path, prefix: str) -> list[Pat
     effects, written = find_effects(comparison), []
     methods = others_last(comparison.methods)
     drawings = {name: partial(draw, methods, comparison.references) for name, draw in FIGURES.items()}
+    if not any(run.step_losses for method in methods for run in method.runs):
+        drawings.pop("losses_by_step", None)
+    if not find_categories(methods):
+        drawings.pop("categories", None)
     if effects:
         drawings["effects"] = partial(draw_effects, effects)
     with own_style():
         for name, draw in drawings.items():
-            if name == "losses_by_step" and not any(run.step_losses for m in comparison.methods for run in m.runs):
-                continue
             figure = draw()
             figure.suptitle(subtitle(comparison), fontsize=9)
             for suffix in ("png", "svg"):

@@ -8,7 +8,7 @@ from util.comparison.document import Bullets, Heading, Part, Picture, to_page
 from util.comparison.tables import table_parts
 from util.evaluation.scoring import COLUMNS
 
-CAPTIONS = {"overview": "Overview: loss, accuracy, categories, learning rate and dropout",
+CAPTIONS = {"overview": "Overview of the figures",
             "accuracy": "Overall accuracy of each method, with 95 % intervals",
             "categories": "Accuracy by category of questions, with 95 % intervals",
             "loss": "Training loss by epoch", "losses_by_step": "Training loss by step, with its running mean",
@@ -17,11 +17,12 @@ CAPTIONS = {"overview": "Overview: loss, accuracy, categories, learning rate and
 PUBLISHED = "published"
 
 
-def comparison_page(comparison: Comparison, folder: Path, prefix: str, command: str) -> str:
-    """The page as HTML. folder, prefix: where the figures are, and what their files' names begin with. command: the one
-    that makes all of this."""
+def comparison_page(comparison: Comparison, folder: Path, prefix: str, written: list[Path], command: str) -> str:
+    """The page as HTML. folder, prefix: where the figures are, and what their files' names begin with. written: the
+    files of this comparison, beside which the folder may have figures of an earlier one. command: the one that makes
+    all of this."""
     pictures: list[Part] = [Picture(name, caption) for name, caption in CAPTIONS.items()
-                            if (folder / f"{prefix}{name}.png").is_file()]
+                            if folder / f"{prefix}{name}.png" in written]
     return to_page("Comparison of methods", facts(comparison),
                    [Heading("Table"), *table_parts(comparison), Heading("Figures"), *pictures,
                     Heading("How to get this again"), *how_again(comparison, command)], folder, prefix)
