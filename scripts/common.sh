@@ -18,8 +18,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
 
-if ! command -v nvidia-smi > /dev/null; then GPUS=${GPUS:-1}; fi
-GPUS=${GPUS:-4}
+source scripts/gpus.sh
+VISIBLE=0
+[ -n "${LISTED:-}" ] || VISIBLE=$(visible_gpus) # else whoever lists many runs has asked, since it takes a second
+if [ "$VISIBLE" -eq 0 ]; then GPUS=${GPUS:-1}; fi
+export GPUS=${GPUS:-4}
 DATA_ROOT=${DATA_ROOT:-../data}
 WEIGHTS=${WEIGHTS:-../data/weights}
 MODEL=${MODEL:-7B}
@@ -38,17 +41,6 @@ case $WORLD in
     *) fail "GPUS=$GPUS (x $NODES nodes) gives no effective batch of 32: choose 1, 2, 4, 8 or 16 in all" ;;
 esac
 
-# visible_gpus: the number of GPUs that this job may use on this node; 0 where nvidia-smi finds none
-visible_gpus() {
-    local visible
-    visible=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU ') || true
-    if [ "${visible:-0}" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES-}" ]; then
-        visible=$(tr , '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)
-    fi
-    echo "${visible:-0}"
-}
-VISIBLE=0
-[ -n "${LISTED:-}" ] || VISIBLE=$(visible_gpus) # else whoever lists many runs has asked, since it takes a second
 [ "$VISIBLE" -eq 0 ] || [ "$GPUS" -le "$VISIBLE" ] ||
     fail "GPUS=$GPUS (4 where it is not set), and $VISIBLE of this node's GPUs are visible: set GPUS to $VISIBLE or fewer"
 
@@ -102,27 +94,39 @@ launch() {
     run "${command[@]}" "$@"
 }
 
-# check_jobs: JOBS=auto is a run a GPU; of a base below a gigabyte, which leaves a GPU idle most of the time, up to 8 where
-# the node has two cores for each (docs/performance.md)
+# check_jobs: JOBS=auto is jobs_of_gpu for each GPU. Several nodes make one run at a time: they have one rendezvous.
 check_jobs() {
-    local mebibytes most=1
-    if [ "$JOBS" = auto ]; then
-        mebibytes=$(du -sLm "$WEIGHTS/$MODEL" 2> /dev/null | cut -f1) || true
-        [ "$VISIBLE" -eq 0 ] || [ "${mebibytes:-1024}" -ge 1024 ] || most=$(($(nproc) / 2 / GPUS))
-        most=$((most > 8 ? 8 : most < 1 ? 1 : most))
-        JOBS=$((GPUS * most))
+    if [ "$JOBS" = auto ] && [ "$NODES" -gt 1 ]; then
+        JOBS=1
+    elif [ "$JOBS" = auto ]; then
+        JOBS=$((GPUS * $(jobs_of_gpu)))
     fi
     [[ $JOBS =~ ^[1-9][0-9]{0,2}$ ]] || fail "JOBS=$JOBS: give the number of runs at once, from 1 to 999, or auto"
+    [ "$NODES" -eq 1 ] || [ "$JOBS" -eq 1 ] ||
+        fail "JOBS=$JOBS: $NODES nodes make one run at a time: leave JOBS out, or take one node (slurm/one_node.sbatch)"
+}
+
+# jobs_of_gpu: how many runs at once JOBS=auto gives a GPU: one; of a base below a gigabyte, which leaves a GPU idle
+# most of the time, up to 8 where the node has two cores for each (docs/performance.md)
+jobs_of_gpu() {
+    local mebibytes most=1
+    mebibytes=$(du -sLm "$WEIGHTS/$MODEL" 2> /dev/null | cut -f1) || true
+    mebibytes=${mebibytes:-1024}
+    # a GGUF file is dequantized to 16 bits a weight, and may have 4
+    [[ $MODEL != *.gguf ]] || mebibytes=$((4 * mebibytes))
+    [ "$VISIBLE" -eq 0 ] || [ "$mebibytes" -ge 1024 ] || most=$(($(nproc) / 2 / GPUS))
+    echo $((most > 8 ? 8 : most < 1 ? 1 : most))
 }
 
 # take_share SLOT: job number SLOT of JOBS gets GPUs of its own, or one of them where there are more jobs than GPUs
 take_share() {
     local all n
-    [ "$GPUS" -gt 1 ] && [ "$JOBS" -gt 1 ] && [ "$NODES" -eq 1 ] || return 0
+    [ "$GPUS" -gt 1 ] && [ "$JOBS" -gt 1 ] || return 0
     IFS=, read -r -a all <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}"
     n=$((JOBS < GPUS ? GPUS / JOBS : 1))
     all=("${all[@]:$1 * n % GPUS:n}")
-    export GPUS=$n CUDA_VISIBLE_DEVICES
+    GPUS=$n
+    export CUDA_VISIBLE_DEVICES
     CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${all[*]}")
 }
 
@@ -135,7 +139,7 @@ in_parallel() {
     done
     for worker in "${workers[@]}"; do
         while kill -0 "$worker" 2> /dev/null; do wait "$worker" || true; done # a signal ends `wait` early
-        wait "$worker" || status=$?
+        wait "$worker" || wait "$worker" || status=$? # as in `run`
     done
     return "$status"
 }

@@ -10,7 +10,8 @@
 #   SEEDS=0                   the seeds of each, as in "0 1 2"
 #   JOBS=1                    runs at once, which share the GPUs and need no
 #                             communication among them (1: each on all GPUs;
-#                             auto: one a GPU, and more where the base is small)
+#                             auto: one a GPU, and more where the base is small;
+#                             several nodes have 1)
 #   PLOTS=OUTPUT_ROOT/plots   where the table and the figures go
 # Example:
 #   SEEDS="0 1 2" METHODS="base step" JOBS=4 bash scripts/run_all_variants.sh

@@ -11,8 +11,8 @@
 source "$(dirname "$0")/common.sh"
 export STUDY=${STUDY:-$OUTPUT_ROOT/search-$MODEL}
 JOBS=${JOBS:-$GPUS}
-check_jobs
 [ "$NODES" -eq 1 ] || fail "a trial runs on one node: sbatch slurm/search.sbatch starts an array of workers"
+check_jobs
 
 # work SLOT FLAG...: a worker on its share of the GPUs
 work() {

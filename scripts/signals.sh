@@ -29,5 +29,5 @@ run() {
     [ -z "$stopped" ] || return $UNFINISHED
     "$@" &
     while kill -0 $! 2> /dev/null; do wait $! || true; done # a signal ends `wait` early
-    wait $!
+    wait $! || wait $! # the first one, too, if the signal comes now
 }

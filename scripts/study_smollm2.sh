@@ -17,9 +17,13 @@ export SEEDS=${SEEDS:-0 1 2 3 4} JOBS=${JOBS:-auto} DATA_ROOT=data/easy_vqa_80 O
 BASE=weights/smollm2_study SIZES=(--train 80 --test 800)
 source scripts/smollm2.sh
 
+source scripts/gpus.sh
 MACHINE=()
-command -v nvidia-smi > /dev/null || MACHINE=("${CPU[@]}")
+[ "$(visible_gpus)" -gt 0 ] || MACHINE=("${CPU[@]}")
 FLAGS+=("${MACHINE[@]}" --batch_size 16 --epochs 20 --blr 0.06 --keep_last 1)
 score_untuned "${MACHINE[@]}"
-PLOTS=$OUTPUT_ROOT/crossed run bash scripts/run_factorial.sh "${FLAGS[@]}" "$@"
-run bash scripts/run_all_variants.sh "${FLAGS[@]}" "$@"
+status=0
+PLOTS=$OUTPUT_ROOT/crossed run bash scripts/run_factorial.sh "${FLAGS[@]}" "$@" || status=$?
+[ "$status" -le 1 ] || exit "$status" # 1: a run has failed, which keeps no other from running; else stopped, or refused
+run bash scripts/run_all_variants.sh "${FLAGS[@]}" "$@" || status=$?
+exit "$status"

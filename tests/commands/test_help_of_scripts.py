@@ -49,14 +49,14 @@ def test_help_is_printed_and_nothing_else_happens(folder, name):
 def test_help_says_how_the_script_is_used(folder, name):
     text = help_of(folder, f"scripts/{name}", "--help")
     example = re.search(r"^Examples?:\n((?:  .*\n?)+)", text, re.M)
-    if name in ("help.sh", "signals.sh", "smollm2.sh", "toy.sh"):
+    if name in ("gpus.sh", "help.sh", "signals.sh", "smollm2.sh", "toy.sh"):
         assert "ourced" in text and not example
     else:
         name = "finetuning_" if name.startswith("finetuning") or name == "common.sh" else name
         assert f"bash scripts/{name}" in example[1]
 
 
-@pytest.mark.parametrize("name", ["common.sh", "help.sh", "signals.sh", "smollm2.sh", "toy.sh"])
+@pytest.mark.parametrize("name", ["common.sh", "gpus.sh", "help.sh", "signals.sh", "smollm2.sh", "toy.sh"])
 def test_a_file_that_is_only_sourced_says_so(folder, name):
     assert help_of(folder, f"scripts/{name}") == help_of(folder, f"scripts/{name}", "--help")
 

@@ -27,7 +27,7 @@ name=$(basename "$0")
 [[ "$*" != "-c "*scripts/methods.json* ]] || exec "$PYTHON" "$@"
 if [ "$name" = nvidia-smi ]; then
     echo "$*" >> "$CALLS.gpus"
-    for ((i = 0; i < ${HERE:-0}; i++)); do echo "GPU $i: NVIDIA"; done
+    for ((i = 0; i < ${HERE:-16}; i++)); do echo "GPU $i: NVIDIA"; done
     exit "${BROKEN:-0}"
 fi
 if [[ "$*" = *"-m util.series "* ]]; then # its commands are called, with what stands before it
@@ -67,7 +67,7 @@ esac
 
 class Sandbox:
     """A copy of the scripts, with stubs for all commands that they call: FAIL names the call that fails with STATUS,
-    HANG the one that ends with STATUS only at a SIGTERM."""
+    HANG the one that ends with STATUS only at a SIGTERM, HERE the number of GPUs that there are."""
 
     def __init__(self, folder: Path):
         self.folder, self.calls = folder, folder / "calls"
@@ -232,8 +232,22 @@ def test_more_gpus_than_the_node_has_are_refused_at_once(sandbox):
         assert sandbox.run(f"scripts/{script}", code=1, **environment) == []
         assert sandbox.errors == line.format(script, *words)
     for i, environment in enumerate(({"HERE": "8"}, {"BROKEN": "9"}, {"HERE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,7"},
-                                     {"CUDA_VISIBLE_DEVICES": "0"}), 1):
+                                     {"HERE": "0", "CUDA_VISIBLE_DEVICES": "0"}), 1):
         assert len(sandbox.run("scripts/finetuning_sqa_7b.sh", **environment)) == 2 * i
+
+
+@pytest.mark.parametrize("environment", [
+    {"HERE": "0"}, {"BROKEN": "9", "HERE": "0"}, {"HERE": "4", "CUDA_VISIBLE_DEVICES": ""},
+    {"HERE": "4", "CUDA_VISIBLE_DEVICES": "-1"}, {"HERE": "4", "CUDA_VISIBLE_DEVICES": "NoDevFiles"}])
+def test_a_machine_without_a_gpu_counts_as_one(sandbox, environment):
+    """A login node has the program nvidia-smi, but no GPU; CUDA and Slurm hide GPUs by these values."""
+    train, _ = sandbox.run("scripts/finetuning_sqa_7b.sh", **environment)
+    assert train.startswith("python train.py ")
+    sandbox.calls.write_text("")
+    calls = sandbox.run("scripts/run_all_variants.sh", METHODS="base", **environment)
+    assert calls[0].startswith("python train.py ") and "--accum_iter 16 " in calls[0]
+    sandbox.run("scripts/run_all_variants.sh", JOBS="auto", **environment)
+    assert runs_of_processes(sandbox)[1:] == [len(METHODS)]
 
 
 def test_empty_variables_count_as_unset(sandbox):
@@ -356,16 +370,41 @@ def stub(sandbox, name: str, script: str) -> None:
     ("100", 1, 16, 8), ("100", 1, 64, 8), ("100", 1, 6, 3), ("100", 1, 1, 1), ("100", 2, 16, 8), ("2000", 1, 16, 1),
     ("2000", 2, 16, 2), (None, 2, 16, 2)])
 def test_jobs_auto_is_a_run_a_gpu_and_more_of_a_small_base(sandbox, mebibytes, gpus, cores, jobs):
+    assert jobs_of_auto(sandbox, mebibytes, gpus, cores) == jobs
+
+
+@pytest.mark.parametrize("mebibytes, jobs", [("94", 8), ("255", 8), ("256", 1), ("700", 1), (None, 1)])
+def test_jobs_auto_counts_a_gguf_file_as_what_it_is_in_memory(sandbox, mebibytes, jobs):
+    """A file of 4 bits a weight is dequantized to 16."""
+    assert jobs_of_auto(sandbox, mebibytes, 1, 16, MODEL="smollm2.gguf") == jobs
+
+
+def jobs_of_auto(sandbox, mebibytes: str | None, gpus: int, cores: int, **environment: str) -> int:
+    """The runs at once of a base of this size; None: it is not there."""
     stub(sandbox, "nproc", f"echo {cores}")
     stub(sandbox, "du", f"printf '{mebibytes}\\t%s' $2" if mebibytes else "exit 1")
-    sandbox.run("scripts/run_all_variants.sh", SEEDS="0 1", GPUS=str(gpus), JOBS="auto", HERE=str(gpus))
-    assert len(runs_of_processes(sandbox)) == jobs
+    sandbox.run("scripts/run_all_variants.sh", SEEDS="0 1", GPUS=str(gpus), JOBS="auto", HERE=str(gpus), **environment)
+    return len(runs_of_processes(sandbox))
 
 
 def test_jobs_auto_without_a_gpu_is_one_run(sandbox):
     stub(sandbox, "du", "printf '100\\tweights'")
-    sandbox.run("scripts/run_all_variants.sh", GPUS="1", JOBS="auto")
+    sandbox.run("scripts/run_all_variants.sh", GPUS="1", JOBS="auto", HERE="0")
     assert runs_of_processes(sandbox) == [len(METHODS)]
+
+
+def test_several_nodes_make_one_run_at_a_time(sandbox):
+    """Each run has all their GPUs, and the job has one rendezvous."""
+    stub(sandbox, "du", "printf '100\\tweights'")
+    sandbox.run("scripts/run_all_variants.sh", JOBS="auto", **slurm(sandbox, "2"))
+    assert runs_of_processes(sandbox) == [len(METHODS)]
+    sandbox.calls.write_text("")
+    for jobs in ("2", "4"):
+        assert sandbox.run("scripts/run_all_variants.sh", code=1, JOBS=jobs, **slurm(sandbox, "2")) == []
+        assert sandbox.errors == (
+            f"run_all_variants.sh: JOBS={jobs}: 2 nodes make one run at a time: leave JOBS out, or take one node "
+            "(slurm/one_node.sbatch)\n")
+    sandbox.run("scripts/run_all_variants.sh", JOBS="1", **slurm(sandbox, "2"))
 
 
 def test_the_gpus_are_listed_once_for_all_runs(sandbox):
@@ -463,7 +502,7 @@ def test_a_search_that_fails_or_is_stopped_says_so(sandbox):
     calls = sandbox.stop("scripts/search_sqa_7b.sh", GPUS="2", HANG="search.py", n=2)
     assert calls[-2:] == ["TERM", "TERM"]
     assert sandbox.run("scripts/search_sqa_7b.sh", SLURM_NNODES="2", code=1) == calls
-    assert "sbatch slurm/search.sbatch" in sandbox.errors
+    assert "sbatch slurm/search.sbatch" in sandbox.errors and sandbox.errors.count("\n") == 1
 
 
 # --- stopping ---
@@ -473,6 +512,17 @@ def test_a_search_that_fails_or_is_stopped_says_so(sandbox):
 def test_stop_signals_reach_the_program_as_sigterm(sandbox, signals, gpus):
     train, *terms = sandbox.stop("scripts/finetuning_sqa_7b.sh", signals=signals, GPUS=gpus)
     assert "train.py" in train and terms and set(terms) == {"TERM"}  # the rest: eval.py is not started
+
+
+@pytest.mark.parametrize("script", ["signals", "common"])
+def test_a_signal_after_a_program_has_ended_does_not_replace_its_status(sandbox, script):
+    """It ends bash's `wait` with 138, even where there is nothing left to wait for."""
+    call = {"signals": "run bash -c 'exit 75'", "common": "work() { return 75; }; JOBS=1; in_parallel"}[script]
+    interrupted = """wait() {
+        if ! kill -0 "$1" 2> /dev/null && [ -z "${late:-}" ]; then late=1; return 138; fi
+        builtin wait "$@"
+    }"""
+    sandbox.run("-c", f"source scripts/{script}.sh; set +e; {interrupted}; {call}", code=75)
 
 
 def test_ctrl_c_at_a_terminal(sandbox):
@@ -662,6 +712,30 @@ def test_the_study_of_smollm2_has_all_methods_and_crossings_and_two_tables(sandb
     assert {(run.epochs, run.blr, run.data_root, run.batch_size * run.accum_iter) for run in of} == {
         (3, 0.06, "data/easy_vqa_80", 16)}
     assert any("make_easy_vqa --out data/easy_vqa_80 --train 80 --test 800" in call for call in calls)
+
+
+@pytest.mark.parametrize("gpus", ["0", "1"])
+def test_the_study_of_smollm2_runs_on_the_cpu_where_there_is_no_gpu(sandbox, gpus):
+    sandbox.install()
+    calls = [call for call in sandbox.run("scripts/study_smollm2.sh", SEEDS="0", HERE=gpus)
+             if " train.py " in call or " eval.py --ckpt_dir " in call]
+    assert {("--device cpu --precision " in call) for call in calls} == {gpus == "0"} and len(calls) > 8
+
+
+def test_the_study_of_smollm2_goes_on_past_a_failed_run_but_not_past_a_stop(sandbox):
+    sandbox.install()
+    calls = sandbox.run("scripts/study_smollm2.sh", SEEDS="0", FAIL="-step+drop_dec_v2-seed0", code=1)
+    tables = [call for call in calls if "plot_results.py" in call]
+    assert [len(re.findall(r"/LaVIN-\S+-seed\d ", table)) for table in tables] == [19, 8]
+    assert sandbox.errors == "failed: runs/study_smollm2/LaVIN-smollm2.gguf-step+drop_dec_v2-seed0\n"
+    sandbox.calls.write_text("")
+    calls = sandbox.run("scripts/study_smollm2.sh", SEEDS="0", FAIL="-step+drop_dec_v2-seed0", STATUS="75", code=75)
+    assert not any("plot_results.py" in call or "-drop_inc-seed0" in call for call in calls)
+    sandbox.calls.write_text("")
+    calls = sandbox.run("scripts/study_smollm2.sh", "--epohcs", "3", FAIL="python - ", STATUS="2", code=2)
+    assert sum("--epohcs" in call for call in calls) == 1  # wrong flags are said once
+    calls = sandbox.stop("scripts/study_smollm2.sh", SEEDS="0", JOBS="1")
+    assert calls[-1] == "TERM" and sum(" train.py " in call for call in calls) == 1
 
 
 @pytest.mark.parametrize("script, step", [
