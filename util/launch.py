@@ -16,14 +16,16 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-from lavin.runtime.signals import UNFINISHED
+from lavin.runtime.signals import UNFINISHED, finish
 
 
 def launch() -> int:
-    """Returns the exit status."""
+    """Returns the exit status, which no later signal changes: Python ends with its own handlers, at which it would die.
+    """
     signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))  # from srun; torchrun would end at it
     try:
         main()
+        return 0
     except SignalException:
         return UNFINISHED
     except ChildFailedError as error:
@@ -31,7 +33,8 @@ def launch() -> int:
         if status != UNFINISHED:
             print(error, file=sys.stderr)
         return status if status > 0 else 1
-    return 0
+    finally:
+        finish(signal.SIG_IGN)
 
 
 if __name__ == "__main__":

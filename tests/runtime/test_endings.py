@@ -19,6 +19,7 @@ from lavin.runtime.console import print_rank0, progress_bar, working_on
 from lavin.runtime.errors import UsageError, UserError, one_line_errors
 from lavin.runtime.signals import STOP_SIGNALS, Stopped
 from tiny import ROOT
+from util import launch
 
 RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 RANK_0 = {**RANK_1, "RANK": "0", "LOCAL_RANK": "0"}
@@ -79,6 +80,17 @@ def test_a_second_signal_does_not_disturb_what_the_first_began():
                 send(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
                 print("saved")
     assert in_child(work) == (75, "saved\n", "main.py: stopped by SIGUSR1\n")
+
+
+def test_no_signal_changes_the_launchers_status_once_its_processes_have_ended(monkeypatch):
+    """Python replaces handlers of its own by the system's before it ends, but keeps a signal ignored."""
+    monkeypatch.setattr(launch, "main", lambda: None)
+
+    def work():
+        status = launch.launch()
+        print(all(signal.getsignal(number) == signal.SIG_IGN for number in STOP_SIGNALS))
+        sys.exit(status)
+    assert in_child(work) == (0, "True\n", "")
 
 
 def test_a_signal_that_a_library_swallowed_stops_what_would_begin_next():
