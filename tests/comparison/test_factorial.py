@@ -189,8 +189,21 @@ def test_a_seed_that_suits_a_schedule_with_every_dropout_counts_once(tmp_path):
 
 def test_effects_are_of_the_seeds_that_all_methods_have(study):
     effects = find_effects(compare([str(study)]))
-    write_run(study / "further", "1" * N, seed=7)  # of the base alone
+    for folder, seed in (("0", 7), ("further", 8)):  # of the base alone, before and behind its other runs
+        write_run(study / folder, "1" * N, seed=seed)
     assert find_effects(compare([str(study)])) == effects
+
+
+def test_the_plan_of_an_effect_is_that_of_its_table(study):
+    comparison = compare([str(study)])
+    grid, variances = find_grid(comparison), measure(comparison)
+    for family, effects in grid.families().items():
+        planned, found = measure_family(variances, comparison, effects), grid.seed_variance(effects, None)
+        assert planned.seeds + planned.noise / N == pytest.approx(1e4 * found.accuracies)
+        assert planned.directions * (3 - 1) == found.freedom
+        weights = next(iter(effects.values())).values()
+        of_table = [effect.detectable for effect in find_effects(comparison) if effect.family == family]
+        assert detectable(planned, 3, N, weights, len(effects)) == pytest.approx(np.mean(of_table), rel=0.15)
 
 
 def test_without_two_seeds_in_common_there_are_no_effects_and_a_note(tmp_path):

@@ -63,15 +63,24 @@ def measure(comparison: Comparison) -> Variances:
 
 
 def measure_family(variances: Variances, comparison: Comparison, effects: dict[str, Weights]) -> Variances:
-    """The variances of the effects of a family, of which seeds are blocks. Where they cannot be measured, the seeds
-    are taken as independent."""
+    """The variances of the effects of a family, of which seeds are blocks. Where they cannot be measured, they are
+    those of differences to the base.
+
+    questions: of a difference between two methods, as in Variances; so the effects' is divided by half the squares of
+    their weights.
+    """
     grid = find_grid(comparison)
     found = grid.seed_variance(effects, comparison.clusters) if grid else None
     if grid is None or found is None:
         return variances
-    return replace(variances, seeds=1e4 * max(0.0, found.accuracies - found.answers),
-                   noise=1e4 * found.answers * comparison.counts["Avg"],
-                   directions=found.freedom // (len(grid.seeds) - 1))
+    noise, outcomes, questions = 1e4 * found.answers * comparison.counts["Avg"], grid.outcomes(), []
+    for weights in effects.values():
+        values = sum(weight * outcomes[levels].mean(0) for levels, weight in weights.items())
+        squares = sum(weight**2 for weight in weights.values())
+        of_effect = per_question(np.asarray(values), comparison.clusters)
+        questions.append(of_effect * 2 / squares - 2 * noise / len(grid.seeds))
+    return replace(variances, seeds=1e4 * max(0.0, found.accuracies - found.answers), noise=noise,
+                   questions=max(0.0, float(np.mean(questions))), directions=found.freedom // (len(grid.seeds) - 1))
 
 
 def between_seeds(comparison: Comparison) -> tuple[float, float, str]:
