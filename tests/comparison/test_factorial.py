@@ -206,6 +206,22 @@ def test_the_plan_of_an_effect_is_that_of_its_table(study):
         assert detectable(planned, 3, N, weights, len(effects)) == pytest.approx(np.mean(of_table), rel=0.15)
 
 
+def test_the_plan_takes_the_noise_of_single_answers_out_of_the_variance_between_questions(tmp_path):
+    """All answers are drawn alike, so that methods and questions have nothing of their own: more seeds would average
+    all of it out."""
+    rng = np.random.default_rng(0)
+    for i, flags in enumerate(SCHEDULES.values()):
+        for j, more in enumerate(DROPOUTS.values()):
+            for seed in range(3):
+                right = "".join(map(str, (rng.random(2000) < 0.7).astype(int)))
+                write_run(tmp_path / f"{i}{j}{seed}", right, seed=seed, **flags, **more)
+    comparison = compare([str(tmp_path)])
+    for effects in find_grid(comparison).families().values():
+        planned = measure_family(measure(comparison), comparison, effects)
+        assert planned.noise == pytest.approx(1e4 * 0.7 * 0.3, rel=0.05)
+        assert planned.questions < 0.1 * planned.noise
+
+
 def test_without_two_seeds_in_common_there_are_no_effects_and_a_note(tmp_path):
     for i, flags in enumerate(SCHEDULES.values()):
         for j, more in enumerate(DROPOUTS.values()):
