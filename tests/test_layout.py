@@ -9,6 +9,7 @@ import pytest
 
 from tiny import ROOT
 from util import runs
+from util.data.datasets import DISJOINT_SPLITS
 
 PACKAGES = ("lavin", "util")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
@@ -165,6 +166,23 @@ def test_the_names_of_a_runs_files_stand_in_one_place():
     places = {path.relative_to(ROOT).as_posix() for path in FILES for node in ast.walk(ast.parse(path.read_text()))
               if isinstance(node, ast.Constant) and node.value in names}
     assert places == {"util/runs.py"}
+
+
+def strings_in(node: ast.AST) -> set[str]:
+    """The strings that a list, tuple or set spells, and those that a dict gives the same value each."""
+    if isinstance(node, ast.List | ast.Tuple | ast.Set):
+        return {item.value for item in node.elts if isinstance(item, ast.Constant)}
+    if isinstance(node, ast.Dict) and len(set(map(ast.unparse, node.values))) == 1:
+        return {key.value for key in node.keys if isinstance(key, ast.Constant)}
+    return set()
+
+
+def test_the_names_of_the_splits_stand_in_one_place():
+    """A dict that gives each split a value of its own, such as its size, spells them too, as it has to."""
+    files = [*FILES, *COMMANDS, *(ROOT / "tools").rglob("*.py")]
+    places = {path.relative_to(ROOT).as_posix() for path in files for node in ast.walk(ast.parse(path.read_text()))
+              if set(DISJOINT_SPLITS) <= strings_in(node)}
+    assert places == {"util/data/datasets.py"}
 
 
 def test_the_promised_python_is_one_number():

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from lavin.runtime.console import progress_bar
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import atomic_write
+from util.data.datasets import DISJOINT_SPLITS
 
 MINI_FRACTION = 0.1  # of a split's problems that are in its mini split
 
@@ -27,11 +28,11 @@ def make_folder(path: Path) -> None:
 
 def split_ids(problems: dict[str, dict]) -> dict[str, list[str]]:
     """The content of pid_splits.json: the ids of every split, of trainval, and of the mini splits."""
-    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    splits: dict[str, list[str]] = {name: [] for name in DISJOINT_SPLITS}
     for qid, problem in problems.items():
         splits.setdefault(problem["split"], []).append(qid)
     minis = {f"mini{name}": splits[name][:max(1, round(MINI_FRACTION * len(splits[name])))]
-             for name in ("train", "val", "test")}
+             for name in DISJOINT_SPLITS}
     return {**splits, "trainval": splits["train"] + splits["val"], **minis}
 
 
