@@ -11,9 +11,9 @@ if __name__ == "__main__":
     prepare_imports()
 
 import shlex
-import shutil
 from pathlib import Path
 
+from lavin.runtime.console import text_width
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import write_text
 from lavin.runtime.flags import Flags
@@ -70,7 +70,7 @@ def study_of(args: Flags) -> Path | None:
 
 def main(args: Flags) -> None:
     require_trackers(args.report_to)
-    study, width = study_of(args), max(80, shutil.get_terminal_size().columns)
+    study, width = study_of(args), text_width()
     if args.plan:
         print(plan(make_comparison(args), args.plan))
         return

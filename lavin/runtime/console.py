@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,11 @@ class Lines(tqdm):
 
     def __del__(self) -> None:
         """Progress that an error left open adds nothing below the error's line."""
+
+
+def text_width() -> int:
+    """The columns that a text may take: those of the terminal, if it has the 80 that tables need, and 120 in a file."""
+    return max(80, shutil.get_terminal_size((120, 24)).columns)
 
 
 def format_table(header: list[str], rows: list[list]) -> str:

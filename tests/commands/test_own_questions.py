@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 
@@ -11,6 +12,8 @@ from tiny_runs import train_run
 from tools.make_scienceqa import make_scienceqa
 from tools.publish import publish
 from util.comparison import figures
+from util.evaluation.scienceqa import ScienceQATask
+from util.evaluation.scoring import MAX_CATEGORIES
 from util.search.identity import conditions
 
 CATEGORIES = ["land & sea", "Weather", "Land & sea", "Weather", "Land & sea", ""]
@@ -55,6 +58,23 @@ def test_the_scores_have_the_categories_as_columns(studied, base, capsys):
     before, header, _, accuracies, questions, *_ = capsys.readouterr().out.splitlines()
     assert before.startswith("scored before") and header.split() == ["Land", "&", "sea", *list(COLUMNS)[1:]]
     assert questions.split() == ["questions", *map(str, COLUMNS.values())]
+
+
+@pytest.mark.parametrize("columns, width", [("", 120), ("60", 80), ("100", 100), ("160", 160)])
+def test_the_table_of_scores_fits_the_terminal(columns, width, monkeypatch):
+    """Eight long names and 100 % everywhere are as wide as it can get. Where there is no terminal, it has 120 columns.
+    """
+    monkeypatch.setenv("COLUMNS", columns)
+    counts = {**{f"Category {i:>02}": 12_345 for i in range(MAX_CATEGORIES)}, "TXT": 1, "IMG": 1, "NO": 1, "Avg": 2}
+    scores = dict.fromkeys(counts, 100.0) | {"counts": counts, "parse_failures": 0,
+                                               "bad_pictures": 0, "prompts_cut": 0}
+    header, _, accuracies, questions, *note = ScienceQATask.report(None, scores)[0].splitlines()
+    shown = re.split("  +", header.strip())
+    assert len(header) <= width and {"Category 00", "Avg"} <= {*shown} <= {*counts}
+    assert accuracies.split() == ["accuracy", "%", *["100.00"] * len(shown)]
+    assert questions.split() == ["questions", *(str(counts[name]) for name in shown)]
+    assert note == ([f"{len(counts) - len(shown)} more columns of the table in a wider terminal, and in scores.json."]
+                    if width < 146 else [])
 
 
 def test_the_table_has_the_categories_as_columns(studied, tmp_path, monkeypatch, capsys):

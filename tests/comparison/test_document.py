@@ -12,8 +12,8 @@ from test_comparison import STEP, write_run
 import plot_results
 from util.comparison import figures
 from util.comparison.comparison import compare
-from util.comparison.document import Bullets, Heading, Picture, Table, fitted, to_markdown, to_page, to_text
 from util.comparison.tables import rounded_cells
+from util.document import Bullets, Heading, Picture, Table, fitted, to_markdown, to_page, to_text
 
 WICKED = "<script>alert(1)</script> & \"quoted\" 'single' $title ${body} |"
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from util.comparison.comparison import Comparison
-from util.comparison.document import Bullets, Heading, Part, Picture, to_page
 from util.comparison.tables import table_parts
+from util.document import Bullets, Heading, Part, Picture, to_page
 from util.evaluation.scoring import COLUMNS
 
 CAPTIONS = {"overview": "Overview of the figures",

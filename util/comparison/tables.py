@@ -11,11 +11,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from util.comparison.comparison import Comparison, Difference, Method
-from util.comparison.document import Bullets, Part, Table, to_markdown, to_text
 from util.comparison.factorial import Effect, find_effects, find_grid
 from util.comparison.methods import BASE_IN_WORDS
 from util.comparison.references import CHANCE, Reference
 from util.comparison.statistics import LEVEL, design_effect, equal_variances
+from util.document import Bullets, Part, Table, to_markdown, to_text
 
 NONE = "–"
 DIFFERENCE = ["vs. base", "verdict", "vs. base, 95 %", "p", "p (Holm)", "detectable"]

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lavin.runtime import distributed
-from lavin.runtime.console import format_table, print_rank0
+from lavin.runtime.console import print_rank0, text_width
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import load_json, write_json
 from lavin.runtime.flags import Flags
 from util.data.datasets import ScienceQA, load_scienceqa
 from util.data.images import load_images
 from util.data.settings import DataSettings
+from util.document import Table, to_text
 from util.evaluation import evaluate
 from util.evaluation.answering import answer_questions, answers_first
 from util.evaluation.answers import Answer, from_json, predictions_of, read_answers, write_answers
@@ -73,7 +74,7 @@ class ScienceQATask:
         return summarize(answers, self.problems, scores["bad_pictures"])
 
     def report(self, scores: dict[str, Any]) -> list[str]:
-        lines = [score_table(scores), f"{scores['parse_failures']} answers named no option, "
+        lines = [score_table(scores, text_width()), f"{scores['parse_failures']} answers named no option, "
                  f"{scores['bad_pictures']} problems dropped for a bad picture"]
         if scores["prompts_cut"]:
             lines.append(f"{scores['prompts_cut']} prompts are longer than --max_seq_len {scores['max_seq_len']}: "
@@ -99,10 +100,12 @@ def restore_predictions(path: Path, answers: list[Answer]) -> None:
         write_json(path, predictions_of(answers))
 
 
-def score_table(scores: dict) -> str:
+def score_table(scores: dict, width: int) -> str:
+    """Lines of at most `width` characters, 80 or more. Of the columns, Avg has room first."""
     counts = scores["counts"]
     percent = ["-" if scores[column] is None else f"{scores[column]:.2f}" for column in counts]
-    return format_table(["", *counts], [["accuracy %", *percent], ["questions", *counts.values()]])
+    rows = [["accuracy %", *percent], ["questions", *map(str, counts.values())]]
+    return to_text([Table(["", *counts], rows, sorted(counts, key=lambda column: column != "Avg"))], width, SCORES)
 
 
 def main(args: Flags) -> None:

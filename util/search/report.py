@@ -10,8 +10,8 @@ from typing import Any
 
 from lavin.runtime.files import write_text
 from util.comparison.comparison import compare
-from util.comparison.document import Bullets, Heading, Part, Picture, Table, to_markdown, to_page, to_text
 from util.comparison.tables import NONE, points, table_parts
+from util.document import Bullets, Heading, Part, Picture, Table, to_markdown, to_page, to_text
 from util.search.confirm import (
     VERDICT,
     Confirmation,
