@@ -23,7 +23,8 @@ class Server(ThreadingHTTPServer):
     """Serves the models USER/REPO of a folder, and its other files by their paths.
 
     fetched: how often the content of each file was sent. cut: bytes after which the connection ends, once for each
-    entry. gated: models that ask for a consent.
+    entry. gated: models that ask for a consent. commit: that of the branch main, whose models all have these files.
+    broken: a pattern of paths at which the server fails; with `closes`, by a connection that ends without an answer.
     """
 
     daemon_threads = True
@@ -35,6 +36,9 @@ class Server(ThreadingHTTPServer):
         self.ranges: list[str] = []
         self.cut: list[int] = []
         self.gated: set[str] = set()
+        self.commit = COMMIT
+        self.broken: str | None = None
+        self.closes = False
 
     @property
     def url(self) -> str:
@@ -57,11 +61,15 @@ class Handler(BaseHTTPRequestHandler):
         file = re.fullmatch(r"([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         repository = (api or file or [None, None])[1]
         revision = (api[3] if api else file[2] if file else None) or "main"
-        if repository and not (self.server.folder / repository).is_dir():
+        if self.server.broken and re.search(self.server.broken, path):
+            if not self.server.closes:
+                self.fail(500, "")
+            self.close_connection = True
+        elif repository and not (self.server.folder / repository).is_dir():
             self.fail(404, "RepoNotFound")
         elif repository in self.server.gated and file:
             self.fail(403, "GatedRepo")
-        elif revision not in ("main", COMMIT):
+        elif revision not in ("main", self.server.commit):
             self.fail(404, "RevisionNotFound")
         elif api:
             self.describe(repository, api[2] == "tree")
@@ -106,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
             content = [{"type": "file", "path": name, "size": path.stat().st_size, "oid": etag(path)}
                        for name, path in files]
         else:
-            content = {"_id": "1", "id": repository, "modelId": repository, "sha": COMMIT, "private": False,
+            content = {"_id": "1", "id": repository, "modelId": repository, "sha": self.server.commit, "private": False,
                        "siblings": [{"rfilename": name, "size": path.stat().st_size} for name, path in files]}
         self.answer_json(content)
 
@@ -115,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
             self.fail(404, "EntryNotFound")
             return
         content, tag = path.read_bytes(), f'"{etag(path)}"'
-        headers = {"ETag": tag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes",
+        headers = {"ETag": tag, "X-Repo-Commit": self.server.commit, "Accept-Ranges": "bytes",
                    "Content-Type": "application/octet-stream"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked and self.headers.get("If-Range", tag) == tag:

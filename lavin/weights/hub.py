@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
@@ -24,6 +24,7 @@ from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import require_space
 from lavin.tokenizer import SPECIAL_IDS
 from lavin.weights.adapters import SHARED_SETTINGS, SHARED_TENSORS
+from lavin.weights.tensor_files import hf_weight_files
 
 ANSWER_SECONDS = 5  # within which the hub must answer
 # The files of a model that are read here, with `*` for any text. Of several formats of the weights, the first is taken.
@@ -52,6 +53,14 @@ class Repository:
 
     def __str__(self) -> str:
         return f"{self.id}@{self.revision}" if self.revision else self.id
+
+
+class BrokenOff(UserError):
+    """The hub answers, and yet a model cannot be fetched now. reason: in the words of the hub's client."""
+
+    def __init__(self, repository: Repository, reason: str):
+        super().__init__(f"{repository} cannot be fetched ({reason}): the same command goes on")
+        self.reason = reason
 
 
 # --- The network ---
@@ -86,9 +95,20 @@ def offline(without_network: bool = True) -> Iterator[None]:
 # --- The cache ---
 
 def cached(repository: Repository) -> Path | None:
-    """The folder of a model in the hub's cache; None where it is not there."""
+    """The folder of a model in the hub's cache; None where it is not there, or not all of its weights."""
     found = (try_to_load_from_cache(repository.id, name, revision=repository.revision) for name in DESCRIPTIONS)
-    return next((Path(path).parent for path in found if isinstance(path, str)), None)
+    folder = next((Path(path).parent.resolve() for path in found if isinstance(path, str)), None)
+    return folder if folder and has_weights(folder) else None
+
+
+def has_weights(folder: Path) -> bool:
+    """Says whether the weights are there; all of them, where an index lists them."""
+    if (folder / SHARED_TENSORS).is_file() or any(folder.glob("consolidated.*.pth")):
+        return True
+    try:
+        return bool(hf_weight_files(folder))
+    except UserError:
+        return False
 
 
 def require_cached(repository_id: str) -> Path:
@@ -106,21 +126,27 @@ def model_path(name: str, flag: str) -> Path:
     try:
         return cached_or_fetched(repository) if repository else Path(name)
     except UserError as error:
-        raise UserError(f"{flag} {error}") from error
+        raise UserError(f"{flag} {name}: there is no such path, and {error}") from error
 
 
 @cache  # a process asks the hub once
 def cached_or_fetched(repository: Repository) -> Path:
-    """The folder of a model, which is fetched where the hub has a newer one than the cache.
+    """The folder of a model, which is fetched where the hub has a newer one than the cache, and can be reached.
 
     Raises UserError where it is in neither, or where the hub does not give it to this user.
     """
-    if not is_offline():
-        return fetch(repository)
     folder = cached(repository)
+    if not is_offline():
+        try:
+            return fetch(repository)
+        except BrokenOff as error:
+            if folder is None:
+                raise
+            print_rank0(f"{repository} cannot be fetched ({error.reason}): the files in the hub's cache are used, of "
+                        f"commit {folder.name}")
     if folder is None:
-        raise UserError(f"{repository} is neither a path nor in the hub's cache, and there is no network to "
-                        f"{constants.ENDPOINT}: {FETCH_ELSEWHERE.format(repository)}")
+        raise UserError(f"{repository} is not in the hub's cache, and there is no network to {constants.ENDPOINT}: "
+                        f"{FETCH_ELSEWHERE.format(repository)}")
     return folder
 
 
@@ -128,24 +154,31 @@ def commits(paths: Mapping[str, Path]) -> dict[str, str]:
     """For those of the models, name -> path, that are read from the hub's cache, the commit of their files.
     USER/REPO@COMMIT gives the same files at any time."""
     return {name: path.name for name, path in paths.items()
-            if path.parent.name == "snapshots" and path.is_relative_to(constants.HF_HUB_CACHE)}
+            if path.parent.name == "snapshots" and path.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())}
 
 
 # --- Fetching ---
 
 def fetch(repository: Repository, folder: Path | None = None) -> Path:
     """Fetches the files of a model that are read here, into the hub's cache or into `folder`; returns where they are.
+    In the cache, a branch stays that of the commit before until all files of the new one are there.
 
     Raises UserError where there is no such model, where it asks for a consent that this user has not given, or where
-    the disk has too little space for it.
+    the disk has too little space for it, and BrokenOff where the same command may succeed later.
     """
     if not (is_terminal() and is_main_process()):
         disable_progress_bars()
     try:
-        sizes = files_to_fetch(repository)
-        require_space(folder or Path(constants.HF_HUB_CACHE), missing_bytes(repository, sizes, folder), str(repository))
-        return Path(snapshot_download(repository.id, revision=repository.revision, allow_patterns=list(sizes),
-                                      local_dir=folder))
+        info = HfApi().model_info(repository.id, revision=repository.revision, files_metadata=True)
+        sizes, newest = files_to_fetch(repository, info), Repository(repository.id, info.sha)
+        require_space(folder or Path(constants.HF_HUB_CACHE), missing_bytes(newest, sizes, folder), str(repository))
+        path = Path(snapshot_download(newest.id, revision=newest.revision, allow_patterns=list(sizes),
+                                      local_dir=folder)).resolve()
+        if not folder and cached(repository) != path:  # the branch is not yet that of this commit
+            snapshot_download(repository.id, revision=repository.revision, allow_patterns=list(sizes))
+        return path
+    except UserError:
+        raise
     except GatedRepoError as error:
         raise UserError(f"{repository.id} asks for a consent: give it at {constants.ENDPOINT}/{repository.id}, and log "
                         "in by hf auth login, or set HF_TOKEN") from error
@@ -153,15 +186,14 @@ def fetch(repository: Repository, folder: Path | None = None) -> Path:
         raise UserError(f"{repository.id} has no revision {repository.revision}: correct it, or leave it "
                         "out") from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"{repository.id} is neither a path nor a model at {constants.ENDPOINT}: correct it, or log in "
-                        "by hf auth login if the model is private") from error
-    except (OSError, RuntimeError) as error:  # the hub's client raises either where a connection breaks off
-        raise UserError(f"{repository} cannot be fetched ({first_line(error)}): the same command goes on") from error
+        raise UserError(f"{repository.id} is no model at {constants.ENDPOINT}: correct it, or log in by "
+                        "hf auth login if the model is private") from error
+    except Exception as error:  # the hub's client raises many types of exception where a connection breaks off
+        raise BrokenOff(repository, first_line(error)) from error
 
 
-def files_to_fetch(repository: Repository) -> dict[str, int]:
+def files_to_fetch(repository: Repository, info: ModelInfo) -> dict[str, int]:
     """The size in bytes of each file of a model that is read here. Raises UserError where there are no weights."""
-    info = HfApi().model_info(repository.id, revision=repository.revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     formats = [[name for name in sizes if matches(name, patterns)] for patterns in WEIGHTS]
     weights = next(filter(None, formats), None)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -126,22 +128,93 @@ def test_without_network_the_cache_serves(server, tmp_path, monkeypatch):
     hub.cached_or_fetched.cache_clear()
     assert base_path("none", "lab/tiny-llama") == path
     message = error_message(vit_files, "lab/vit")
-    assert message.startswith("--vision_model lab/vit is neither a path nor in the hub's cache, and there is no network"
-                              ) and "python -m tools.download lab/vit" in message
+    assert message.startswith("--vision_model lab/vit: there is no such path, and lab/vit is not in the hub's cache, "
+                              "and there is no network to http://127.0.0.1:9: ")
+    assert "python -m tools.download lab/vit" in message and message.endswith("or correct the path")
+
+
+@pytest.fixture
+def changing(server, models):
+    """A model that has another commit, and other files, each time when this is called. Returns what a process that
+    starts then reads it from."""
+    folder = models / "lab" / "changing"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(models / "lab" / "tiny-llama", folder)
+
+    def start(commit: str) -> Path:
+        if server.commit != commit:
+            server.commit = commit
+            for path in folder.iterdir():
+                if path.is_file():
+                    path.write_bytes(path.read_bytes() + b" ")
+        hub.cached_or_fetched.cache_clear()
+        return base_path("none", "lab/changing")
+    return start
+
+
+@pytest.mark.parametrize("closes", [False, True])
+@pytest.mark.parametrize("broken", ["^api/models", "/tree/", "model-00002"])
+def test_a_model_in_the_cache_serves_where_fetching_a_newer_one_breaks_off(server, changing, tmp_path, monkeypatch,
+                                                                          capsys, broken, closes):
+    """It does so as long as the newer one is not whole, and also without a network."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # before the hub's client tries again
+    path, newer = changing(COMMIT), "f00" + 37 * "0"
+    server.broken, server.closes = broken, closes
+    for _ in range(2):
+        capsys.readouterr()
+        assert changing(newer) == path
+        *_, line = capsys.readouterr().out.splitlines()
+        assert line.startswith("lab/changing cannot be fetched (") and line.endswith(
+            f"): the files in the hub's cache are used, of commit {COMMIT}")
+    with monkeypatch.context() as patched:
+        use("http://127.0.0.1:9", tmp_path / "hub", patched)
+        assert changing(newer) == path
+    server.broken = None
+    assert changing(newer).name == newer
+
+
+def test_a_part_of_a_model_in_the_cache_is_no_model(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    next(base_path("none", "lab/tiny-llama").glob("model-00002*")).unlink()
+    hub.cached_or_fetched.cache_clear()
+    server.broken = "/resolve/"
+    assert "lab/tiny-llama cannot be fetched" in error_message(base_path, "none", "lab/tiny-llama")
+    use("http://127.0.0.1:9", tmp_path / "hub", monkeypatch)
+    assert "lab/tiny-llama is not in the hub's cache" in error_message(base_path, "none", "lab/tiny-llama")
+
+
+def test_a_newer_commit_is_told_before_it_is_fetched(server, changing, monkeypatch, capsys):
+    changing(COMMIT)
+    assert "fetching lab/changing" in capsys.readouterr().out
+    changing(COMMIT)
+    assert "fetching" not in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "lab/changing needs 0.00 GB" in error_message(changing, "f00" + 37 * "0")
+
+
+def test_a_cache_behind_a_link_has_commits_too(server, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "hub")
+    use(server.url, tmp_path / "link", monkeypatch)
+    for _ in range(2):
+        hub.cached_or_fetched.cache_clear()
+        assert hub.commits({"lab/vit": hub.model_path("lab/vit", "--vision_model")}) == {"lab/vit": COMMIT}
 
 
 @pytest.mark.parametrize("name, words", [
-    ("lab/unknown", "--llm_model lab/unknown is neither a path nor a model at http"),
+    ("lab/unknown", "lab/unknown is no model at http"),
     ("lab/tiny-llama@v9", "lab/tiny-llama has no revision v9"),
     ("lab/empty", "lab/empty has no weights in a format"),
-    ("lab/gated", "lab/gated asks for a consent: give it at http")])
-def test_errors_say_what_to_do(server, models, name, words):
+    ("lab/gated", "lab/gated asks for a consent: give it at http"),
+    ("lab/down", "lab/down cannot be fetched (Server error '500")])
+def test_errors_name_both_readings_and_say_what_to_do(server, models, name, words):
+    """The name may be that of a folder that is mistyped, or that lies elsewhere."""
     for folder in ("empty", "gated"):
         (models / "lab" / folder).mkdir(exist_ok=True)
         (models / "lab" / folder / "config.json").write_text("{}")
     (models / "lab" / "gated" / "model.safetensors").write_text("")
-    server.gated = {"lab/gated"}
-    assert words in error_message(base_path, "none", name)
+    server.gated, server.broken = {"lab/gated"}, "lab/down"
+    message = error_message(base_path, "none", name)
+    assert message.startswith(f"--llm_model {name}: there is no such path, and {words}")
 
 
 def test_a_full_disk_is_told_before_anything_is_fetched(server, monkeypatch):
