@@ -106,6 +106,12 @@ class Lines(tqdm):
         """Progress that an error left open adds nothing below the error's line."""
 
 
+def duration(seconds: float) -> str:
+    """`41 min`, or `2 h 05 min`."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(1, minutes)} min"
+
+
 def text_width() -> int:
     """The columns that a text may take: those of the terminal, if it has the 80 that tables need, and 120 in a file."""
     return max(80, shutil.get_terminal_size((120, 24)).columns)

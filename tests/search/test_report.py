@@ -13,6 +13,7 @@ pytest.importorskip("optuna")
 import matplotlib.pyplot as plt
 
 import plot_results
+from lavin.runtime.console import duration
 from lavin.runtime.files import read_json, write_json
 from tiny_study import confirm_study, quality, search_study
 from user_errors import error_message
@@ -20,7 +21,7 @@ from util.comparison.statistics import wilson
 from util.search import figures, summary
 from util.search.confirm import VERDICT, sentence
 from util.search.folder import LOG, RECORD, gpu_seconds, read_records
-from util.search.progress import cost_lines, duration, listed, progress_line
+from util.search.progress import cost_lines, listed, progress_line
 from util.search.report import markdown, write_report
 from util.search.summary import StudyReport, importance
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import time
@@ -22,6 +23,7 @@ from util.data.batches import epoch_batches
 from util.runs import locked
 from util.training import metrics, trainer
 from util.training.command import load_examples
+from util.training.epoch_record import EpochRecord
 from util.training.throughput import peak_memory_gib
 from util.training.trainer import Trainer
 
@@ -294,6 +296,37 @@ def test_seconds_and_speeds_are_those_of_the_steps_that_were_made(
     assert [entry["samples_per_s"] for entry in entries] == [12 / 60, 12 / 24]
     assert [line["samples_per_s"] for line in by_step] == [6 / 32, 2 / 2, 10 / 22, 2 / 2]
     assert all(10 < line["tokens_per_s"] / line["samples_per_s"] < 160 for line in by_step)
+
+
+def test_the_seconds_of_more_steps_are_those_of_the_epoch_before_and_after_a_stop(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    record = EpochRecord(0, steps=[[1.0, 1, 1.0]] * 4, seconds=80)
+    record.start_clock()
+    now[0] += 40
+    record.steps.append([1.0, 1, 1.0])
+    assert record.seconds_for(10) == 240
+
+
+@pytest.mark.parametrize("stops", [[], [3], [12], [2, 3]], ids=str)
+def test_the_time_that_is_left_of_the_whole_run_is_told(flags, tmp_path, monkeypatch, capsys, stops):
+    """A step takes ten minutes, and the run has 24 of them. In its last epoch the progress of the epoch tells it."""
+    monkeypatch.setattr(EpochRecord, "seconds", property(lambda record: 600.0 * len(record.steps)))
+    command = in_folder(flags, tmp_path / "run")
+    for steps in stops:
+        end_at(monkeypatch, steps, None, *command)
+    run(*command)
+    printed, progress = capsys.readouterr()
+    assert printed.count("about 2 h 00 min left in all\n") == printed.count(" left in all") == 1
+    first, last = [line for line in progress.splitlines() if re.match("run, epoch .: 12 of 12, ", line)]
+    assert first.endswith(", about 2 h 20 min left in all")  # as its loss, after the ten steps of metrics.jsonl
+    assert "loss" in last and "in all" not in last
+
+
+def test_the_time_that_is_left_ends_with_the_command(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(EpochRecord, "seconds", property(lambda record: 600.0 * len(record.steps)))
+    run(*in_folder(flags, tmp_path / "run", "--epochs", "9", "--stop_after_epoch", "2"))
+    assert re.findall("about .* left in all", capsys.readouterr().out) == ["about 2 h 00 min left in all"]
 
 
 def test_peak_memory_is_in_gib(unbroken, monkeypatch):

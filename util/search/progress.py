@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lavin.runtime.console import duration
 from util.search.folder import accuracy, gpu_seconds, read_records
 
 
@@ -55,11 +56,6 @@ def progress_line(study: Path, n_trials: int, left_out: Collection[str] = ()) ->
         seconds = sum(record["seconds"] for record in ended) / len(ended) * (n_trials - len(ended)) / workers
         parts.append(f"about {duration(seconds)} left")
     return "; ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
 def listed(numbers: list[int]) -> str:

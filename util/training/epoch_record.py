@@ -32,6 +32,10 @@ class EpochRecord:
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.start
 
+    def seconds_for(self, n_steps: int) -> float:
+        """The seconds that so many steps take by the mean of the epoch's steps, of which there are some."""
+        return self.seconds / len(self.steps) * n_steps
+
     def start_clock(self) -> None:
         """Begins to count the epoch's seconds: with the first step, after loading and compiling."""
         self.start = time.perf_counter()

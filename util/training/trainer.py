@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lavin.runtime import distributed, signals
-from lavin.runtime.console import is_main_process, print_rank0, progress_bar
+from lavin.runtime.console import duration, is_main_process, print_rank0, progress_bar
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import TOKENIZATION, Tokenizer
 from lavin.weights.adapters import pack_adapters
@@ -90,10 +90,19 @@ class Trainer:
             self.save(record, entry)
             print_rank0(f"{self.run.folder.name}, epoch {record.epoch}: {loss_in_words(entry['train_closs'])}, "
                         f"{entry['samples_per_s']:.1f} samples/s"
-                        + (f", {entry['skipped_steps']} skipped steps (not finite)" if entry["skipped_steps"] else ""))
+                        + (f", {entry['skipped_steps']} skipped steps (not finite)" if entry["skipped_steps"] else "")
+                        + self.time_left(record))
             if record.stop and record.epoch + 1 < self.end:
                 self.stop(record)
             record = EpochRecord(record.epoch + 1, record.skipped)
+
+    def time_left(self, record: EpochRecord) -> str:
+        """Words on how long this command will train, by the speed of the epoch; none in its last epoch, of which the
+        progress itself says it."""
+        if record.epoch + 1 == self.end:
+            return ""
+        n_steps = (self.end - record.epoch) * self.n_steps - len(record.steps)
+        return f", about {duration(record.seconds_for(n_steps))} left in all"
 
     def batches(self, epoch: int, first_step: int = 0):
         batches = epoch_batches(self.costs, self.effective_batch, self.rank, self.world,
@@ -139,7 +148,8 @@ class Trainer:
         """Reports the steps that have been read. Raises UserError where training has diverged."""
         n = len(record.steps)
         if self.write_metrics(record):
-            bar.set_postfix_str(f"{loss_in_words(record.steps[-1][0])}, lr {record.rates[n - 1]:.2e}", refresh=False)
+            bar.set_postfix_str(f"{loss_in_words(record.steps[-1][0])}, lr {record.rates[n - 1]:.2e}"
+                                f"{self.time_left(record)}", refresh=False)
         if record.skipped >= MAX_SKIPPED or record.skipped_steps() == self.n_steps:
             loss, qids = record.steps[-1][0], [self.qids[i] for i in next(self.batches(record.epoch, n - 1))[0]]
             questions = ", ".join(qids[:8]) + ", ..." * (len(qids) > 8)
