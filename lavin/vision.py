@@ -5,6 +5,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lavin.llama import run_block
+from lavin.runtime.console import counted
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of each channel
 
@@ -40,7 +41,7 @@ class VisionEncoder(nn.Module):
     def set_features(self, n_features: int) -> None:
         """Raises ValueError where `n_features` does not divide the number of blocks."""
         if n_features < 1 or len(self.vit.blocks) % n_features:
-            raise ValueError(f"--n_prompt {n_features} must divide the ViT's {len(self.vit.blocks)} blocks")
+            raise ValueError(f"--n_prompt {n_features} must divide the ViT's {counted(len(self.vit.blocks), 'block')}")
         self.blocks_per_feature = len(self.vit.blocks) // n_features
 
     def forward(self, images):

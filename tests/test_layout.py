@@ -3,6 +3,7 @@
 import ast
 import re
 from graphlib import TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,20 @@ def test_the_names_of_the_splits_stand_in_one_place():
     places = {path.relative_to(ROOT).as_posix() for path in files for node in ast.walk(ast.parse(path.read_text()))
               if set(DISJOINT_SPLITS) <= strings_in(node)}
     assert places == {"util/data/datasets.py"}
+
+
+COUNTED = ("picture", "problem", "record", "row", "prompt", "tensor", "file", "column", "group")  # there may be one
+
+
+def test_a_count_of_one_has_the_singular():
+    """A message says `counted(n, "problem")` of lavin/runtime/console.py, in place of f"{n} problems"."""
+    files = [*FILES, *COMMANDS, *(ROOT / "tools").rglob("*.py")]
+    plural = re.compile(rf" ([a-z]*[a-rt-z] )?({'|'.join(COUNTED)})s\b")  # and no verb between, as in "lacks files"
+    texts = [node.values for path in files for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.JoinedStr)]
+    wrong = [ast.unparse(value) + text.value for values in texts for value, text in pairwise(values)
+             if isinstance(value, ast.FormattedValue) and isinstance(text, ast.Constant) and plural.match(text.value)]
+    assert wrong == []
 
 
 def test_the_promised_python_is_one_number():

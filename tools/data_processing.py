@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import PUT_IT_THERE, load_json, write_json
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
@@ -104,7 +105,7 @@ def process(data_root: Path, out: Path) -> tuple[int, list[str]]:
         for records, error in records_of(path):
             all_records += records
             errors += [error] if error else []
-        print(f"{path}: {len(all_records) - n_records} records, {len(errors) - n_errors} malformed")
+        print(f"{path}: {counted(len(all_records) - n_records, 'record')}, {len(errors) - n_errors} malformed")
     if not all_records:
         raise UserError(f"{data_root} has no valid record: {errors[0] if errors else 'its files are empty'}")
     write_json(out, {"all": all_records})
@@ -118,7 +119,7 @@ def main(args: Flags) -> None:
         print(f"left out: {error}")
     if len(errors) > MAX_REPORTED:
         print(f"left out: {len(errors) - MAX_REPORTED} more")
-    print(f"{n_records} records, {len(errors)} left out: {out}")
+    print(f"{counted(n_records, 'record')}, {len(errors)} left out: {out}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ try:  # packages may be missing or broken, and this program says so
 
     from lavin.fast.speed_up import choose_fast_paths
     from lavin.runtime import console
+    from lavin.runtime.console import counted
     from lavin.runtime.device import choose_device, choose_dtype, compute_capability
     from lavin.runtime.errors import describe
     from lavin.timm_compat import import_timm
@@ -129,7 +130,7 @@ def run(args) -> Iterator[str]:
 def data(args) -> Iterator[str]:
     """Yields the rows on the data. train.py reads the train split, and eval.py, after it, the test split."""
     if args.do_pretrain:
-        yield row("instructions", f"{len(read_instructions(args.data_root, args.data_path).records):,} records")
+        yield row("instructions", counted(len(read_instructions(args.data_root, args.data_path).records), "record"))
         return
     root = Path(args.data_root)
     yield from map(file_row, (find_problems_file(root), root / "pid_splits.json"))
@@ -145,10 +146,10 @@ def split(args, name: str) -> Iterator[str]:
     pictures = [path for path in map(scienceqa.picture_path, scienceqa.problems) if path]
     with ThreadPoolExecutor(16) as pool:  # a network's file system takes milliseconds a file
         missing = [path for path, there in zip(pictures, pool.map(Path.is_file, pictures), strict=True) if not there]
-    yield row(f"{name} split", f"{len(scienceqa.problems):,} problems, {len(pictures):,} pictures")
+    yield row(f"{name} split", f"{counted(len(scienceqa.problems), 'problem')}, {counted(len(pictures), 'picture')}")
     yield from (row("", line) for line in warnings.getvalue().splitlines())
     if missing and not args.skip_bad:
-        yield (f"! {len(missing):,} pictures of split {name} are missing, the first is {missing[0]}: put them there, "
+        yield (f"! split {name} lacks {counted(len(missing), 'picture')}, the first is {missing[0]}: put them there, "
                "or leave their problems out with --skip_bad")
 
 

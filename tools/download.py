@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from lavin.runtime.console import progress_bar
+from lavin.runtime.console import counted, progress_bar
 from lavin.runtime.errors import UsageError, UserError, one_line_errors
 from lavin.runtime.files import require_space
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
@@ -73,7 +73,7 @@ def fetch_scienceqa(root: Path) -> None:
         fetch(f"{PICTURES}/{split}.zip", archive)
         unpack(archive, root / "images", split)
         archive.unlink()
-    print(f"{len(problems):,} problems: {root}")
+    print(f"{counted(len(problems), 'problem')}: {root}")
 
 
 def expected_pictures(problems: dict[str, dict[str, Any]], split: str) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import ClassVar, NamedTuple
 
+from lavin.runtime.console import counted
 from lavin.runtime.errors import one_line_errors
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
 from lavin.runtime.schema import Seed
@@ -119,7 +120,7 @@ def main(args: Flags) -> None:
     problems = write_mini_scienceqa(args.out, SIZES, args.seed)
     n_pictures = sum(bool(problem.kind.draw) for problem in problems.values())
     sizes = ", ".join(f"{size} {split}" for split, size in SIZES.items())
-    print(f"{args.out}: {len(problems)} problems ({sizes}), {n_pictures} with a picture")
+    print(f"{args.out}: {counted(len(problems), 'problem')} ({sizes}), {n_pictures} with a picture")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Annotated, Any, ClassVar
 from PIL import Image
 from pydantic import Field
 
-from lavin.runtime.console import BAR_SECONDS, progress_bar
+from lavin.runtime.console import BAR_SECONDS, counted, progress_bar
 from lavin.runtime.errors import UsageError, UserError, first_line, one_line_errors
 from lavin.runtime.files import (
     PUT_IT_THERE,
@@ -294,15 +294,16 @@ def main(args: Flags) -> None:
     if len(errors) > MAX_REPORTED:
         print(f"left out: {len(errors) - MAX_REPORTED} more")
     if shared := shared_groups(questions):
-        print(f"warning: {shared} groups or pictures are in several splits, so that a model may know test questions' "
-              "pictures from training")
+        print(f"warning: several splits share a group or a picture ({shared:,} in all), so that a model may know test "
+              "questions' pictures from training")
     sizes = Counter(question.problem["split"] for question in questions)
     for split in ("train", "test"):
         if not sizes[split]:
             print(f"warning: no question is in split {split}: write more rows, or a column split")
     n_pictures = sum(question.picture is not None for question in questions)
-    print(f"{args.out}: " + ", ".join(f"{n:,} {split}" for split, n in sizes.items()) + " questions, "
-          f"{n_pictures:,} with a picture; {len(errors):,} rows left out")
+    print(f"{args.out}: {counted(len(questions), 'question')} ("
+          + ", ".join(f"{n:,} {split}" for split, n in sizes.items())
+          + f"), {n_pictures:,} with a picture; {counted(len(errors), 'row')} left out")
 
 
 if __name__ == "__main__":

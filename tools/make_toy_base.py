@@ -24,7 +24,7 @@ from torch import nn
 
 from lavin.attention import VarlenMetadata
 from lavin.llama import Llama, LlamaConfig
-from lavin.runtime.console import progress_bar, working_on
+from lavin.runtime.console import counted, progress_bar, working_on
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import atomic_write, write_json
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
@@ -186,11 +186,12 @@ def check_amount(data, images: dict) -> None:
     """Raises UserError where there is less than a batch to learn from."""
     n_captioned = sum(qid in data.captions for qid in images)
     if n_captioned < len(images):
-        raise UserError(f"{data.root}/captions.json lacks {len(images) - n_captioned} of {len(images)} pictures: "
-                        "make the data again")
+        raise UserError(f"{data.root}/captions.json lacks {len(images) - n_captioned} of "
+                        f"{counted(len(images), 'picture')}: make the data again")
     if len(images) < BATCH_SIZE:  # and so there may be less than a batch of problems
-        raise UserError(f"{data.root} has {len(data.problems)} problems and {len(images)} pictures to train on, and "
-                        f"{BATCH_SIZE} of each are needed: make more")
+        raise UserError(f"{data.root} has {counted(len(data.problems), 'problem')} and "
+                        f"{counted(len(images), 'picture')} to train on, and {BATCH_SIZE} of each are needed: make "
+                        "more")
 
 
 def write_vit(vit: nn.Module, folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from textwrap import fill, wrap
 
-from lavin.runtime.console import format_table
+from lavin.runtime.console import counted, format_table
 
 PAGE = Path(__file__).with_name("page.html")
 LEAST_NAME = 24  # characters of a cell that goes over several lines
@@ -91,7 +91,7 @@ def to_text(parts: Sequence[Part], width: int, file: str) -> str:
             case str():
                 texts.append(filled(part, width))
     if n_left_out:
-        note = filled(f"{n_left_out} more column{'s' * (n_left_out > 1)} of the table{'s' * (n_tables > 1)} in a wider "
+        note = filled(f"{counted(n_left_out, 'more column')} of the table{'s' * (n_tables > 1)} in a wider "
                       f"terminal, and in {file}.", width)
         texts[-1] += f"\n{note}"
     return "\n\n".join(texts)
@@ -178,6 +178,6 @@ def table_in_html(table: Table) -> str:
     head = "".join(f'<th scope="col">{in_html(cell)}</th>' for cell in table.header)
     rows = "\n".join(f'<tr><th scope="row">{in_html(name)}</th>'
                      + "".join(f"<td>{in_html(cell)}</td>" for cell in cells) + "</tr>" for name, *cells in table.rows)
-    kind, name = "table flags" if table.has_flags else "table", f"{table.header[0]}, {len(table.rows)} rows"
+    kind, name = "table flags" if table.has_flags else "table", f"{table.header[0]}, {counted(len(table.rows), 'row')}"
     return (f'<div class="{kind}" tabindex="0" role="region" aria-label="Table by {html.escape(name)}">'
             f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>")

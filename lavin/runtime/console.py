@@ -106,6 +106,11 @@ class Lines(tqdm):
         """Progress that an error left open adds nothing below the error's line."""
 
 
+def counted(n: int, what: str) -> str:
+    """`1 answer`, or `2,000 answers`."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 def duration(seconds: float) -> str:
     """`41 min`, or `2 h 05 min`."""
     minutes = round(seconds / 60)

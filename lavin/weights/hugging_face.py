@@ -15,6 +15,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.llama import LinearScaling, Llama3Scaling, LlamaConfig, RopeScaling, YarnScaling
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError
 from lavin.runtime.schema import Epsilon, Layers, Positive, Size, Width, declared, read_validated
 from lavin.weights.meta import check_heads
@@ -192,7 +193,7 @@ def read_nope_layers(config: dict[str, Any]) -> tuple[int, ...]:
     if has_rope is None:
         has_rope = [(layer + 1) % config["no_rope_layer_interval"] for layer in range(n)]
     if len(has_rope) < n:
-        raise ValueError(f"no_rope_layers lists {len(has_rope)} of its {n} layers")
+        raise ValueError(f"no_rope_layers lists {len(has_rope)} of its {counted(n, 'layer')}")
     return tuple(layer for layer in range(n) if not has_rope[layer])
 
 

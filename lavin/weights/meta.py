@@ -9,6 +9,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.llama import LlamaConfig
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError
 from lavin.runtime.schema import Epsilon, Layers, Positive, Size, Width, declared, read_validated
 from lavin.weights.tensor_files import COMPUTED_BUFFERS, read_tensors
@@ -94,4 +95,4 @@ def open_meta(folder: Path, vocab_size: int) -> tuple[LlamaConfig, MetaShards, s
     for path, shard_shapes in zip(paths, shapes, strict=True):
         if shard_shapes != shapes[0]:
             raise UserError(f"{path} does not hold the same tensors as {paths[0].name}: fetch or copy it again")
-    return config, MetaShards(shards, config.dim), f"{folder}/consolidated.*.pth ({len(paths)} files)"
+    return config, MetaShards(shards, config.dim), f"{folder}/consolidated.*.pth ({counted(len(paths), 'file')})"

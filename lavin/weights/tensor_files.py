@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typing_extensions import TypedDict
 
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import unreadable
 from lavin.runtime.schema import PlainName, declared, read_validated, shown, validate
@@ -149,7 +150,8 @@ def check_names(expected: Set[str], actual: Set[str], source: str) -> None:
     for problem, names in (("lacks", expected - actual), ("holds unknown", actual - expected)):
         if names:
             examples = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            raise UserError(f"{source} {problem} {len(names)} tensors ({examples}): it belongs to another model")
+            raise UserError(f"{source} {problem} {counted(len(names), 'tensor')} ({examples}): it belongs to another "
+                            "model")
 
 
 def check_shape(name: str, expected: torch.Size, tensor: torch.Tensor, source: str) -> None:

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.schema import (
     Layers,
@@ -130,7 +131,8 @@ def check_vit(vit: nn.Module) -> None:
         raise UserError("it is no ViT with a class token: name another")
     size, channels = vit.patch_embed.img_size, vit.patch_embed.proj.in_channels
     if size is None or size[0] != size[1] or channels != 3:
-        raise UserError(f"its images are of size {size} and {channels} channels, not square and RGB: name another")
+        raise UserError(f"its images are of size {size} and {counted(channels, 'channel')}, not square and RGB: name "
+                        "another")
 
 
 def without_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

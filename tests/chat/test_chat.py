@@ -88,7 +88,7 @@ def test_fit_drops_as_few_of_the_oldest_turns_as_possible(tokenizer):
             assert fit(tokenizer, turns, prompt, None, 6, size + 9, answer_tokens=10)[1] == dropped + 1
     # without turns, the answer may be shorter than answer_tokens
     assert fit(tokenizer, turns, prompt, None, 6, sizes[3] + 1, answer_tokens=10)[1] == 3
-    with pytest.raises(UserError, match="the question has 1 tokens too many"):
+    with pytest.raises(UserError, match="the question has 1 token too many"):
         fit(tokenizer, turns, prompt, None, 6, sizes[3], answer_tokens=10)
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
     size_with_image = 2 + len(tokenizer.encode("Image: ")) + 6 + len(tokenizer.encode(texts[0]))

@@ -141,7 +141,7 @@ def test_missing_data_file(check, world, name):
 
 def test_missing_pictures(check, world):
     shutil.rmtree(world.root / "data" / "images" / "test")
-    assert_one(check()[1], "3 pictures of split test are missing", "~/data/images/test/", "--skip_bad")
+    assert_one(check()[1], "split test lacks 3 pictures, the first is ", "~/data/images/test/", "--skip_bad")
     assert check("--skip_bad")[1] == []
 
 

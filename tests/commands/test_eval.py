@@ -384,7 +384,8 @@ def test_cut_prompts_are_counted(finished, tmp_path, capsys):
     scores = scores_of(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
     assert scores["prompts_cut"] == sum(line.get("cut", False) for line in lines) > 0
-    assert f"{scores['prompts_cut']} prompts are longer than --max_seq_len 70" in capsys.readouterr().out
+    line = f"words in the middle of {scores['prompts_cut']} prompts are left out, since --max_seq_len is 70\n"
+    assert line in capsys.readouterr().out
     assert scores_of(finished)["prompts_cut"] == 0
 
 

@@ -168,8 +168,8 @@ def test_equal_pictures_are_one_group_and_shared_ones_are_told(tmp_path, picture
     main(get_args_parser().parse_args([str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "out")]))
     shown, progress = capsys.readouterr()
     assert progress == ""  # what is over at once shows none, and a log gets no carriage returns
-    assert "warning: 1 groups or pictures are in several splits" in shown
-    assert "1 train, 1 test questions, 2 with a picture; 0 rows left out" in shown
+    assert "warning: several splits share a group or a picture (1 in all), " in shown
+    assert ": 2 questions (1 train, 1 test), 2 with a picture; 0 rows left out\n" in shown
 
 
 @pytest.mark.parametrize("splits, missing", [(("train", "train"), ["test"]), (("test", "val"), ["train"]),

@@ -314,8 +314,8 @@ def test_skipped_steps_are_noted(tmp_path, name):
     write_run(tmp_path / "a", files={"log.txt": log, "metrics.jsonl": metrics}, scored=OWN)
     write_run(tmp_path / "b", files={"log.txt": log}, scored=OWN, **STEP)
     first, second = compare([str(tmp_path)]).notes
-    assert first.startswith(f"{tmp_path / 'a'}: 3 of 2,200 steps were skipped")
-    assert second.startswith(f"{tmp_path / 'b'}: 3 steps were skipped")
+    assert first.startswith(f"{tmp_path / 'a'}: 3 steps of 2,200 skipped for gradients that were not finite")
+    assert second.startswith(f"{tmp_path / 'b'}: 3 steps skipped for gradients")
 
 
 def test_metrics_become_losses_by_epoch_without_a_torn_line(tmp_path):

@@ -90,7 +90,7 @@ def test_a_choice_that_is_listed_twice_is_counted(scienceqa_copy, capsys):
     assert "twice" not in capsys.readouterr().out
     change_json(path, {"103": {**json.loads(path.read_text())["103"], "choices": ["a", "a ", "b"]}})
     load_scienceqa(scienceqa_copy, "train")
-    assert "1 problems list a choice twice, the first is 103" in capsys.readouterr().out
+    assert "a choice is listed twice in 1 problem, the first is 103\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", [None, 7, [], "text"])
@@ -128,7 +128,7 @@ def test_any_value_in_any_field_works_to_the_end_or_is_refused_in_one_line(field
     ({"train": ["100", 101]}, "train[1]: should be a valid string, not 101"), ({"train": [["100"]]}, "train[0]: "),
     ({"train": ["100", "100"]}, "train: has '100' twice"), ({"train": []}, "no problem in split train"),
     ({"train": ["../100"]}, "train[0]: is no plain name of a file or folder: '../100'"), ({"test": [".."]}, "test[0]"),
-    ({"test": ["112", "101"]}, "train and test share 1 problems, the first is 101"), ([], "a valid dictionary"),
+    ({"test": ["112", "101"]}, "train and test share 1 problem, the first is 101"), ([], "a valid dictionary"),
     ({"val": ["102", "103"]}, "train and val share 2 problems, the first is 102")])
 def test_error_names_the_split(scienceqa_copy, splits, words):
     path = scienceqa_copy / "pid_splits.json"

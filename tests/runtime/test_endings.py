@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import PContext
 
 from forked import in_child
 from lavin.runtime import console, errors, signals
-from lavin.runtime.console import print_rank0, progress_bar, working_on
+from lavin.runtime.console import counted, duration, print_rank0, progress_bar, working_on
 from lavin.runtime.errors import UsageError, UserError, one_line_errors
 from lavin.runtime.signals import STOP_SIGNALS, Stopped
 from tiny import ROOT
@@ -267,6 +267,12 @@ def test_progress_names_the_run_which_tells_jobs_side_by_side_apart():
     first, second = in_child(work).errors.splitlines()
     assert re.match(r"LaVIN-7B-step, questions: 3 of 3, +[\d.,]+question/s, 00:00 left$", first)
     assert second.startswith("others: 3 of 3, ")
+
+
+def test_counts_and_durations_in_words():
+    assert [counted(n, "old turn") for n in (0, 1, 2, 3000)] == ["0 old turns", "1 old turn", "2 old turns",
+                                                                 "3,000 old turns"]
+    assert [duration(seconds) for seconds in (20, 3540, 3600, 7500)] == ["1 min", "59 min", "1 h 00 min", "2 h 05 min"]
 
 
 def test_an_error_is_the_last_line_of_a_log_with_progress(monkeypatch):

@@ -492,7 +492,7 @@ def test_a_delta_without_the_last_norm(base, vicuna, tmp_path):
     for folder in ("7B", "vicuna_7B"):
         path = tmp_path / folder / "model.safetensors"
         save_file({name: tensor for name, tensor in load_file(path).items() if name != "model.norm.weight"}, path)
-    assert "lacks 1 tensors (norm.weight)" in error_message(load, tmp_path, "7B", base.vision, use_vicuna=True)
+    assert "lacks 1 tensor (norm.weight)" in error_message(load, tmp_path, "7B", base.vision, use_vicuna=True)
 
 
 def test_full_weights_in_the_folder_of_the_delta(base, vicuna, tmp_path):

@@ -302,7 +302,7 @@ def test_a_damaged_file(vocabulary, model, tmp_path, change, words):
     ({"rope.scaling.type": "yarn"}, "rope.scaling.type: should be 'none' or 'linear', not 'yarn'"),
     ({"rope.dimension_count": 8}, "rope.dimension_count is 8 where its heads are 16 wide"),
     ({"tensor_rope_freqs": np.linspace(1, 9, 8)}, "rope_freqs.weight is not Llama 3's"),
-    ({"tensor_output_scale": np.ones(3)}, "unknown 1 tensors (output_scale.weight)")])
+    ({"tensor_output_scale": np.ones(3)}, "unknown 1 tensor (output_scale.weight)")])
 def test_metadata_of_another_model(base, vocabulary, model, tmp_path, changes, words):
     path = write_gguf(tmp_path / "m.gguf", model, vocabulary, **changes)
     message = error_message(load, "nowhere", path, base.vision)

@@ -189,9 +189,9 @@ def test_checkpoint_with_other_shapes_or_names(tmp_path):
     message = error_message(load_adapters, tiny_model(adapter_dim=4), tensors, "six.pth")
     assert "six.pth" in message and "[6, " in message and "[4, " in message
     too_few = dict(list(tensors.items())[1:])
-    assert "lacks 1 tensors" in error_message(load_adapters, tiny_model(adapter_dim=6), too_few, "six.pth")
+    assert "lacks 1 tensor " in error_message(load_adapters, tiny_model(adapter_dim=6), too_few, "six.pth")
     too_many = {**tensors, "layers.9.adapter_attn.conv_A.bias": torch.zeros(6)}
-    assert "unknown 1 tensors (layers.9.adapter_attn.conv_A.bias)" in error_message(
+    assert "unknown 1 tensor (layers.9.adapter_attn.conv_A.bias)" in error_message(
         load_adapters, tiny_model(adapter_dim=6), too_many, "six.pth")
 
 

@@ -225,7 +225,7 @@ def test_a_config_of_another_network(tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"img_size": 32}, "pos_embed of [1, 17, 24], and the weights were trained with [1, 5, 24]"),
     ({"patch_size": 4, "img_size": 8}, "patch_embed.proj.weight of [24, 3, 4, 4], and"),
-    ({"img_size": [16, 24]}, "of size (16, 24)"), ({"in_chans": 1}, "1 channels")])
+    ({"img_size": [16, 24]}, "of size (16, 24)"), ({"in_chans": 1}, "1 channel, not")])
 def test_weights_are_not_resampled_to_another_size_in_silence(tmp_path, changes, words):
     assert words in error_message(open_vit, write_vit(tmp_path / "vit", **changes))
 
@@ -277,7 +277,7 @@ def test_projections_of_different_widths(base, tmp_path):
     tensors = load_file(tmp_path / "clip" / "model.safetensors")
     name = next(name for name in tensors if name.endswith("layers.0.self_attn.k_proj.weight"))
     save_file({**tensors, name: torch.zeros(3, 2)}, tmp_path / "clip" / "model.safetensors")
-    assert "lacks 1 tensors (blocks.0.attn.qkv.weight)" in error_message(load, base.weights, "tiny", tmp_path / "clip")
+    assert "lacks 1 tensor (blocks.0.attn.qkv.weight)" in error_message(load, base.weights, "tiny", tmp_path / "clip")
 
 
 # --- Tokenizers ---

@@ -20,7 +20,7 @@ from PIL import Image
 from lavin.generation.generate import generate
 from lavin.generation.option_scoring import answer_losses
 from lavin.generation.sampling import named_failures, sampling_seed
-from lavin.runtime.console import progress_bar
+from lavin.runtime.console import counted, progress_bar
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Parser
 from lavin.tokenizer import Example
@@ -143,8 +143,8 @@ class LaVINModel(lmms):
             return None
         if len(visuals) > 1 or not isinstance(visuals[0], Image.Image):
             kinds = ", ".join(sorted({type(visual).__name__ for visual in visuals}))
-            raise UserError(f"question {name} has {len(visuals)} inputs of type {kinds}, and LaVIN sees one picture: "
-                            "choose other tasks")
+            raise UserError(f"question {name} has {counted(len(visuals), 'input')} of type {kinds}, and LaVIN sees one "
+                            "picture: choose other tasks")
         return image_to_tensor(to_rgb(visuals[0]), self.model.vision.image_size)
 
     def example(self, question: Question, answer: str | None = None) -> Example:

@@ -7,6 +7,7 @@ names the file.
 
 from pathlib import Path
 
+from lavin.runtime.console import counted
 from util.chat.chatbot import Question
 from util.chat.conversation import Exchange
 from util.chat.markdown import without_html
@@ -60,7 +61,7 @@ def message(role: str, *content):
 def exchange_notes(exchange: Exchange, seconds: float, error: str, right: int | None) -> str:
     """Returns the notes below an answer. right: the index of the right option, where it is known."""
     answer, settings = exchange.answer, exchange.settings
-    notes = [*filter(None, [exchange.run, f"{answer.tokens} tokens in {seconds:.1f} s", error])]
+    notes = [*filter(None, [exchange.run, f"{counted(answer.tokens, 'token')} in {seconds:.1f} s", error])]
     if settings.temperature:
         notes.append(f"seed {settings.seed}")
     if not answer.complete:

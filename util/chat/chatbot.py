@@ -22,6 +22,7 @@ from lavin.generation.generate import stream, warmup
 from lavin.generation.option_scoring import option_example, score_options
 from lavin.mm_adapter import AdapterConfig, AdapterShape, RepAdapter, RepAdapterRouter
 from lavin.model import LaVIN
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from lavin.runtime.flags import flags_of
@@ -206,7 +207,8 @@ def fit(tokenizer: Tokenizer, turns: list[Turn], prompt: str, image: torch.Tenso
         if tokens_left >= answer_tokens:
             break
     if tokens_left < 1:
-        raise UserError(f"the question has {1 - tokens_left} tokens too many for the model's {max_seq_len}: shorten it")
+        raise UserError(f"the question has {counted(1 - tokens_left, 'token')} too many for the model's {max_seq_len}: "
+                        "shorten it")
     return example, dropped
 
 

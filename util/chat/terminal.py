@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from lavin.runtime.console import format_table
+from lavin.runtime.console import counted, format_table
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import write_text
 from util.chat.chatbot import Answer, Chatbot, Question, Settings
@@ -145,7 +145,7 @@ class Terminal:
         way = "greedy" if settings.temperature == 0 else (
             f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, "
             f"{'another seed for each answer' if settings.seed is None else f'seed {settings.seed}'}")
-        print(f"{way}, up to {settings.max_new_tokens} tokens")
+        print(f"{way}, up to {counted(settings.max_new_tokens, 'token')}")
 
     # --- The conversation ---
 
@@ -208,7 +208,7 @@ def talk(bot: Chatbot, settings: Settings) -> None:
     """Reads standard input until /quit, its end, or Ctrl-C twice. No error ends it but that of the terminal itself."""
     prepare_input()
     terminal = Terminal(bot, settings, next(iter(bot.runs)), line_reader([f"/{name}" for name in COMMANDS]))
-    print(f"{count(len(bot.runs), 'run')}, {terminal.run} answers. /help lists the commands.")
+    print(f"{counted(len(bot.runs), 'run')}, {terminal.run} answers. /help lists the commands.")
     interrupted = False  # by a first Ctrl-C, while no answer was given
     while True:
         try:
@@ -265,7 +265,7 @@ def show(answers: Iterator[Answer], question: Question) -> None:
         print(" (stopped)", end="")
     print()
     if answer.dropped:
-        print(f"({count(answer.dropped, 'old turn')} no longer fit and {'was' if answer.dropped == 1 else 'were'} "
+        print(f"({counted(answer.dropped, 'old turn')} no longer fit and {'was' if answer.dropped == 1 else 'were'} "
               "left out)")
     if answer.probabilities:
         rows = [[f"({letter}) {option}", f"{100 * p:.1f} %"]
@@ -279,6 +279,3 @@ def number(text: str, kind: type, example: str):
     except ValueError as error:
         raise UserError(f"give a number: {example}") from error
 
-
-def count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"

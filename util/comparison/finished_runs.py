@@ -13,6 +13,7 @@ from pydantic import AfterValidator, AliasChoices, Field, NonNegativeInt, Valida
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.mm_adapter import AdapterConfig, AdapterShape, dropout_schedule
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, read_json_lines, sha256, whole_lines
 from lavin.runtime.flags import Flag, flags_of
@@ -234,7 +235,8 @@ def read_log(path: Path, epochs: int) -> list[dict]:
     by_epoch = {line["epoch"]: line for line in lines}
     done = sum(epoch in by_epoch for epoch in range(epochs))
     if done < epochs:
-        raise UserError(f"unfinished, {done} of {epochs} epochs in {path}: train.py --resume {path.parent} goes on")
+        raise UserError(f"unfinished, {done} of {counted(epochs, 'epoch')} in {path}: train.py --resume "
+                        f"{path.parent} goes on")
     return [by_epoch[epoch] for epoch in range(epochs)]
 
 
@@ -275,7 +277,7 @@ def check_answers(scores: dict, answers: list[Answer], predictions: dict[str, in
     path, name = folder / SCORES, GENERATIONS if (folder / GENERATIONS).is_file() else PREDICTIONS
     n, n_found = scores["counts"]["Avg"], len(answers or predictions)
     if not n == n_found > 0:
-        raise UserError(f"{path} is broken ({n} questions, {n_found} in {name}): {FIX}")
+        raise UserError(f"{path} is broken ({counted(n, 'question')}, {n_found} in {name}): {FIX}")
     if answers and scores["correct"]["Avg"] != sum(answer.correct for answer in answers):
         raise UserError(f"{path} does not count the answers of {name}: {hint}")
 
@@ -317,5 +319,5 @@ def notes(scores: dict, inputs: dict, log: list[dict], losses: dict[tuple[int, i
     skipped_steps = sum(line.get("skipped_steps", 0) for line in log)
     if skipped_steps:
         of_all = f" of {len(log) * last_step(losses):,}" if losses else ""
-        lines.append(f"{skipped_steps:,}{of_all} steps were skipped, since their gradients were not finite")
+        lines.append(f"{counted(skipped_steps, 'step')}{of_all} skipped for gradients that were not finite")
     return lines

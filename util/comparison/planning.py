@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.stats import chi2
 
-from lavin.runtime.console import format_table
+from lavin.runtime.console import counted, format_table
 from lavin.runtime.errors import UserError
 from util.comparison.comparison import Comparison
 from util.comparison.factorial import Weights, find_grid
@@ -97,7 +97,7 @@ def between_seeds(comparison: Comparison) -> tuple[float, float, str]:
     noise = 1e4 * found.answers if found else 0.0
     low, high = np.sqrt(freedom * of_accuracies / chi2.ppf([0.975, 0.025], freedom))
     return max(0.0, of_accuracies - noise), noise * comparison.counts["Avg"], (
-        f"Measured, on {freedom + len(repeated)} runs of {len(repeated)} method{'s' * (len(repeated) > 1)}: accuracies "
+        f"Measured, on {freedom + len(repeated)} runs of {counted(len(repeated), 'method')}: accuracies "
         f"of a method's seeds have a standard deviation of {math.sqrt(of_accuracies):.2f} points (95 % interval "
         f"{low:.2f} to {high:.2f}); the plan takes it as known.")
 
@@ -184,7 +184,7 @@ def plan(comparison: Comparison, points: float) -> str:
             rows[-1].append(half_width(detectable(of_family, seeds, n, weights, len(effects))))
     k = variances.methods - 1
     return "\n".join([format_table(header, rows), "", verdict(variances, n, points), *variances.notes, (
-        f"detectable: found with a power of 80 % between the base and one of {k} other method{'s' * (k > 1)} with as "
+        f"detectable: found with a power of 80 % between the base and one of {counted(k, 'other method')} with as "
         "many seeds each, on the same questions, by p (Holm) below 0.05. –: no difference is found, or on no number of "
         "questions. One seed tells nothing about a method, since it may just be a lucky one.")])
 

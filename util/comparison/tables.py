@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from lavin.runtime.console import counted
 from util.comparison.comparison import Comparison, Difference, Method
 from util.comparison.factorial import Effect, find_effects, find_grid
 from util.comparison.methods import BASE_IN_WORDS
@@ -172,7 +173,8 @@ def notes(comparison: Comparison) -> list[str]:
     """The sentences on how the numbers were computed, what they do not cover, and which runs are excluded."""
     own = [comparison.differences[method.name] for method in comparison.methods
            if not method.published and method.name in comparison.differences]
-    lines = [f"Accuracy in % of {comparison.counts['Avg']:,} questions. Intervals hold at 95 % each, not all together."]
+    lines = [f"Accuracy in % of {counted(comparison.counts['Avg'], 'question')}. Intervals hold at 95 % each, not all "
+             "together."]
     if own:
         lines += difference_notes(own)
     elif len(comparison.methods) > 1 and not comparison.differences:
@@ -221,7 +223,7 @@ def variance_notes(methods: list[Method]) -> list[str]:
 def difference_notes(differences: list[Difference]) -> list[str]:
     """The sentences on the differences of own runs to the base."""
     n = len(differences)
-    adjusted = f"p (Holm) is p adjusted for {n} method{'s' * (n > 1)}"
+    adjusted = f"p (Holm) is p adjusted for {counted(n, 'method')}"
     if differences[0].p is None:
         return ["No run kept generations.jsonl, which has the right answers: differences are unpaired (Newcombe's "
                 "interval) and untested."]
@@ -268,5 +270,6 @@ def cluster_note(comparison: Comparison, clusters: np.ndarray) -> str:
     of_differences = [design_effect(mean - means[0], clusters) for mean in means[1:]]
     of_pairs = f", {np.mean(of_differences):.2f} for differences" if of_differences and comparison.differences else ""
     return ("Questions with the same lecture (without one: topic and skill) are taken as correlated, here "
-            f"{len(sizes):,} clusters of {sizes.min()} to {sizes.max()} questions. This multiplies variances by the "
-            f"design effect, measured as {np.mean(effects):.2f} for accuracies{of_pairs} (means over the methods).")
+            f"{counted(len(sizes), 'cluster')} of {sizes.min()} to {counted(int(sizes.max()), 'question')}. This "
+            f"multiplies variances by the design effect, measured as {np.mean(effects):.2f} for accuracies{of_pairs} "
+            "(means over the methods).")

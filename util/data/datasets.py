@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationInfo
 from typing_extensions import NotRequired, TypedDict
 
-from lavin.runtime.console import print_rank0
+from lavin.runtime.console import counted, print_rank0
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import json_list_sha256, json_sha256
 from lavin.runtime.schema import NonBlankText, PlainName, Text, declared, distinct, read_validated, shown, validate
@@ -167,7 +167,7 @@ def warn_of_repeated_choices(problems: dict) -> None:
     repeated = [qid for qid, problem in problems.items()
                 if len({choice.strip() for choice in problem["choices"]}) < len(problem["choices"])]
     if repeated:
-        print_rank0(f"{len(repeated):,} problems list a choice twice, the first is {repeated[0]}")
+        print_rank0(f"a choice is listed twice in {counted(len(repeated), 'problem')}, the first is {repeated[0]}")
 
 
 def read_split(path: Path, split: str, problems_path: Path, all_problems: dict, hint: str) -> list[str]:
@@ -180,7 +180,7 @@ def read_split(path: Path, split: str, problems_path: Path, all_problems: dict, 
     for a, b in combinations(DISJOINT_SPLITS, 2):
         shared = sorted(set(splits.get(a, ())) & set(splits.get(b, ())))
         if shared:
-            raise UserError(f"{path}: {a} and {b} share {len(shared)} problems, the first is {shared[0]}: "
+            raise UserError(f"{path}: {a} and {b} share {counted(len(shared), 'problem')}, the first is {shared[0]}: "
                             "fetch or write it again")
     missing = [qid for qid in splits[split] if qid not in all_problems]
     if missing:
@@ -195,10 +195,10 @@ def read_captions(path: str, problems: dict, all_problems: dict) -> dict[str, st
                               'write it as {"captions": {id: text}}')["captions"]
     pictures = [qid for qid, problem in problems.items() if problem["image"]]
     if pictures and not captions.keys() & problems.keys():
-        raise UserError(f"{path} has a caption for none of this split's {len(problems):,} questions: "
+        raise UserError(f"{path} has a caption for none of this split's {counted(len(problems), 'question')}: "
                         "name that of this data set with --caption_file")
     n_captions, n_unknown = sum(qid in captions for qid in pictures), len(captions.keys() - all_problems.keys())
     if n_captions < len(pictures) or n_unknown:
-        print_rank0(f"{path} has captions for {n_captions:,} of {len(pictures):,} pictures"
+        print_rank0(f"{path} has captions for {n_captions:,} of {counted(len(pictures), 'picture')}"
                     + (f", and {n_unknown:,} for unknown problems" if n_unknown else ""))
     return captions

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lavin.runtime.console import print_rank0, progress_bar
+from lavin.runtime.console import counted, print_rank0, progress_bar
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import json_list_sha256, sha256
 from lavin.tokenizer import IMAGE_SLOT, Example, Tokenizer
@@ -40,7 +40,7 @@ def load_examples(data: ScienceQA | Instructions, settings: TrainingData, tokeni
     max_seq_len = settings.max_seq_len
     if isinstance(data, Instructions):
         examples = instruction_examples(data, tokenizer, image_size, n_prompt, max_seq_len, threads, settings.skip_bad)
-        report("records", examples, len(data.records) - len(examples), max_seq_len)
+        report("record", examples, len(data.records) - len(examples), max_seq_len)
         return examples
 
     def text(qid: str) -> tuple[str, str]:
@@ -48,7 +48,7 @@ def load_examples(data: ScienceQA | Instructions, settings: TrainingData, tokeni
 
     images = load_images(data, image_size, threads, settings.skip_bad)
     examples = tokenized(list(data.problems), text, images, tokenizer, n_prompt, max_seq_len, "problems")
-    report("problems", examples, len(data.bad_pictures), max_seq_len)
+    report("problem", examples, len(data.bad_pictures), max_seq_len)
     return examples
 
 
@@ -58,7 +58,7 @@ def report(what: str, examples: dict[str, Example], bad_pictures: int, max_seq_l
     if n_truncated == len(examples):
         raise UserError(f"--max_seq_len {max_seq_len} leaves no answer to learn from: raise it")
     n_pictures = sum(example.image is not None for example in examples.values())
-    print_rank0(f"{len(examples)} {what}, {n_pictures} with a picture, {bad_pictures} dropped for a bad picture"
+    print_rank0(f"{counted(len(examples), what)}, {n_pictures} with a picture, {bad_pictures} dropped for a bad picture"
                 + (f", {n_truncated} whose answer lies beyond --max_seq_len {max_seq_len}" if n_truncated else ""))
 
 

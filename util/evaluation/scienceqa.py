@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lavin.runtime import distributed
-from lavin.runtime.console import print_rank0, text_width
+from lavin.runtime.console import counted, print_rank0, text_width
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import load_json, write_json
 from lavin.runtime.flags import Flags
@@ -74,11 +74,11 @@ class ScienceQATask:
         return summarize(answers, self.problems, scores["bad_pictures"])
 
     def report(self, scores: dict[str, Any]) -> list[str]:
-        lines = [score_table(scores, text_width()), f"{scores['parse_failures']} answers named no option, "
-                 f"{scores['bad_pictures']} problems dropped for a bad picture"]
+        lines = [score_table(scores, text_width()), f"{counted(scores['parse_failures'], 'answer')} named no option, "
+                 f"{counted(scores['bad_pictures'], 'problem')} dropped for a bad picture"]
         if scores["prompts_cut"]:
-            lines.append(f"{scores['prompts_cut']} prompts are longer than --max_seq_len {scores['max_seq_len']}: "
-                         "words in their middle are left out")
+            lines.append(f"words in the middle of {counted(scores['prompts_cut'], 'prompt')} are left out, since "
+                         f"--max_seq_len is {scores['max_seq_len']}")
         return lines
 
 

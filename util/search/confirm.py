@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import PUT_IT_THERE, load_json, write_json
 from util.comparison.comparison import clusters_of
@@ -233,7 +234,7 @@ def retested(known: Any, found: Confirmation) -> Any:
 
 def sentence(verdict: Any) -> str:
     """The verdict in words."""
-    seeds = f"{verdict['seeds']} fresh seed{'s' * (verdict['seeds'] > 1)}"
+    seeds = counted(verdict["seeds"], "fresh seed")
     n = verdict["n_configurations"]
     adjusted = f", adjusted for {n} configurations" if n > 1 else ""
     test = "" if verdict["p"] is None else f"; one-sided p = {verdict['p']:.3f}"

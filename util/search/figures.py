@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lavin.runtime.arithmetic import ceil_div
+from lavin.runtime.console import counted
 from util.comparison.figures import (  # its imports of matplotlib follow its choice of a backend
     COLOURS,
     MARKERS,
@@ -55,7 +56,7 @@ def history(report: StudyReport):
     for epoch, marker in zip(epochs, UNFINISHED_MARKERS, strict=False):
         ended = [trial for trial in report.trials if trial.state != "COMPLETE" and trial.last[0] == epoch]
         ax.plot([int(trial.name) for trial in ended], [trial.last[1] for trial in ended], marker, color=PRUNED,
-                markerfacecolor="white", label=f"pruned after {epoch} epoch{'s' * (epoch > 1)}")
+                markerfacecolor="white", label=f"pruned after {counted(epoch, 'epoch')}")
     finished = [(int(trial.name), trial.last[1]) for trial in report.trials if trial.state == "COMPLETE"]
     if finished:
         numbers, values = map(list, zip(*finished, strict=True))

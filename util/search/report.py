@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from lavin.runtime.console import counted
 from lavin.runtime.files import write_text
 from util.comparison.comparison import compare
 from util.comparison.tables import NONE, points, table_parts
@@ -75,8 +76,8 @@ def confirmation(report: StudyReport) -> list[Part]:
     verdict = retested(verdict, found)
     kind = "validation questions that trials were not scored on" if found.fresh else "validation questions"
     return [sentence(verdict), *text, f"Accuracy in % of the {found.base.shape[1]:,} {kind}, mean over "
-            f"{verdict['seeds']} fresh seeds ± their standard deviation; the intervals count questions and seeds as "
-            "samples, and hold together:", confirmation_table(report, found),
+            f"{counted(verdict['seeds'], 'fresh seed')} ± their standard deviation; the intervals count questions and "
+            "seeds as samples, and hold together:", confirmation_table(report, found),
             *on_test(report.folder, verdict["winner"], runs)]
 
 
@@ -173,8 +174,8 @@ def facts(report: StudyReport) -> dict[str, str]:
     identity = settings.get("identity", {})
     data = identity.get("trials", {}).get("data")
     found = {
-        "Trials": f"{len(report.records)} of {settings['trials']}, of at most {report.epochs} epochs, pruned by "
-                  f"{settings['pruner']}",
+        "Trials": f"{len(report.records)} of {settings['trials']}, of at most {counted(report.epochs, 'epoch')}, "
+                  f"pruned by {settings['pruner']}",
         "Searched": ", ".join(f"--{flag}" for flag in report.base),
         "Questions": f"{report.trials[0].questions:,} of validation for trials",
         "Fresh seeds": f"{settings['seeds']} for the base, and for each of the best {settings['confirm']} trials"

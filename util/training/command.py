@@ -6,7 +6,7 @@ import torch
 
 from lavin.fast.speed_up import check_fast_paths
 from lavin.runtime import distributed
-from lavin.runtime.console import is_main_process, print_rank0, working_on
+from lavin.runtime.console import counted, is_main_process, print_rank0, working_on
 from lavin.runtime.device import choose_device, choose_dtype
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags
@@ -55,8 +55,8 @@ def train(settings: TrainSettings, rank: int, world: int, device: torch.device, 
     recipe = equal_on_all_nodes(lambda: make_recipe(settings, dtype, world, data), differences)
     run = distributed.from_rank_0(lambda: open_run(settings.run, recipe, settings.schedule.epochs))
     if run.finished:
-        print_rank0(f"run: {run.folder}, which is finished: all {settings.schedule.epochs} epochs of this recipe are "
-                    "there")
+        print_rank0(f"run: {run.folder}, which is finished: {counted(settings.schedule.epochs, 'epoch')} of this "
+                    "recipe")
         return
     model, tokenizer = load_model(settings, device, dtype, shared)
     examples = load_examples(data, settings.data, tokenizer, model.vision.image_size, settings.adapter.n_prompt,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flag, Flags, Parser, Role, check_flags
 from lavin.runtime.schema import declared, read_validated
@@ -77,7 +78,8 @@ def finished_run(words: list[str]) -> str:
         take_flags_of_run(trained, parser)
     n_done = max(checkpoints(Path(trained.output_dir)), default=-1) + 1
     if n_done < trained.epochs:
-        raise UserError(f"{trained.output_dir} is unfinished ({n_done} of {trained.epochs} epochs): train it first")
+        raise UserError(f"{trained.output_dir} is unfinished ({n_done} of {counted(trained.epochs, 'epoch')}): train "
+                        "it first")
     return trained.output_dir
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lavin.runtime import distributed, signals
-from lavin.runtime.console import duration, is_main_process, print_rank0, progress_bar
+from lavin.runtime.console import counted, duration, is_main_process, print_rank0, progress_bar
 from lavin.runtime.errors import UserError
 from lavin.tokenizer import TOKENIZATION, Tokenizer
 from lavin.weights.adapters import pack_adapters
@@ -90,7 +90,7 @@ class Trainer:
             self.save(record, entry)
             print_rank0(f"{self.run.folder.name}, epoch {record.epoch}: {loss_in_words(entry['train_closs'])}, "
                         f"{entry['samples_per_s']:.1f} samples/s"
-                        + (f", {entry['skipped_steps']} skipped steps (not finite)" if entry["skipped_steps"] else "")
+                        + (f", {counted(n, 'skipped step')} (not finite)" if (n := entry["skipped_steps"]) else "")
                         + self.time_left(record))
             if record.stop and record.epoch + 1 < self.end:
                 self.stop(record)
@@ -153,8 +153,8 @@ class Trainer:
         if record.skipped >= MAX_SKIPPED or record.skipped_steps() == self.n_steps:
             loss, qids = record.steps[-1][0], [self.qids[i] for i in next(self.batches(record.epoch, n - 1))[0]]
             questions = ", ".join(qids[:8]) + ", ..." * (len(qids) > 8)
-            raise UserError(f"training diverged: the gradients of {record.skipped} steps in a row are not finite, up "
-                            f"to epoch {record.epoch}, step {n} ({loss_in_words(loss)}, loss scale "
+            raise UserError(f"training diverged: the gradients of {counted(record.skipped, 'step')} in a row are not "
+                            f"finite, up to epoch {record.epoch}, step {n} ({loss_in_words(loss)}, loss scale "
                             f"{self.scaler.get_scale():g}, questions {questions}): take a lower --lr or --clip_grad, "
                             "or check the base weights")
 
