@@ -10,22 +10,24 @@ import pytest
 from tiny import ROOT
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("scripts/*.sh"))
+JOBS = sorted(path.name for path in ROOT.glob("slurm/*.sbatch"))
 DEFAULT = re.compile(r"^(?:export )?([A-Z_]+)=\$\{\1:-([^}]*)\}$", re.M)  # a variable that a script reads
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of the scripts alone, and in bin the one command that they may call."""
-    shutil.copytree(ROOT / "scripts", tmp_path / "a folder" / "scripts")
+    """A folder of the scripts and jobs alone, and in bin the one command that they may call."""
+    for name in ("scripts", "slurm"):
+        shutil.copytree(ROOT / name, tmp_path / "a folder" / name)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "dirname").symlink_to(shutil.which("dirname"))
     return tmp_path / "a folder"
 
 
-def help_of(folder: Path, script: str, *arguments: str, cwd: Path | None = None) -> str:
-    """Returns the text that a script prints, in an empty environment."""
+def help_of(folder: Path, script: str | Path, *arguments: str, cwd: Path | None = None, **environment: str) -> str:
+    """Returns the text that a script prints, in an environment that has nothing else."""
     done = subprocess.run([shutil.which("bash"), script, *arguments], cwd=cwd or folder, capture_output=True, text=True,
-                          env={"PATH": str(folder.parent / "bin")}, stdin=subprocess.DEVNULL, timeout=60)
+                          env={"PATH": str(folder.parent / "bin"), **environment}, stdin=subprocess.DEVNULL, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -54,6 +56,35 @@ def test_help_says_how_the_script_is_used(folder, name):
     else:
         name = "finetuning_" if name.startswith("finetuning") or name == "common.sh" else name
         assert f"bash scripts/{name}" in example[1]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_help_of_a_job(folder, name):
+    """It is asked for before a job is submitted. In a job, Slurm runs a copy of the file, which lies elsewhere."""
+    before, folders = files(folder), sorted(folder.rglob("*"))
+    text = help_of(folder, f"slurm/{name}", "--help")
+    assert "SBATCH" not in text and "Submit it from the project's folder." in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80 and re.search(rf"^Examples?:\n  sbatch slurm/{name} ", text, re.M)
+    spool = folder.parent / "spool" / "job00042"
+    spool.mkdir(parents=True)
+    shutil.copy(folder / "slurm" / name, spool / "slurm_script")
+    assert text == help_of(folder, name, "-h", cwd=folder / "slurm") == help_of(
+        folder, spool / "slurm_script", "-h", SLURM_SUBMIT_DIR=str(folder))
+    assert files(folder) == before and sorted(folder.rglob("*")) == folders
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name != "search.sbatch"])
+def test_the_help_behind_a_job_s_script_is_that_of_the_script(folder, name):
+    (folder.parent / "bin" / "bash").symlink_to(shutil.which("bash"))
+    text = help_of(folder, "scripts/finetuning_sqa_7b.sh", "--help")
+    spool = folder.parent / "slurm_script"
+    shutil.copy(folder / "slurm" / name, spool)
+    assert text == help_of(folder, spool, "scripts/finetuning_sqa_7b.sh", "--help", SLURM_SUBMIT_DIR=str(folder),
+                           SLURM_JOB_ID="42")
+
+
+def test_the_file_that_jobs_source_says_so(folder):
+    assert "ource this file" in help_of(folder, "slurm/run.sh")
 
 
 @pytest.mark.parametrize("name", ["common.sh", "gpus.sh", "help.sh", "signals.sh", "smollm2.sh", "toy.sh"])
