@@ -77,6 +77,14 @@ def test_the_table_of_scores_fits_the_terminal(columns, width, monkeypatch):
                     if width < 146 else [])
 
 
+def test_the_lines_below_the_table_say_one_in_the_singular():
+    scores = {"Avg": 0.0, "counts": {"Avg": 1}, "parse_failures": 1, "bad_pictures": 1, "prompts_cut": 1,
+              "max_seq_len": 64}
+    assert ScienceQATask.report(None, scores)[1:] == [
+        "1 answer named no option, 1 problem dropped for a bad picture",
+        "words in the middle of 1 prompt are left out, since --max_seq_len is 64"]
+
+
 def test_the_table_has_the_categories_as_columns(studied, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "FIGURES", {"categories": figures.FIGURES["categories"]})
     monkeypatch.setenv("COLUMNS", "250")  # the width of the terminal
