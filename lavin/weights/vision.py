@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
-from lavin.runtime.console import counted
+from lavin.runtime.console import counted, print_rank0
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.schema import (
     Layers,
@@ -197,13 +197,20 @@ def hub_files(name: str) -> list[Path]:
 
 
 def create_pretrained(name: str) -> nn.Module:
+    """The model with its weights: those in the hub's cache where there is no network, or where fetching breaks off."""
     config = timm.models.get_pretrained_cfg(name)  # None for timm's old names, which stand for a new one
-    if config:
-        name = f"{native_variant(config.architecture, config.tag)}.{config.tag}"
+    native = f"{native_variant(config.architecture, config.tag)}.{config.tag}" if config else name
     with offline(is_offline()):
         if constants.HF_HUB_OFFLINE and config and config.hf_hub_id:
             require_cached(config.hf_hub_id)  # at once; timm would build the model first
-        return timm.create_model(name, pretrained=True, num_classes=0)
+        try:
+            return timm.create_model(native, pretrained=True, num_classes=0)
+        except Exception as error:
+            if constants.HF_HUB_OFFLINE or not hub_files(name):
+                raise
+            print_rank0(f"{name} cannot be fetched ({first_line(error)}): the file in the hub's cache is used")
+    with offline():
+        return timm.create_model(native, pretrained=True, num_classes=0)
 
 
 def open_timm_hub(name: str) -> OpenedViT:

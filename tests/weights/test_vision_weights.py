@@ -355,6 +355,28 @@ def test_without_network_a_cached_model_loads(monkeypatch):
     assert names == ["vit_tiny_patch16_224.augreg_in21k"]
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_model_in_the_cache_loads_where_fetching_it_breaks_off(monkeypatch, tmp_path, capsys, cached):
+    """The hub's client looks into its cache after a status of 500, and not after a connection that ends."""
+    name, vit = "vit_tiny_patch16_224.augreg_in21k", tiny_vit()
+
+    def create(*args, **options):
+        if not hub.constants.HF_HUB_OFFLINE:
+            raise ConnectionError("Server disconnected")
+        return vit
+    mock_hub(monkeypatch, vit)
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(hub, "snapshot_download", lambda repository, local_files_only: tmp_path)
+    if cached:
+        (tmp_path / "model.safetensors").touch()
+        open_vit(name)
+        assert capsys.readouterr().out == (
+            f"{name} cannot be fetched (Server disconnected): the file in the hub's cache is used\n")
+    else:
+        assert "timm cannot fetch it (Server disconnected)" in error_message(open_vit, name)
+    assert hub.constants.HF_HUB_OFFLINE is False
+
+
 def test_timm_is_imported_at_its_first_use():
     """lavin.timm_compat imports it: with a torchvision for another torch, a plain `import timm` fails."""
     script = ("import sys, demo, eval, search, train; assert not {'timm', 'torch._inductor'} & sys.modules.keys(); "
