@@ -10,5 +10,4 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh requirements/test.txt
 ruff check .
 mypy
-# without reordering, the slowest file stays first (tests/conftest.py), and the other process takes the rest meanwhile
-python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -q -n 2 --dist loadfile "$@"

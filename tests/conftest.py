@@ -27,11 +27,6 @@ import_timm()  # first: transformers, which some tests ask, would import a torch
 torch.set_num_threads(1)  # with models this small, synchronizing threads costs more than it saves
 
 
-def pytest_collection_modifyitems(items):
-    """Start the slowest file first, so that other pytest-xdist workers run the rest in the meantime."""
-    items.sort(key=lambda item: item.path.name != "test_learning.py")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def inherited_variables():
     """Tests, and the commands that they start, end and speak alike wherever they are run."""

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("fork")
 LIBRARIES = ("torch", "transformers", "scipy.stats", "hypothesis", "matplotlib.pyplot", "optuna", "pydantic")
 MUTANTS = Path(__file__).with_name("mutants.json")
-SLOWEST = "tests/training/test_learning.py"  # runs when no other test has failed
+SLOWEST = "tests/training/learning.py"  # runs when no other test has failed
 SECONDS = 1800  # after which a fault counts as noticed, since no test of an intact project takes as long
 
 

@@ -1,6 +1,7 @@
 """Quickstart at its real size: the toy base is weak, fine-tuning improves it, and the model uses the images.
 
-The slowest test file: it builds the data and the base weights as quickstart.sh does, and trains the base method once.
+It builds the data and the base weights as quickstart.sh does, and trains the base method once. This takes minutes, so
+that the suite leaves it out: `python -m pytest tests/training/learning.py`.
 """
 
 import json
