@@ -243,7 +243,7 @@ def test_ctrl_c_stops_an_answer_and_twice_ends_the_chat():
     typist.wait("(stopped)")
     typist.wait("plain> ")
     typist.type("half a line")
-    typist.wait("half a line")  # else Python may take the signal while it reads the keys, and notice it with the next one
+    typist.wait("half a line")  # else Python may get the signal while it reads keys, and notice it with the next one
     typist.type("\x03")
     typist.wait("(Ctrl-C again, Ctrl-D or /quit ends)")
     typist.wait("plain> ")
