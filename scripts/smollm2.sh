@@ -24,12 +24,13 @@ trap go_on_later EXIT
 PRECISION=fp32
 if grep -qsw avx512_bf16 /proc/cpuinfo; then PRECISION=bf16; fi
 CPU=(--device cpu --precision "$PRECISION")
-# the picture is described before the answer
-FLAGS=(--vision_model "$BASE/vit" --prompt_format QCM-EA --max_seq_len 128 --accum_iter 1)
+# All commands ask in this way: the model describes the picture before it answers.
+ASKED=(--vision_model "$BASE/vit" --prompt_format QCM-EA --max_seq_len 128)
+FLAGS=("${ASKED[@]}" --accum_iter 1)
 
-# score_untuned FLAG...: the base without adapters
+# score_untuned FLAG...: scores the base without adapters
 score_untuned() {
     echo "== the untuned base"
-    run python eval.py --ckpt_dir "$WEIGHTS" --llm_model "$MODEL" --data_root "$DATA_ROOT" \
-        --vision_model "$BASE/vit" --prompt_format QCM-EA --max_seq_len 128 --output_dir "$OUTPUT_ROOT/untuned" "$@"
+    run python eval.py --ckpt_dir "$WEIGHTS" --llm_model "$MODEL" --data_root "$DATA_ROOT" "${ASKED[@]}" \
+        --output_dir "$OUTPUT_ROOT/untuned" "$@"
 }

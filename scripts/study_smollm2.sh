@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The study on a real language model and real pictures: the eight methods, and
 # every schedule with every dropout (run_factorial.sh), on the model and the data
-# of quickstart_smollm2.sh. Of 20 epochs of 80 questions, the methods learn enough
-# to differ; 800 test questions tell. What exists is used again; results go to
-# runs/study_smollm2, their tables to its folders plots and crossed. Arguments are
-# flags of train.py. Installs what is missing as scripts/environment.sh does,
-# whose variables hold.
+# of quickstart_smollm2.sh. Each run learns from 80 questions for 20 epochs, which
+# leaves room to differ, and answers 800 others. What exists is used again;
+# results go to runs/study_smollm2, their tables to its folders plots and crossed.
+# Arguments are flags of train.py. Installs what is missing as
+# scripts/environment.sh does, whose variables hold.
 #   SEEDS="0 1 2 3 4"         the seeds of each method
 #   JOBS=auto                 runs at once, as in run_all_variants.sh
 # Example:

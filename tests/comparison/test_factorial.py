@@ -135,9 +135,10 @@ def test_effects_are_in_tables_figures_and_plans(study, tmp_path, capsys, monkey
     plan = run_command("--plan", "1").splitlines()
     assert plan[0].split("  ")[-3:] == ["schedule effect", "dropout effect", "interaction effect"]
     comparison = compare([str(study)])
-    variances, families = measure(comparison), find_grid(comparison).families()
+    variances, grid = measure(comparison), find_grid(comparison)
+    families = grid.families()
     assert plan[3].split()[-3:] == [
-        f"±{detectable(measure_family(variances, comparison, families[family]), 3, N, weights, tests):.2f}"
+        f"±{detectable(measure_family(variances, comparison, grid, families[family]), 3, N, weights, tests):.2f}"
         for family, weights, tests in (
             ("schedule", (0.5, 0.5, -0.5, -0.5), 2), ("dropout", (1 / 3, 1 / 3, 1 / 3, -1 / 3, -1 / 3, -1 / 3), 1),
             ("interaction", (1, -1, -1, 1), 2))]
@@ -198,7 +199,7 @@ def test_the_plan_of_an_effect_is_that_of_its_table(study):
     comparison = compare([str(study)])
     grid, variances = find_grid(comparison), measure(comparison)
     for family, effects in grid.families().items():
-        planned, found = measure_family(variances, comparison, effects), grid.seed_variance(effects, None)
+        planned, found = measure_family(variances, comparison, grid, effects), grid.seed_variance(effects, None)
         assert planned.seeds + planned.noise / N == pytest.approx(1e4 * found.accuracies)
         assert planned.directions * (3 - 1) == found.freedom
         weights = next(iter(effects.values())).values()
@@ -216,8 +217,9 @@ def test_the_plan_takes_the_noise_of_single_answers_out_of_the_variance_between_
                 right = "".join(map(str, (rng.random(2000) < 0.7).astype(int)))
                 write_run(tmp_path / f"{i}{j}{seed}", right, seed=seed, **flags, **more)
     comparison = compare([str(tmp_path)])
-    for effects in find_grid(comparison).families().values():
-        planned = measure_family(measure(comparison), comparison, effects)
+    grid = find_grid(comparison)
+    for effects in grid.families().values():
+        planned = measure_family(measure(comparison), comparison, grid, effects)
         assert planned.noise == pytest.approx(1e4 * 0.7 * 0.3, rel=0.05)
         assert planned.questions < 0.1 * planned.noise
 

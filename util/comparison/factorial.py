@@ -35,16 +35,21 @@ class Grid:
         """The seeds that all methods have."""
         return sorted(set.intersection(*(set(seeds_of(method)) for method in self.methods.values())))
 
+    @property
+    def has_effects(self) -> bool:
+        """Whether the methods have two seeds in common, which a variance between seeds takes."""
+        return len(self.seeds) > 1
+
     def outcomes(self) -> dict[tuple[str, str], np.ndarray]:
         """1 where the answer of a method is correct, else 0: [seeds, questions]."""
         return {levels: method.outcomes[list(map(seeds_of(method).index, self.seeds))]
                 for levels, method in self.methods.items()}
 
-    def seed_variance(self, effects: dict[str, Weights], clusters: np.ndarray | None) -> SeedVariance | None:
-        """What the seeds do to a family of effects; None where the methods do not have two seeds in common."""
+    def seed_variance(self, effects: dict[str, Weights], clusters: np.ndarray | None) -> SeedVariance:
+        """What the seeds do to a family of effects."""
         outcomes = self.outcomes()
         family = np.array([[weights.get(levels, 0.0) for levels in outcomes] for weights in effects.values()])
-        return block_variance(list(outcomes.values()), clusters, family) if len(self.seeds) > 1 else None
+        return block_variance(list(outcomes.values()), clusters, family)
 
     def families(self) -> dict[str, dict[str, Weights]]:
         """The effects by name, in the families over which their p-values are adjusted."""
@@ -132,12 +137,11 @@ def find_effects(comparison: Comparison) -> list[Effect]:
     """All effects, family by family; none where nothing is crossed, or where the methods do not have two seeds in
     common."""
     grid, clusters, found = find_grid(comparison), comparison.clusters, []
-    if grid is None or len(grid.seeds) < 2:
+    if grid is None or not grid.has_effects:
         return []
     outcomes = grid.outcomes()
     for family, effects in grid.families().items():
         between = grid.seed_variance(effects, clusters)
-        assert between is not None
         estimates = [contrast([outcomes[levels] for levels in weights], list(weights.values()), clusters, between)
                      for weights in effects.values()]
         adjusted = holm([estimate.p for estimate in estimates])

@@ -15,7 +15,7 @@ from scipy.stats import chi2
 from lavin.runtime.console import counted, format_table
 from lavin.runtime.errors import UserError
 from util.comparison.comparison import Comparison
-from util.comparison.factorial import Weights, find_grid
+from util.comparison.factorial import Grid, Weights, find_grid
 from util.comparison.statistics import Estimate, seed_variance, standard_error, two_way
 from util.comparison.tables import NONE, half_width
 
@@ -62,17 +62,16 @@ def measure(comparison: Comparison) -> Variances:
                      notes=(seeds_note, questions_note))
 
 
-def measure_family(variances: Variances, comparison: Comparison, effects: dict[str, Weights]) -> Variances:
+def measure_family(variances: Variances, comparison: Comparison, grid: Grid, effects: dict[str, Weights]) -> Variances:
     """The variances of the effects of a family, of which seeds are blocks. Where they cannot be measured, they are
     those of differences to the base.
 
     questions: of a difference between two methods, as in Variances; so the effects' is divided by half the squares of
     their weights.
     """
-    grid = find_grid(comparison)
-    found = grid.seed_variance(effects, comparison.clusters) if grid else None
-    if grid is None or found is None:
+    if not grid.has_effects:
         return variances
+    found = grid.seed_variance(effects, comparison.clusters)
     noise, outcomes, questions = 1e4 * found.answers * comparison.counts["Avg"], grid.outcomes(), []
     for weights in effects.values():
         values = sum(weight * outcomes[levels].mean(0) for levels, weight in weights.items())
@@ -171,15 +170,15 @@ def plan(comparison: Comparison, points: float) -> str:
     """The plan as text: a table by number of seeds, what it says of these questions, and where its numbers are from."""
     variances, n = measure(comparison), comparison.counts["Avg"]
     grid = find_grid(comparison)
-    by_name = grid.families() if grid else {}
-    families = [(measure_family(variances, comparison, effects), effects) for effects in by_name.values()]
+    families = {name: (measure_family(variances, comparison, grid, effects), effects)
+                for name, effects in grid.families().items()} if grid else {}
     header = ["seeds a method", f"detectable with {n:,} questions", f"questions for {in_points(points)}",
-              *(f"{family} effect" for family in by_name)]
+              *(f"{family} effect" for family in families)]
     rows = []
     for seeds in SEEDS:
         found, needed = detectable(variances, seeds, n), questions_needed(variances, seeds, points)
         rows.append([seeds, half_width(found), f"{needed:,}" if needed else NONE])
-        for of_family, effects in families:
+        for of_family, effects in families.values():
             weights = next(iter(effects.values())).values()
             rows[-1].append(half_width(detectable(of_family, seeds, n, weights, len(effects))))
     k = variances.methods - 1

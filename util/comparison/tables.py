@@ -187,7 +187,7 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append("±: standard deviation over the seeds; all else is of their mean. The variance between seeds is "
                      "taken as the same for all methods, so those with one seed have it from the others.")
         lines += variance_notes(comparison.methods)
-    if find_grid(comparison) and not find_effects(comparison):
+    if (grid := find_grid(comparison)) and not grid.has_effects:
         lines.append("Schedules and dropouts are crossed, but these methods do not have two seeds in common, which the "
                      "effects of both need.")
     if any(method.published for method in comparison.methods):
