@@ -60,6 +60,10 @@ def compile_model(model: LaVIN) -> None:
     allow_in_cache(functions)
     # else Inductor decides by the first pass's rows whether to pad a matmul, and compiles again for other numbers
     torch._inductor.config.shape_padding = False
+    # the backward pass of a norm and an adapter computes the normalised rows again, from what the norm keeps anyway
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    if hasattr(torch._inductor.config, "online_softmax"):  # of newer versions; it makes the loss seven times as slow
+        torch._inductor.config.online_softmax = False
     torch._dynamo.config.specialize_float = True  # else the numbers of a layer are traced as inputs first, then again
     torch.fx.experimental._config.use_duck_shape = False  # two sizes that are equal at first may differ later
     torch._dynamo.config.cache_size_limit = 32  # one graph each for training, prefill, decoding, a single sequence

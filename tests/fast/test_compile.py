@@ -40,7 +40,8 @@ def capture_without_compiling(run, device, pool=None):
 def compiled(monkeypatch):
     """An eager model, the same model fused and compiled, and the counter of compiled frames; no code is generated."""
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    # which chooses, as Inductor does, what a forward pass keeps for the backward pass
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     for module in ("lavin.fast.cuda_graphs", "lavin.generation.session"):
         monkeypatch.setattr(f"{module}.capture", capture_without_compiling)
@@ -79,6 +80,17 @@ def test_captured_training_compiles_one_program_a_kind(compiled, flat):
     for n_images in (1, 3, 2):
         loss_and_gradients(model, [tiny_example(seed, 9, 3, image=seed < n_images) for seed in range(4)])
     assert counter.frame_count == 3
+
+
+def test_layers_keep_no_normalised_rows(compiled):
+    """A layer keeps its input and what attention was added to, of which the backward pass makes the rest that has this
+    shape."""
+    _, model, _ = compiled
+    batch, kept = pack(mixed_examples(3)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        model.train()(batch)
+    rows = {x.data_ptr() for x in kept if x.shape == (2 + len(batch.ids), model.llama.config.dim)}
+    assert len(rows) == 2 * len(model.llama.layers) + 1  # and the input of the last norm
 
 
 def test_decoding_compiles_once(compiled):
