@@ -3,9 +3,22 @@
 import torch
 from torch import nn
 
+from lavin.kernels.single_row import nf4_table
 from lavin.model import LaVIN
 from lavin.weights.load import quantize_model
 from tiny import cast_frozen, tiny_model
+
+NF4 = torch.tensor([  # QLoRA, appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
+
+
+def random_nf4(rows: int, K: int) -> list[torch.Tensor]:
+    """Returns a weight [rows, K] of random codes and scales, as the arguments of `gemv_nf4` behind x."""
+    scales = rows * K // 64
+    return [torch.randint(256, (rows * K // 2, 1), dtype=torch.uint8), torch.randint(256, (scales,), dtype=torch.uint8),
+            torch.rand(-(-scales // 256)), torch.rand(256), torch.rand(()), nf4_table(NF4)]
 
 
 def dequantized_weight(linear: nn.Module, in_features: int, device="cpu", dtype=torch.float32) -> torch.Tensor:

@@ -26,15 +26,19 @@ from lavin.runtime.errors import UserError, first_line
 
 
 def fuse(model: LaVIN, fp8: bool = False) -> None:
-    """Fuses the matrices of LLaMA's layers, unless they are in 4 bits, and norms with adapters. It changes the model in
-    place.
+    """Fuses the matrices of LLaMA's layers, and norms with adapters. It changes the model in place.
 
-    The output matrix and the ViT stay as they are.
+    Matrices in 4 bits are not fused, but multiply one row by our kernel. The output matrix and the ViT stay as they
+    are.
     """
     for block in model.llama.layers:
         if isinstance(block.attention.wq, nn.Linear):
             fused_linear.FusedAttention.convert(block.attention, fp8)
             fused_linear.FusedFeedForward.convert(block.feed_forward, fp8)
+        else:
+            for module in block.modules():
+                if hasattr(module, "use_triton"):  # Linear4bit
+                    module.use_triton = True
         FusedAdaptedBlock.convert(block)
 
 

@@ -1,6 +1,6 @@
 """Triton kernels of single_row.py.
 
-A program of `gemv_fwd` or `gemv_swiglu_fwd` sums a few rows of the weight, in float32. Every program of
+A program of `gemv_fwd`, `gemv_swiglu_fwd` or `gemv_nf4_fwd` sums a few rows of the weight, in float32. Every program of
 `norm_adapter_fwd` normalises the whole row and projects it down, and then adds its own block of the up-projection: all
 read the row and the small matrices from the GPU's cache.
 """
@@ -80,6 +80,105 @@ def gemv_swiglu_fwd(x, weight, scale, bias, out, H, K: tl.constexpr, BLOCK_O: tl
     gate, up = tl.split(tl.reshape(y, (half, 2)))
     rows = tl.program_id(0) * half + tl.arange(0, half)
     tl.store(out + rows, (gate * tl.sigmoid(gate) * up).to(dtype), rows < H)
+
+
+@triton.jit
+def split_in_four(tile, A: tl.constexpr, B: tl.constexpr):
+    """Returns the four parts [A, B] of a tile [A, B, 4]."""
+    even, odd = tl.split(tl.reshape(tile, (A, B, 2, 2)))
+    t0, t2 = tl.split(even)
+    t1, t3 = tl.split(odd)
+    return t0, t1, t2, t3
+
+
+@triton.jit
+def split_in_eight(tile, A: tl.constexpr):
+    """Returns the eight columns [A, 1] of a tile [A, 8]."""
+    t04, t15, t26, t37 = split_in_four(tl.reshape(tile, (A, 2, 4)), A, 2)
+    t0, t4 = tl.split(t04)
+    t1, t5 = tl.split(t15)
+    t2, t6 = tl.split(t26)
+    t3, t7 = tl.split(t37)
+    return t0[:, None], t1[:, None], t2[:, None], t3[:, None], t4[:, None], t5[:, None], t6[:, None], t7[:, None]
+
+
+@triton.jit
+def nf4_values(words, t0, t1, t2, t3, t4, t5, t6, t7):
+    """Returns the values of the eight codes in each word, in float32.
+
+    `prmt` looks up four bytes at once in two words of the table, by three bits of each code, so that both halves of the
+    table are read, and the code's fourth bit chooses. The table has two bytes of each value, with which the float32
+    begins, and which are its other two as well (`nf4_table`). The first code of a byte is in its upper half.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 c, s, a, b, h, l;
+        and.b32 c, $8, 0x77777777; shr.u32 s, $8, 1; and.b32 s, s, 0x44444444; or.b32 s, s, 0x32103210;
+        prmt.b32 a, $9, $10, c; prmt.b32 b, $11, $12, c; prmt.b32 h, a, b, s;
+        prmt.b32 a, $13, $14, c; prmt.b32 b, $15, $16, c; prmt.b32 l, a, b, s;
+        prmt.b32 $1, h, l, 0x0404; prmt.b32 $0, h, l, 0x1515; prmt.b32 $3, h, l, 0x2626; prmt.b32 $2, h, l, 0x3737;
+        shr.u32 c, c, 16; shr.u32 s, s, 16;
+        prmt.b32 a, $9, $10, c; prmt.b32 b, $11, $12, c; prmt.b32 h, a, b, s;
+        prmt.b32 a, $13, $14, c; prmt.b32 b, $15, $16, c; prmt.b32 l, a, b, s;
+        prmt.b32 $5, h, l, 0x0404; prmt.b32 $4, h, l, 0x1515; prmt.b32 $7, h, l, 0x2626; prmt.b32 $6, h, l, 0x3737;
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r", [words, t0, t1, t2, t3, t4, t5, t6, t7],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True, pack=1)
+
+
+@triton.jit
+def add_nf4_products(sums, words, x, mask, t0, t1, t2, t3, t4, t5, t6, t7, CHUNKS: tl.constexpr):
+    """Adds the products of the codes in words [CHUNKS, ROWS] and the eight values at each of the pointers x
+    [CHUNKS, 1]."""
+    v0, v1, v2, v3, v4, v5, v6, v7 = nf4_values(words, t0, t1, t2, t3, t4, t5, t6, t7)
+    x0, x1, x2, x3, x4, x5, x6, x7 = split_in_eight(
+        tl.load(x + tl.arange(0, 8)[None, :], mask, 0.0).to(tl.float32), CHUNKS)
+    sums += v0 * x0
+    sums += v1 * x1
+    sums += v2 * x2
+    sums += v3 * x3
+    sums += v4 * x4
+    sums += v5 * x5
+    sums += v6 * x6
+    sums += v7 * x7
+    return sums
+
+
+@triton.jit
+def gemv_nf4_fwd(x, weight, absmax, absmax2, code2, offset, table, out, n_rows, K: tl.constexpr, ROWS: tl.constexpr,
+                 CHUNKS: tl.constexpr, USE_PDL: tl.constexpr):
+    """Writes out [O], the product of a weight [O, K] in NF4 and x [K]. Arguments are those of `gemv_nf4`.
+
+    A thread has chunks of 32 codes, 16 bytes, which have one scale, and the same ones of each of the program's rows.
+    """
+    n_chunks: tl.constexpr = K // 32
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    chunks, row_mask = tl.arange(0, CHUNKS), rows < n_rows
+    # a copy for each thread: ptxas keeps what all threads share in registers that prmt cannot read
+    t0, t1, t2, t3, t4, t5, t6, t7 = split_in_eight(
+        tl.load(table + chunks[:, None] * 8 + tl.arange(0, 8)[None, :]), CHUNKS)
+    offset = tl.load(offset)
+    sums = tl.zeros([CHUNKS, ROWS], tl.float32)
+    for start in range(0, n_chunks, CHUNKS):
+        columns = start + chunks
+        x_mask = (columns < n_chunks)[:, None]
+        mask, chunk = x_mask & row_mask[None, :], rows[None, :] * n_chunks + columns[:, None]
+        words = tl.load(weight + chunk[:, :, None] * 4 + tl.arange(0, 4)[None, None, :], mask[:, :, None], 0,
+                        eviction_policy="evict_first")
+        scale_code = tl.load(absmax + chunk // 2, mask, 0).to(tl.int32)
+        scale = tl.load(absmax2 + chunk // 512, mask, 0.0)
+        if start == 0:
+            wait_and_launch_dependents(USE_PDL)
+        scale = tl.load(code2 + scale_code) * scale + offset
+        w0, w1, w2, w3 = split_in_four(words, CHUNKS, ROWS)
+        x_start, products = x + columns[:, None] * 32, tl.zeros([CHUNKS, ROWS], tl.float32)
+        products = add_nf4_products(products, w0, x_start, x_mask, t0, t1, t2, t3, t4, t5, t6, t7, CHUNKS)
+        products = add_nf4_products(products, w1, x_start + 8, x_mask, t0, t1, t2, t3, t4, t5, t6, t7, CHUNKS)
+        products = add_nf4_products(products, w2, x_start + 16, x_mask, t0, t1, t2, t3, t4, t5, t6, t7, CHUNKS)
+        products = add_nf4_products(products, w3, x_start + 24, x_mask, t0, t1, t2, t3, t4, t5, t6, t7, CHUNKS)
+        sums += products * scale
+    tl.store(out + rows, tl.sum(sums, 0).to(out.dtype.element_ty), row_mask)
 
 
 @triton.jit

@@ -15,6 +15,8 @@ import torch
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from torch import nn
 
+from lavin.fast.fused_linear import uses_gemv
+from lavin.kernels.single_row import gemv_nf4, nf4_table
 from lavin.llama import add_bias
 from lavin.model import LaVIN
 
@@ -51,13 +53,19 @@ class Linear4bit(QuantizedLinear):
     """
 
     capturable = True
+    use_triton = False  # for products with one row; set in lavin/fast/speed_up.py
 
     def load(self, weight: torch.Tensor, device, dtype) -> None:
         """Quantizes a weight [O, K] on `device`. `dtype` is that of the product."""
         self.weight, self.state = quantize_4bit(weight.to(device).to(dtype).contiguous(), quant_type="nf4",
                                                 compress_statistics=True)
+        self.table = nf4_table(self.state.code)
 
     def matmul(self, x):
+        if self.use_triton and uses_gemv(x) and not x.requires_grad and x.shape[1] % 32 == 0:
+            state = self.state
+            return gemv_nf4(x, self.weight, state.absmax, state.state2.absmax, state.state2.code, state.offset,
+                            self.table)
         return bitsandbytes.matmul_4bit(x, self.weight.t(), self.state)
 
 

@@ -10,11 +10,13 @@ from lavin.fast.fused_linear import FrozenLinear
 from lavin.fast.speed_up import fuse
 from lavin.kernels import fp8, fused_ops
 from lavin.kernels.fp8 import check_fp8
+from lavin.kernels.single_row import gemv_nf4
 from lavin.llama import apply_rotary, rotary_angles, rotary_frequencies
 from lavin.loss import answer_loss
 from lavin.model import pack
 from lavin.runtime.errors import UserError
 from tiny import mixed_examples, tiny_config, tiny_model
+from tiny_quantized import NF4, random_nf4
 
 
 def gradients(outputs, inputs, grad_outputs):
@@ -114,6 +116,19 @@ def test_fused_layers_add_their_biases(fp8, tolerance):
     for x in (zeros, zeros.clone().requires_grad_()):
         assert (feed_forward(x) - expected).norm() <= tolerance * expected.norm()
     assert (expected - biases["w2"]).norm() > 0.2 * expected.norm()  # w1's and w3's have their part in it
+
+
+def test_one_row_in_nf4():
+    """Two codes a byte, the first in its upper half; 64 codes have a scale, and 256 scales one of their own. The values
+    are as precise as in bf16."""
+    torch.manual_seed(0)
+    weight, absmax, absmax2, code2, offset, table = random_nf4(520, 64)
+    codes = [code for byte in weight.flatten().tolist() for code in (byte >> 4, byte & 15)]
+    scales = torch.stack([code2[code] * absmax2[i // 256] + offset for i, code in enumerate(absmax.tolist())])
+    for x in torch.eye(64).split(1):
+        column = NF4[codes].view(520, 64) @ x[0] * scales
+        actual = gemv_nf4(x, weight, absmax, absmax2, code2, offset, table)[0]
+        assert ((actual - column).abs() <= 2**-8 * column.abs()).all()
 
 
 def test_answer_loss_equals_cross_entropy(monkeypatch):

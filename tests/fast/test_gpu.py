@@ -16,13 +16,13 @@ from lavin.generation.generate import decode
 from lavin.generation.kv_cache import DecodeMetadata, KVCache, PrefillMetadata
 from lavin.kernels import fp8, fused_ops
 from lavin.kernels.fp8 import scaled_matmul
-from lavin.kernels.single_row import gemv, gemv_swiglu, norm_adapter
+from lavin.kernels.single_row import gemv, gemv_nf4, gemv_swiglu, norm_adapter
 from lavin.llama import LlamaConfig, RMSNorm, add_bias
 from lavin.mm_adapter import AdapterConfig, RepAdapterRouter
 from lavin.model import pack
 from lavin.runtime.device import stack_on_device, to_device
 from tiny import BATCHES, cast_frozen, greedy, greedy_logits, loss_and_gradients, mixed_examples, tiny_model
-from tiny_quantized import quantized_and_dequantized_model
+from tiny_quantized import quantized_and_dequantized_model, random_nf4
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
                                 reason="no GPU of compute capability 8.0 or newer")
@@ -94,6 +94,14 @@ def test_gemv_with_swiglu_equals_pytorch(quantized, biased):
     weight = weight if quantized else weight.bfloat16()
     actual, expected = (f(x, weight, scale, bias) for f in (gemv_swiglu, gemv_then_swiglu))
     assert close(actual, expected, 1e-3)  # they round at the same places
+
+
+@pytest.mark.parametrize("K", [64, 4160])
+def test_gemv_nf4_equals_pytorch(K):
+    """Rows shorter than a block, and rows and columns that are no multiple of one."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, K), *random_nf4(37, K)]
+    assert close(gemv_nf4(*(tensor.cuda() for tensor in tensors)), gemv_nf4(*tensors), 1e-5)
 
 
 @pytest.mark.parametrize("rank", [8, 6])

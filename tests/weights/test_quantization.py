@@ -20,17 +20,13 @@ from lavin.model import LaVIN, pack
 from lavin.runtime.errors import UserError
 from lavin.weights.load import frozen_parameters, load_base, load_frozen_tensor, quantize_model
 from tiny import greedy, loss_and_gradients, mixed_examples, tiny_model, tiny_vit
-from tiny_quantized import dequantized_weight, quantized_and_dequantized_model, weight_bytes
+from tiny_quantized import NF4, dequantized_weight, quantized_and_dequantized_model, weight_bytes
 from tiny_runs import load_checkpoint, read_log, train_run
 from util.flags import stays_plain
 from util.trained_model import load_model
 
 CPU = torch.device("cpu")
 BITS = ["4bit", "8bit"]
-NF4 = torch.tensor([  # QLoRA, appendix E
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +78,17 @@ def test_gradient_of_the_input(quantization, weight, bits):
     x, grad_output = torch.randn(33, 256, requires_grad=True), torch.randn(33, 96)
     grad_x, = torch.autograd.grad(linear(x), x, grad_output)
     torch.testing.assert_close(grad_x, grad_output @ dequantized_weight(linear, 256))
+
+
+def test_one_row_in_4_bits(quantization, weight, monkeypatch):
+    """Our kernel's reference implementation equals bitsandbytes, but for values of NF4 as precise as in bf16."""
+    linear, x = make_linear(quantization, weight, "4bit"), torch.randn(1, 256)
+    expected = linear(x)
+    monkeypatch.setattr(quantization, "uses_gemv", lambda x: len(x) == 1)
+    assert torch.equal(linear(x), expected)  # use_triton is not set yet
+    linear.use_triton = True
+    assert 0 < (linear(x) - expected).norm() / expected.norm() < 2**-8
+    torch.testing.assert_close(linear(x.repeat(2, 1))[:1], expected)  # two rows still go to bitsandbytes
 
 
 @pytest.mark.parametrize("bits, num_bytes", [("4bit", 96 * 256 // 2 + 384 + 4 * 2 + 4 + 4 * (16 + 256)),
@@ -146,6 +153,7 @@ def test_4_bit_models_are_captured(quantization, monkeypatch):
         assert torch.equal(*(torch.stack(list(decode(model.eval(), mixed_examples(0), 4, greedy)))
                              for model in (plain, fast)))
         assert isinstance(fast.llama.layers[1].attention.wo, quantization.QUANTIZED_LINEARS[bits])
+        assert getattr(fast.llama.layers[1].attention.wo, "use_triton", False) == (bits == "4bit")
         assert isinstance(fast.llama.forward, CapturedModule) == (bits == "4bit")
         assert stays_plain(Namespace(bits=bits), Namespace(model_parallel_size=1)) == (bits == "8bit")
         assert isinstance(fast.llama.layers[1], FusedAdaptedBlock) == (bits == "4bit")
