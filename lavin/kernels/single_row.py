@@ -10,14 +10,15 @@ from lavin.kernels.fused_ops import swiglu
 from lavin.runtime.arithmetic import ceil_div, next_power_of_2
 from lavin.runtime.device import pdl_options
 
-# rows of the weight a program, entries of each that it reads at once, and warps: the fastest for 7B's matrices, in 16
-# bits on an H200 (w2 would be 6% faster with 4 warps), in fp8 on an H100
-SHAPE, SWIGLU_SHAPE, FP8_SHAPE = (4, 2048, 8), (2, 2048, 4), (4, 512, 2)
+# rows of the weight a program, entries of each that it reads at once, and warps: the fastest for 7B's matrices on an
+# H200 (w2 would be 6% faster with 4 warps in 16 bits)
+SHAPE, SWIGLU_SHAPE = (4, 2048, 8), (2, 2048, 4)
+FP8_SHAPE, FP8_SWIGLU_SHAPE = (4, 2048, 4), (4, 2048, 4)
 
 
-def gemv_options(scale: torch.Tensor | None, shape: tuple[int, int, int], device: torch.device) -> dict:
-    """The options that the kernels of both products are launched with. `shape` is that of a weight in 16 bits."""
-    BLOCK_O, BLOCK_K, num_warps = shape if scale is None else FP8_SHAPE
+def gemv_options(shape: tuple[int, int, int], scale: torch.Tensor | None, device: torch.device) -> dict:
+    """The options that the kernels of both products are launched with."""
+    BLOCK_O, BLOCK_K, num_warps = shape
     return {"BLOCK_O": BLOCK_O, "BLOCK_K": BLOCK_K, "SCALED": scale is not None, "num_warps": num_warps,
             **pdl_options(device)}
 
@@ -26,14 +27,15 @@ def gemv_options(scale: torch.Tensor | None, shape: tuple[int, int, int], device
 def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """Returns x W^T [1, O] for x [1, K], weight [O, K] and, where the weight is in fp8, its scale [O, 1] float32.
 
-    fp8 weights are read as they are, and x stays in 16 bits.
+    fp8 weights are read as they are, and x stays in 16 bits; K is then a multiple of 16, as for products of more rows.
     """
     if not x.is_cuda:
         out = x.float() @ weight.float().t()
         return (out if scale is None else out * scale.t()).to(x.dtype)
     from lavin.kernels.single_row_triton import gemv_fwd
     n_rows, K = weight.shape
-    out, options = x.new_empty(1, n_rows), gemv_options(scale, SHAPE, x.device)
+    out = x.new_empty(1, n_rows)
+    options = gemv_options(SHAPE if scale is None else FP8_SHAPE, scale, x.device)
     gemv_fwd[(ceil_div(n_rows, options["BLOCK_O"]),)](x, weight, out if scale is None else scale, out, n_rows, K,
                                                       **options)
     return out
@@ -54,7 +56,8 @@ def gemv_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | Non
         return swiglu(gate_up if bias is None else gate_up + bias, False)[0]
     from lavin.kernels.single_row_triton import gemv_swiglu_fwd
     n_rows, K = weight.shape
-    out, options = x.new_empty(1, n_rows // 2), gemv_options(scale, SWIGLU_SHAPE, x.device)
+    out = x.new_empty(1, n_rows // 2)
+    options = gemv_options(SWIGLU_SHAPE if scale is None else FP8_SWIGLU_SHAPE, scale, x.device)
     gemv_swiglu_fwd[(ceil_div(n_rows, options["BLOCK_O"]),)](
         x, weight, out if scale is None else scale, out if bias is None else bias, out, n_rows // 2, K,
         BIASED=bias is not None, **options)

@@ -25,35 +25,112 @@ def wait_and_launch_dependents(USE_PDL: tl.constexpr):
 
 
 @triton.jit
+def split_in_four(tile, A: tl.constexpr, B: tl.constexpr):
+    """Returns the four parts [A, B] of a tile [A, B, 4]."""
+    even, odd = tl.split(tl.reshape(tile, (A, B, 2, 2)))
+    t0, t2 = tl.split(even)
+    t1, t3 = tl.split(odd)
+    return t0, t1, t2, t3
+
+
+@triton.jit
+def split_in_eight(tile, A: tl.constexpr):
+    """Returns the eight columns [A, 1] of a tile [A, 8]."""
+    t04, t15, t26, t37 = split_in_four(tl.reshape(tile, (A, 2, 4)), A, 2)
+    t0, t4 = tl.split(t04)
+    t1, t5 = tl.split(t15)
+    t2, t6 = tl.split(t26)
+    t3, t7 = tl.split(t37)
+    return t0[:, None], t1[:, None], t2[:, None], t3[:, None], t4[:, None], t5[:, None], t6[:, None], t7[:, None]
+
+
+@triton.jit
+def add_eight_products(sums, w0, w1, w2, w3, w4, w5, w6, w7, x, mask, CHUNKS: tl.constexpr):
+    """Adds to sums [CHUNKS, ROWS] the products of eight weights, each [CHUNKS, ROWS], and the eight values behind each
+    of the pointers x [CHUNKS, 1]."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = split_in_eight(
+        tl.load(x + tl.arange(0, 8)[None, :], mask, 0.0).to(tl.float32), CHUNKS)
+    sums += w0 * x0
+    sums += w1 * x1
+    sums += w2 * x2
+    sums += w3 * x3
+    sums += w4 * x4
+    sums += w5 * x5
+    sums += w6 * x6
+    sums += w7 * x7
+    return sums
+
+
+@triton.jit
+def fp8_values(words):
+    """Returns the four values of each word, in float32."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 l, h, a, b, c, d;
+        .reg .b32 p, q;
+        mov.b32 {l, h}, $4; cvt.rn.f16x2.e4m3x2 p, l; cvt.rn.f16x2.e4m3x2 q, h;
+        mov.b32 {a, b}, p; mov.b32 {c, d}, q;
+        cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; cvt.f32.f16 $2, c; cvt.f32.f16 $3, d;
+        }""",
+        "=f,=f,=f,=f,r", [words], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1)
+
+
+@triton.jit
+def add_fp8_products(sums, w0, w1, x, mask, CHUNKS: tl.constexpr):
+    """Adds the products of two words [CHUNKS, ROWS] and the eight values behind each of the pointers x [CHUNKS, 1]."""
+    v0, v1, v2, v3 = fp8_values(w0)
+    v4, v5, v6, v7 = fp8_values(w1)
+    return add_eight_products(sums, v0, v1, v2, v3, v4, v5, v6, v7, x, mask, CHUNKS)
+
+
+@triton.jit
+def fp8_row_products(x, weight, scale, rows, row_mask, K: tl.constexpr, CHUNKS: tl.constexpr, USE_PDL: tl.constexpr):
+    """Is `row_products` for a weight in fp8. K is a multiple of 16.
+
+    A thread reads 16 weights of a row, a chunk, as four words, since Triton would keep a single one in a register of
+    its own. It has the same chunks of each of the program's rows.
+    """
+    n_chunks: tl.constexpr = K // 16
+    chunks = tl.arange(0, CHUNKS)
+    start = rows.to(tl.int64)[None, :] * n_chunks + chunks[:, None]
+    start = weight.to(tl.pointer_type(tl.int32), bitcast=True) + start[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    words = tl.load(start, ((chunks < n_chunks)[:, None] & row_mask[None, :])[:, :, None], 0,
+                    eviction_policy="evict_first")
+    scale = tl.load(scale + rows, row_mask, 0.0)
+    wait_and_launch_dependents(USE_PDL)
+    sums = tl.zeros([CHUNKS, rows.shape[0]], tl.float32)
+    for i in tl.range(0, n_chunks, CHUNKS, num_stages=1):
+        ahead = i + CHUNKS + chunks < n_chunks
+        next_words = tl.load(start + (i + CHUNKS) * 4, (ahead[:, None] & row_mask[None, :])[:, :, None], 0,
+                             eviction_policy="evict_first")
+        x_start, mask = x + (i + chunks)[:, None] * 16, (i + chunks < n_chunks)[:, None]
+        w0, w1, w2, w3 = split_in_four(words, CHUNKS, rows.shape[0])
+        sums = add_fp8_products(sums, w0, w1, x_start, mask, CHUNKS)
+        sums = add_fp8_products(sums, w2, w3, x_start + 8, mask, CHUNKS)
+        words = next_words
+    return tl.sum(sums, 0) * scale
+
+
+@triton.jit
 def row_products(x, weight, scale, rows, row_mask, K: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr,
                  USE_PDL: tl.constexpr):
-    """Returns weight[rows] x in float32. The first part of the weight is read before x is there.
+    """Returns weight[rows] x in float32.
 
-    Each further part is read while the one before it is multiplied: into registers in 16 bits, and in fp8, which Triton
-    would unpack in order to keep it there, into shared memory.
+    The first part of the weight is read before x is there, and each further one while the one before it is multiplied.
     """
+    if SCALED:
+        return fp8_row_products(x, weight, scale, rows, row_mask, K, BLOCK_K // 16, USE_PDL)
     cols = tl.arange(0, BLOCK_K)
     start = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
     w = tl.load(start, row_mask[:, None] & (cols < K)[None, :], 0.0, eviction_policy="evict_first")
     wait_and_launch_dependents(USE_PDL)
-    if SCALED:
-        products = w.to(tl.float32) * tl.load(x + cols, cols < K, 0.0).to(tl.float32)[None, :]
-        for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=3):
-            mask = k + cols < K
-            w = tl.load(start + k, row_mask[:, None] & mask[None, :], 0.0, eviction_policy="evict_first")
-            products += w.to(tl.float32) * tl.load(x + k + cols, mask, 0.0).to(tl.float32)[None, :]
-    else:
-        products = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
-        for k in tl.range(0, K, BLOCK_K, num_stages=1):
-            ahead = k + BLOCK_K + cols < K
-            next_w = tl.load(start + k + BLOCK_K, row_mask[:, None] & ahead[None, :], 0.0,
-                             eviction_policy="evict_first")
-            products += w.to(tl.float32) * tl.load(x + k + cols, k + cols < K, 0.0).to(tl.float32)[None, :]
-            w = next_w
-    y = tl.sum(products, 1)
-    if SCALED:
-        y *= tl.load(scale + rows, row_mask, 0.0)
-    return y
+    products = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=1):
+        ahead = k + BLOCK_K + cols < K
+        next_w = tl.load(start + k + BLOCK_K, row_mask[:, None] & ahead[None, :], 0.0, eviction_policy="evict_first")
+        products += w.to(tl.float32) * tl.load(x + k + cols, k + cols < K, 0.0).to(tl.float32)[None, :]
+        w = next_w
+    return tl.sum(products, 1)
 
 
 @triton.jit
@@ -83,26 +160,6 @@ def gemv_swiglu_fwd(x, weight, scale, bias, out, H, K: tl.constexpr, BLOCK_O: tl
 
 
 @triton.jit
-def split_in_four(tile, A: tl.constexpr, B: tl.constexpr):
-    """Returns the four parts [A, B] of a tile [A, B, 4]."""
-    even, odd = tl.split(tl.reshape(tile, (A, B, 2, 2)))
-    t0, t2 = tl.split(even)
-    t1, t3 = tl.split(odd)
-    return t0, t1, t2, t3
-
-
-@triton.jit
-def split_in_eight(tile, A: tl.constexpr):
-    """Returns the eight columns [A, 1] of a tile [A, 8]."""
-    t04, t15, t26, t37 = split_in_four(tl.reshape(tile, (A, 2, 4)), A, 2)
-    t0, t4 = tl.split(t04)
-    t1, t5 = tl.split(t15)
-    t2, t6 = tl.split(t26)
-    t3, t7 = tl.split(t37)
-    return t0[:, None], t1[:, None], t2[:, None], t3[:, None], t4[:, None], t5[:, None], t6[:, None], t7[:, None]
-
-
-@triton.jit
 def nf4_values(words, t0, t1, t2, t3, t4, t5, t6, t7):
     """Returns the values of the eight codes in each word, in float32.
 
@@ -129,20 +186,10 @@ def nf4_values(words, t0, t1, t2, t3, t4, t5, t6, t7):
 
 @triton.jit
 def add_nf4_products(sums, words, x, mask, t0, t1, t2, t3, t4, t5, t6, t7, CHUNKS: tl.constexpr):
-    """Adds the products of the codes in words [CHUNKS, ROWS] and the eight values at each of the pointers x
+    """Adds the products of the codes in words [CHUNKS, ROWS] and the eight values behind each of the pointers x
     [CHUNKS, 1]."""
     v0, v1, v2, v3, v4, v5, v6, v7 = nf4_values(words, t0, t1, t2, t3, t4, t5, t6, t7)
-    x0, x1, x2, x3, x4, x5, x6, x7 = split_in_eight(
-        tl.load(x + tl.arange(0, 8)[None, :], mask, 0.0).to(tl.float32), CHUNKS)
-    sums += v0 * x0
-    sums += v1 * x1
-    sums += v2 * x2
-    sums += v3 * x3
-    sums += v4 * x4
-    sums += v5 * x5
-    sums += v6 * x6
-    sums += v7 * x7
-    return sums
+    return add_eight_products(sums, v0, v1, v2, v3, v4, v5, v6, v7, x, mask, CHUNKS)
 
 
 @triton.jit

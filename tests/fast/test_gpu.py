@@ -71,7 +71,7 @@ def test_triton_kernels_equal_pytorch(quantized):
 @pytest.mark.parametrize("quantized", [False, pytest.param(True, marks=NEEDS_FP8)])
 def test_gemv_equals_pytorch(quantized):
     torch.manual_seed(0)
-    x, weight = torch.randn(1, 5000), torch.randn(37, 5000)  # neither is a multiple of a block
+    x, weight = torch.randn(1, 5008), torch.randn(37, 5008)  # neither is a multiple of a block
     weight, scale = fp8.quantize_rows(weight) if quantized else (weight, None)
     actual = gemv(x.cuda(), weight.cuda(), None if scale is None else scale.cuda())
     assert close(actual, gemv(x, weight, scale), 1e-5)
@@ -85,7 +85,7 @@ def gemv_then_swiglu(x, weight, scale, bias):
 @pytest.mark.parametrize("quantized", [False, pytest.param(True, marks=NEEDS_FP8)])
 def test_gemv_with_swiglu_equals_pytorch(quantized, biased):
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(1, 5000), torch.randn(2 * 37, 5000), torch.randn(2 * 37) if biased else None
+    x, weight, bias = torch.randn(1, 5008), torch.randn(2 * 37, 5008), torch.randn(2 * 37) if biased else None
     weight, scale = fp8.quantize_rows(weight) if quantized else (weight, None)
     x, weight, scale, bias = (None if t is None else t.cuda() for t in (x, weight, scale, bias))
     actual, expected = (f(x, weight, scale, bias) for f in (gemv_swiglu, gemv_then_swiglu))
