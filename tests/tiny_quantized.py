@@ -18,7 +18,7 @@ def random_nf4(rows: int, K: int) -> list[torch.Tensor]:
     """Returns a weight [rows, K] of random codes and scales, as the arguments of `gemv_nf4` behind x."""
     scales = rows * K // 64
     return [torch.randint(256, (rows * K // 2, 1), dtype=torch.uint8), torch.randint(256, (scales,), dtype=torch.uint8),
-            torch.rand(-(-scales // 256)), torch.rand(256), torch.rand(()), nf4_table(NF4)]
+            torch.rand(-(-scales // 256)), torch.rand(256), torch.rand(rows), nf4_table(NF4)]
 
 
 def dequantized_weight(linear: nn.Module, in_features: int, device="cpu", dtype=torch.float32) -> torch.Tensor:

@@ -69,54 +69,54 @@ def _(x, weight, scale, bias):
     return x.new_empty(1, weight.shape[0] // 2)
 
 
-NF4_SHAPE = (4, 128, 4)  # rows of the weight a program, chunks of each that it reads at once, and warps: on an H200
+NF4_SHAPE = (8, 128, 4)  # rows of the weight a program, chunks of 32 that it reads at once, and warps
 
 
 def nf4_table(code: torch.Tensor) -> torch.Tensor:
-    """Returns the bytes that `gemv_nf4` makes the 16 values of NF4 from [chunks, 8] int32, for each thread a copy: of
-    each value byte 3, then of each byte 2. The value's bytes 1 and 0 are these again, and it is as precise as in bf16.
+    """Returns what `gemv_nf4` looks a byte up in: [256] int32. `code` [16] float32 has NF4's values, for bitsandbytes'
+    codes.
 
-    `code` is [16] float32, as bitsandbytes has it.
+    An entry is the value of the first code, in the byte's upper half, as a float32, the lower half of which is the
+    value of the second code in bf16. Both are as precise as in bf16.
     """
-    bits = code.view(torch.int32) >> 16 & 0xFFFF
-    candidates = torch.stack(((bits - 1).clamp(min=0), bits, bits + 1))  # one of them is the nearest
-    errors = ((candidates << 16 | candidates).view(torch.float32) - code).abs()
-    nearest = candidates.gather(0, errors.argmin(0, keepdim=True))[0]
-    return torch.cat((nearest >> 8, nearest & 0xFF)).to(torch.uint8).view(torch.int32).repeat(NF4_SHAPE[1], 1)
+    second = code.bfloat16().view(torch.int16).int().repeat(16) & 0xFFFF
+    first = code.repeat_interleave(16)
+    upper = first.view(torch.int32) >> 16 & 0xFFFF
+    candidates = torch.stack(((upper - 1).clamp(min=0), upper, upper + 1)) << 16 | second  # one of them is the nearest
+    return candidates.gather(0, (candidates.view(torch.float32) - first).abs().argmin(0, keepdim=True))[0]
 
 
 def dequantized_nf4(weight, absmax, absmax2, code2, offset, table) -> torch.Tensor:
-    """Returns a weight as float32 [O K]. The arguments are those of `gemv_nf4`."""
-    upper, lower = table[0].view(torch.uint8).int().split(16)
-    values = (upper << 24 | lower << 16 | upper << 8 | lower).view(torch.float32)
-    codes = torch.stack((weight.flatten() >> 4, weight.flatten() & 15), 1).flatten().int()
-    scales = code2[absmax.int()] * absmax2.repeat_interleave(256)[:len(absmax)] + offset
-    return (values[codes].view(-1, 64) * scales[:, None]).flatten()
+    """Returns a weight as float32 [O, K]. The arguments are those of `gemv_nf4`."""
+    entries = table[weight.flatten().int()]
+    values = torch.stack((entries, entries << 16), 1).view(torch.float32).view(-1, 64)
+    scales = code2[absmax.int()] * absmax2.repeat_interleave(256)[:len(absmax)]
+    return (values * (scales + offset.repeat_interleave(len(scales) // len(offset)))[:, None]).view(len(offset), -1)
 
 
 @torch.library.custom_op("lavin::gemv_nf4", mutates_args=())
 def gemv_nf4(x: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor, absmax2: torch.Tensor, code2: torch.Tensor,
              offset: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Returns x W^T [1, O] for x [1, K] and a weight in NF4 with double quantization. K is a multiple of 32.
+    """Returns x W^T [1, O] for x [1, K] and a weight in NF4 with double quantization. K is a multiple of 64.
 
     All but x and `nf4_table` are as bitsandbytes quantizes W: two codes a byte of the weight [O K / 2, 1] uint8, a
-    scale `code2[absmax] * absmax2 + offset` for 64 of them, and an entry of absmax2 for 256 scales.
+    scale `code2[absmax] * absmax2 + offset` for 64 of them, and an entry of absmax2 for 256 scales. But there is an
+    offset [O] for each row.
     """
-    K, n_rows = x.shape[1], 2 * weight.numel() // x.shape[1]
     if not x.is_cuda:
-        weight = dequantized_nf4(weight, absmax, absmax2, code2, offset, table).view(n_rows, K)
-        return (x.float() @ weight.t()).to(x.dtype)
+        return (x.float() @ dequantized_nf4(weight, absmax, absmax2, code2, offset, table).t()).to(x.dtype)
     from lavin.kernels.single_row_triton import gemv_nf4_fwd
-    out, (ROWS, CHUNKS, num_warps) = x.new_empty(1, n_rows), NF4_SHAPE
+    (ROWS, CHUNKS, num_warps), n_rows = NF4_SHAPE, len(offset)
+    out = x.new_empty(1, n_rows)
     gemv_nf4_fwd[(ceil_div(n_rows, ROWS),)](
-        x, weight.flatten().view(torch.int32), absmax, absmax2, code2, offset, table, out, n_rows, K, ROWS=ROWS,
-        CHUNKS=CHUNKS, num_warps=num_warps, **pdl_options(x.device))
+        x, weight.flatten().view(torch.int32), absmax, absmax2, code2, offset, table, out, n_rows, x.shape[1],
+        ROWS=ROWS, CHUNKS=CHUNKS, num_warps=num_warps, **pdl_options(x.device))
     return out
 
 
 @gemv_nf4.register_fake
 def _(x, weight, absmax, absmax2, code2, offset, table):
-    return x.new_empty(1, 2 * weight.numel() // x.shape[1])
+    return x.new_empty(1, len(offset))
 
 
 @torch.library.custom_op("lavin::norm_adapter", mutates_args=())

@@ -159,37 +159,66 @@ def gemv_swiglu_fwd(x, weight, scale, bias, out, H, K: tl.constexpr, BLOCK_O: tl
     tl.store(out + rows, (gate * tl.sigmoid(gate) * up).to(dtype), rows < H)
 
 
-@triton.jit
-def nf4_values(words, t0, t1, t2, t3, t4, t5, t6, t7):
-    """Returns the values of the eight codes in each word, in float32.
+def fill_table_asm() -> str:
+    """Returns PTX that copies 256 words to shared memory, each for all 32 banks, and returns where they lie there.
 
-    `prmt` looks up four bytes at once in two words of the table, by three bits of each code, so that both halves of the
-    table are read, and the code's fourth bit chooses. The table has two bytes of each value, with which the float32
-    begins, and which are its other two as well (`nf4_table`). The first code of a byte is in its upper half.
+    A thread writes an entry's 128 bytes in turns of 16, and begins at another place than its neighbours, so that they
+    write to different banks.
     """
+    write = "and.b32 c, c, 112; add.u32 a, e, c; st.shared.v4.b32 [a], {w, w, w, w}; add.u32 c, c, 16;\n"
+    return f"""{{
+        .shared .align 128 .b32 entries[8192];
+        .reg .b32 i, n, e, c, a, w; .reg .b64 p; .reg .pred more;
+        mov.u32 i, %tid.x; mov.u32 n, %ntid.x;
+        fill: mul.wide.u32 p, i, 4; add.u64 p, p, $1; ld.global.b32 w, [p];
+        mov.u32 e, entries; mad.lo.u32 e, i, 128, e; shl.b32 c, i, 4;
+        {8 * write}
+        add.u32 i, i, n; setp.lt.u32 more, i, 256; @more bra fill;
+        bar.sync 0; mov.u32 $0, entries;
+        }}"""
+
+
+def look_up_asm() -> str:
+    """Returns PTX that turns the four bytes of word $8 into eight values, by the table at $9.
+
+    Every thread reads from the bank that has its lane's number. An entry is the first value but for its lowest bits,
+    which are the second one (`nf4_table`).
+    """
+    bank, values = "mov.u32 l, %laneid; shl.b32 l, l, 2;", ""
+    for byte in range(4):
+        values += f"""{f"shr.u32 a, $8, {8 * byte - 7}" if byte else "shl.b32 a, $8, 7"};
+        and.b32 a, a, 0x7f80; or.b32 a, a, l; add.u32 a, a, $9; ld.shared.b32 w, [a];
+        mov.b32 ${2 * byte}, w; shl.b32 w, w, 16; mov.b32 ${2 * byte + 1}, w;
+        """
+    return f"{{ .reg .b32 l, a, w; {bank} {values} }}"
+
+
+FILL_TABLE, LOOK_UP = tl.constexpr(fill_table_asm()), tl.constexpr(look_up_asm())
+
+
+@triton.jit
+def nf4_values(words, table):
+    """Returns the values of the eight codes in each word, in float32. `table` is what FILL_TABLE returned."""
     return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 c, s, a, b, h, l;
-        and.b32 c, $8, 0x77777777; shr.u32 s, $8, 1; and.b32 s, s, 0x44444444; or.b32 s, s, 0x32103210;
-        prmt.b32 a, $9, $10, c; prmt.b32 b, $11, $12, c; prmt.b32 h, a, b, s;
-        prmt.b32 a, $13, $14, c; prmt.b32 b, $15, $16, c; prmt.b32 l, a, b, s;
-        prmt.b32 $1, h, l, 0x0404; prmt.b32 $0, h, l, 0x1515; prmt.b32 $3, h, l, 0x2626; prmt.b32 $2, h, l, 0x3737;
-        shr.u32 c, c, 16; shr.u32 s, s, 16;
-        prmt.b32 a, $9, $10, c; prmt.b32 b, $11, $12, c; prmt.b32 h, a, b, s;
-        prmt.b32 a, $13, $14, c; prmt.b32 b, $15, $16, c; prmt.b32 l, a, b, s;
-        prmt.b32 $5, h, l, 0x0404; prmt.b32 $4, h, l, 0x1515; prmt.b32 $7, h, l, 0x2626; prmt.b32 $6, h, l, 0x3737;
-        }""",
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r", [words, t0, t1, t2, t3, t4, t5, t6, t7],
+        LOOK_UP, "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r", [words, table],
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
         is_pure=True, pack=1)
 
 
 @triton.jit
-def add_nf4_products(sums, words, x, mask, t0, t1, t2, t3, t4, t5, t6, t7, CHUNKS: tl.constexpr):
+def add_nf4_products(sums, words, table, x, mask, CHUNKS: tl.constexpr):
     """Adds the products of the codes in words [CHUNKS, ROWS] and the eight values behind each of the pointers x
     [CHUNKS, 1]."""
-    v0, v1, v2, v3, v4, v5, v6, v7 = nf4_values(words, t0, t1, t2, t3, t4, t5, t6, t7)
+    v0, v1, v2, v3, v4, v5, v6, v7 = nf4_values(words, table)
     return add_eight_products(sums, v0, v1, v2, v3, v4, v5, v6, v7, x, mask, CHUNKS)
+
+
+@triton.jit
+def load_nf4_chunks(weight, absmax, absmax2, chunk, mask):
+    """Loads chunks of 32 codes: their words [CHUNKS, ROWS, 4], scales in 8 bits and the scales' scales."""
+    words = tl.load(weight + chunk[:, :, None] * 4 + tl.arange(0, 4)[None, None, :], mask[:, :, None], 0,
+                    eviction_policy="evict_first")
+    return words, tl.load(absmax + chunk // 2, mask, 0), tl.load(absmax2 + chunk // 512, mask, 0.0)
 
 
 @triton.jit
@@ -198,33 +227,30 @@ def gemv_nf4_fwd(x, weight, absmax, absmax2, code2, offset, table, out, n_rows, 
     """Writes out [O], the product of a weight [O, K] in NF4 and x [K]. Arguments are those of `gemv_nf4`.
 
     A thread has chunks of 32 codes, 16 bytes, which have one scale, and the same ones of each of the program's rows.
+    The first are read before x is there, while the table is written.
     """
     n_chunks: tl.constexpr = K // 32
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chunks, row_mask = tl.arange(0, CHUNKS), rows < n_rows
-    # a copy for each thread: ptxas keeps what all threads share in registers that prmt cannot read
-    t0, t1, t2, t3, t4, t5, t6, t7 = split_in_eight(
-        tl.load(table + chunks[:, None] * 8 + tl.arange(0, 8)[None, :]), CHUNKS)
-    offset = tl.load(offset)
+    first = rows[None, :] * n_chunks + chunks[:, None]
+    mask = (chunks < n_chunks)[:, None] & row_mask[None, :]
+    words, scale, scale2 = load_nf4_chunks(weight, absmax, absmax2, first, mask)
+    offset = tl.load(offset + rows, row_mask, 0.0)[None, :]
+    table = tl.inline_asm_elementwise(FILL_TABLE, "=r,l", [table.to(tl.int64, bitcast=True)], dtype=tl.int32,
+                                      is_pure=False, pack=1)
+    wait_and_launch_dependents(USE_PDL)
     sums = tl.zeros([CHUNKS, ROWS], tl.float32)
-    for start in range(0, n_chunks, CHUNKS):
-        columns = start + chunks
-        x_mask = (columns < n_chunks)[:, None]
-        mask, chunk = x_mask & row_mask[None, :], rows[None, :] * n_chunks + columns[:, None]
-        words = tl.load(weight + chunk[:, :, None] * 4 + tl.arange(0, 4)[None, None, :], mask[:, :, None], 0,
-                        eviction_policy="evict_first")
-        scale_code = tl.load(absmax + chunk // 2, mask, 0).to(tl.int32)
-        scale = tl.load(absmax2 + chunk // 512, mask, 0.0)
-        if start == 0:
-            wait_and_launch_dependents(USE_PDL)
-        scale = tl.load(code2 + scale_code) * scale + offset
+    for i in tl.range(0, n_chunks, CHUNKS, num_stages=1):
+        x_start, x_mask = x + (i + chunks)[:, None] * 32, (i + chunks < n_chunks)[:, None]
         w0, w1, w2, w3 = split_in_four(words, CHUNKS, ROWS)
-        x_start, products = x + columns[:, None] * 32, tl.zeros([CHUNKS, ROWS], tl.float32)
-        products = add_nf4_products(products, w0, x_start, x_mask, t0, t1, t2, t3, t4, t5, t6, t7, CHUNKS)
-        products = add_nf4_products(products, w1, x_start + 8, x_mask, t0, t1, t2, t3, t4, t5, t6, t7, CHUNKS)
-        products = add_nf4_products(products, w2, x_start + 16, x_mask, t0, t1, t2, t3, t4, t5, t6, t7, CHUNKS)
-        products = add_nf4_products(products, w3, x_start + 24, x_mask, t0, t1, t2, t3, t4, t5, t6, t7, CHUNKS)
-        sums += products * scale
+        products = tl.zeros([CHUNKS, ROWS], tl.float32)
+        products = add_nf4_products(products, w0, table, x_start, x_mask, CHUNKS)
+        products = add_nf4_products(products, w1, table, x_start + 8, x_mask, CHUNKS)
+        products = add_nf4_products(products, w2, table, x_start + 16, x_mask, CHUNKS)
+        products = add_nf4_products(products, w3, table, x_start + 24, x_mask, CHUNKS)
+        sums += products * (tl.load(code2 + scale.to(tl.int32)) * scale2 + offset)
+        mask = (i + CHUNKS + chunks < n_chunks)[:, None] & row_mask[None, :]
+        words, scale, scale2 = load_nf4_chunks(weight, absmax, absmax2, first + i + CHUNKS, mask)
     tl.store(out + rows, tl.sum(sums, 0).to(out.dtype.element_ty), row_mask)
 
 

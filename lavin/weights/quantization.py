@@ -59,12 +59,12 @@ class Linear4bit(QuantizedLinear):
         """Quantizes a weight [O, K] on `device`. `dtype` is that of the product."""
         self.weight, self.state = quantize_4bit(weight.to(device).to(dtype).contiguous(), quant_type="nf4",
                                                 compress_statistics=True)
-        self.table = nf4_table(self.state.code)
+        self.table, self.offset = nf4_table(self.state.code), self.state.offset.repeat(len(weight))
 
     def matmul(self, x):
-        if self.use_triton and uses_gemv(x) and not x.requires_grad and x.shape[1] % 32 == 0:
+        if self.use_triton and uses_gemv(x) and not x.requires_grad and x.shape[1] % 64 == 0:
             state = self.state
-            return gemv_nf4(x, self.weight, state.absmax, state.state2.absmax, state.state2.code, state.offset,
+            return gemv_nf4(x, self.weight, state.absmax, state.state2.absmax, state.state2.code, self.offset,
                             self.table)
         return bitsandbytes.matmul_4bit(x, self.weight.t(), self.state)
 
