@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lavin import attention
-from lavin.fast import fused_linear
+from lavin.fast import fused_linear, joined_nf4
 from lavin.fast.captured_models import capture_passes
 from lavin.fast.fused_adapter import FusedAdaptedBlock
 from lavin.kernels.fp8 import check_fp8
@@ -28,8 +28,8 @@ from lavin.runtime.errors import UserError, first_line
 def fuse(model: LaVIN, fp8: bool = False) -> None:
     """Fuses the matrices of LLaMA's layers, and norms with adapters. It changes the model in place.
 
-    Matrices in 4 bits are not fused, but multiply one row by our kernel. The output matrix and the ViT stay as they
-    are.
+    Matrices in 4 bits are joined, for products of one row, which are those of our kernels. The output matrix and the
+    ViT stay as they are.
     """
     for block in model.llama.layers:
         if isinstance(block.attention.wq, nn.Linear):
@@ -39,6 +39,8 @@ def fuse(model: LaVIN, fp8: bool = False) -> None:
             for module in block.modules():
                 if hasattr(module, "use_triton"):  # Linear4bit
                     module.use_triton = True
+            joined_nf4.JoinedAttention.convert(block.attention)
+            joined_nf4.JoinedFeedForward.convert(block.feed_forward)
         FusedAdaptedBlock.convert(block)
 
 

@@ -16,11 +16,15 @@ SHAPE, SWIGLU_SHAPE = (4, 2048, 8), (2, 2048, 4)
 FP8_SHAPE, FP8_SWIGLU_SHAPE = (4, 2048, 4), (4, 2048, 4)
 
 
-def gemv_options(shape: tuple[int, int, int], scale: torch.Tensor | None, device: torch.device) -> dict:
-    """The options that the kernels of both products are launched with."""
-    BLOCK_O, BLOCK_K, num_warps = shape
-    return {"BLOCK_O": BLOCK_O, "BLOCK_K": BLOCK_K, "SCALED": scale is not None, "num_warps": num_warps,
-            **pdl_options(device)}
+def launch_gemv(x, weight, scale, bias, n_out: int, shape: tuple[int, int, int], paired: bool) -> torch.Tensor:
+    """Returns what `gemv_fwd` writes: [1, n_out]. `shape` is one of the above."""
+    from lavin.kernels.single_row_triton import gemv_fwd
+    out, (BLOCK_O, BLOCK_K, num_warps) = x.new_empty(1, n_out), shape
+    gemv_fwd[(ceil_div(len(weight), BLOCK_O),)](
+        x, weight, out if scale is None else scale, out if bias is None else bias, out, n_out, x.shape[1],
+        BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K, SCALED=scale is not None, PAIRED=paired, BIASED=bias is not None,
+        num_warps=num_warps, **pdl_options(x.device))
+    return out
 
 
 @torch.library.custom_op("lavin::gemv", mutates_args=())
@@ -32,13 +36,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> t
     if not x.is_cuda:
         out = x.float() @ weight.float().t()
         return (out if scale is None else out * scale.t()).to(x.dtype)
-    from lavin.kernels.single_row_triton import gemv_fwd
-    n_rows, K = weight.shape
-    out = x.new_empty(1, n_rows)
-    options = gemv_options(SHAPE if scale is None else FP8_SHAPE, scale, x.device)
-    gemv_fwd[(ceil_div(n_rows, options["BLOCK_O"]),)](x, weight, out if scale is None else scale, out, n_rows, K,
-                                                      **options)
-    return out
+    return launch_gemv(x, weight, scale, None, len(weight), SHAPE if scale is None else FP8_SHAPE, False)
 
 
 @gemv.register_fake
@@ -54,14 +52,8 @@ def gemv_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | Non
     if not x.is_cuda:
         gate_up = gemv(x, weight, scale)
         return swiglu(gate_up if bias is None else gate_up + bias, False)[0]
-    from lavin.kernels.single_row_triton import gemv_swiglu_fwd
-    n_rows, K = weight.shape
-    out = x.new_empty(1, n_rows // 2)
-    options = gemv_options(SWIGLU_SHAPE if scale is None else FP8_SWIGLU_SHAPE, scale, x.device)
-    gemv_swiglu_fwd[(ceil_div(n_rows, options["BLOCK_O"]),)](
-        x, weight, out if scale is None else scale, out if bias is None else bias, out, n_rows // 2, K,
-        BIASED=bias is not None, **options)
-    return out
+    shape = SWIGLU_SHAPE if scale is None else FP8_SWIGLU_SHAPE
+    return launch_gemv(x, weight, scale, bias, len(weight) // 2, shape, True)
 
 
 @gemv_swiglu.register_fake
@@ -94,6 +86,17 @@ def dequantized_nf4(weight, absmax, absmax2, code2, offset, table) -> torch.Tens
     return (values * (scales + offset.repeat_interleave(len(scales) // len(offset)))[:, None]).view(len(offset), -1)
 
 
+def launch_gemv_nf4(x, weight, absmax, absmax2, code2, offset, table, bias, n_out: int, paired: bool) -> torch.Tensor:
+    """Returns what `gemv_nf4_fwd` writes: [1, n_out]."""
+    from lavin.kernels.single_row_triton import gemv_nf4_fwd
+    out, (ROWS, CHUNKS, num_warps) = x.new_empty(1, n_out), NF4_SHAPE
+    gemv_nf4_fwd[(ceil_div(len(offset), ROWS),)](
+        x, weight.flatten().view(torch.int32), absmax, absmax2, code2, offset, table, out if bias is None else bias,
+        out, n_out, x.shape[1], ROWS=ROWS, CHUNKS=CHUNKS, PAIRED=paired, BIASED=bias is not None, num_warps=num_warps,
+        **pdl_options(x.device))
+    return out
+
+
 @torch.library.custom_op("lavin::gemv_nf4", mutates_args=())
 def gemv_nf4(x: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor, absmax2: torch.Tensor, code2: torch.Tensor,
              offset: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -105,18 +108,28 @@ def gemv_nf4(x: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor, absmax
     """
     if not x.is_cuda:
         return (x.float() @ dequantized_nf4(weight, absmax, absmax2, code2, offset, table).t()).to(x.dtype)
-    from lavin.kernels.single_row_triton import gemv_nf4_fwd
-    (ROWS, CHUNKS, num_warps), n_rows = NF4_SHAPE, len(offset)
-    out = x.new_empty(1, n_rows)
-    gemv_nf4_fwd[(ceil_div(n_rows, ROWS),)](
-        x, weight.flatten().view(torch.int32), absmax, absmax2, code2, offset, table, out, n_rows, x.shape[1],
-        ROWS=ROWS, CHUNKS=CHUNKS, num_warps=num_warps, **pdl_options(x.device))
-    return out
+    return launch_gemv_nf4(x, weight, absmax, absmax2, code2, offset, table, None, len(offset), False)
 
 
 @gemv_nf4.register_fake
 def _(x, weight, absmax, absmax2, code2, offset, table):
-    return x.new_empty(1, len(offset))
+    return x.new_empty(1, offset.shape[0])
+
+
+@torch.library.custom_op("lavin::gemv_nf4_swiglu", mutates_args=())
+def gemv_nf4_swiglu(x: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor, absmax2: torch.Tensor,
+                    code2: torch.Tensor, offset: torch.Tensor, table: torch.Tensor, bias: torch.Tensor | None
+                    ) -> torch.Tensor:
+    """Returns silu(gate) * up [1, H] for [gate | up] = x W^T + bias, with the weight [2H, K] of `gemv_nf4`."""
+    if not x.is_cuda:
+        gate_up = gemv_nf4(x, weight, absmax, absmax2, code2, offset, table)
+        return swiglu(gate_up if bias is None else gate_up + bias, False)[0]
+    return launch_gemv_nf4(x, weight, absmax, absmax2, code2, offset, table, bias, len(offset) // 2, True)
+
+
+@gemv_nf4_swiglu.register_fake
+def _(x, weight, absmax, absmax2, code2, offset, table, bias):
+    return x.new_empty(1, offset.shape[0] // 2)
 
 
 @torch.library.custom_op("lavin::norm_adapter", mutates_args=())

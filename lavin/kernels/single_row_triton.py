@@ -1,8 +1,8 @@
 """Triton kernels of single_row.py.
 
-A program of `gemv_fwd`, `gemv_swiglu_fwd` or `gemv_nf4_fwd` sums a few rows of the weight, in float32. Every program of
-`norm_adapter_fwd` normalises the whole row and projects it down, and then adds its own block of the up-projection: all
-read the row and the small matrices from the GPU's cache.
+A program of `gemv_fwd` or `gemv_nf4_fwd` sums a few rows of the weight, in float32. Every program of `norm_adapter_fwd`
+normalises the whole row and projects it down, and then adds its own block of the up-projection: all read the row and
+the small matrices from the GPU's cache.
 """
 
 from typing import Any
@@ -134,29 +134,42 @@ def row_products(x, weight, scale, rows, row_mask, K: tl.constexpr, BLOCK_K: tl.
 
 
 @triton.jit
-def gemv_fwd(x, weight, scale, out, n_rows, K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-             SCALED: tl.constexpr, USE_PDL: tl.constexpr):
-    """Writes out [O], the product of weight [O, K] and x [K]; the weight has a scale [O] where SCALED."""
-    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    y = row_products(x, weight, scale, rows, rows < n_rows, K, BLOCK_K, SCALED, USE_PDL)
-    tl.store(out + rows, y.to(out.dtype.element_ty), rows < n_rows)
+def program_rows(n_out, ROWS: tl.constexpr, PAIRED: tl.constexpr):
+    """Returns a program's rows [ROWS] of the weight, and whether there are such. Where PAIRED, they are pairs of a row
+    of the gate and one of up, n_out rows behind it."""
+    i = tl.arange(0, ROWS)
+    if PAIRED:
+        rows = tl.program_id(0) * (ROWS // 2) + i // 2
+        return rows + i % 2 * n_out, rows < n_out
+    rows = tl.program_id(0) * ROWS + i
+    return rows, rows < n_out
 
 
 @triton.jit
-def gemv_swiglu_fwd(x, weight, scale, bias, out, H, K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-                    SCALED: tl.constexpr, BIASED: tl.constexpr, USE_PDL: tl.constexpr):
-    """Writes out [H] for x [K], weight [2H, K] and bias [2H]. A program has pairs of rows: of the gate, and of up."""
-    half: tl.constexpr = BLOCK_O // 2
-    pairs = tl.arange(0, BLOCK_O)
-    rows = tl.program_id(0) * half + pairs // 2
-    mask, rows = rows < H, rows + pairs % 2 * H
+def store_rows(y, bias, out, rows, row_mask, n_out, PAIRED: tl.constexpr, BIASED: tl.constexpr):
+    """Stores a program's part of out [n_out] for the products y of its rows, in float32: y, or silu(gate) * up where
+    PAIRED. It rounds where PyTorch's operators would."""
     dtype = out.dtype.element_ty
-    y = row_products(x, weight, scale, rows, mask, K, BLOCK_K, SCALED, USE_PDL).to(dtype).to(tl.float32)
+    y = y.to(dtype)
     if BIASED:
-        y = (y + tl.load(bias + rows, mask, 0.0).to(tl.float32)).to(dtype).to(tl.float32)
-    gate, up = tl.split(tl.reshape(y, (half, 2)))
-    rows = tl.program_id(0) * half + tl.arange(0, half)
-    tl.store(out + rows, (gate * tl.sigmoid(gate) * up).to(dtype), rows < H)
+        y = (y.to(tl.float32) + tl.load(bias + rows, row_mask, 0.0).to(tl.float32)).to(dtype)
+    if PAIRED:
+        half: tl.constexpr = rows.shape[0] // 2
+        gate, up = tl.split(tl.reshape(y.to(tl.float32), (half, 2)))
+        y = (gate * tl.sigmoid(gate) * up).to(dtype)
+        rows = tl.program_id(0) * half + tl.arange(0, half)
+        row_mask = rows < n_out
+    tl.store(out + rows, y, row_mask)
+
+
+@triton.jit
+def gemv_fwd(x, weight, scale, bias, out, n_out, K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+             SCALED: tl.constexpr, PAIRED: tl.constexpr, BIASED: tl.constexpr, USE_PDL: tl.constexpr):
+    """Writes out [n_out], the product of weight [n_out, K] and x [K], or, where PAIRED, silu(gate) * up of the products
+    with weight [2 n_out, K] and bias [2 n_out]. The weight has a scale for each row where SCALED."""
+    rows, row_mask = program_rows(n_out, BLOCK_O, PAIRED)
+    y = row_products(x, weight, scale, rows, row_mask, K, BLOCK_K, SCALED, USE_PDL)
+    store_rows(y, bias, out, rows, row_mask, n_out, PAIRED, BIASED)
 
 
 def fill_table_asm() -> str:
@@ -197,8 +210,15 @@ FILL_TABLE, LOOK_UP = tl.constexpr(fill_table_asm()), tl.constexpr(look_up_asm()
 
 
 @triton.jit
+def to_shared_memory(table):
+    """Copies the table of `gemv_nf4` to shared memory, and returns where it lies there."""
+    return tl.inline_asm_elementwise(FILL_TABLE, "=r,l", [table.to(tl.int64, bitcast=True)], dtype=tl.int32,
+                                     is_pure=False, pack=1)
+
+
+@triton.jit
 def nf4_values(words, table):
-    """Returns the values of the eight codes in each word, in float32. `table` is what FILL_TABLE returned."""
+    """Returns the values of the eight codes in each word, in float32. `table` is that of `to_shared_memory`."""
     return tl.inline_asm_elementwise(
         LOOK_UP, "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r", [words, table],
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
@@ -222,22 +242,22 @@ def load_nf4_chunks(weight, absmax, absmax2, chunk, mask):
 
 
 @triton.jit
-def gemv_nf4_fwd(x, weight, absmax, absmax2, code2, offset, table, out, n_rows, K: tl.constexpr, ROWS: tl.constexpr,
-                 CHUNKS: tl.constexpr, USE_PDL: tl.constexpr):
-    """Writes out [O], the product of a weight [O, K] in NF4 and x [K]. Arguments are those of `gemv_nf4`.
+def gemv_nf4_fwd(x, weight, absmax, absmax2, code2, offset, table, bias, out, n_out, K: tl.constexpr,
+                 ROWS: tl.constexpr, CHUNKS: tl.constexpr, PAIRED: tl.constexpr, BIASED: tl.constexpr,
+                 USE_PDL: tl.constexpr):
+    """Is `gemv_fwd` for a weight in NF4. Arguments are those of `gemv_nf4_swiglu`.
 
     A thread has chunks of 32 codes, 16 bytes, which have one scale, and the same ones of each of the program's rows.
     The first are read before x is there, while the table is written.
     """
     n_chunks: tl.constexpr = K // 32
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    chunks, row_mask = tl.arange(0, CHUNKS), rows < n_rows
+    rows, row_mask = program_rows(n_out, ROWS, PAIRED)
+    chunks = tl.arange(0, CHUNKS)
     first = rows[None, :] * n_chunks + chunks[:, None]
     mask = (chunks < n_chunks)[:, None] & row_mask[None, :]
     words, scale, scale2 = load_nf4_chunks(weight, absmax, absmax2, first, mask)
     offset = tl.load(offset + rows, row_mask, 0.0)[None, :]
-    table = tl.inline_asm_elementwise(FILL_TABLE, "=r,l", [table.to(tl.int64, bitcast=True)], dtype=tl.int32,
-                                      is_pure=False, pack=1)
+    table = to_shared_memory(table)
     wait_and_launch_dependents(USE_PDL)
     sums = tl.zeros([CHUNKS, ROWS], tl.float32)
     for i in tl.range(0, n_chunks, CHUNKS, num_stages=1):
@@ -251,7 +271,7 @@ def gemv_nf4_fwd(x, weight, absmax, absmax2, code2, offset, table, out, n_rows, 
         sums += products * (tl.load(code2 + scale.to(tl.int32)) * scale2 + offset)
         mask = (i + CHUNKS + chunks < n_chunks)[:, None] & row_mask[None, :]
         words, scale, scale2 = load_nf4_chunks(weight, absmax, absmax2, first + i + CHUNKS, mask)
-    tl.store(out + rows, tl.sum(sums, 0).to(out.dtype.element_ty), row_mask)
+    store_rows(tl.sum(sums, 0), bias, out, rows, row_mask, n_out, PAIRED, BIASED)
 
 
 @triton.jit

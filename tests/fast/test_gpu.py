@@ -16,7 +16,7 @@ from lavin.generation.generate import decode
 from lavin.generation.kv_cache import DecodeMetadata, KVCache, PrefillMetadata
 from lavin.kernels import fp8, fused_ops
 from lavin.kernels.fp8 import scaled_matmul
-from lavin.kernels.single_row import gemv, gemv_nf4, gemv_swiglu, norm_adapter
+from lavin.kernels.single_row import gemv, gemv_nf4, gemv_nf4_swiglu, gemv_swiglu, norm_adapter
 from lavin.llama import LlamaConfig, RMSNorm, add_bias
 from lavin.mm_adapter import AdapterConfig, RepAdapterRouter
 from lavin.model import pack
@@ -104,6 +104,14 @@ def test_gemv_nf4_equals_pytorch(K):
     assert close(gemv_nf4(*(tensor.cuda() for tensor in tensors)), gemv_nf4(*tensors), 1e-5)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_gemv_nf4_with_swiglu_equals_pytorch(biased):
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 4160), *random_nf4(2 * 37, 4160), torch.randn(2 * 37) if biased else None]
+    actual = gemv_nf4_swiglu(*(None if tensor is None else tensor.cuda() for tensor in inputs))
+    assert close(actual, gemv_nf4_swiglu(*inputs), 1e-5)
+
+
 @pytest.mark.parametrize("rank", [8, 6])
 def test_norm_adapter_equals_the_adapted_block(rank):
     """The mixtures are of two modalities; neither the width nor the rank is a multiple of a block."""
@@ -189,6 +197,7 @@ def models(request):
     torch.compiler.reset()
     shape = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4}
     if bits == "4bit":
+        shape.update(dim=128, d_ff=256)  # such matrices can be joined
         fast, plain = quantized_and_dequantized_model(bits, "cuda", dtype, llama=shape, dropout_prob=0.0)
     else:
         plain, fast = (tiny_model(llama=shape, dropout_prob=0.0) for _ in range(2))

@@ -11,10 +11,10 @@ import eval as evaluation
 from lavin.attention import padded_attention
 from lavin.fast.cuda_graphs import CapturedModule
 from lavin.fast.fused_adapter import FusedAdaptedBlock
-from lavin.fast.speed_up import FastPaths, speed_up
+from lavin.fast.speed_up import FastPaths, fuse, speed_up
 from lavin.generation.generate import decode
 from lavin.generation.sampling import sampler
-from lavin.llama import LlamaConfig
+from lavin.llama import Attention, LlamaConfig
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN, pack
 from lavin.runtime.errors import UserError
@@ -105,6 +105,20 @@ QWEN = {"biases": ("wq", "wk", "wv", "wo", "w1", "w2", "w3"), "qk_norm": True}
 
 
 @pytest.mark.parametrize("llama", [{}, QWEN])
+def test_joined_matrices_in_4_bits(quantization, monkeypatch, llama):
+    """They multiply one row at once, as each of them would, and several rows as before."""
+    model, _ = quantized_and_dequantized_model("4bit", llama={"dim": 256, "d_ff": 128, **llama})
+    block, x = model.llama.layers[0], torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
+    expected = [*block.attention.project(x), block.feed_forward(x)]
+    fuse(model)
+    assert all(map(torch.equal, [*block.attention.project(x), block.feed_forward(x)], expected))
+    for module in ("lavin.fast.joined_nf4", "lavin.weights.quantization"):
+        monkeypatch.setattr(f"{module}.uses_gemv", lambda x: len(x) == 1)
+    for actual, exact in zip([*block.attention.project(x[:1]), block.feed_forward(x[:1])], expected, strict=True):
+        assert 0 < (actual - exact[:1]).norm() / exact[:1].norm() < 2**-7  # values of NF4 are as precise as in bf16
+
+
+@pytest.mark.parametrize("llama", [{}, QWEN])
 @pytest.mark.parametrize("bits", BITS)
 def test_model_equals_one_with_dequantized_weights(quantization, bits, llama):
     """The loss and all gradients, with and without gradient checkpointing; the greedy answers."""
@@ -153,6 +167,7 @@ def test_4_bit_models_are_captured(quantization, monkeypatch):
         assert torch.equal(*(torch.stack(list(decode(model.eval(), mixed_examples(0), 4, greedy)))
                              for model in (plain, fast)))
         assert isinstance(fast.llama.layers[1].attention.wo, quantization.QUANTIZED_LINEARS[bits])
+        assert type(fast.llama.layers[1].attention) is Attention  # scales of two such small matrices share a scale
         assert getattr(fast.llama.layers[1].attention.wo, "use_triton", False) == (bits == "4bit")
         assert isinstance(fast.llama.forward, CapturedModule) == (bits == "4bit")
         assert stays_plain(Namespace(bits=bits), Namespace(model_parallel_size=1)) == (bits == "8bit")
