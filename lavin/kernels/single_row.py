@@ -13,7 +13,7 @@ from lavin.runtime.device import pdl_options
 # rows of the weight a program, entries of each that it reads at once, and warps: the fastest for 7B's matrices on an
 # H200 (w2 would be 6% faster with 4 warps in 16 bits)
 SHAPE, SWIGLU_SHAPE = (4, 2048, 8), (2, 2048, 4)
-FP8_SHAPE, FP8_SWIGLU_SHAPE = (4, 2048, 4), (4, 2048, 4)
+FP8_SHAPE, FP8_SWIGLU_SHAPE = (4, 4096, 4), (4, 4096, 4)
 
 
 def launch_gemv(x, weight, scale, bias, n_out: int, shape: tuple[int, int, int], paired: bool) -> torch.Tensor:
@@ -61,7 +61,7 @@ def _(x, weight, scale, bias):
     return x.new_empty(1, weight.shape[0] // 2)
 
 
-NF4_SHAPE = (8, 128, 4)  # rows of the weight a program, chunks of 32 that it reads at once, and warps
+NF4_SHAPE = (16, 128, 4)  # rows of the weight a program, chunks of 32 that it reads at once, and warps
 
 
 def nf4_table(code: torch.Tensor) -> torch.Tensor:

@@ -291,4 +291,5 @@ def test_captured_decoding(models):
             patch.setattr("lavin.generation.session.WARMUP_STEPS", warmup_steps)
             return [torch.stack(list(decode(fast, examples, 24, greedy))).tolist()
                     for examples in [mixed_examples(0), *([e] for e in 2 * mixed_examples(0)), many, many[1:]]]
+    answers(4)  # the first prefill of a kind is not captured, and rounds its rows in another way
     assert answers(4) == answers(4) == answers(999)
