@@ -159,7 +159,7 @@ def test_every_end_of_the_quick_starts_space_is_taken_by_train():
     """train.py also gets the flags that the quick start's script gives to all trials."""
     given = re.search(r"--device cpu [^)]*", (ROOT / "scripts" / "toy.sh").read_text())[0].split()
     space = read_space(ROOT / "scripts" / "search_quickstart.json")
-    space.check(lambda values: command.check_train(given, 1, values))
+    space.check(lambda values: command.check_trial(given, 1, values))
 
 
 # --- Conditions ---

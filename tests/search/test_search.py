@@ -132,8 +132,8 @@ def test_a_trial_goes_on_where_its_worker_was_killed(flags, commands, tmp_path, 
 
 
 def test_a_suggestion_that_train_refuses_is_not_run(flags, commands, tmp_path, monkeypatch):
-    check = search_command.check_train
-    monkeypatch.setattr(search_command, "check_train", lambda words, gpus, values: check(
+    check = search_command.check_trial
+    monkeypatch.setattr(search_command, "check_trial", lambda words, gpus, values: check(
         [*words, *(["--dropout_lim", "0.05", "--dropout_var", "2"] if values["lr"] != 1e-2 and not commands == [] else
                    [])], gpus, values))
     run_search(flags, *WITHOUT_CONFIRMATION)
@@ -142,13 +142,28 @@ def test_a_suggestion_that_train_refuses_is_not_run(flags, commands, tmp_path, m
     assert not any("trials/002" in word for command in commands for word in command)
 
 
-def test_three_failures_at_the_start_end_the_worker(flags, monkeypatch, tmp_path):
+@pytest.mark.parametrize("trials, failures_of_others", [(5, 0), (5, 2), (2, 0)])
+def test_a_search_whose_first_trials_fail_ends(flags, monkeypatch, tmp_path, trials, failures_of_others):
+    """Three of them, whichever worker had them, or all."""
+    left = [failures_of_others]
+
     def fails(*_):
-        raise CommandFailed("no space left")
+        left[0] -= 1
+        raise KeyboardInterrupt if left[0] == -1 and failures_of_others else CommandFailed("no space left")
     monkeypatch.setattr(runner, "run_command", fails)
-    message = error_message(run_search, flags, "--trials", "5")
-    assert message == "the first 3 trials failed, the last one of: no space left"
-    assert [record["state"] for record in read_records(tmp_path / "S").values()] == ["FAIL"] * 3
+    if failures_of_others:
+        with pytest.raises(KeyboardInterrupt):
+            run_search(flags, "--trials", str(trials))
+    message = error_message(run_search, flags, "--trials", str(trials))
+    assert message == f"the first {min(3, trials)} trials failed, the last one of: no space left"
+    assert [record["state"] for record in read_records(tmp_path / "S").values()] == ["FAIL"] * min(3, trials)
+
+
+def test_a_format_whose_solution_comes_first_is_refused(flags, commands):
+    """Its trials could not be scored."""
+    assert "with --prompt_format QCM-EA the solution comes first" in error_message(
+        run_search, [*flags, "--prompt_format", "QCM-EA"])
+    assert commands == []
 
 
 def test_a_confirming_run_that_fails_is_named(flags, commands, monkeypatch, tmp_path):

@@ -68,12 +68,12 @@ def test_the_first_trials_are_the_published_methods(space):
 def test_flags_are_checked_for_the_gpus_of_a_trial():
     """The learning rate, 9e-3 times the samples of a step by 256, is twice as high on two GPUs."""
     words = ["--batch_size", "1", "--accum_iter", "1", "--min_lr", "5e-5"]
-    command.check_train(words, 2, {"blr": 9e-3})
-    assert "--min_lr 5e-05 must lie between 0 and" in error_message(command.check_train, words, 1, {"blr": 9e-3})
+    command.check_trial(words, 2, {"blr": 9e-3})
+    assert "--min_lr 5e-05 must lie between 0 and" in error_message(command.check_trial, words, 1, {"blr": 9e-3})
 
 
 def test_every_end_of_the_default_space_is_taken_by_train(space):
-    space.check(lambda values: command.check_train(EFFECTIVE_32, 1, values))
+    space.check(lambda values: command.check_trial(EFFECTIVE_32, 1, values))
 
 
 @given(seed=st.integers(0, 10**6))
@@ -81,7 +81,7 @@ def test_every_end_of_the_default_space_is_taken_by_train(space):
 def test_no_suggestion_is_refused_and_the_same_trial_gives_the_same(space, seed):
     draws = Draws(seed)
     values = space.suggest(draws)
-    command.check_train(EFFECTIVE_32, 1, values)
+    command.check_trial(EFFECTIVE_32, 1, values)
     params = dict(draws.params)
     assert space.suggest(draws) == values and draws.params == params
     assert ("min_lr" in values) == (values["lr_schedule"] in schedules_with("min_lr"))
@@ -167,7 +167,7 @@ def test_a_parameter_that_does_not_fit_together_is_refused(changes, words):
 
 
 def check(parameters: dict, enqueue=({},), words=("--epochs", "3")):
-    make(parameters, enqueue).check(lambda values: command.check_train(list(words), 1, values))
+    make(parameters, enqueue).check(lambda values: command.check_trial(list(words), 1, values))
 
 
 @pytest.mark.parametrize("parameters, enqueue, words", [

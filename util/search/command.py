@@ -13,6 +13,7 @@ from lavin.runtime.flags import CHANGES_RESULTS, Flags, Role, flags_of
 from lavin.weights.base import require_base
 from util.data.batches import steps_per_epoch
 from util.data.datasets import DISJOINT_SPLITS, load_scienceqa
+from util.evaluation.answering import answers_first
 from util.flags import Execution
 from util.search import confirm
 from util.search.folder import LOG, add_rung, all_records, gpu_seconds, longest_unended
@@ -28,14 +29,19 @@ from util.training.recipe import TRAIN_FLAGS
 from util.training.settings import EFFECTIVE_BATCH, Optimization, TrainingData, TrainSettings
 from util.training.settings import get_args_parser as train_parser
 
-MAX_FAILURES = 3  # of a worker's first trials: then something is wrong with all of them
+MAX_FAILURES = 3  # of a study's first trials: then something is wrong with all of them
 
 
 # --- What is searched ---
 
-def check_train(words: list[str], gpus: int, values: Values) -> TrainSettings:
-    """The settings of a trial. Raises UserError where train.py would refuse its flags."""
-    return TrainSettings.of(train_parser().parse_args([*words, *command_line(values)]), gpus)
+def check_trial(words: list[str], gpus: int, values: Values) -> TrainSettings:
+    """The settings of a trial. Raises UserError where train.py would refuse its flags, or eval.py its scoring."""
+    settings = TrainSettings.of(train_parser().parse_args([*words, *command_line(values)]), gpus)
+    prompt_format = settings.data.prompt_format
+    if not answers_first(prompt_format):
+        raise UserError("a search scores its trials by the likeliest answer, but with --prompt_format "
+                        f"{prompt_format} the solution comes first: name one whose answer does, such as QCM-ALE")
+    return settings
 
 
 def fixed_values(trained: Flags) -> Values:
@@ -56,7 +62,7 @@ def describe_study(search: Search, space: Space, trained: Flags) -> dict:
              if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != EFFECTIVE_BATCH}
     return {**{name: getattr(search, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
             "precision": resolve_precision(trained.precision, trained.device, trained.bits, search.gpus),
-            "identity": study_identity(check_train(search.train or [], search.gpus, space.first_sets()[0]), data,
+            "identity": study_identity(check_trial(search.train or [], search.gpus, space.first_sets()[0]), data,
                                        search.questions),
             "steps_per_epoch": steps_per_epoch(len(data["train"].problems), of_batch[EFFECTIVE_BATCH]),
             "space": {"parameters": space.parameters, "enqueue": space.enqueue},
@@ -97,7 +103,7 @@ def work(study, runner: Runner, questions: int, check_values) -> None:
                               "--questions", str(questions))
         return add_rung(trial.folder, epochs, scores)
 
-    states, waits = [], False
+    waits = False
     while not study.all_ended():
         if runner.seconds_left() <= 0:
             raise HoursSpent
@@ -112,9 +118,9 @@ def work(study, runner: Runner, questions: int, check_values) -> None:
         state, message = run_trial(study, trial, reach)
         print_rank0(f"trial {trial.number:03d} {state.name.lower()}{message and f': {message}'} | "
                     + progress_line(study.folder, study.n_trials, study.left_out))
-        states.append(state)
-        if states == [FAIL] * MAX_FAILURES:
-            raise UserError(f"the first {MAX_FAILURES} trials failed, the last one of: {message}")
+        ended = [each.state for each in study.trials() if each.state.is_finished()]  # of all workers
+        if set(ended) == {FAIL} and len(ended) >= min(MAX_FAILURES, study.n_trials):
+            raise UserError(f"the first {len(ended)} trials failed, the last one of: {message}")
 
 
 def confirm_best(search: Search, runner: Runner, epochs: int, seed: int, left_out: Collection[str]) -> None:
@@ -163,7 +169,7 @@ def main(args: Flags) -> None:
     require_base(trained.llama_model_path, trained.llm_model, use_vicuna=trained.use_vicuna)
     whole = read_space(search.space)
     space = whole.fix(fixed_values(trained))
-    check_values = partial(check_train, given, search.gpus)
+    check_values = partial(check_trial, given, search.gpus)
     space.check(check_values)
     settings = describe_study(search, space, trained)
     study = Study(search.study, space, settings, search.storage, search.gpus)
