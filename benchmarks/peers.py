@@ -14,6 +14,7 @@ if __name__ == "__main__":
     prepare_imports()
 
 import argparse
+import gc
 import importlib.util
 import json
 import subprocess
@@ -170,6 +171,7 @@ def measure(args, name: str) -> dict[str, float]:
     batches = [random_examples(lengths_of, args.samples, i, images="pictures" in name) for i in range(total)]
     step = ROWS[name][2](args)
     step(batches[0])  # compiles
+    gc.collect()
     start_memory(args.device)
     for batch in batches:  # captures every size: replays take their memory from what the capture allocated
         step(batch)

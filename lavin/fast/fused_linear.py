@@ -42,8 +42,7 @@ class FrozenLinear(nn.Module):
     @classmethod
     def join(cls, linears: list[nn.Linear], fp8: bool) -> "FrozenLinear":
         """Joins layers with the same input to one matrix. All of them have a bias, or none has."""
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        return cls(torch.cat([linear.weight for linear in linears]), fp8, torch.cat(biases) if biases else None)
+        return cls(torch.cat([linear.weight for linear in linears]), fp8, joined_bias(linears))
 
     @property
     def weights(self) -> tuple:
@@ -52,6 +51,12 @@ class FrozenLinear(nn.Module):
     def forward(self, x):
         """Returns x W^T + b [N, O] for x [N, K]."""
         return add_bias(frozen_linear(x, *self.weights), self.bias)
+
+
+def joined_bias(linears: Sequence) -> torch.Tensor | None:
+    """Returns the biases of layers as one tensor, or None where they have none."""
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return torch.cat(biases) if biases else None
 
 
 def is_fp8(weights: Sequence[torch.Tensor]) -> bool:
@@ -73,6 +78,12 @@ def matmul(scaled_x: tuple, weights: tuple, dtype):
 def uses_gemv(x) -> bool:
     """Says whether a product has one row. torch.compile makes a program of its own for these anyway."""
     return x.shape[0] == 1 and x.is_cuda
+
+
+def is_decoded(x) -> bool:
+    """Says whether x is one row on a GPU that needs no gradient, as in a chat's decoding steps. Only these are
+    multiplied by kernels without a backward pass."""
+    return uses_gemv(x) and not x.requires_grad
 
 
 def linear(x, weights: tuple):
@@ -194,6 +205,6 @@ class FusedFeedForward(FeedForward):
         feed_forward.__class__ = cls
 
     def forward(self, x):
-        if uses_gemv(x) and not x.requires_grad:
+        if is_decoded(x):
             return self.w2(gemv_swiglu(x, self.w13.weight, self.w13.scale, self.w13.bias))
         return add_bias(swiglu_mlp(x, self.w13.bias, *self.w13.weights, *self.w2.weights), self.w2.bias)

@@ -22,26 +22,28 @@ from lavin.kernels.fused_ops import swiglu
 from lavin.loss import answer_loss, cross_entropy
 from lavin.model import LaVIN
 from lavin.runtime.console import print_rank0
+from lavin.runtime.device import compute_capability
 from lavin.runtime.errors import UserError, first_line
 
 
 def fuse(model: LaVIN, fp8: bool = False) -> None:
     """Fuses the matrices of LLaMA's layers, and norms with adapters. It changes the model in place.
 
-    Matrices in 4 bits are joined, for products of one row, which are those of our kernels. The output matrix and the
-    ViT stay as they are.
+    Matrices in 4 bits are fused for products of one row alone. The output matrix and the ViT stay as they are.
     """
     for block in model.llama.layers:
         if isinstance(block.attention.wq, nn.Linear):
             fused_linear.FusedAttention.convert(block.attention, fp8)
             fused_linear.FusedFeedForward.convert(block.feed_forward, fp8)
-        else:
-            for module in block.modules():
-                if hasattr(module, "use_triton"):  # Linear4bit
-                    module.use_triton = True
-            joined_nf4.JoinedAttention.convert(block.attention)
-            joined_nf4.JoinedFeedForward.convert(block.feed_forward)
+        elif has_nf4_kernel(model.device):
+            joined_nf4.convert(block)
         FusedAdaptedBlock.convert(block)
+
+
+def has_nf4_kernel(device: torch.device) -> bool:
+    """Says whether our kernel for one row in 4 bits, which has NVIDIA's assembly in it, is right for a device. GPUs
+    before Ampere (8.0), on which it has not been measured, keep bitsandbytes' kernel."""
+    return device.type != "cuda" or (not torch.version.hip and compute_capability(device) >= (8, 0))
 
 
 def allow_in_cache(functions: Iterable[Callable]) -> None:

@@ -85,11 +85,12 @@ def add_fp8_products(sums, w0, w1, x, mask, CHUNKS: tl.constexpr):
 
 @triton.jit
 def fp8_row_products(x, weight, scale, rows, row_mask, K: tl.constexpr, CHUNKS: tl.constexpr, USE_PDL: tl.constexpr):
-    """Is `row_products` for a weight in fp8. K is a multiple of 16.
+    """Returns `row_products` of a weight in fp8. K is a multiple of 16.
 
     A thread reads 16 weights of a row, a chunk, as four words, since Triton would keep a single one in a register of
     its own. It has the same chunks of each of the program's rows.
     """
+    tl.static_assert(K % 16 == 0)
     n_chunks: tl.constexpr = K // 16
     chunks = tl.arange(0, CHUNKS)
     start = rows.to(tl.int64)[None, :] * n_chunks + chunks[:, None]
@@ -245,11 +246,12 @@ def load_nf4_chunks(weight, absmax, absmax2, chunk, mask):
 def gemv_nf4_fwd(x, weight, absmax, absmax2, code2, offset, table, bias, out, n_out, K: tl.constexpr,
                  ROWS: tl.constexpr, CHUNKS: tl.constexpr, PAIRED: tl.constexpr, BIASED: tl.constexpr,
                  USE_PDL: tl.constexpr):
-    """Is `gemv_fwd` for a weight in NF4. Arguments are those of `gemv_nf4_swiglu`.
+    """Writes what `gemv_fwd` does, for a weight in NF4. Arguments are those of `gemv_nf4_swiglu`.
 
     A thread has chunks of 32 codes, 16 bytes, which have one scale, and the same ones of each of the program's rows.
     The first are read before x is there, while the table is written.
     """
+    tl.static_assert(K % 64 == 0)
     n_chunks: tl.constexpr = K // 32
     rows, row_mask = program_rows(n_out, ROWS, PAIRED)
     chunks = tl.arange(0, CHUNKS)

@@ -15,7 +15,7 @@ import torch
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from torch import nn
 
-from lavin.fast.fused_linear import uses_gemv
+from lavin.fast.fused_linear import is_decoded
 from lavin.kernels.single_row import gemv_nf4, nf4_table
 from lavin.llama import add_bias
 from lavin.model import LaVIN
@@ -53,16 +53,21 @@ class Linear4bit(QuantizedLinear):
     """
 
     capturable = True
-    use_triton = False  # for products with one row; set in lavin/fast/speed_up.py
+    multiplies_rows = False  # single ones, by our kernel
 
     def load(self, weight: torch.Tensor, device, dtype) -> None:
         """Quantizes a weight [O, K] on `device`. `dtype` is that of the product."""
         self.weight, self.state = quantize_4bit(weight.to(device).to(dtype).contiguous(), quant_type="nf4",
                                                 compress_statistics=True)
-        self.table, self.offset = nf4_table(self.state.code), self.state.offset.repeat(len(weight))
+
+    def prepare_gemv(self) -> None:
+        """Lets our kernel multiply single rows, where it can: it needs whole blocks in each row of the weight."""
+        rows, columns = self.state.shape
+        self.multiplies_rows = columns % 64 == 0
+        self.table, self.offset = nf4_table(self.state.code), self.state.offset.repeat(rows)
 
     def matmul(self, x):
-        if self.use_triton and uses_gemv(x) and not x.requires_grad and x.shape[1] % 64 == 0:
+        if self.multiplies_rows and is_decoded(x):
             state = self.state
             return gemv_nf4(x, self.weight, state.absmax, state.state2.absmax, state.state2.code, self.offset,
                             self.table)

@@ -93,6 +93,11 @@ def test_layers_keep_no_normalised_rows(compiled):
     assert len(rows) == 2 * len(model.llama.layers) + 1  # and the input of the last norm
 
 
+def test_the_loss_is_compiled_without_the_online_softmax(compiled):
+    """It is seven times as slow on an H200 (docs/engineering-log.md)."""
+    assert torch._inductor.config.online_softmax is False
+
+
 def test_decoding_compiles_once(compiled):
     eager, model, counter = compiled
     capture_passes(model)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lavin import attention
 from lavin.attention import VarlenMetadata
+from lavin.fast.joined_nf4 import JoinedAttention
 from lavin.fast.speed_up import speed_up
 from lavin.generation.generate import decode
 from lavin.generation.kv_cache import DecodeMetadata, KVCache, PrefillMetadata
@@ -207,7 +208,9 @@ def models(request):
             patch.setattr(attention, "compute_capability", lambda _: (7, 0))
         if not compiler:
             patch.setattr("lavin.fast.speed_up.compiler_error", lambda _: "no C compiler")
-        yield plain.train(), speed_up(cast_frozen(fast.train(), "cuda", dtype), bits), bits
+        speed_up(cast_frozen(fast.train(), "cuda", dtype), bits)
+        assert isinstance(fast.llama.layers[0].attention, JoinedAttention) == (bits == "4bit")
+        yield plain.train(), fast, bits
 
 
 def test_captured_training(models):

@@ -23,7 +23,7 @@ FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 def hardware(monkeypatch):
     """A function that pretends what a GPU and its compiler are like."""
     def pretend(capability, error=None):
-        for module in (attention, fp8):
+        for module in (attention, fp8, speed_up):
             monkeypatch.setattr(module, "compute_capability", lambda _: capability)
         monkeypatch.setattr(speed_up, "compiler_error", lambda _: error)
     return pretend
@@ -52,6 +52,15 @@ def test_by_flags(hardware):
     assert summary(choose_fast_paths(CPU, FP32, 128)) == ("padded", False, False, False)
     assert summary(choose_fast_paths(CPU, FP32, 128, "fp8")) == ("padded", True, False, False)
     assert summary(choose_fast_paths(CPU, FP32, 128, compile="on")) == ("padded", False, True, False)
+
+
+def test_our_kernel_in_4_bits_is_for_nvidia_from_ampere_on(hardware, monkeypatch):
+    assert speed_up.has_nf4_kernel(CPU)  # its reference implementation
+    for capability, expected in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        hardware(capability)
+        assert speed_up.has_nf4_kernel(GPU) == expected
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not speed_up.has_nf4_kernel(GPU)
 
 
 def test_what_was_asked_for_and_does_not_work_is_refused(hardware):

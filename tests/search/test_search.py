@@ -144,7 +144,7 @@ def test_a_suggestion_that_train_refuses_is_not_run(flags, commands, tmp_path, m
 
 @pytest.mark.parametrize("trials, failures_of_others", [(5, 0), (5, 2), (2, 0)])
 def test_a_search_whose_first_trials_fail_ends(flags, monkeypatch, tmp_path, trials, failures_of_others):
-    """Three of them, whichever worker had them, or all."""
+    """Three failures end it, whichever workers had them, or those of all trials where there are fewer."""
     left = [failures_of_others]
 
     def fails(*_):
@@ -155,7 +155,7 @@ def test_a_search_whose_first_trials_fail_ends(flags, monkeypatch, tmp_path, tri
         with pytest.raises(KeyboardInterrupt):
             run_search(flags, "--trials", str(trials))
     message = error_message(run_search, flags, "--trials", str(trials))
-    assert message == f"the first {min(3, trials)} trials failed, the last one of: no space left"
+    assert message == f"{min(3, trials)} trials failed and none succeeded; the last one: no space left"
     assert [record["state"] for record in read_records(tmp_path / "S").values()] == ["FAIL"] * min(3, trials)
 
 

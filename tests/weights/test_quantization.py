@@ -80,15 +80,30 @@ def test_gradient_of_the_input(quantization, weight, bits):
     torch.testing.assert_close(grad_x, grad_output @ dequantized_weight(linear, 256))
 
 
-def test_one_row_in_4_bits(quantization, weight, monkeypatch):
+@pytest.fixture
+def one_row_is_decoded(monkeypatch):
+    """Products of one row take our kernels' reference implementations, as they take the kernels on a GPU."""
+    monkeypatch.setattr("lavin.fast.fused_linear.uses_gemv", lambda x: len(x) == 1)
+
+
+def test_one_row_in_4_bits(quantization, weight, one_row_is_decoded):
     """Our kernel's reference implementation equals bitsandbytes, but for values of NF4 as precise as in bf16."""
     linear, x = make_linear(quantization, weight, "4bit"), torch.randn(1, 256)
     expected = linear(x)
-    monkeypatch.setattr(quantization, "uses_gemv", lambda x: len(x) == 1)
-    assert torch.equal(linear(x), expected)  # use_triton is not set yet
-    linear.use_triton = True
+    linear.prepare_gemv()
     assert 0 < (linear(x) - expected).norm() / expected.norm() < 2**-8
     torch.testing.assert_close(linear(x.repeat(2, 1))[:1], expected)  # two rows still go to bitsandbytes
+    output = linear(x.requires_grad_())  # and so does a row that needs a gradient
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), x)[0], dequantized_weight(linear, 256).sum(0)[None])
+
+
+def test_one_row_of_blocks_that_two_rows_share(quantization, one_row_is_decoded):
+    """Our kernel cannot multiply such a matrix: bitsandbytes does."""
+    linear, x = make_linear(quantization, torch.randn(64, 96), "4bit"), torch.randn(1, 96)
+    expected = linear(x)
+    linear.prepare_gemv()
+    assert torch.equal(linear(x), expected)
 
 
 @pytest.mark.parametrize("bits, num_bytes", [("4bit", 96 * 256 // 2 + 384 + 4 * 2 + 4 + 4 * (16 + 256)),
@@ -106,14 +121,20 @@ QWEN = {"biases": ("wq", "wk", "wv", "wo", "w1", "w2", "w3"), "qk_norm": True}
 
 @pytest.mark.parametrize("llama", [{}, QWEN])
 def test_joined_matrices_in_4_bits(quantization, monkeypatch, llama):
-    """They multiply one row at once, as each of them would, and several rows as before."""
+    """They multiply one row at once, as each of them would, and several rows as before. Nothing is kept twice."""
     model, _ = quantized_and_dequantized_model("4bit", llama={"dim": 256, "d_ff": 128, **llama})
     block, x = model.llama.layers[0], torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     expected = [*block.attention.project(x), block.feed_forward(x)]
     fuse(model)
     assert all(map(torch.equal, [*block.attention.project(x), block.feed_forward(x)], expected))
-    for module in ("lavin.fast.joined_nf4", "lavin.weights.quantization"):
-        monkeypatch.setattr(f"{module}.uses_gemv", lambda x: len(x) == 1)
+    for linears, joined in ((block.attention.wq, block.attention.wk, block.attention.wv), block.attention.wqkv), (
+            (block.feed_forward.w1, block.feed_forward.w3), block.feed_forward.w13):
+        for linear in linears:
+            parts = linear.weight, linear.offset, linear.state.absmax, linear.state.state2.absmax
+            wholes = joined.weight, joined.offset, joined.absmax, joined.absmax2
+            assert [part.untyped_storage().data_ptr() for part in parts] == [
+                whole.untyped_storage().data_ptr() for whole in wholes]
+    monkeypatch.setattr("lavin.fast.fused_linear.uses_gemv", lambda x: len(x) == 1)
     for actual, exact in zip([*block.attention.project(x[:1]), block.feed_forward(x[:1])], expected, strict=True):
         assert 0 < (actual - exact[:1]).norm() / exact[:1].norm() < 2**-7  # values of NF4 are as precise as in bf16
 
@@ -167,8 +188,9 @@ def test_4_bit_models_are_captured(quantization, monkeypatch):
         assert torch.equal(*(torch.stack(list(decode(model.eval(), mixed_examples(0), 4, greedy)))
                              for model in (plain, fast)))
         assert isinstance(fast.llama.layers[1].attention.wo, quantization.QUANTIZED_LINEARS[bits])
-        assert type(fast.llama.layers[1].attention) is Attention  # scales of two such small matrices share a scale
-        assert getattr(fast.llama.layers[1].attention.wo, "use_triton", False) == (bits == "4bit")
+        # not joined: such small matrices do not fill the codes that share a scale of scales
+        assert type(fast.llama.layers[1].attention) is Attention
+        assert hasattr(fast.llama.layers[1].attention.wo, "table") == (bits == "4bit")  # for our kernel
         assert isinstance(fast.llama.forward, CapturedModule) == (bits == "4bit")
         assert stays_plain(Namespace(bits=bits), Namespace(model_parallel_size=1)) == (bits == "8bit")
         assert isinstance(fast.llama.layers[1], FusedAdaptedBlock) == (bits == "4bit")

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
-from lavin.runtime.console import print_rank0
+from lavin.runtime.console import counted, print_rank0
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import CHANGES_RESULTS, Flags, Role, flags_of
 from lavin.weights.base import require_base
@@ -120,7 +120,7 @@ def work(study, runner: Runner, questions: int, check_values) -> None:
                     + progress_line(study.folder, study.n_trials, study.left_out))
         ended = [each.state for each in study.trials() if each.state.is_finished()]  # of all workers
         if set(ended) == {FAIL} and len(ended) >= min(MAX_FAILURES, study.n_trials):
-            raise UserError(f"the first {len(ended)} trials failed, the last one of: {message}")
+            raise UserError(f"{counted(len(ended), 'trial')} failed and none succeeded; the last one: {message}")
 
 
 def confirm_best(search: Search, runner: Runner, epochs: int, seed: int, left_out: Collection[str]) -> None:
