@@ -122,13 +122,13 @@ def test_one_row_in_nf4():
     """Two codes a byte, the first in its upper half; 64 codes have a scale, 256 scales one of their own, and a row has
     an offset. The values are as precise as in bf16."""
     torch.manual_seed(0)
-    weight, absmax, absmax2, code2, offset, table = random_nf4(520, 64)
+    weight, absmax, absmax2, code2, offset, table = random_nf4(260, 128)
     codes = [code for byte in weight.flatten().tolist() for code in (byte >> 4, byte & 15)]
-    scales = torch.stack([code2[code] * absmax2[i // 256] + offset[i] for i, code in enumerate(absmax.tolist())])
-    for x in torch.eye(64).split(1):
-        column = NF4[codes].view(520, 64) @ x[0] * scales
+    scales = torch.stack([code2[code] * absmax2[i // 256] + offset[i // 2] for i, code in enumerate(absmax.tolist())])
+    exact = (NF4[codes].view(520, 64) * scales[:, None]).view(260, 128)
+    for i, x in enumerate(torch.eye(128).split(1)):
         actual = gemv_nf4(x, weight, absmax, absmax2, code2, offset, table)[0]
-        assert ((actual - column).abs() <= 2**-8 * column.abs() + 1e-30).all()
+        assert ((actual - exact[:, i]).abs() <= 2**-8 * exact[:, i].abs() + 1e-30).all()
 
 
 def test_answer_loss_equals_cross_entropy(monkeypatch):

@@ -9,7 +9,7 @@ from lavin import attention
 from lavin.attention import padded_attention
 from lavin.fast import speed_up
 from lavin.fast.captured_models import capture_passes
-from lavin.fast.speed_up import choose_fast_paths
+from lavin.fast.speed_up import FastPaths, choose_fast_paths
 from lavin.generation import kv_cache
 from lavin.kernels import fp8
 from tiny import greedy_logits, loss_and_gradients, mixed_examples, tiny_model
@@ -69,6 +69,39 @@ def test_what_was_asked_for_and_does_not_work_is_refused(hardware):
     assert "--compile on does not work on this GPU: no C" in error_message(choose_fast_paths, GPU, BF16, 128,
                                                                            compile="on")
     assert "--bits fp8 does not work" in error_message(choose_fast_paths, GPU, BF16, 128, "fp8")
+
+
+@pytest.mark.parametrize("bits, dtype", [("16bit", FP32), ("fp8", torch.float8_e4m3fn)])
+def test_matrices_are_fused_in_the_precision_asked_for(monkeypatch, bits, dtype):
+    monkeypatch.setattr(speed_up, "choose_fast_paths",
+                        lambda *_: FastPaths(padded_attention, fused=True, compiled=False, captured=False))
+    block = speed_up.speed_up(tiny_model(), bits).llama.layers[0]
+    for matrix in (block.attention.wqkv, block.attention.wo, block.feed_forward.w13, block.feed_forward.w2):
+        assert matrix.weight.dtype == dtype
+
+
+def test_programs_in_the_compilers_cache_are_of_the_same_code(monkeypatch, tmp_path):
+    """A change anywhere in lavin/, also in a folder of it, is another code."""
+    config = pytest.importorskip("torch._inductor.config")
+    if not hasattr(config, "unsafe_marked_cacheable_functions"):
+        pytest.skip("this version of torch cannot cache such programs")
+    sources = [tmp_path / "lavin" / name for name in ("model.py", "fast/speed_up.py", "kernels/fused_ops.py")]
+    for source in sources:
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text("x = 1")
+    monkeypatch.setattr(speed_up, "__file__", str(sources[1]))
+
+    def code() -> str:
+        monkeypatch.setattr(config, "unsafe_marked_cacheable_functions", {})
+        speed_up.allow_in_cache([speed_up.fuse])
+        return config.unsafe_marked_cacheable_functions["lavin.fast.speed_up.fuse"]
+
+    codes = [code()]
+    assert code() == codes[0]
+    for source in sources:
+        source.write_text("x = 2")
+        codes.append(code())
+    assert len(set(codes)) == 4
 
 
 def test_the_compiler_is_tried_once_and_in_silence(monkeypatch, capfd):
