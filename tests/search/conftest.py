@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from forked import Child
 from lavin.runtime import signals
 from lavin.runtime.errors import one_line_errors
 from util.search import processes
-from util.search.processes import SharedProcess
+from util.search.processes import ROOT, SharedProcess, start_torchrun
 from util.series import commands, serve
 
 
@@ -62,10 +63,15 @@ def shared_process(servers):
     shared.close()
 
 
-@pytest.fixture(params=["shared", "alone"])
-def start(request):
-    """A function that starts commands, script.py among them, in one process or in a process each."""
+@pytest.fixture(params=["shared", "torchrun"])
+def start(request, monkeypatch):
+    """A function that starts commands, script.py among them, in one process, or in a process each where Python stands
+    for torchrun."""
     if request.param == "shared":
         return request.getfixturevalue("shared_process")
-    return lambda words, log, lock: subprocess.Popen([sys.executable, "-c", *words[1:]], stdout=log, stderr=log,
-                                                     pass_fds=[lock])
+
+    def start_python(words: list[str], **options) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", *words[words.index(str(ROOT / "script.py")) + 1:]], **options)
+
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=start_python, DEVNULL=subprocess.DEVNULL))
+    return partial(start_torchrun, 2, dict(os.environ))

@@ -188,6 +188,8 @@ def check(parameters: dict, enqueue=({},), words=("--epochs", "3")):
      "space.json: parameters.min_lr.when.lr_schedule: should be a valid list, not 'uses'"),
     ({"lr_schedule": {"kind": "categorical", "choices": ["cosine", "linaer"], "default": "cosine"}}, [{}],
      "space.json: lr_schedule linaer: --lr_schedule invalid choice: 'linaer'"),
+    ({"prompt_format": {"kind": "categorical", "choices": ["QCM-ALE", "QCM-LEA"], "default": "QCM-ALE"}}, [{}],
+     "space.json: prompt_format QCM-LEA: a search scores its trials by the likeliest answer"),
     ({"warmup_epochs": {**FLOAT, "high": 5}}, [{}],
      "space.json: warmup_epochs 5: --warmup_epochs 5.0 must lie at or above 0, and below --epochs 3"),
     ({"dropout_prob": {**FLOAT, "high": 1}}, [{}], "space.json: dropout_prob 1: --dropout_prob 1 does not lie in")])
