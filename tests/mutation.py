@@ -48,7 +48,8 @@ def copy_project(folder: Path) -> Path:
 
 def find_source(project: Path, text: str) -> Path:
     """The one product file that holds `text` once. Raises ValueError where there is none, or another place too."""
-    files = [*project.glob("*.py"), *(project / "lavin").rglob("*.py"), *(project / "util").rglob("*.py")]
+    files = [*project.glob("*.py"), *(project / "lavin").rglob("*.py"), *(project / "util").rglob("*.py"),
+             *(project / "scripts").glob("*.sh")]
     counts = {path: path.read_text(encoding="utf-8").count(text) for path in files}
     if sum(counts.values()) != 1:
         raise ValueError(f"occurs {sum(counts.values())} times in the product, not once: {text!r}")
@@ -56,7 +57,8 @@ def find_source(project: Path, text: str) -> Path:
 
 
 def ordered_tests(project: Path, source: Path, near: bool) -> list[str]:
-    """All test files but the slowest, or those near the changed file, which import it or lie in a folder of its part.
+    """All test files but the slowest, or those near the changed file, which import it or are named after its part, as
+    their folder may be.
 
     Those that have its name, too, come first, then the others that import it, then those of its part.
     """
@@ -68,7 +70,7 @@ def ordered_tests(project: Path, source: Path, near: bool) -> list[str]:
         is_named_so = source.stem in (test.stem.removeprefix("test_"), test.parent.name.removesuffix("ing"))
         if imports.search(test.read_text(encoding="utf-8")):
             return 0 if is_named_so else 1
-        return 2 if test.parent.name in parts else 3
+        return 2 if {test.parent.name, test.stem.removeprefix("test_")} & set(parts) else 3
     tests = sorted((project / "tests").rglob("test_*.py"), key=lambda test: (distance(test), test))
     nearest = [test for test in tests if distance(test) < 3] if near else []
     return [name for test in nearest or tests if (name := str(test.relative_to(project))) != SLOWEST]
