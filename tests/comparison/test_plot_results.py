@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -18,6 +19,7 @@ from lavin.runtime.errors import one_line_errors
 from util.comparison import figures
 from util.comparison.comparison import Method, compare, published
 from util.comparison.figures import COLOURS, FIGURES
+from util.comparison.methods import PUBLISHED
 from util.comparison.references import Reference
 from util.comparison.statistics import wilson
 from util.evaluation.scoring import COLUMNS
@@ -469,6 +471,18 @@ def test_without_arguments_the_published_runs_are_plotted(tmp_path, monkeypatch,
     run_command()
     assert (tmp_path / "plots" / "published_dropout.svg").read_bytes() == first
     assert "88.82" in capsys.readouterr().out
+
+
+def test_the_published_figures_in_assets_say_what_those_of_today_say(tmp_path, monkeypatch):
+    """Their words, which Matplotlib writes as comments; numbers at the axes are those of its version."""
+    monkeypatch.setitem(figures.RC_PARAMS, "figure.dpi", 40)
+    run_command("--out", tmp_path)
+
+    def words(figure: Path) -> list[str]:
+        return [text for text in re.findall("<!-- (.*?) -->", figure.read_text()) if re.search("[A-Za-z]", text)]
+
+    drawn = {path.name: words(path) for path in tmp_path.glob("*.svg")}
+    assert drawn == {path.name: words(path) for path in PUBLISHED.parent.glob("*.svg")}
 
 
 def test_own_runs_beside_the_published_ones_keep_the_published_files(tmp_path, monkeypatch):
