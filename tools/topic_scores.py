@@ -1,4 +1,4 @@
-"""Accuracy by topic of the problems: a table with a row for each results folder of eval.py.
+"""Accuracy by topic of the problems: a table with a column for each results folder of eval.py.
 
     python -m tools.topic_scores --data_root data/easy_vqa runs/smollm2/untuned ...
 """
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from lavin.runtime.console import format_table
+from lavin.runtime.console import text_width
 from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import read_json
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
 from util.data.datasets import find_problems_file
+from util.document import LEAST_NAME, Bullets, Part, Table, to_text
 from util.evaluation.answers import read_answers
 from util.runs import GENERATIONS
 
@@ -48,16 +49,32 @@ def correct_by_topic(folder: Path, problems: dict) -> dict[str, list[bool]]:
     return by_topic
 
 
-def topic_table(folders: list[Path], problems: dict) -> str:
+def cell(outcomes: list[bool], n_questions: int) -> str:
+    """The percentage, with the number of questions where it is of fewer than others."""
+    number = f" ({len(outcomes)})" if len(outcomes) < n_questions else ""
+    return f"{100 * sum(outcomes) / len(outcomes):.1f}{number}" if outcomes else "-"
+
+
+def topic_report(folders: list[Path], problems: dict, width: int) -> str:
+    """Lines of at most `width` characters, 80 or more: what the columns are, and a row for each topic. Columns that
+    find no room have a table of their own below."""
     results = [correct_by_topic(folder, problems) for folder in folders]
     topics = sorted(set().union(*results))
-    rows = [[folder.name, *(f"{100 * sum(of[topic]) / len(of[topic]):.1f} ({len(of[topic])})" if of[topic] else "-"
-                            for topic in topics)] for folder, of in zip(folders, results, strict=True)]
-    return format_table(["accuracy % (questions)", *topics], rows)
+    n_questions = {topic: max(len(by_topic[topic]) for by_topic in results) for topic in topics}
+    columns = [[cell(by_topic[topic], n_questions[topic]) for topic in topics] for by_topic in results]
+    left = width - min(LEAST_NAME, max(map(len, ("topic", *topics)))) - len("  questions")
+    per_table = max(1, left // (2 + max(len(text) for column in columns for text in column)))
+    parts: list[Part] = ["Accuracy in % by topic. The columns are:",
+                         Bullets([f"{i}: {folder}" for i, folder in enumerate(folders, 1)])]
+    for start in range(0, len(folders), per_table):
+        shown = columns[start:start + per_table]
+        rows = [[topic, str(n_questions[topic]), *(column[i] for column in shown)] for i, topic in enumerate(topics)]
+        parts.append(Table(["topic", "questions", *(str(start + i) for i in range(1, len(shown) + 1))], rows))
+    return to_text(parts, width, GENERATIONS)
 
 
 def main(args: Flags) -> None:
-    print(topic_table(args.folders, read_json(find_problems_file(args.data_root))))
+    print(topic_report(args.folders, read_json(find_problems_file(args.data_root)), text_width()))
 
 
 if __name__ == "__main__":
