@@ -36,13 +36,15 @@ fail() {
 
 WORLD=0
 if [[ $GPUS =~ ^[1-9][0-9]?$ ]]; then WORLD=$((GPUS * NODES)); fi
+ON_NODES=
+[ "$NODES" -eq 1 ] || ON_NODES=" on each of $NODES nodes"
 case $WORLD in
     1 | 2 | 4 | 8 | 16) ;;
-    *) fail "GPUS=$GPUS (x $NODES nodes) gives no effective batch of 32: choose 1, 2, 4, 8 or 16 in all" ;;
+    *) fail "GPUS=$GPUS$ON_NODES gives no effective batch of 32: choose 1, 2, 4, 8 or 16 in all" ;;
 esac
 
 [ "$VISIBLE" -eq 0 ] || [ "$GPUS" -le "$VISIBLE" ] ||
-    fail "GPUS=$GPUS (4 where it is not set), and $VISIBLE of this node's GPUs are visible: set GPUS to $VISIBLE or fewer"
+    fail "GPUS=$GPUS (4 where it is not set) is more than the visible GPUs of this node, $VISIBLE: set GPUS to at most $VISIBLE"
 
 source scripts/signals.sh
 forward_signals
@@ -159,7 +161,7 @@ finetune_and_evaluate() {
 
 # instruction_tuning FLAG...: on $DATA_ROOT/all_data.json, as published for 13B, with micro-batches of 4.
 instruction_tuning() {
-    [ "$WORLD" -le 8 ] || fail "GPUS=$GPUS (x $NODES nodes) cannot share micro-batches of 4: choose 1, 2, 4 or 8 in all"
+    [ "$WORLD" -le 8 ] || fail "GPUS=$GPUS$ON_NODES cannot share micro-batches of 4: choose 1, 2, 4 or 8 in all"
     train VLIT --do_pretrain --batch_size 4 --accum_iter $((8 / WORLD)) --epochs 15 --warmup_epochs 0.2 \
         --temperature 5 "$@"
 }

@@ -220,12 +220,13 @@ def test_wrong_numbers_are_refused_in_one_line(sandbox, name, values):
 
 def test_gpus_of_all_nodes_are_counted(sandbox):
     assert sandbox.run("scripts/finetuning_sqa_7b.sh", code=1, GPUS="4", SLURM_NNODES="3") == []
-    assert sandbox.errors == ("finetuning_sqa_7b.sh: GPUS=4 (x 3 nodes) gives no effective batch of 32: "
+    assert sandbox.errors == ("finetuning_sqa_7b.sh: GPUS=4 on each of 3 nodes gives no effective batch of 32: "
                               "choose 1, 2, 4, 8 or 16 in all\n")
 
 
 def test_more_gpus_than_the_node_has_are_refused_at_once(sandbox):
-    line = "{}: GPUS={} (4 where it is not set), and {} of this node's GPUs are visible: set GPUS to {} or fewer\n"
+    line = ("{}: GPUS={} (4 where it is not set) is more than the visible GPUs of this node, {}: set GPUS to at most "
+            "{}\n")
     for script, environment, words in (("finetuning_sqa_7b.sh", {"HERE": "2"}, (4, 2, 2)),
                                        ("run_all_variants.sh", {"HERE": "4", "GPUS": "8"}, (8, 4, 4)),
                                        ("search_sqa_7b.sh", {"HERE": "8", "CUDA_VISIBLE_DEVICES": "3"}, (4, 1, 1))):
@@ -647,7 +648,7 @@ def test_instruction_tuning_uses_the_published_recipe(sandbox, script, model):
                           "--seed 1")  # 4 x 1 x 8 GPUs = 32
     assert "--loss_norm microbatch " in train and "--blr 9e-3" in train
     sandbox.run(f"scripts/{script}.sh", GPUS="16", code=1)
-    assert "GPUS=16 (x 1 nodes) cannot share micro-batches of 4: choose 1, 2, 4 or 8 in all" in sandbox.errors
+    assert "GPUS=16 cannot share micro-batches of 4: choose 1, 2, 4 or 8 in all" in sandbox.errors
 
 
 def test_mme_evaluates_the_given_run(sandbox):
@@ -681,22 +682,59 @@ def test_demo_uses_runs_of_smollm2_or_of_quickstart_or_of_the_environment(sandbo
         assert " --llm_model toy --data_root data/mini" in sandbox.run("scripts/demo.sh", *arguments, **environment)[-1]
 
 
+RUNS_OF_SMOLLM2 = [f"runs/smollm2/LaVIN-smollm2.gguf-{name}-seed0" for name in ("base", "cyclical", "drop_dec_v2")]
+
+
+def score(sandbox, *runs: str) -> None:
+    """Puts scores into the folders, as the stub does not."""
+    for run in runs:
+        (sandbox.folder / run).mkdir(parents=True, exist_ok=True)
+        (sandbox.folder / run / "scores.json").touch()
+
+
 def test_quickstart_smollm2_scores_untuned_tuned_and_with_exchanged_pictures(sandbox):
     sandbox.install()
+    score(sandbox, *RUNS_OF_SMOLLM2)
     calls = sandbox.run("scripts/quickstart_smollm2.sh")
     names = re.findall(r"^python (?:-m )?(tools\.\w+|\w+\.py) ", "\n".join(calls), re.MULTILINE)
     assert names[:3] == ["tools.make_easy_vqa", "tools.make_toy_base", "eval.py"]
     assert sorted(names[3:9]) == ["eval.py"] * 3 + ["train.py"] * 3  # two at once
     assert names[9:] == ["plot_results.py", *["eval.py"] * 3, "tools.topic_scores"]
     trained = [call for call in calls if " train.py " in call]
-    runs = [f"runs/smollm2/LaVIN-smollm2.gguf-{name}-seed0" for name in ("base", "cyclical", "drop_dec_v2")]
-    assert sorted(call.split("--output_dir ")[-1].split()[0] for call in trained) == runs
+    assert sorted(call.split("--output_dir ")[-1].split()[0] for call in trained) == RUNS_OF_SMOLLM2
     flags = [get_args_parser().parse_args(call.split("train.py ")[1].split()) for call in trained]
     assert {(of.llm_model, of.data_root, of.prompt_format, of.epochs) for of in flags} == {
         ("smollm2.gguf", "data/easy_vqa", "QCM-EA", 2)}
     shuffled = [call for call in calls if "--split shuffled" in call]
-    assert [call.split("--adapter_path ")[1].split()[0] for call in shuffled] == runs
-    assert all(run in calls[-1] for run in runs)
+    assert [call.split("--adapter_path ")[1].split()[0] for call in shuffled] == RUNS_OF_SMOLLM2
+    assert all(run in calls[-1] for run in RUNS_OF_SMOLLM2)
+
+
+def test_quickstart_smollm2_goes_on_past_a_failure_but_not_past_a_stop(sandbox):
+    sandbox.install()
+    base, cyclical, decreasing = RUNS_OF_SMOLLM2
+    score(sandbox, base, decreasing)
+
+    def compared(**environment: str) -> list[str]:
+        """The folders whose accuracies by topic are printed."""
+        sandbox.calls.write_text("")
+        *_, last = sandbox.run("scripts/quickstart_smollm2.sh", code=1, **environment)
+        return last.split("data/easy_vqa ")[1].split()
+
+    assert compared(FAIL=f"--output_dir {cyclical} ") == [
+        "runs/smollm2/untuned", base, "runs/smollm2/base-shuffled", decreasing, "runs/smollm2/drop_dec_v2-shuffled"]
+    assert sandbox.errors.splitlines() == [f"failed: {cyclical}"] * 2  # behind the table of runs, and at the end
+    score(sandbox, cyclical)
+    assert compared(FAIL="--output_dir runs/smollm2/base-shuffled") == [
+        "runs/smollm2/untuned", base, cyclical, "runs/smollm2/cyclical-shuffled", decreasing,
+        "runs/smollm2/drop_dec_v2-shuffled"]
+    assert sandbox.errors == "failed: runs/smollm2/base-shuffled\n"
+    assert len(compared(FAIL="plot_results.py")) == 7
+    assert sandbox.errors == "failed: plot_results.py\n"
+    for step in ("train.py", "--split shuffled"):
+        sandbox.calls.write_text("")
+        calls = sandbox.run("scripts/quickstart_smollm2.sh", FAIL=step, STATUS="75", code=75)
+        assert step in calls[-1]
 
 
 def test_the_study_of_smollm2_has_all_methods_and_crossings_and_two_tables(sandbox):
@@ -748,6 +786,7 @@ def test_the_study_of_smollm2_goes_on_past_a_failed_run_but_not_past_a_stop(sand
 def test_a_quickstart_that_is_stopped_leaves_no_process_and_goes_on(sandbox, script, step, number):
     """This holds also for a step that knows nothing of exit status 75."""
     sandbox.install()
+    score(sandbox, *RUNS_OF_SMOLLM2)
     status = "75" if step == "train.py" else "143"
     calls = sandbox.stop(f"scripts/{script}", HANG=step, signals=(number,), STATUS=status)
     assert calls[-1] == "TERM" and sum(step in call for call in calls) <= 2 and "goes on" in sandbox.errors
