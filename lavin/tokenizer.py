@@ -20,6 +20,7 @@ import torch
 from pydantic import BeforeValidator
 from typing_extensions import TypedDict
 
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import sha256
 from lavin.runtime.schema import declared, read_validated
@@ -229,8 +230,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             raise UserError(f"{path} is broken in line {number + 1}: copy it again")
         ranks[token] = number
     if len(ranks) != LLAMA3_TOKENS:
-        raise UserError(f"{path} has {len(ranks):,} tokens, and Llama 3's {LLAMA3_TOKENS:,}: copy it again, or take "
-                        "the tokenizer.json of another model")
+        raise UserError(f"{path} has {counted(len(ranks), 'token')}, and Llama 3's {LLAMA3_TOKENS:,}: copy it again, "
+                        "or take the tokenizer.json of another model")
     return ranks
 
 

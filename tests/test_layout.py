@@ -186,13 +186,16 @@ def test_the_names_of_the_splits_stand_in_one_place():
     assert places == {"util/data/datasets.py"}
 
 
-COUNTED = ("picture", "problem", "record", "row", "prompt", "tensor", "file", "column", "group")  # there may be one
+COUNTED = ("picture", "problem", "record", "row", "prompt", "tensor", "file", "column", "group", "trial", "run", "seed",
+           "epoch", "step", "question", "configuration", "token", "piece", "head", "dimension", "element", "number",
+           "core", "GPU", "node", "process", "other")  # there may be one
 
 
 def test_a_count_of_one_has_the_singular():
     """A message says `counted(n, "problem")` of lavin/runtime/console.py, in place of f"{n} problems"."""
     files = [*FILES, *COMMANDS, *(ROOT / "tools").rglob("*.py")]
-    plural = re.compile(rf" ([a-z]*[a-rt-z] )?({'|'.join(COUNTED)})s\b")  # and no verb between, as in "lacks files"
+    # and neither a verb nor a preposition between, as in "lacks files" and "for questions"
+    plural = re.compile(rf" (?!for )([a-z]*[a-rt-z] )?({'|'.join(COUNTED)})e?s\b")
     texts = [node.values for path in files for node in ast.walk(ast.parse(path.read_text()))
              if isinstance(node, ast.JoinedStr)]
     wrong = [ast.unparse(value) + text.value for values in texts for value, text in pairwise(values)

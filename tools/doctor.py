@@ -81,7 +81,7 @@ def checked(lines: Iterable[str]) -> Iterator[str]:
 def machine() -> Iterator[str]:
     yield row("Python", f"{platform.python_version()}, {sys.executable}")
     yield row("system", platform.platform())
-    yield row("CPU", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, {platform.machine()}")
+    yield row("CPU", f"{platform.machine()}, cores: {len(os.sched_getaffinity(0))} of {os.cpu_count()}")
     yield row("memory", size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
     try:
         done = subprocess.run(GPU_QUERY, capture_output=True, text=True, timeout=10)
@@ -107,7 +107,8 @@ def packages() -> Iterator[str]:
 
 def run(args) -> Iterator[str]:
     n_gpus = torch.cuda.device_count()
-    yield row("CUDA of torch", f"{torch.version.cuda or '-'}; it sees {n_gpus} GPUs{'' if n_gpus else BUILDS}")
+    yield row("CUDA of torch", f"{torch.version.cuda or '-'}; it sees {counted(n_gpus, 'GPU')}"
+              f"{'' if n_gpus else BUILDS}")
     device = choose_device(args.device, 0)
     dtype, gpu = choose_dtype(args.precision, device), device.type == "cuda"
     yield row("device", torch.cuda.get_device_name(device) if gpu else "CPU")

@@ -227,7 +227,8 @@ def main(args: Flags) -> None:
     tokenizer = train_tokenizer(data, out / "tokenizer.model")
     llama = pretrain_llama(data, tokenizer, args.seed)
     write_llama(llama, out)
-    print(f"{out}: {tokenizer.n_words} pieces, LLaMA {sum(p.numel() for p in llama.parameters()):,} parameters")
+    print(f"{out}: {counted(tokenizer.n_words, 'piece')}, LLaMA "
+          f"{sum(p.numel() for p in llama.parameters()):,} parameters")
 
 
 if __name__ == "__main__":

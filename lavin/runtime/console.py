@@ -107,8 +107,9 @@ class Lines(tqdm):
 
 
 def counted(n: int, what: str) -> str:
-    """`1 answer`, or `2,000 answers`."""
-    return f"{n:,} {what}{'s' * (n != 1)}"
+    """`1 answer`, `2,000 answers`, or `0 processes`."""
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{n:,} {what if n == 1 else plural}"
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lavin.runtime.arithmetic import round_up
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError
 
 ALIGNMENT = 16  # bytes, of tensors that are copied together
@@ -105,8 +106,9 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
     if device.index is None:
         device = torch.device("cuda", local_rank)
     if device.index >= torch.cuda.device_count():
-        raise UserError(f"{torch.cuda.device_count()} GPUs are visible, and process {local_rank} needs one of its own: "
-                        "start fewer processes (torchrun --nproc_per_node)")
+        raise UserError(f"process {local_rank} needs a GPU of its own, and "
+                        f"{counted(torch.cuda.device_count(), 'GPU')} can be seen: start fewer processes "
+                        "(torchrun --nproc_per_node)")
     if problem := unsupported_gpu(device):
         raise UserError(problem)
     torch.cuda.set_device(device)

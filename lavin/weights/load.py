@@ -16,7 +16,7 @@ from lavin.llama import LlamaConfig
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.runtime import distributed
-from lavin.runtime.console import BAR_SECONDS, progress_bar
+from lavin.runtime.console import BAR_SECONDS, counted, progress_bar
 from lavin.runtime.errors import UserError, first_line
 from lavin.tokenizer import Tokenizer
 from lavin.weights.base import base_path, find_tokenizer, open_base
@@ -36,8 +36,8 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
     tokenizer = Tokenizer(tokenizer_path or find_tokenizer(llama_model_path, llm_model))
     base = open_base(base_path(llama_model_path, llm_model), tokenizer.n_words, use_vicuna)
     if not base.config.vocab_size / 2 <= tokenizer.n_words <= base.config.vocab_size:  # models pad their vocabulary
-        raise UserError(f"the tokenizer has {tokenizer.n_words} pieces, and {base.source} {base.config.vocab_size}: it "
-                        "belongs to another model: put the model's own into its folder")
+        raise UserError(f"the tokenizer has {counted(tokenizer.n_words, 'piece')}, and {base.source} "
+                        f"{base.config.vocab_size:,}: it belongs to another model: put the model's own into its folder")
     check_length(base.config, max_seq_len)
     with torch.random.fork_rng(devices=[]):  # timm draws the weights that it then fetches, and adapters must not differ
         vit, vit_tensors = open_vit(vision_model)
@@ -79,8 +79,8 @@ def user_error_if_unfit() -> Iterator[None]:
 def check_length(config: LlamaConfig, max_seq_len: int | None) -> None:
     """Raises UserError for more tokens than a base supports here."""
     if max_seq_len and config.max_context and max_seq_len > config.max_context:
-        raise UserError(f"--max_seq_len {max_seq_len}: beyond {config.max_context} tokens this base model needs a "
-                        "sliding window or dynamic rope scaling, which are not supported: lower it")
+        raise UserError(f"--max_seq_len {max_seq_len}: beyond {counted(config.max_context, 'token')} this base model "
+                        "needs a sliding window or dynamic rope scaling, which are not supported: lower it")
 
 
 def quantize_model(model: LaVIN, bits: str) -> None:

@@ -38,11 +38,12 @@ class Params(TypedDict):
 def check_heads(config: LlamaConfig) -> None:
     """Raises ValueError where the heads do not divide what they share."""
     if config.d_head is None and config.dim % config.n_heads:
-        raise ValueError(f"its {config.n_heads} heads do not divide its width {config.dim}")
+        raise ValueError(f"its {counted(config.n_heads, 'head')} do not divide its width {config.dim}")
     if config.head_dim % 2:
         raise ValueError(f"the width {config.head_dim} of its heads is odd; rotary embeddings need pairs")
     if config.n_heads % config.kv_heads:
-        raise ValueError(f"its {config.kv_heads} key and value heads do not divide its {config.n_heads} heads")
+        raise ValueError(f"its {config.kv_heads} key and value heads do not divide its "
+                         f"{counted(config.n_heads, 'head')}")
 
 
 def shard_dim(name: str) -> int | None:

@@ -40,7 +40,7 @@ def is_weight(value: Any) -> Any:
     if value.dtype not in FLOATS or value.layout != torch.strided:
         raise ValueError(f"is a tensor of {value.dtype}, {value.layout}, not of dense floating-point numbers")
     if value.nbytes > value.untyped_storage().nbytes():  # the same numbers again and again, as torch.expand makes them
-        raise ValueError(f"is a tensor of {value.numel():,} numbers, of which the file holds fewer")
+        raise ValueError(f"is a tensor of {counted(value.numel(), 'number')}, of which the file holds fewer")
     return value
 
 

@@ -274,7 +274,8 @@ def sizing_tensors(tensors: Mapping[str, torch.Tensor], n_dims: dict[str, int]) 
     """Returns the tensors that determine a CLIP's sizes. `n_dims` has their names, with their numbers of dimensions."""
     for name, n in n_dims.items():
         if name not in tensors or tensors[name].ndim != n or not tensors[name].numel():
-            raise UserError(f"its weights lack {name}, or it has not {n} dimensions, so it is no CLIP: {DOWNLOAD_HINT}")
+            raise UserError(f"its weights lack {name}, or it has not {counted(n, 'dimension')}, so it is no CLIP: "
+                            f"{DOWNLOAD_HINT}")
     return [tensors[name] for name in n_dims]
 
 

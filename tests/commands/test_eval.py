@@ -311,7 +311,7 @@ def test_two_processes_share_the_rest_and_agree(finished, unscored):
     scores = scores_of(finished)
     identity = {name: scores[name] for name in list(scores)[list(scores).index("prompts_cut") + 1:]}
     write_partial(unscored, 4, identity, answers[1:2])
-    for word in ("1 of 6 are answered", "scored before"):
+    for word in ("answered before: 1 of 6;", "scored before"):
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
                               timeout=180)
         assert done.returncode == 0, done.stderr

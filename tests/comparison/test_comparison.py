@@ -368,7 +368,7 @@ def test_runs_on_different_questions_are_excluded(tmp_path):
     assert [method.name for method in comparison.methods] == ["Base"]
     reasons = "\n".join(sorted(comparison.excluded))
     assert "answers: its questions have other right answers" in reasons
-    assert "short: its 3 questions are not the others' 10" in reasons
+    assert "short: its 3 questions and the others' 10 differ" in reasons
     assert "val: of split val, not test" in reasons
 
 
@@ -652,7 +652,7 @@ def test_the_base_alone_beside_the_published_runs_has_no_design_effect_of_differ
 
 def test_with_published(tmp_path):
     write_run(tmp_path / "few")
-    with pytest.raises(UserError, match="--published: .* 4241 questions .* 10 others"):
+    with pytest.raises(UserError, match="--published: .* 4,241 questions .* 10 others"):
         with_published(compare([str(tmp_path / "few")]))
     counts, correct = published().counts, published().methods[0].runs[0].correct
     n, k = counts["Avg"], correct["Avg"]

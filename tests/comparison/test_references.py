@@ -93,7 +93,7 @@ def test_other_questions_a_second_one_and_unknown_bases_are_left_out(tmp_path):
     for name, right in (("fewer", "1110"), ("one", "1111000000"), ("two", "1111000000")):
         write_untuned(tmp_path / "runs" / f"u-{name}", right)
     fewer, second = compare([str(tmp_path / "runs")]).excluded
-    assert "its 4 questions are not the others' 10" in fewer
+    assert "its 4 questions and the others' 10 differ" in fewer
     assert second == f"{tmp_path / 'runs' / 'u-two'}: the untuned base is in {tmp_path / 'runs' / 'u-one'} already"
     (tmp_path / "runs" / "base0" / "recipe.json").unlink()
     assert "cannot be told: it needs a recipe.json" in "".join(compare([str(tmp_path / "runs")]).excluded)

@@ -152,7 +152,7 @@ def test_bad_images_are_named_or_skipped(root, tokenizer):
     for fault, break_file in (("does not decode", lambda: path.write_bytes(path.read_bytes()[:80])),
                               ("is missing", path.unlink)):
         break_file()
-        with pytest.raises(UserError, match=f"COCO_train2014_2.jpg {fault}.*; 1 of 2 are so"):
+        with pytest.raises(UserError, match=f"COCO_train2014_2.jpg {fault}.* \\(1 of 2 in all\\): "):
             load(settings(root), tokenizer)
         assert list(load(settings(root, skip_bad=True), tokenizer)) == [f"record {i}" for i in (0, 1, 2, 4, 5)]
 

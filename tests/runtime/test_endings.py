@@ -272,6 +272,7 @@ def test_progress_names_the_run_which_tells_jobs_side_by_side_apart():
 def test_counts_and_durations_in_words():
     assert [counted(n, "old turn") for n in (0, 1, 2, 3000)] == ["0 old turns", "1 old turn", "2 old turns",
                                                                  "3,000 old turns"]
+    assert [counted(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]
     assert [duration(seconds) for seconds in (20, 3540, 3600, 7500)] == ["1 min", "59 min", "1 h 00 min", "2 h 05 min"]
 
 

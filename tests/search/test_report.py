@@ -251,13 +251,21 @@ def test_the_cost_is_told_before(study, tmp_path):
     settings = {"trials": 64, "confirm": 3, "seeds": 3, "steps_per_epoch": 397, "pruner": "asha",
                 "flags": {"epochs": 20}}
     first, second, hours = cost_lines(tmp_path / "none", settings, [2, 6, 20], on_cpu=True)
-    assert "64 trials of at most 20 epochs x 397 steps, scored after 2, 6 and 20 epochs" in first
+    assert "64 trials of at most 20 epochs x 397 steps, scored after epochs 2, 6 and 20" in first
     assert first.endswith(": 508,160 steps at most")
     assert second == "then 12 runs with fresh seeds (the best 3 and the base, 3 each): 95,280 steps"
     assert hours == "hours on a CPU: unknown until the first trial is scored"
     assert cost_lines(study, settings, [2, 6, 20], on_cpu=False)[-1] == (
         f"GPU-hours: at most {(64 + 12) * 20 * 60 / 3600:.2f}, by the trials so far (60.0 s an epoch)")
     assert len(cost_lines(study, {**settings, "confirm": 0}, [20], on_cpu=False)) == 2
+
+
+def test_one_trial_is_in_the_singular(tmp_path):
+    settings = {"trials": 1, "confirm": 1, "seeds": 1, "steps_per_epoch": 1, "pruner": "none", "flags": {"epochs": 1}}
+    first, second, _ = cost_lines(tmp_path, settings, [1], on_cpu=True)
+    assert first == f"{tmp_path}: 1 trial of at most 1 epoch x 1 step: 1 step at most"
+    assert second == "then 2 runs with fresh seeds (the best 1 and the base, 1 each): 2 steps"
+    assert progress_line(tmp_path, 1).startswith("0 of 1 trial: ")
 
 
 def test_the_made_up_world_has_a_better_point():

@@ -22,6 +22,7 @@ import train
 from forked import Child
 from lavin.kernels import fp8
 from lavin.runtime import device, signals
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError, describe, one_line_errors
 from lavin.runtime.files import read_json, write_json
 from tiny import ROOT
@@ -82,7 +83,7 @@ def test_a_study_from_its_first_trial_to_its_report(flags, commands, tmp_path, c
     run_search(flags)
     said = capsys.readouterr().out
     study, records = tmp_path / "S", read_records(tmp_path / "S")
-    assert "3 trials of at most 2 epochs x 2 steps, scored after 1 and 2 epochs" in said
+    assert "3 trials of at most 2 epochs x 2 steps, scored after epochs 1 and 2" in said
     assert "then 4 runs with fresh seeds (the best 1 and the base, 2 each): 16 steps" in said
     assert "3 of 3 trials:" in said and list(records) == ["000", "001", "002"]
     assert records["001"]["values"]["lr_schedule"] == "step"
@@ -142,7 +143,7 @@ def test_a_suggestion_that_train_refuses_is_not_run(flags, commands, tmp_path, m
     assert not any("trials/002" in word for command in commands for word in command)
 
 
-@pytest.mark.parametrize("trials, failures_of_others", [(5, 0), (5, 2), (2, 0)])
+@pytest.mark.parametrize("trials, failures_of_others", [(5, 0), (5, 2), (2, 0), (1, 0)])
 def test_a_search_whose_first_trials_fail_ends(flags, monkeypatch, tmp_path, trials, failures_of_others):
     """Three failures end it, whichever workers had them, or those of all trials where there are fewer."""
     left = [failures_of_others]
@@ -155,7 +156,7 @@ def test_a_search_whose_first_trials_fail_ends(flags, monkeypatch, tmp_path, tri
         with pytest.raises(KeyboardInterrupt):
             run_search(flags, "--trials", str(trials))
     message = error_message(run_search, flags, "--trials", str(trials))
-    assert message == f"{min(3, trials)} trials failed and none succeeded; the last one: no space left"
+    assert message == f"{counted(min(3, trials), 'trial')} failed and none succeeded; the last one: no space left"
     assert [record["state"] for record in read_records(tmp_path / "S").values()] == ["FAIL"] * min(3, trials)
 
 
@@ -182,7 +183,7 @@ def test_the_hours_are_kept(flags, commands, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runner.time, "monotonic", iter(range(0, 10**6, 100)).__next__)  # each look takes 100 s
     run_search(flags, "--gpu_hours", "0.1", *WITHOUT_CONFIRMATION)
     printed = capsys.readouterr().out
-    assert "stopped: the 0.1 hours on a CPU are spent; the same command with more goes on" in printed
+    assert "stopped: the hours on a CPU of --gpu_hours 0.1 are spent; the same command with more goes on" in printed
     assert "\nhours on a CPU: unknown until the first trial is scored\n" in printed
     assert 3 <= len(commands) <= 4
     monkeypatch.setenv("LAVIN_WORKER", "1")  # the second one of a node: the first tells the cost
@@ -196,7 +197,7 @@ def test_the_hours_are_kept(flags, commands, tmp_path, capsys, monkeypatch):
     (None, False, "hours on a CPU")])
 def test_hours_are_those_of_the_device(monkeypatch, tmp_path, chosen, sees_gpu, unit):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_gpu)
-    assert search_command.hours_spent(tmp_path, 2.0, machine.is_cpu(chosen)) == f"the 2 {unit} are spent"
+    assert search_command.hours_spent(tmp_path, 2.0, machine.is_cpu(chosen)) == f"the {unit} of --gpu_hours 2 are spent"
 
 
 # --- The machine ---
@@ -250,7 +251,7 @@ def test_a_worker_that_cannot_train_fails_no_trial(flags, commands, tmp_path, mo
     use_gpu(monkeypatch, (8, 0))
     assert error_message(run_search, [*flags, "--bits", "fp8"]).startswith("--bits fp8 needs")
     message = error_message(run_search, flags, "--gpus", "2")
-    assert message == "--gpus 2, and 1 GPUs are visible here: give that many, or fewer"
+    assert message == "--gpus 2, and 1 GPU can be seen here: give at most that many"
     assert not (tmp_path / "S" / "study.json").exists() and not commands
 
 

@@ -235,7 +235,7 @@ def test_a_study_ends_when_its_gpu_hours_are_spent_and_goes_on_with_more(started
     machine = Machine(quality)
     own = ("--gpus", str(gpus), "--gpu_hours")
     study = started(machine, *own, str(limit / 3600))
-    assert "hours on a CPU are spent; the same command with more goes on" in capsys.readouterr().out
+    assert " are spent; the same command with more goes on" in capsys.readouterr().out
     assert not (study / "verdict.json").exists()
     assert limit <= machine.gpu_seconds <= limit + gpus * (POLL_SECONDS + STOP_SECONDS)
     assert gpu_seconds(all_records(study)) == pytest.approx(machine.gpu_seconds)
@@ -280,8 +280,8 @@ def test_hours_that_a_wrong_clock_has_spent_are_named_with_the_way_out(started, 
     log = Path(machine.commands[0][1].output_dir) / "search.log"
     change_record(log.parent, since=time.time() - 400 * 86_400)
     started(machine, "--gpu_hours", "100")
-    assert (f"the 100 hours on a CPU are spent (9,600 of them by a command in {log.parent} that was killed: if a clock "
-            f"was wrong, remove {log}); ") in capsys.readouterr().out
+    assert (f"the hours on a CPU of --gpu_hours 100 are spent (9,600 of them by a command in {log.parent} that was "
+            f"killed: if a clock was wrong, remove {log}); ") in capsys.readouterr().out
     log.unlink()
     assert (started(machine, "--gpu_hours", "100") / "verdict.json").exists()
     assert "were spent" not in capsys.readouterr().out

@@ -73,7 +73,7 @@ class Settings:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p {self.top_p} does not lie in (0, 1]: 0.75 is usual")
         if self.max_new_tokens < 1:
-            raise UserError(f"an answer of {self.max_new_tokens} tokens is none: allow at least 1")
+            raise UserError(f"an answer of {counted(self.max_new_tokens, 'token')} is none: allow at least 1")
         if self.seed is not None and not 0 <= self.seed < SEEDS:
             raise UserError(f"the seed {self.seed} is no number from 0 to {SEEDS - 1}: leave it out, and each answer "
                             "gets another one")

@@ -4,6 +4,7 @@
 from collections import Counter
 from dataclasses import replace
 
+from lavin.runtime.console import counted
 from util.comparison.finished_runs import CONDITIONS, Run
 from util.fingerprint import both_tell
 from util.training.recipe import INPUTS, other_inputs
@@ -31,8 +32,8 @@ def why_incomparable(run: Run, reference: Run, right_options: dict[str, int]) ->
     if run.split != reference.split:
         return f"of split {run.split}, not {reference.split}: run eval.py with --split {reference.split}"
     if run.questions != reference.questions:
-        return (f"its {len(run.questions)} questions are not the others' {len(reference.questions)}: evaluate on the "
-                "same")
+        return (f"its {counted(len(run.questions), 'question')} and the others' {len(reference.questions):,} differ: "
+                "evaluate on the same")
     if run.counts.keys() != reference.counts.keys():
         return "its scores have other columns than the others': evaluate on the same data"
     if run.answers and run.right_options != right_options:

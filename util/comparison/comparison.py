@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from util.comparison.comparability import same_questions, with_note_on_inputs
@@ -202,8 +203,8 @@ def with_published(comparison: Comparison) -> Comparison:
     """Adds the published methods, each after the method of the same name. Raises UserError if the questions differ."""
     reference = published()
     if comparison.counts != reference.counts:
-        raise UserError(f"--published: its scores are of {reference.counts['Avg']} questions of ScienceQA, these runs' "
-                        f"of {comparison.counts['Avg']} others: leave it out")
+        raise UserError(f"--published: its scores are of {counted(reference.counts['Avg'], 'question')} of ScienceQA, "
+                        f"these runs' of {counted(comparison.counts['Avg'], 'other')}: leave it out")
     new_names = {method.name: f"{method.name} (published)" for method in reference.methods}
     methods = comparison.methods + [replace(method, name=new_names[method.name]) for method in reference.methods]
     order = [comparison.methods[0].name, *method_names(), *(method.name for method in comparison.methods)]

@@ -25,6 +25,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from lavin.mm_adapter import dropout_schedule
+from lavin.runtime.console import counted
 from lavin.runtime.files import atomic_write
 from util.comparison.comparison import Comparison, Method
 from util.comparison.factorial import Effect, find_effects
@@ -87,7 +88,7 @@ def told_apart(methods: list[Method]) -> tuple[list[Method], list[Method]]:
 def drawn(methods: list[Method]) -> list[tuple[Method, dict, str | None]]:
     """Each method with its style and its label, which the others share."""
     named, others = told_apart(methods)
-    shared = [f"{len(others)} others", *[None] * (len(others) - 1)] if others else []
+    shared = [counted(len(others), "other"), *[None] * (len(others) - 1)] if others else []
     return [*((method, style, wrap(method.name)) for method, style in zip(named, styles(named).values(), strict=True)),
             *((method, GREY, label) for method, label in zip(others, shared, strict=True))]
 
@@ -158,7 +159,7 @@ def draw_accuracy(ax: Axes, methods: list[Method], cut: bool, references: Sequen
             ax.barh(y, mean, color=lighten(style["color"], 0.3 if style.get("alpha") else 0.6), height=0.7)
             ax.errorbar(mean, y, **error, color="black")
         write_beside(ax, y, f"{mean:.2f}")
-    rows = [*(wrap(method.name) for method in named), *[f"{len(others)} others"] * bool(others)]
+    rows = [*(wrap(method.name) for method in named), *[counted(len(others), "other")] * bool(others)]
     if others:
         ax.plot([method.overall for method in others], [len(named)] * len(others), ".", color=GREY["color"], alpha=0.6)
     ax.set(title="Overall accuracy, 95 % intervals", xlabel="accuracy (%)",
@@ -307,7 +308,7 @@ def draw_distinct_curves(ax: Axes, methods: list[Method], curve, legend: bool, m
         more = f" and {len(sharing) - 1} more" if len(sharing) > 1 else ""
         label = f"{sharing[0].name}{more}"
         if style is GREY:
-            label, n_grey = f"{n_grey} others" if n_grey else "", 0
+            label, n_grey = counted(n_grey, "other") if n_grey else "", 0
         ax.plot(x, y, label=wrap(label) or None, **(style if markers else {**style, "marker": "none"}))
         names += [(sharing[0], label)] if label else []
     if legend:
@@ -382,8 +383,9 @@ def subtitle(comparison: Comparison) -> str:
     def line(methods, label):
         models = sorted({str(method.flags.get("llm_model")) for method in methods})
         seeds = sorted({len(method.runs) for method in methods})
-        return (f"{label}: base model {', '.join(models)}, {comparison.counts['Avg']:,} {methods[0].runs[0].split} "
-                f"questions, {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} a method")
+        return (f"{label}: base model {', '.join(models)}, "
+                f"{counted(comparison.counts['Avg'], f'{methods[0].runs[0].split} question')}, "
+                f"{' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} a method")
     groups = [("published runs", [m for m in comparison.methods if m.published]),
               ("these runs", [m for m in comparison.methods if not m.published])]
     return "\n".join(line(methods, label) for label, methods in groups if methods)

@@ -96,7 +96,7 @@ def between_seeds(comparison: Comparison) -> tuple[float, float, str]:
     noise = 1e4 * found.answers if found else 0.0
     low, high = np.sqrt(freedom * of_accuracies / chi2.ppf([0.975, 0.025], freedom))
     return max(0.0, of_accuracies - noise), noise * comparison.counts["Avg"], (
-        f"Measured, on {freedom + len(repeated)} runs of {counted(len(repeated), 'method')}: accuracies "
+        f"Measured, on {counted(freedom + len(repeated), 'run')} of {counted(len(repeated), 'method')}: accuracies "
         f"of a method's seeds have a standard deviation of {math.sqrt(of_accuracies):.2f} points (95 % interval "
         f"{low:.2f} to {high:.2f}); the plan takes it as known.")
 
@@ -122,8 +122,8 @@ def between_questions(comparison: Comparison, noise: float) -> tuple[float, str]
              - noise / len(method.runs) - noise / len(base.runs) for method in others]
     clustered = "" if comparison.clusters is None else ", clustered by lecture"
     return max(0.0, float(np.mean(found))), (
-        f"Measured, on {comparison.counts['Avg']:,} questions: the variance between questions of the difference to "
-        f"{base.name}{clustered}.")
+        f"Measured, on {counted(comparison.counts['Avg'], 'question')}: the variance between questions of the "
+        f"difference to {base.name}{clustered}.")
 
 
 # --- What they allow ---
@@ -172,7 +172,7 @@ def plan(comparison: Comparison, points: float) -> str:
     grid = find_grid(comparison)
     families = {name: (measure_family(variances, comparison, grid, effects), effects)
                 for name, effects in grid.families().items()} if grid else {}
-    header = ["seeds a method", f"detectable with {n:,} questions", f"questions for {in_points(points)}",
+    header = ["seeds a method", f"detectable with {counted(n, 'question')}", f"questions for {in_points(points)}",
               *(f"{family} effect" for family in families)]
     rows = []
     for seeds in SEEDS:
@@ -192,9 +192,10 @@ def verdict(variances: Variances, n: int, points: float) -> str:
     """The sentence on what a difference of this size needs."""
     enough = seeds_needed(variances, n, points)
     if enough:
-        return f"A difference of {in_points(points)} needs {enough} seeds a method with {n:,} questions."
-    return (f"No number of seeds finds a difference of {in_points(points)} with {n:,} questions: it needs more of "
-            "these.")
+        return (f"A difference of {in_points(points)} needs {counted(enough, 'seed')} a method with "
+                f"{counted(n, 'question')}.")
+    return (f"No number of seeds finds a difference of {in_points(points)} with {counted(n, 'question')}: it needs "
+            "more of these.")
 
 
 def in_points(number: float) -> str:

@@ -88,8 +88,8 @@ def load_pictures(data: Instructions, size: int, threads: int, skip_bad: bool) -
     bad_pictures = find_bad_images(list(pictures.values()), threads)
     if bad_pictures and not skip_bad:
         picture, problem = next(iter(bad_pictures.items()))
-        raise UserError(f"picture {picture.path} {problem}; {len(bad_pictures)} of {len(pictures)} are so: put COCO's "
-                        "train2014 there, or leave such records out with --skip_bad")
+        raise UserError(f"picture {picture.path} {problem} ({len(bad_pictures):,} of {len(pictures):,} in all): put "
+                        "COCO's train2014 there, or leave such records out with --skip_bad")
     good_pictures = {name: picture for name, picture in pictures.items() if picture not in bad_pictures}
     require_equal_ranks(dict.fromkeys(good_pictures), "picture")
     return good_pictures

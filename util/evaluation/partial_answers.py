@@ -30,7 +30,7 @@ def answer_all(folder: Path, name: str, identity: dict, keys: list[str],
     """
     answers, known = distributed.from_rank_0(lambda: recover(folder, name, identity))
     if answers:
-        print_rank0(f"{len(answers):,} of {len(keys):,} are answered: the rest follows")
+        print_rank0(f"answered before: {len(answers):,} of {len(keys):,}; the rest follows")
     rank, world, _ = distributed.init()
     new: dict[str, Any] = {}
     is_copy = distributed.launched_as()[0] % distributed.model_parallel_size  # of a rank that shares its model

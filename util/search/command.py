@@ -56,8 +56,9 @@ def describe_study(search: Search, space: Space, trained: Flags) -> dict:
     data = {split: load_scienceqa(files.data_root, split, files.captions) for split in DISJOINT_SPLITS}
     searched = data["val"].sample(search.questions).problems
     if search.confirm and not confirm.fresh_questions(data["val"].clusters, searched):
-        print_rank0(f"warning: trials are scored on {len(searched)} of {len(data['val'].problems)} questions of val, "
-                    "on all lectures, so none is left to name a winner on: give fewer with --questions")
+        print_rank0(f"warning: trials are scored on {len(searched)} of "
+                    f"{counted(len(data['val'].problems), 'question')} of val, on all lectures, so none is left to "
+                    "name a winner on: give fewer with --questions")
     flags = {name: value for name, value in vars(trained).items()
              if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != EFFECTIVE_BATCH}
     return {**{name: getattr(search, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
@@ -128,7 +129,8 @@ def confirm_best(search: Search, runner: Runner, epochs: int, seed: int, left_ou
     if not runs:
         print_rank0("all trials beside the base have failed: there is nothing to confirm")
         return
-    print_rank0(f"{len(runs)} runs with fresh seeds: trials {', '.join(sorted({run.configuration for run in runs}))}")
+    print_rank0(f"{counted(len(runs), 'run')} with fresh seeds: trials "
+                f"{', '.join(sorted({run.configuration for run in runs}))}")
     confirm.run_all(search.study, runs, partial(confirm.train_and_score, runner, epochs))
     confirm.finish(search.study, runner, runs, epochs)
     print_rank0(confirm.sentence(confirm.read_verdict(search.study)))
@@ -149,7 +151,7 @@ def hours_spent(study: Path, gpu_hours: float, on_cpu: bool) -> str:
     folder, seconds = longest_unended(study)
     where = (f" ({seconds / 3600:,.0f} of them by a command in {folder} that was killed: if a clock was wrong, remove "
              f"{folder / LOG})") if seconds > 3600 * gpu_hours else ""
-    return f"the {gpu_hours:g} {unit_of_hours(on_cpu)} are spent{where}"
+    return f"the {unit_of_hours(on_cpu)} of --gpu_hours {gpu_hours:g} are spent{where}"
 
 
 def main(args: Flags) -> None:

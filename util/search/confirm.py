@@ -236,10 +236,10 @@ def sentence(verdict: Any) -> str:
     """The verdict in words."""
     seeds = counted(verdict["seeds"], "fresh seed")
     n = verdict["n_configurations"]
-    adjusted = f", adjusted for {n} configurations" if n > 1 else ""
+    adjusted = f", adjusted for {counted(n, 'configuration')}" if n > 1 else ""
     test = "" if verdict["p"] is None else f"; one-sided p = {verdict['p']:.3f}"
-    numbers = (f"{points(verdict['difference'])} points on {verdict['questions']:,} validation questions with {seeds} "
-               f"(95 % interval {points(verdict['low'])} to {points(verdict['high'])}{test}{adjusted})")
+    numbers = (f"{points(verdict['difference'])} points on {counted(verdict['questions'], 'validation question')} "
+               f"with {seeds} (95 % interval {points(verdict['low'])} to {points(verdict['high'])}{test}{adjusted})")
     if verdict["found"]:
         return f"Trial {verdict['winner']} is better than the base: {numbers}."
     if verdict["p"] is None:

@@ -35,7 +35,7 @@ def style(trial: Trial, colour: str | None = None) -> dict[str, Any]:
 
 
 def score_label(report: StudyReport, epoch: int | None = None) -> str:
-    after = f", after {epoch} of {report.epochs} epochs" if epoch else ""
+    after = f", after {epoch} of {counted(report.epochs, 'epoch')}" if epoch else ""
     return f"accuracy on {report.trials[0].questions:,} validation\nquestions (%){after}"
 
 
@@ -186,7 +186,7 @@ def draw_importance(report: StudyReport):
     ys, (found, chance) = np.arange(len(shares)), np.array(list(shares.values())).T * 100
     ax.barh(ys, found, color=[FINISHED if a > b else PRUNED for a, b in shares.values()], height=0.65)
     ax.plot(chance, ys, "|", color=BASE, markersize=11, markeredgewidth=1.5, label="less than this by chance, 95 %")
-    ax.set(title=f"Importance for accuracy after {report.shared_epoch} of {report.epochs} epochs",
+    ax.set(title=f"Importance for accuracy after {report.shared_epoch} of {counted(report.epochs, 'epoch')}",
            xlabel="share of the parameter (%), PED-ANOVA", yticks=ys, yticklabels=list(shares),
            ylim=(len(shares) - 0.4, -0.6))
     ax.set_xlim(0, 1.08 * max(*found, *chance))

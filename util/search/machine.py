@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 
 from lavin.kernels.fp8 import check_fp8
+from lavin.runtime.console import counted
 from lavin.runtime.device import choose_device, choose_dtype, precision_name
 from lavin.runtime.errors import UserError
 
@@ -31,8 +32,8 @@ def resolve_precision(precision: str, device: str | None, bits: str, gpus: int =
 def ask(precision: str, device: str | None, bits: str, gpus: int) -> str:
     chosen = choose_device(device, local_rank=0)
     if chosen.type == "cuda" and gpus > torch.cuda.device_count():
-        raise UserError(f"--gpus {gpus}, and {torch.cuda.device_count()} GPUs are visible here: give that many, or "
-                        "fewer")
+        raise UserError(f"--gpus {gpus}, and {counted(torch.cuda.device_count(), 'GPU')} can be seen here: give "
+                        "at most that many")
     dtype = choose_dtype(precision, chosen)
     if bits == "fp8":
         check_fp8(chosen, dtype)

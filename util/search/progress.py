@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lavin.runtime.console import duration
+from lavin.runtime.console import counted, duration
 from util.search.folder import accuracy, gpu_seconds, read_records
 
 
@@ -16,13 +16,13 @@ def cost_lines(study: Path, settings: Any, rungs: list[int], on_cpu: bool) -> li
     """The lines on what the search will cost at most, for when it begins, or goes on."""
     trials, epochs, per_epoch = settings["trials"], settings["flags"]["epochs"], settings["steps_per_epoch"]
     n_fresh = settings["seeds"] * (settings["confirm"] + 1) if settings["confirm"] else 0
-    pruned = f", scored after {listed(rungs)} epochs, where {settings['pruner']} ends the worse ones" \
+    pruned = f", scored after epochs {listed(rungs)}, where {settings['pruner']} ends the worse ones" \
         if len(rungs) > 1 else ""
-    lines = [f"{study}: {trials} trials of at most {epochs} epochs x {per_epoch:,} steps{pruned}: "
-             f"{trials * epochs * per_epoch:,} steps at most"]
+    lines = [f"{study}: {counted(trials, 'trial')} of at most {counted(epochs, 'epoch')} x "
+             f"{counted(per_epoch, 'step')}{pruned}: {counted(trials * epochs * per_epoch, 'step')} at most"]
     if n_fresh:
-        lines.append(f"then {n_fresh} runs with fresh seeds (the best {settings['confirm']} and the base, "
-                     f"{settings['seeds']} each): {n_fresh * epochs * per_epoch:,} steps")
+        lines.append(f"then {counted(n_fresh, 'run')} with fresh seeds (the best {settings['confirm']} and the base, "
+                     f"{settings['seeds']} each): {counted(n_fresh * epochs * per_epoch, 'step')}")
     seconds = seconds_per_epoch(study)
     hours = "unknown until the first trial is scored" if seconds is None else \
         f"at most {(trials + n_fresh) * epochs * seconds / 3600:.2f}, by the trials so far ({seconds:.1f} s an epoch)"
@@ -48,8 +48,8 @@ def progress_line(study: Path, n_trials: int, left_out: Collection[str] = ()) ->
     ended = [record for record in records.values() if record["state"] != "RUNNING"]
     finished = {name: accuracy(records[name]["rungs"][-1]) for name in by_state["COMPLETE"] if name not in left_out}
     best = max(finished, key=lambda name: finished[name], default=None)
-    parts = [f"{len(ended)} of {n_trials} trials: {len(by_state['COMPLETE'])} complete, {len(by_state['PRUNED'])} "
-             f"pruned, {len(by_state['FAIL'])} failed"]
+    parts = [f"{len(ended)} of {counted(n_trials, 'trial')}: {len(by_state['COMPLETE'])} complete, "
+             f"{len(by_state['PRUNED'])} pruned, {len(by_state['FAIL'])} failed"]
     parts += [f"best {finished[best]:.2f} (trial {best})"] if best else []
     if 0 < len(ended) < n_trials:
         workers = max(1, len(by_state["RUNNING"]))

@@ -106,18 +106,18 @@ def budget(report: StudyReport) -> list[str]:
     unpruned = len(states) * report.epochs * report.settings["steps_per_epoch"]
     hours = [f"{gpu_seconds(list(records.values())) / 3600:.2f} {unit_of_hours(report.on_cpu)}"
              for records in (report.records, report.confirmed)]
-    lines = [f"{len(states)} of {report.settings['trials']} trials: {counts}.",
-             f"{steps:,} steps, {100 * steps / unpruned:.0f} % of those without pruning; {hours[0]}."]
+    lines = [f"{len(states)} of {counted(report.settings['trials'], 'trial')}: {counts}.",
+             f"{counted(steps, 'step')}, {100 * steps / unpruned:.0f} % of those without pruning; {hours[0]}."]
     if report.confirmed:
-        n = len(report.confirmed)
-        lines.append(f"{n} run{'s' * (n > 1)} with fresh seeds: {confirmed:,} steps, {hours[1]}.")
+        lines.append(f"{counted(len(report.confirmed), 'run')} with fresh seeds: {counted(confirmed, 'step')}, "
+                     f"{hours[1]}.")
     return lines + [f"Trial {name} failed: {record.get('message', 'without a message')}"
                     for name, record in report.records.items() if record["state"] == "FAIL"]
 
 
 def why_no_importance(report: StudyReport) -> str:
     few = len(report.comparable) < MIN_TRIALS
-    return f"it takes at least {MIN_TRIALS} trials" if few else "pip install -r requirements/search.txt"
+    return f"it takes at least {counted(MIN_TRIALS, 'trial')}" if few else "pip install -r requirements/search.txt"
 
 
 PED_ANOVA = ("PED-ANOVA, which estimates the importance, compares how a parameter's values are distributed among the "
@@ -135,9 +135,9 @@ PICTURES = {"history": "Every trial's accuracy at its last score with its 95 % i
 def findings(report: StudyReport) -> list[Part]:
     """All but the pictures."""
     return [*confirmation(report), Heading("Trials"),
-            f"Accuracy in % of the same {report.trials[0].questions:,} validation questions for all trials, one seed "
-            "each (Wilson's intervals, from the questions alone). The best of many is lucky: the runs with fresh seeds "
-            "count.",
+            f"Accuracy in % of the same {counted(report.trials[0].questions, 'validation question')} for all trials, "
+            "one seed each (Wilson's intervals, from the questions alone). The best of many is lucky: the runs with "
+            "fresh seeds count.",
             trial_table(report), *left_out("Trials", report.left_out, "are not ranked with the others"),
             Heading("Budget"), Bullets(budget(report))]
 
@@ -178,8 +178,8 @@ def facts(report: StudyReport) -> dict[str, str]:
                   f"pruned by {settings['pruner']}",
         "Searched": ", ".join(f"--{flag}" for flag in report.base),
         "Questions": f"{report.trials[0].questions:,} of validation for trials",
-        "Fresh seeds": f"{settings['seeds']} for the base, and for each of the best {settings['confirm']} trials"
-        if settings["confirm"] else "none",
+        "Fresh seeds": f"{settings['seeds']} for each of {counted(1 + settings['confirm'], 'configuration')}, one of "
+                       "which is the base" if settings["confirm"] else "none",
         "Data": f"checksum {data[:12]}" if data else "",
         "Base model": str(config.get("flags", {}).get("llm_model", "")),
         "Commit of the code": f"`{commit[:12]}`" if (commit := config.get("git_commit")) else ""}

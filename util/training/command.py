@@ -71,8 +71,8 @@ def train(settings: TrainSettings, rank: int, world: int, device: torch.device, 
     print_rank0(f"{n_trained:,} trained parameters, {dtype} on {device}, effective batch {trainer.effective_batch}, "
                 f"lr {settings.schedule.lr:.3g}, {settings.schedule.lr_schedule}")
     trainer.train(record)
-    part = (f", {trainer.end} of {settings.schedule.epochs} epochs: the same command without --stop_after_epoch goes on"
-            if trainer.end < settings.schedule.epochs else "")
+    part = (f", {trainer.end} of {counted(settings.schedule.epochs, 'epoch')}: the same command without "
+            "--stop_after_epoch goes on" if trainer.end < settings.schedule.epochs else "")
     print_rank0(f"run: {run.folder}{part}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lavin.runtime.console import counted
 from lavin.runtime.device import precision_name
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags, flags_of
@@ -67,5 +68,5 @@ def fit_effective_batch(args: Flags, effective_batch: int, world: int) -> None:
             args.batch_size, args.accum_iter = size, effective_batch // (size * world)
             return
     if Optimization.of(args).effective_batch(world) != effective_batch:
-        raise UserError(f"--resume {args.resume}: {world} processes cannot make its effective batch {effective_batch} "
-                        f"of --batch_size {args.batch_size}: start another number of processes")
+        raise UserError(f"--resume {args.resume}: {counted(world, 'process')} cannot make its effective batch "
+                        f"{effective_batch} of --batch_size {args.batch_size}: start another number of processes")

@@ -8,6 +8,7 @@ import mmap
 import struct
 from pathlib import Path
 
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError
 
 MAGIC = b"GGUF"
@@ -55,7 +56,7 @@ class Header:
     def skip_array(self, kind: int) -> None:
         n = self.count(MIN_STRING if kind == STRING else BYTES.get(kind, 1), "elements of an array")
         if n > MAX_ELEMENTS or kind == ARRAY:  # llama.cpp has no arrays of arrays
-            raise ValueError(f"its metadata have an array of {'arrays' if kind == ARRAY else f'{n:,} elements'}")
+            raise ValueError(f"its metadata have an array of {'arrays' if kind == ARRAY else counted(n, 'element')}")
         if kind in BYTES:
             self.skip(n * BYTES[kind], "an array")
         else:
@@ -66,7 +67,7 @@ class Header:
         self.skip_string()
         dimensions = self.number("I")
         if dimensions > MAX_DIMENSIONS:
-            raise ValueError(f"it has a tensor of {dimensions:,} dimensions")
+            raise ValueError(f"it has a tensor of {counted(dimensions, 'dimension')}")
         self.skip(8 * dimensions + 4 + 8, "a tensor's entry")
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
+from lavin.runtime.console import counted
 from lavin.runtime.errors import UserError
 from lavin.runtime.schema import declared, validate
 from lavin.weights.gguf.file import GGUFFile
@@ -53,9 +54,10 @@ def read_vocabulary(file: GGUFFile) -> Vocabulary:
     n = len(vocabulary["tokens"])
     for key in ("token_type", *(("scores",) if needed == "scores" else ())):
         if len(vocabulary[key]) != n:  # type: ignore[literal-required]
-            raise UserError(f"{source}.{key} does not have as many entries as the {n} tokens: fetch the file again")
+            raise UserError(f"{source}.{key} does not have as many entries as the {counted(n, 'token')}: "
+                            "fetch the file again")
     if max(vocabulary.get("bos_token_id", 0), vocabulary["eos_token_id"]) >= n:
-        raise UserError(f"{source}: BOS or EOS is none of its {n} tokens: fetch the file again")
+        raise UserError(f"{source}: BOS or EOS is none of its {counted(n, 'token')}: fetch the file again")
     if needed == "merges" and vocabulary.get("pre") not in PRE_TOKENIZERS:
         raise UserError(f"{source}.pre is {vocabulary.get('pre')}, and LaVIN knows the words of "
                         f"{', '.join(PRE_TOKENIZERS)}: take the model's Hugging Face folder")
