@@ -9,10 +9,11 @@ import platform
 import re
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -74,12 +75,21 @@ def git_commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+COMMIT = git_commit()  # when this process read its code: a process of many runs may see the files change
+
+
+def commits_of(config: Mapping[str, Any]) -> list[str]:
+    """The commits of the code that a run was begun and resumed with, by its config.json."""
+    found = (part.get("git_commit") for part in (config, *config.get("resumed", [])))
+    return list(dict.fromkeys(commit for commit in found if commit))
+
+
 def environment(device: torch.device, world: int) -> dict:
     """Returns the machine and the versions that a run is executed with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {"python": platform.python_version(), "torch": torch.__version__,  # which names its CUDA version, too
                 **{package: version(package) for package in PACKAGES}}
-    return {"versions": versions, "git_commit": git_commit(), "device": f"{device.type}: {name}", "world_size": world,
+    return {"versions": versions, "git_commit": COMMIT, "device": f"{device.type}: {name}", "world_size": world,
             "threads": torch.get_num_threads(), "host": socket.gethostname()}
 
 

@@ -139,6 +139,37 @@ def test_without_the_commit_it_is_null(environment):
     assert python(*COMMIT, **environment) == ("None\n", "")
 
 
+RECORDED = """import torch
+import util.series.serve
+from util.runs import environment
+print("began", flush=True)
+input()
+print(environment(torch.device("cpu"), 1)["git_commit"])
+"""
+
+
+def test_a_run_is_of_the_commit_that_its_process_began_with(tmp_path):
+    """The process of a search's worker makes runs for days, and the project may get new files meanwhile."""
+    if not shutil.which("git"):
+        pytest.skip("no git")
+    for name in ("lavin", "util"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
+                              capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "old")
+    process = subprocess.Popen([sys.executable, "-c", RECORDED], cwd=tmp_path, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "began\n"
+    old = git("rev-parse", "HEAD")
+    git("commit", "--allow-empty", "-m", "new")
+    assert process.communicate("\n", timeout=120)[0].strip() == old != git("rev-parse", "HEAD")
+
+
 # --- A half-made .venv ---
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_comparison import STEP, write_run
+from test_comparison import FLAGS, STEP, write_run
 
 import plot_results
 from util.comparison import figures
 from util.comparison.comparison import compare
+from util.comparison.report import facts
 from util.comparison.tables import rounded_cells
 from util.document import Bullets, Heading, Picture, Table, fitted, to_markdown, to_page, to_text
 
@@ -113,6 +114,16 @@ def page(tmp_path, monkeypatch) -> str:
     write_run(runs / "step", "1111000010", llm_model="<i>toy", **STEP)
     plot_results.main(plot_results.get_args_parser().parse_args([str(runs), "--out", str(tmp_path / "out")]))
     return (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_commits_that_runs_began_and_went_on_with_are_told(tmp_path):
+    runs = [write_run(tmp_path / name, files={"config.json": {"flags": {**FLAGS, **flags}, "world_size": 1, **commits}})
+            for name, flags, commits in (
+                ("base", {}, {"git_commit": "a" * 40}),
+                ("step", STEP, {"git_commit": "b" * 40,
+                                "resumed": [{"git_commit": "a" * 40}, {"git_commit": "c" * 40}]}),
+                ("early", {"seed": 1}, {}))]
+    assert facts(compare(runs))["Commits of the code"] == ", ".join(f"`{letter * 12}`" for letter in "abc")
 
 
 def test_the_page_has_no_figure_of_an_earlier_comparison(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from util.search import figures, summary
 from util.search.confirm import VERDICT, sentence
 from util.search.folder import LOG, RECORD, gpu_seconds, read_records
 from util.search.progress import cost_lines, listed, progress_line
-from util.search.report import markdown, write_report
+from util.search.report import facts, markdown, write_report
 from util.search.summary import StudyReport, importance
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -195,6 +195,15 @@ def test_the_page_has_tables_pictures_and_the_meaning_of_importance(study, tmp_p
     assert page.count("<table>") == 2 and "Results of the study S" in page and "plot_results.py" in page
     assert "PED-ANOVA, which estimates" in (tmp_path / "out" / "report.md").read_text()
     assert "<dt>Trials</dt><dd>24 of 24" in page
+
+
+def test_the_commits_of_all_runs_are_told(study):
+    """A trial that a worker began after the project's files had changed is of another commit."""
+    for run, config in (("trials/000", {"git_commit": "a" * 40, "resumed": [{"git_commit": "b" * 40}]}),
+                        ("trials/003", {"git_commit": "b" * 40}), ("trials/004", {"git_commit": None}),
+                        (f"confirm/{min(read_records(study, 'confirm'))}", {"git_commit": "c" * 40})):
+        write_json(study / run / "config.json", config)
+    assert facts(StudyReport(study))["Commits of the code"] == ", ".join(f"`{letter * 12}`" for letter in "abc")
 
 
 def test_points_of_pictures_have_their_intervals(study):

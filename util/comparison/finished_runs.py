@@ -21,7 +21,7 @@ from lavin.runtime.schema import declared, read_validated, shown, validate
 from util.evaluation.answers import Answer, read_answers
 from util.fingerprint import FROZEN, FROZEN_SHA256, both_tell
 from util.lr_sched import LearningRate, check_schedule
-from util.runs import CONFIG, GENERATIONS, LOG, METRICS, PREDICTIONS, RECIPE, SCORES, checkpoint_path
+from util.runs import CONFIG, GENERATIONS, LOG, METRICS, PREDICTIONS, RECIPE, SCORES, checkpoint_path, commits_of
 from util.training.recipe import INPUTS, other_inputs
 from util.training.settings import EFFECTIVE_BATCH, Optimization
 
@@ -73,11 +73,17 @@ FlagsOfRun: Any = declared(TypedDict("FlagsOfRun", {  # type: ignore[misc, opera
 
 
 @declared
+class Resumed(TypedDict):
+    git_commit: NotRequired[str | None]
+
+
+@declared
 class Config(TypedDict):
     flags: FlagsOfRun
     world_size: Annotated[int, Field(ge=1)]
     n_layers: NotRequired[Annotated[int, Field(ge=1, le=10_000)]]
     git_commit: NotRequired[str | None]
+    resumed: NotRequired[list[Resumed]]
 
 
 @declared
@@ -142,7 +148,7 @@ class Run:
     step_losses: list[tuple[float, float]] = field(default_factory=list)  # (epoch as a fraction, loss)
     notes: list[str] = field(default_factory=list)
     chance: dict[str, float | None] = field(default_factory=dict)  # percentages of guessing, where scores.json has them
-    commit: str | None = None  # of the code that began the training
+    commits: list[str] = field(default_factory=list)  # of the code that trained it
 
     @property
     def questions(self) -> frozenset[str]:
@@ -175,7 +181,7 @@ def read_run(folder: Path) -> Run:
     return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
                                     for line in log], scores["counts"], scores["correct"], scores["split"], answers,
                predictions, n_layers, scored_with(scores), inputs, by_fraction(losses),
-               notes(scores, inputs, log, losses), scores.get("chance", {}), config.get("git_commit"))
+               notes(scores, inputs, log, losses), scores.get("chance", {}), commits_of(config))
 
 
 def is_untuned(folder: Path) -> bool:

@@ -43,7 +43,7 @@ def facts(comparison: Comparison) -> dict[str, str]:
         "Epochs": listed(run.flags["epochs"] for run in runs),
         "Scored with": listed(f"{name} {value}" for run in runs for name, value in run.scored_with.items()
                               if name in ("decode", "precision")),
-        "Commits of the code": listed(f"`{run.commit[:12]}`" for run in runs if run.commit)}
+        "Commits of the code": listed(f"`{commit[:12]}`" for run in runs for commit in run.commits)}
     return {name: value for name, value in found.items() if value}
 
 

@@ -182,7 +182,7 @@ def facts(report: StudyReport) -> dict[str, str]:
                        "which is the base" if settings["confirm"] else "none",
         "Data": f"checksum {data[:12]}" if data else "",
         "Base model": str(config.get("flags", {}).get("llm_model", "")),
-        "Commit of the code": f"`{commit[:12]}`" if (commit := config.get("git_commit")) else ""}
+        "Commits of the code": ", ".join(f"`{commit[:12]}`" for commit in report.commits)}
     return {name: value for name, value in found.items() if value}
 
 

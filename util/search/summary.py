@@ -16,7 +16,7 @@ import numpy as np
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from util.comparison.statistics import wilson
-from util.runs import CONFIG
+from util.runs import CONFIG, commits_of
 from util.search.folder import BASE, RUN_FOLDERS, accuracy, base_values, read_records, read_settings, trial_folder
 from util.search.identity import runs_of_something_else
 
@@ -103,6 +103,13 @@ class StudyReport:
         """The content of config.json of the base's trial; empty where training has not begun."""
         path = trial_folder(self.folder, int(BASE)) / CONFIG
         return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def commits(self) -> list[str]:
+        """The commits of the code that trained the runs."""
+        paths = [self.folder / kind / name / CONFIG
+                 for kind, records in zip(RUN_FOLDERS, (self.records, self.confirmed), strict=True) for name in records]
+        return list(dict.fromkeys(commit for path in paths if path.is_file() for commit in commits_of(read_json(path))))
 
     @property
     def on_cpu(self) -> bool:
