@@ -22,10 +22,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from PIL import Image
-from pydantic import Field
 
 from lavin.runtime.console import BAR_SECONDS, counted, progress_bar
 from lavin.runtime.errors import UsageError, UserError, first_line, one_line_errors
@@ -40,7 +39,7 @@ from lavin.runtime.files import (
     write_json,
 )
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
-from lavin.runtime.schema import is_plain_name, validate
+from lavin.runtime.schema import Probability, is_plain_name, validate
 from tools.output import make_folder, split_ids
 from util.data.datasets import DISJOINT_SPLITS, Problem
 from util.data.images import IMAGE_ERRORS, image_fault, open_picture
@@ -57,7 +56,6 @@ OTHER_NAMES = {"context": "hint", "explanation": "solution", "options": "choices
 # an option in a conversation: (A) text, or A. text on a line of its own
 OPTION = re.compile(r"\(([A-E])\)\s*(.+?)(?=\s*\([A-E]\)|\n|$)|^([A-E])[.:)]\s*(.+)$", re.MULTILINE)
 LETTER = re.compile(r"(?:answer is|answer:)?\s*\(?([A-E])\)?[.)]?\s*$|answer is \(?([A-E])\b", re.IGNORECASE)
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,8 @@ class Questions(FlagGroup):
     source: Path | None = flag(None, "file or folder of the questions", Role.DATA, positional=True, type=Path,
                                metavar="QUESTIONS")
     out: Path | None = flag(None, "folder to write: the --data_root of other commands", Role.RUN, required=True)
-    val: Share = flag(0.1, "fraction of the rows without a split that are for validation", Role.DATA)
-    test: Share = flag(0.2, "fraction of the rows without a split that are for tests", Role.DATA)
+    val: Probability = flag(0.1, "fraction of the rows without a split that are for validation", Role.DATA)
+    test: Probability = flag(0.2, "fraction of the rows without a split that are for tests", Role.DATA)
 
 
 def get_args_parser() -> Parser:
@@ -239,7 +237,7 @@ def read_questions(source: Path, pictures: Path) -> tuple[list[Question], list[s
 
 # --- Splits ---
 
-def divide(questions: list[Question], val: float, test: float) -> None:
+def divide(questions: list[Question], val: float, test: Probability) -> None:
     """Gives each question without a split one of train, val and test, of which the last two get about these fractions
     of the groups. It is the same one each time, whatever their order and number."""
     for question in questions:
@@ -267,7 +265,7 @@ def write_questions(out: Path, questions: list[Question]) -> None:
     write_json(out / "problems.json", problems)
 
 
-def make_scienceqa(source: Path, out: Path, val: float, test: float) -> tuple[list[Question], list[str]]:
+def make_scienceqa(source: Path, out: Path, val: float, test: Probability) -> tuple[list[Question], list[str]]:
     """Returns the questions that were written, and a line about each row that was left out."""
     if (out / "images").exists() or (out / "problems.json").exists():
         raise UserError(f"--out {out} holds data already: name another folder, or remove it")

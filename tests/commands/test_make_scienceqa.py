@@ -181,6 +181,13 @@ def test_a_split_without_a_question_is_told(tmp_path, capsys, splits, missing):
     assert re.findall("no question is in split (.*):", capsys.readouterr().out) == missing
 
 
+@pytest.mark.parametrize("fraction", ["-0.1", "1", "nan"])
+def test_a_fraction_that_is_none_is_refused(fraction):
+    for flag in ("--val", "--test"):
+        words = ["q.json", "--out", "out", flag, fraction]
+        assert f"{flag} {fraction} does not lie in [0, 1)" in error_message(get_args_parser().parse_args, words)
+
+
 def test_what_is_there_is_not_replaced(tmp_path):
     (tmp_path / "q.json").write_text(json.dumps(ROWS))
     make_scienceqa(tmp_path / "q.json", tmp_path / "out", 0.1, 0.2)

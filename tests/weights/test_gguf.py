@@ -295,6 +295,8 @@ def test_a_damaged_file(vocabulary, model, tmp_path, change, words):
         "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
         "attention.layer_norm_rms_epsilon")] + [
     ({"block_count": 3}, "lacks 9 tensors"), ({"block_count": 1}, "unknown 9 tensors"),
+    ({"block_count": 1025}, "block_count: should be less than or equal to 1024, not 1025"),
+    ({"attention.layer_norm_rms_epsilon": 1.0}, "layer_norm_rms_epsilon: should be less than 1, not 1.0"),
     ({"feed_forward_length": 95}, "w1.weight is [96, 64]"), ({"attention.head_count_kv": 4}, "wk.weight is [32, 64]"),
     ({"attention.head_count": 3}, "the width 21 of its heads is odd"),
     ({"expert_count": 8}, "expert_count: should be 0, not 8"),

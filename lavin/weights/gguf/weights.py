@@ -13,7 +13,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from lavin.runtime.errors import UserError
-from lavin.runtime.schema import Positive, Size, declared, validate
+from lavin.runtime.schema import Epsilon, Layers, Positive, Size, declared, validate
 from lavin.weights.gguf.file import GGUFFile
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -28,10 +28,10 @@ ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's scaling, as the numbers that d
 One = Annotated[float, Field(ge=1, le=1)]
 # metadata `ARCHITECTURE.key`, with the only values of its other features that lavin.llama has
 Shape = TypedDict("Shape", {
-    "embedding_length": Size, "block_count": Annotated[int, Field(ge=1, le=1024)], "feed_forward_length": Size,
+    "embedding_length": Size, "block_count": Layers, "feed_forward_length": Size,
     "attention.head_count": Size, "attention.head_count_kv": NotRequired[Size],
     "attention.key_length": NotRequired[Size], "attention.value_length": NotRequired[Size],
-    "attention.layer_norm_rms_epsilon": Annotated[float, Field(gt=0, lt=1)],
+    "attention.layer_norm_rms_epsilon": Epsilon,
     "attention.sliding_window": NotRequired[Size], "context_length": Size,
     "expert_count": NotRequired[Literal[0]],
     "rope.dimension_count": NotRequired[Size], "rope.freq_base": NotRequired[Positive],
