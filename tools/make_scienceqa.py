@@ -237,7 +237,7 @@ def read_questions(source: Path, pictures: Path) -> tuple[list[Question], list[s
 
 # --- Splits ---
 
-def divide(questions: list[Question], val: float, test: Probability) -> None:
+def divide(questions: list[Question], val: float, test: float) -> None:
     """Gives each question without a split one of train, val and test, of which the last two get about these fractions
     of the groups. It is the same one each time, whatever their order and number."""
     for question in questions:
@@ -265,7 +265,7 @@ def write_questions(out: Path, questions: list[Question]) -> None:
     write_json(out / "problems.json", problems)
 
 
-def make_scienceqa(source: Path, out: Path, val: float, test: Probability) -> tuple[list[Question], list[str]]:
+def make_scienceqa(source: Path, out: Path, val: float, test: float) -> tuple[list[Question], list[str]]:
     """Returns the questions that were written, and a line about each row that was left out."""
     if (out / "images").exists() or (out / "problems.json").exists():
         raise UserError(f"--out {out} holds data already: name another folder, or remove it")
