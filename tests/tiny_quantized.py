@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lavin.kernels.single_row import nf4_table
+from lavin.kernels.nf4 import nf4_table
 from lavin.model import LaVIN
 from lavin.weights.load import quantize_model
 from tiny import cast_frozen, tiny_model

@@ -1,7 +1,6 @@
 """AdaptedBlock with norm and adapter in one kernel where there is a single row, as in a chat's decoding steps."""
 
-from lavin.fast.fused_linear import uses_gemv
-from lavin.kernels.single_row import norm_adapter
+from lavin.kernels.single_row import norm_adapter, uses_gemv
 from lavin.mm_adapter import AdaptedBlock
 
 

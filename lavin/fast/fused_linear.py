@@ -19,7 +19,7 @@ from torch import nn
 
 from lavin.kernels.fp8 import quantize_rows, scaled_matmul
 from lavin.kernels.fused_ops import qkv_rope_backward, swiglu, swiglu_backward
-from lavin.kernels.single_row import gemv, gemv_swiglu
+from lavin.kernels.single_row import gemv, gemv_swiglu, is_decoded, uses_gemv
 from lavin.llama import Attention, FeedForward, add_bias, apply_rotary
 
 
@@ -73,17 +73,6 @@ def matmul(scaled_x: tuple, weights: tuple, dtype):
     """Returns x W^T [N, O] for x [N, K]. `scaled_x` is x as `maybe_quantize` returns it."""
     x, scale = scaled_x
     return scaled_matmul(x, scale, weights[0], weights[1], dtype) if is_fp8(weights) else x @ weights[0].t()
-
-
-def uses_gemv(x) -> bool:
-    """Says whether a product has one row. torch.compile makes a program of its own for these anyway."""
-    return x.shape[0] == 1 and x.is_cuda
-
-
-def is_decoded(x) -> bool:
-    """Says whether x is one row on a GPU that needs no gradient, as in a chat's decoding steps. Only these are
-    multiplied by kernels without a backward pass."""
-    return uses_gemv(x) and not x.requires_grad
 
 
 def linear(x, weights: tuple):

@@ -7,11 +7,10 @@ before.
 import torch
 from torch import nn
 
-from lavin.fast.fused_linear import frozen, is_decoded, joined_bias, split_heads
-from lavin.kernels.single_row import gemv_nf4, gemv_nf4_swiglu
+from lavin.fast.fused_linear import frozen, joined_bias, split_heads
+from lavin.kernels.nf4 import NF4_BLOCK, SCALES_BLOCK
+from lavin.kernels.single_row import gemv_nf4, gemv_nf4_swiglu, is_decoded
 from lavin.llama import Attention, Block, FeedForward, add_bias
-
-CODES_OF_A_SCALE = 256 * 64  # they share an entry of absmax2, and so must be of one matrix
 
 
 def convert(block: Block) -> None:
@@ -28,8 +27,9 @@ def convert(block: Block) -> None:
 
 
 def can_join(linears: list) -> bool:
-    """Says whether our kernel can multiply these layers at once."""
-    return all(linear.multiplies_rows and linear.state.shape.numel() % CODES_OF_A_SCALE == 0 for linear in linears)
+    """Says whether our kernel can multiply these layers at once: no two of them may share an entry of absmax2."""
+    return all(linear.multiplies_rows and linear.state.shape.numel() % (NF4_BLOCK * SCALES_BLOCK) == 0
+               for linear in linears)
 
 
 class JoinedNF4(nn.Module):

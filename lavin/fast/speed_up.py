@@ -70,7 +70,7 @@ def compile_model(model: LaVIN) -> None:
     torch._inductor.config.shape_padding = False
     # the backward pass of a norm and an adapter computes the normalised rows again, from what the norm keeps anyway
     torch._functorch.config.ban_recompute_materialized_backward = False
-    if hasattr(torch._inductor.config, "online_softmax"):  # of newer versions; it makes the loss seven times as slow
+    if hasattr(torch._inductor.config, "online_softmax"):  # of newer versions; it slows the loss
         torch._inductor.config.online_softmax = False
     torch._dynamo.config.specialize_float = True  # else the numbers of a layer are traced as inputs first, then again
     torch.fx.experimental._config.use_duck_shape = False  # two sizes that are equal at first may differ later

@@ -7,12 +7,29 @@ On GPUs these are Triton kernels (single_row_triton.py). The reference implement
 import torch
 
 from lavin.kernels.fused_ops import swiglu
+from lavin.kernels.nf4 import dequantized_nf4
 from lavin.runtime.arithmetic import ceil_div, next_power_of_2
 from lavin.runtime.device import pdl_options
 
 # rows of the weight a program, entries of each that it reads at once, and warps: the fastest for a layer of 7B on an
-# H200, with one shape for its matrices of any width (w2 alone would be 7 to 9% faster with another number of warps)
+# H200 (docs/engineering-log.md has those for each of its matrices)
 GEMV_SHAPE, SWIGLU_SHAPE, FP8_SHAPE = (4, 2048, 8), (2, 2048, 4), (4, 4096, 4)
+
+
+def uses_gemv(x) -> bool:
+    """Says whether x is one row on a GPU. torch.compile makes a program of its own for these anyway."""
+    return x.shape[0] == 1 and x.is_cuda
+
+
+def is_decoded(x) -> bool:
+    """Says whether x is one row on a GPU, and needs no gradient, as in a chat's decoding steps. The kernels here have
+    no backward pass."""
+    return uses_gemv(x) and not x.requires_grad
+
+
+def biased_swiglu(gate_up: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Returns silu(gate) * up [1, H] for [gate | up] = gate_up + bias [1, 2H], for the reference implementations."""
+    return swiglu(gate_up if bias is None else gate_up + bias, False)[0]
 
 
 def launch_gemv(x, weight, scale, bias, n_out: int, shape: tuple[int, int, int], paired: bool) -> torch.Tensor:
@@ -49,8 +66,7 @@ def gemv_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | Non
     """Returns silu(gate) * up [1, H] for [gate | up] = x W^T + bias, weight [2H, K] and bias [2H]. All else is as in
     `gemv`."""
     if not x.is_cuda:
-        gate_up = gemv(x, weight, scale)
-        return swiglu(gate_up if bias is None else gate_up + bias, False)[0]
+        return biased_swiglu(gemv(x, weight, scale), bias)
     return launch_gemv(x, weight, scale, bias, len(weight) // 2, SWIGLU_SHAPE if scale is None else FP8_SHAPE, True)
 
 
@@ -59,29 +75,7 @@ def _(x, weight, scale, bias):
     return x.new_empty(1, weight.shape[0] // 2)
 
 
-NF4_SHAPE = (16, 128, 4)  # rows of the weight a program, chunks of 32 that it reads at once, and warps
-
-
-def nf4_table(code: torch.Tensor) -> torch.Tensor:
-    """Returns what `gemv_nf4` looks a byte up in: [256] int32. `code` [16] float32 has NF4's values, for bitsandbytes'
-    codes.
-
-    An entry is read in two ways. As a float32, it is the value of the code in the byte's upper half. Its lower 16 bits
-    as a bf16 are the value of the other code. Both are as precise as in bf16.
-    """
-    second = code.bfloat16().view(torch.int16).int().repeat(16) & 0xFFFF
-    first = code.repeat_interleave(16)
-    upper = first.view(torch.int32) >> 16 & 0xFFFF
-    candidates = torch.stack(((upper - 1).clamp(min=0), upper, upper + 1)) << 16 | second  # one of them is the nearest
-    return candidates.gather(0, (candidates.view(torch.float32) - first).abs().argmin(0, keepdim=True))[0]
-
-
-def dequantized_nf4(weight, absmax, absmax2, code2, offset, table) -> torch.Tensor:
-    """Returns a weight as float32 [O, K]. The arguments are those of `gemv_nf4`."""
-    entries = table[weight.flatten().int()]
-    values = torch.stack((entries, entries << 16), 1).view(torch.float32).view(-1, 64)
-    scales = code2[absmax.int()] * absmax2.repeat_interleave(256)[:len(absmax)]
-    return (values * (scales + offset.repeat_interleave(len(scales) // len(offset)))[:, None]).view(len(offset), -1)
+NF4_SHAPE = (16, 128, 4)  # rows of the weight a program, chunks of 32 codes that it reads at once, and warps
 
 
 def launch_gemv_nf4(x, weight, absmax, absmax2, code2, offset, table, bias, n_out: int, paired: bool) -> torch.Tensor:
@@ -98,11 +92,11 @@ def launch_gemv_nf4(x, weight, absmax, absmax2, code2, offset, table, bias, n_ou
 @torch.library.custom_op("lavin::gemv_nf4", mutates_args=())
 def gemv_nf4(x: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor, absmax2: torch.Tensor, code2: torch.Tensor,
              offset: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Returns x W^T [1, O] for x [1, K] and a weight in NF4 with double quantization. K is a multiple of 64.
+    """Returns x W^T [1, O] for x [1, K] and a weight in NF4 with double quantization. K is a multiple of NF4_BLOCK.
 
-    All but x and `nf4_table` are as bitsandbytes quantizes W: two codes a byte of the weight [O K / 2, 1] uint8, a
-    scale `code2[absmax] * absmax2 + offset` for 64 of them, and an entry of absmax2 for 256 scales. But there is an
-    offset [O] for each row.
+    The weight is as bitsandbytes quantizes it: [O K / 2, 1] uint8, with two codes a byte. Each block of codes has the
+    scale `code2[absmax] * absmax2 + offset`, and each block of scales an entry of absmax2. The offset [O], one number
+    in bitsandbytes, is given for each row. `table` is that of `nf4_table`.
     """
     if not x.is_cuda:
         return (x.float() @ dequantized_nf4(weight, absmax, absmax2, code2, offset, table).t()).to(x.dtype)
@@ -120,8 +114,7 @@ def gemv_nf4_swiglu(x: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor,
                     ) -> torch.Tensor:
     """Returns silu(gate) * up [1, H] for [gate | up] = x W^T + bias, with the weight [2H, K] of `gemv_nf4`."""
     if not x.is_cuda:
-        gate_up = gemv_nf4(x, weight, absmax, absmax2, code2, offset, table)
-        return swiglu(gate_up if bias is None else gate_up + bias, False)[0]
+        return biased_swiglu(gemv_nf4(x, weight, absmax, absmax2, code2, offset, table), bias)
     return launch_gemv_nf4(x, weight, absmax, absmax2, code2, offset, table, bias, len(offset) // 2, True)
 
 

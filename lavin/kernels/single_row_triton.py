@@ -10,6 +10,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from lavin.kernels import nf4
+
+NF4_BLOCK, SCALES_BLOCK = tl.constexpr(nf4.NF4_BLOCK), tl.constexpr(nf4.SCALES_BLOCK)
+
 # Triton's names; missing in older versions, where USE_PDL is never set (pdl_options, lavin/runtime/device.py)
 cuda = getattr(tl.extra, "cuda", None)
 gdc_wait: Any = getattr(cuda, "gdc_wait", None)
@@ -239,7 +243,8 @@ def load_nf4_chunks(weight, absmax, absmax2, chunk, mask):
     """Loads chunks of 32 codes: their words [CHUNKS, ROWS, 4], scales in 8 bits and the scales' scales."""
     words = tl.load(weight + chunk[:, :, None] * 4 + tl.arange(0, 4)[None, None, :], mask[:, :, None], 0,
                     eviction_policy="evict_first")
-    return words, tl.load(absmax + chunk // 2, mask, 0), tl.load(absmax2 + chunk // 512, mask, 0.0)
+    scale = tl.load(absmax + chunk // (NF4_BLOCK // 32), mask, 0)
+    return words, scale, tl.load(absmax2 + chunk // (NF4_BLOCK * SCALES_BLOCK // 32), mask, 0.0)
 
 
 @triton.jit
@@ -251,7 +256,7 @@ def gemv_nf4_fwd(x, weight, absmax, absmax2, code2, offset, table, bias, out, n_
     A thread has chunks of 32 codes, 16 bytes, which have one scale, and the same ones of each of the program's rows.
     The first are read before x is there, while the table is written.
     """
-    tl.static_assert(K % 64 == 0)
+    tl.static_assert(K % NF4_BLOCK == 0)
     n_chunks: tl.constexpr = K // 32
     rows, row_mask = program_rows(n_out, ROWS, PAIRED)
     chunks = tl.arange(0, CHUNKS)

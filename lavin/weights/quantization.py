@@ -15,8 +15,8 @@ import torch
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from torch import nn
 
-from lavin.fast.fused_linear import is_decoded
-from lavin.kernels.single_row import gemv_nf4, nf4_table
+from lavin.kernels.nf4 import NF4_BLOCK, nf4_table
+from lavin.kernels.single_row import gemv_nf4, is_decoded
 from lavin.llama import add_bias
 from lavin.model import LaVIN
 
@@ -47,13 +47,10 @@ class QuantizedLinear(nn.Module):
 
 
 class Linear4bit(QuantizedLinear):
-    """Computes x W^T with W in NF4: one scale per block of 64 weights, itself stored in 8 bits (double quantization).
-
-    Source: QLoRA, Dettmers et al. 2023, arXiv 2305.14314.
-    """
+    """Computes x W^T with W in NF4 and double quantization (lavin/kernels/nf4.py)."""
 
     capturable = True
-    multiplies_rows = False  # single ones, by our kernel
+    multiplies_rows = False  # whether our kernel multiplies single rows
 
     def load(self, weight: torch.Tensor, device, dtype) -> None:
         """Quantizes a weight [O, K] on `device`. `dtype` is that of the product."""
@@ -61,9 +58,9 @@ class Linear4bit(QuantizedLinear):
                                                 compress_statistics=True)
 
     def prepare_gemv(self) -> None:
-        """Lets our kernel multiply single rows, where it can: it needs whole blocks in each row of the weight."""
+        """Lets our kernel multiply single rows, if each row of the weight consists of whole blocks."""
         rows, columns = self.state.shape
-        self.multiplies_rows = columns % 64 == 0
+        self.multiplies_rows = columns % NF4_BLOCK == 0
         self.table, self.offset = nf4_table(self.state.code), self.state.offset.repeat(rows)
 
     def matmul(self, x):

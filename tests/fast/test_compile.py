@@ -94,7 +94,7 @@ def test_layers_keep_no_normalised_rows(compiled):
 
 
 def test_the_loss_is_compiled_without_the_online_softmax(compiled):
-    """It is seven times as slow on an H200 (docs/engineering-log.md)."""
+    """The online softmax slows it (docs/engineering-log.md)."""
     assert torch._inductor.config.online_softmax is False
 
 

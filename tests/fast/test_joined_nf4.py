@@ -56,7 +56,7 @@ def test_joined_matrices_multiply_a_row_as_each_does(monkeypatch, biases):
 
     expected = products(x)
     convert(block)
-    monkeypatch.setattr("lavin.fast.fused_linear.uses_gemv", lambda x: len(x) == 1)
+    monkeypatch.setattr("lavin.kernels.single_row.uses_gemv", lambda x: len(x) == 1)
     joined = [torch.cat(rows) for rows in zip(*map(products, x.split(1)), strict=True)]
     torch.testing.assert_close(joined, expected)
     torch.testing.assert_close(products(x), expected)  # the parts of the joined tensors, each by itself

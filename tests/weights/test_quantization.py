@@ -83,7 +83,7 @@ def test_gradient_of_the_input(quantization, weight, bits):
 @pytest.fixture
 def one_row_is_decoded(monkeypatch):
     """Products of one row take our kernels' reference implementations, as they take the kernels on a GPU."""
-    monkeypatch.setattr("lavin.fast.fused_linear.uses_gemv", lambda x: len(x) == 1)
+    monkeypatch.setattr("lavin.kernels.single_row.uses_gemv", lambda x: len(x) == 1)
 
 
 def test_one_row_in_4_bits(quantization, weight, one_row_is_decoded):
@@ -134,7 +134,7 @@ def test_joined_matrices_in_4_bits(quantization, monkeypatch, llama):
             wholes = joined.weight, joined.offset, joined.absmax, joined.absmax2
             assert [part.untyped_storage().data_ptr() for part in parts] == [
                 whole.untyped_storage().data_ptr() for whole in wholes]
-    monkeypatch.setattr("lavin.fast.fused_linear.uses_gemv", lambda x: len(x) == 1)
+    monkeypatch.setattr("lavin.kernels.single_row.uses_gemv", lambda x: len(x) == 1)
     for actual, exact in zip([*block.attention.project(x[:1]), block.feed_forward(x[:1])], expected, strict=True):
         assert 0 < (actual - exact[:1]).norm() / exact[:1].norm() < 2**-7  # values of NF4 are as precise as in bf16
 
