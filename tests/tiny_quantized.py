@@ -15,7 +15,7 @@ NF4 = torch.tensor([  # QLoRA, appendix E
 
 
 def random_nf4(rows: int, K: int) -> list[torch.Tensor]:
-    """Returns a weight [rows, K] of random codes and scales, as the arguments of `gemv_nf4` behind x."""
+    """Returns the arguments of `gemv_nf4` after x, for a weight [rows, K] of random codes and scales."""
     scales = rows * K // 64
     return [torch.randint(256, (rows * K // 2, 1), dtype=torch.uint8), torch.randint(256, (scales,), dtype=torch.uint8),
             torch.rand(-(-scales // 256)), torch.rand(256), torch.rand(rows), nf4_table(NF4)]

@@ -474,7 +474,7 @@ def test_without_arguments_the_published_runs_are_plotted(tmp_path, monkeypatch,
 
 
 def test_the_published_figures_in_assets_say_what_those_of_today_say(tmp_path, monkeypatch):
-    """Their words, which Matplotlib writes as comments; numbers at the axes are those of its version."""
+    """The words are compared, which Matplotlib writes as comments. Numbers at the axes depend on its version."""
     monkeypatch.setitem(figures.RC_PARAMS, "figure.dpi", 40)
     run_command("--out", tmp_path)
 

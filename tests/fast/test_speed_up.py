@@ -81,7 +81,7 @@ def test_matrices_are_fused_in_the_precision_asked_for(monkeypatch, bits, dtype)
 
 
 def test_programs_in_the_compilers_cache_are_of_the_same_code(monkeypatch, tmp_path):
-    """A change anywhere in lavin/, also in a folder of it, is another code."""
+    """The code is another one after a change of any file in lavin/ and its folders."""
     config = pytest.importorskip("torch._inductor.config")
     if not hasattr(config, "unsafe_marked_cacheable_functions"):
         pytest.skip("this version of torch cannot cache such programs")
