@@ -18,6 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Its functions have the process group of the time of the import as a default. Imported by the compiler, after a group
+# was made, they would keep it and its threads until Python ends, which those may abort.
+import torch.distributed.nn.functional  # noqa: F401
+
 from lavin.runtime import heartbeat, signals
 from lavin.runtime.console import is_main_process
 from lavin.runtime.errors import UserError, first_line

@@ -1,13 +1,18 @@
 """Ranks that share a model count once, lost contact is told, and a frozen process is noticed in time."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
-from test_interruption import Store
+from test_interruption import TORCHRUN, Store
 
 from lavin.runtime import distributed, heartbeat, signals
 from lavin.runtime.distributed import LAUNCHER_VARIABLES
 from lavin.runtime.errors import UserError
+from tiny import ROOT
 
 
 @pytest.fixture
@@ -16,6 +21,26 @@ def group(monkeypatch):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+KEPT_GROUP = """
+import os
+from lavin.runtime import distributed
+distributed.init()
+import torch.distributed.nn.functional  # as torch._dynamo does
+distributed.all_gather_object(1)
+distributed.close()
+print({open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")})
+"""
+
+
+def test_no_thread_of_a_group_outlives_it(tmp_path):
+    """A process with such threads ended with SIGABRT now and then."""
+    (tmp_path / "program.py").write_text(KEPT_GROUP)
+    done = subprocess.run([sys.executable, *TORCHRUN, str(tmp_path / "program.py")], cwd=ROOT, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and done.stdout.count("{") == 2, done.stderr
+    assert "gloo" not in done.stdout
 
 
 # --- Ranks ---
