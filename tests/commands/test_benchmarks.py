@@ -90,6 +90,7 @@ def test_scaling(capsys, monkeypatch, tmp_path):
         scaling.work(argparse.Namespace(**flags, out=str(tmp_path / "out.pt"), shared=1))
         return torch.load(tmp_path / "out.pt")
     monkeypatch.setattr(scaling, "measure", measure)
+    monkeypatch.setattr(scaling, "EFFECTIVE_BATCH", 3)
     scaling.main(argparse.Namespace(**flags, processes=[1, 2]))
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [row[0] for row in rows] == ["1, a model each", "2, a model each", "one model on 2"]

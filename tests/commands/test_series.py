@@ -160,6 +160,18 @@ def signal_at_step(number: int, which: signal.Signals = signal.SIGTERM):
     Trainer.train_step = counted
 
 
+@pytest.fixture(scope="module")
+def seed_alone(base, scienceqa, tmp_path_factory) -> Path:
+    """The folder of the run `seed`, made by itself with the flags of `often_saved`."""
+    folder = tmp_path_factory.mktemp("alone")
+    alone(folder, often_saved(base, scienceqa, "seed")["seed"])
+    return folder / "seed"
+
+
+def often_saved(base, scienceqa, *names: str) -> dict[str, list[list[str]]]:
+    return {name: commands(base, scienceqa, name, "--save_every_minutes", "1e-9") for name in names}
+
+
 WORDS = [["train.py", "--output_dir", "données/it's a\\b $x `y`", "--caption_file", ""], ["eval.py", "--split", "test"]]
 
 
@@ -174,7 +186,7 @@ def test_the_words_of_a_command_are_those_that_a_script_gave(tmp_path, encoding)
 
 
 @pytest.mark.parametrize("step, said", [(8, "and saved, in epoch 0 after step"), (12, "the same command goes on")])
-def test_a_run_that_is_stopped_is_saved_and_no_other_begins(base, scienceqa, tmp_path, step, said):
+def test_a_run_that_is_stopped_is_saved_and_no_other_begins(base, scienceqa, tmp_path, seed_alone, step, said):
     """The signal may come in the last step of a run, which is then done. A run has 6 steps."""
     runs = {name: commands(base, scienceqa, name) for name in ("base", "seed", "base-again")}
     ended, left = together(tmp_path / "together", runs, before=lambda: signal_at_step(step))
@@ -185,9 +197,7 @@ def test_a_run_that_is_stopped_is_saved_and_no_other_begins(base, scienceqa, tmp
     assert not (tmp_path / "together" / "seed" / "scores.json").exists()
     ended, left = together(tmp_path / "together", {name: runs[name] for name in left})
     assert ended.status == 0 and left == []
-    alone(tmp_path / "alone", runs["seed"])
-    for name in ("checkpoint-1.pth", "generations.jsonl"):
-        assert load_file(tmp_path / "together" / "seed" / name) == load_file(tmp_path / "alone" / "seed" / name)
+    assert what_it_came_to(tmp_path / "together" / "seed") == what_it_came_to(seed_alone)
 
 
 def kill_at_step(number: int):
@@ -208,19 +218,21 @@ def kill_at_answers(number: int):
 
 
 @pytest.mark.parametrize("kill, number", [(kill_at_step, 8), (kill_at_step, 11), (kill_at_answers, 2)])
-def test_the_same_runs_go_on_after_a_kill_and_end_as_they_would_have(base, scienceqa, tmp_path, kill, number):
+def test_the_same_runs_go_on_after_a_kill_and_end_as_they_would_have(base, scienceqa, tmp_path, seed_alone, kill,
+                                                                     number):
     """The second run is killed: in its first epoch, in its last one (a run has 6 steps), and before it has scores."""
-    runs = {name: commands(base, scienceqa, name, "--save_every_minutes", "1e-9") for name in ("base", "seed")}
+    runs = often_saved(base, scienceqa, "base", "seed")
     ended, left = together(tmp_path / "together", runs, before=lambda: kill(number))
     assert ended.status == -signal.SIGKILL and left == ["seed"]
     ended, left = together(tmp_path / "together", runs)
     assert ended.status == 0 and left == [] and ended.out.count(", which is finished") == 1 + (kill is kill_at_answers)
-    alone(tmp_path / "alone", runs["seed"])
-    assert_same_run(tmp_path / "together" / "seed", tmp_path / "alone" / "seed", goes_on=kill is kill_at_step)
+    assert_same_run(tmp_path / "together" / "seed", seed_alone, goes_on=kill is kill_at_step)
 
 
-def load_file(path: Path):
-    return json.dumps(load_checkpoint(path), default=torch.Tensor.tolist) if path.suffix == ".pth" else path.read_text()
+def what_it_came_to(run: Path) -> tuple[str, str]:
+    """The last checkpoint, but for the flags, and the answers."""
+    checkpoint = {**load_checkpoint(run / "checkpoint-1.pth"), "flags": None, "sha256": None}
+    return json.dumps(checkpoint, default=torch.Tensor.tolist), (run / "generations.jsonl").read_text()
 
 
 def test_no_run_begins_after_another_process_was_stopped(base, scienceqa, tmp_path):

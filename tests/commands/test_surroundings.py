@@ -67,9 +67,8 @@ def test_a_name_that_is_no_text_is_printed(tmp_path):
     assert out == "runs/?t?\n"
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_closed_output_loses_what_is_said_and_no_more(tmp_path, closed):
-    python("plot_results.py", "--out", str(tmp_path), prefix=("bash", "-c", f'exec "$@" {closed}', "bash"))
+def test_closed_output_loses_what_is_said_and_no_more(tmp_path):
+    python("plot_results.py", "--out", str(tmp_path), prefix=("bash", "-c", 'exec "$@" >&- 2>&-', "bash"))
     assert (tmp_path / "published_table.md").exists()
 
 
