@@ -68,11 +68,24 @@ def last_checkpoint(path: str) -> Path:
 # --- Configuration ---
 
 def git_commit() -> str | None:
+    """Returns the commit of the project's code, or None where git does not tell.
+
+    It ends with `-dirty`, as `git describe` says it, where a Python file differs from that commit. Flags in scripts do
+    not count, since a run records them.
+    """
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit, changes = git("rev-parse", "HEAD"), git("diff", "--quiet", "HEAD", "--", "*.py")
     except OSError:  # no git
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return commit.stdout.strip() + "-dirty" * (changes.returncode == 1) if commit.returncode == 0 else None
+
+
+def short_commit(commit: str) -> str:
+    """Returns a commit as pages name it: 12 digits, and what `git_commit` adds to them."""
+    digits, *dirty = commit.split("-")
+    return "-".join([digits[:12], *dirty])
 
 
 COMMIT = git_commit()  # when this process read its code: a process of many runs may see the files change

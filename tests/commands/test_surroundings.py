@@ -13,6 +13,7 @@ from test_scripts import Sandbox
 import eval_mme
 from tiny import ROOT
 from tiny_runs import write_run
+from util import runs
 
 NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 HOMELESS = {"HOME": "/dev/null", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
@@ -130,12 +131,17 @@ COMMIT = ("-c", "from util.runs import git_commit; print(git_commit())")
 def test_the_commit_is_known_where_git_tells_it():
     if not (ROOT / ".git").exists():
         pytest.skip("no repository")
-    assert len(python(*COMMIT)[0].strip()) == 40
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?\n", python(*COMMIT)[0])
 
 
 @pytest.mark.parametrize("environment", [{"PATH": "/nonexistent"}, FOREIGN], ids=["no git", "somebody else's"])
 def test_without_the_commit_it_is_null(environment):
     assert python(*COMMIT, **environment) == ("None\n", "")
+
+
+def git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder, check=True,
+                          capture_output=True, text=True).stdout.strip()
 
 
 RECORDED = """import torch
@@ -155,18 +161,32 @@ def test_a_run_is_of_the_commit_that_its_process_began_with(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
-                              capture_output=True, text=True).stdout.strip()
-
-    git("init")
-    git("commit", "--allow-empty", "-m", "old")
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "old")
     process = subprocess.Popen([sys.executable, "-c", RECORDED], cwd=tmp_path, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "began\n"
-    old = git("rev-parse", "HEAD")
-    git("commit", "--allow-empty", "-m", "new")
-    assert process.communicate("\n", timeout=120)[0].strip() == old != git("rev-parse", "HEAD")
+    old = git(tmp_path, "rev-parse", "HEAD")
+    git(tmp_path, "commit", "--allow-empty", "-m", "new")
+    assert process.communicate("\n", timeout=120)[0].strip() == old != git(tmp_path, "rev-parse", "HEAD")
+
+
+def test_changed_code_is_told_and_changed_flags_are_not(tmp_path, monkeypatch):
+    if not shutil.which("git"):
+        pytest.skip("no git")
+    (tmp_path / "util").mkdir()
+    code, script = tmp_path / "util" / "runs.py", tmp_path / "train.sh"
+    for path in (code, script):
+        path.write_text("old")
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "old")
+    monkeypatch.setattr(runs, "__file__", str(code))
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    script.write_text("new")
+    assert runs.git_commit() == commit
+    code.write_text("new")
+    assert runs.git_commit() == f"{commit}-dirty"
 
 
 # --- A half-made .venv ---

@@ -121,9 +121,9 @@ def test_the_commits_that_runs_began_and_went_on_with_are_told(tmp_path):
             for name, flags, commits in (
                 ("base", {}, {"git_commit": "a" * 40}),
                 ("step", STEP, {"git_commit": "b" * 40,
-                                "resumed": [{"git_commit": "a" * 40}, {"git_commit": "c" * 40}]}),
+                                "resumed": [{"git_commit": "a" * 40}, {"git_commit": f"{'c' * 40}-dirty"}]}),
                 ("early", {"seed": 1}, {}))]
-    assert facts(compare(runs))["Commits of the code"] == ", ".join(f"`{letter * 12}`" for letter in "abc")
+    assert facts(compare(runs))["Commits of the code"] == "`aaaaaaaaaaaa`, `bbbbbbbbbbbb`, `cccccccccccc-dirty`"
 
 
 def test_the_page_has_no_figure_of_an_earlier_comparison(tmp_path, monkeypatch):

@@ -200,10 +200,11 @@ def test_the_page_has_tables_pictures_and_the_meaning_of_importance(study, tmp_p
 def test_the_commits_of_all_runs_are_told(study):
     """A trial that a worker began after the project's files had changed is of another commit."""
     for run, config in (("trials/000", {"git_commit": "a" * 40, "resumed": [{"git_commit": "b" * 40}]}),
-                        ("trials/003", {"git_commit": "b" * 40}), ("trials/004", {"git_commit": None}),
+                        ("trials/003", {"git_commit": f"{'b' * 40}-dirty"}), ("trials/004", {"git_commit": None}),
                         (f"confirm/{min(read_records(study, 'confirm'))}", {"git_commit": "c" * 40})):
         write_json(study / run / "config.json", config)
-    assert facts(StudyReport(study))["Commits of the code"] == ", ".join(f"`{letter * 12}`" for letter in "abc")
+    assert facts(StudyReport(study))["Commits of the code"] == ", ".join(
+        f"`{commit}`" for commit in (12 * "a", 12 * "b", f"{12 * 'b'}-dirty", 12 * "c"))
 
 
 def test_points_of_pictures_have_their_intervals(study):

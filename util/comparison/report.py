@@ -7,6 +7,7 @@ from util.comparison.comparison import Comparison
 from util.comparison.tables import table_parts
 from util.document import Bullets, Heading, Part, Picture, to_page
 from util.evaluation.scoring import COLUMNS
+from util.runs import short_commit
 
 CAPTIONS = {"overview": "Overview of the figures",
             "accuracy": "Overall accuracy of each method, with 95 % intervals",
@@ -43,7 +44,7 @@ def facts(comparison: Comparison) -> dict[str, str]:
         "Epochs": listed(run.flags["epochs"] for run in runs),
         "Scored with": listed(f"{name} {value}" for run in runs for name, value in run.scored_with.items()
                               if name in ("decode", "precision")),
-        "Commits of the code": listed(f"`{commit[:12]}`" for run in runs for commit in run.commits)}
+        "Commits of the code": listed(f"`{short_commit(commit)}`" for run in runs for commit in run.commits)}
     return {name: value for name, value in found.items() if value}
 
 

@@ -13,6 +13,7 @@ from lavin.runtime.files import write_text
 from util.comparison.comparison import compare
 from util.comparison.tables import NONE, points, table_parts
 from util.document import Bullets, Heading, Part, Picture, Table, to_markdown, to_page, to_text
+from util.runs import short_commit
 from util.search.confirm import (
     VERDICT,
     Confirmation,
@@ -182,7 +183,7 @@ def facts(report: StudyReport) -> dict[str, str]:
                        "which is the base" if settings["confirm"] else "none",
         "Data": f"checksum {data[:12]}" if data else "",
         "Base model": str(config.get("flags", {}).get("llm_model", "")),
-        "Commits of the code": ", ".join(f"`{commit[:12]}`" for commit in report.commits)}
+        "Commits of the code": ", ".join(f"`{short_commit(commit)}`" for commit in report.commits)}
     return {name: value for name, value in found.items() if value}
 
 
