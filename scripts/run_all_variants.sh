@@ -26,6 +26,16 @@ check_jobs
 [[ " $SEEDS" =~ ^([[:space:]]+(0|[1-9][0-9]*))+[[:space:]]*$ ]] ||
     fail "SEEDS=\"$SEEDS\": give whole numbers from 0, as in SEEDS=\"0 1 2\""
 
+# script_of METHOD: of a+b, that of a
+script_of() {
+    local script="scripts/finetuning_sqa_7b_${1%%+*}.sh"
+    echo "${script/_base/}"
+}
+for method in $METHODS; do
+    [ -f "$(script_of "$method")" ] ||
+        fail "METHODS=\"$METHODS\": there is no $(script_of "$method"): give names as in METHODS=\"$KNOWN\""
+done
+
 # wrong flags are wrong for all methods: said once
 [ $# -eq 0 ] || python - "$@" << 'END'
 import sys
@@ -73,15 +83,15 @@ touch "$state/failed"
 
 # list_runs SLOT FLAG...: writes the commands of every JOBS-th run, from number SLOT on.
 list_runs() {
-    local i method seed script added folder commands
+    local i method seed added folder commands
     for ((i = $1; i < ${#runs[@]}; i += JOBS)); do
         read -r method seed <<< "${runs[i]}"
-        script="scripts/finetuning_sqa_7b_${method%%+*}.sh" folder=$(folder_of "$method" "$seed")
+        folder=$(folder_of "$method" "$seed")
         added=()
         if [[ $method == *+* ]]; then read -r -d "" -a added <<< "$(added_flags "$method")" || true; fi
         commands=$(printf '%s/%s-%04d' "$state" "$1" "$i")
         echo "# $method, seed $seed" > "$commands"
-        LISTED=$commands bash "${script/_base/}" "${added[@]}" --seed "$seed" --output_dir "$folder" "${@:2}" ||
+        LISTED=$commands bash "$(script_of "$method")" "${added[@]}" --seed "$seed" --output_dir "$folder" "${@:2}" ||
             give_up "$commands"
     done
 }

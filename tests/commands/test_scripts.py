@@ -446,10 +446,13 @@ def test_a_process_that_ends_before_its_runs_fails_each_of_them(sandbox):
     assert not list(sandbox.folder.glob(".runs*"))
 
 
-def test_a_method_without_a_script_keeps_no_other_from_running(sandbox):
-    calls = sandbox.run("scripts/run_all_variants.sh", GPUS="1", METHODS="base stepp step", code=1)
-    assert sandbox.errors.endswith("failed: ./LaVIN-7B-stepp-seed0\n")
-    assert sum("train.py" in call for call in calls) == 2
+@pytest.mark.parametrize("methods, script", [
+    ("base stepp step", "finetuning_sqa_7b_stepp.sh"), ("base,step", "finetuning_sqa_7b,step.sh"),
+    ("step stepp+drop_dec", "finetuning_sqa_7b_stepp.sh")])
+def test_a_method_without_a_script_is_refused_before_any_run(sandbox, methods, script):
+    assert sandbox.run("scripts/run_all_variants.sh", GPUS="1", METHODS=methods, code=1) == []
+    assert sandbox.errors.startswith(f'run_all_variants.sh: METHODS="{methods}": there is no scripts/{script}: give')
+    assert sandbox.errors.count("\n") == 1
 
 
 def test_several_nodes_find_the_commands_in_the_projects_folder(sandbox):
