@@ -96,14 +96,15 @@ class Method:
 class Difference:
     """The difference to the base in percentage points, with its 95 % interval.
 
-    p, holm (p adjusted for the other differences): None where it is not known which answers are correct. detectable:
-    the smallest true difference that is found with a power of 80 %, after the adjustment; None where this is a
-    difference between single runs, which says nothing about their methods.
+    low, high: None where the method or the base has one seed and others have several, so that nothing can be said about
+    the difference. p, holm (p adjusted for the other differences): None there, and where it is not known which answers
+    are correct. detectable: the smallest true difference that is found with a power of 80 %, after the adjustment; None
+    where this is a difference between single runs, which says nothing about their methods.
     """
 
     points: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
     p: float | None = None
     holm: float | None = None
     detectable: float | None = None
@@ -115,6 +116,7 @@ class Difference:
     @property
     def largest(self) -> float:
         """The largest absolute difference that the interval contains."""
+        assert self.low is not None and self.high is not None
         return max(-self.low, self.high)
 
 
@@ -258,8 +260,9 @@ def differences_to_first(methods: list[Method], clusters: np.ndarray | None = No
     else:
         found = [between_runs(method.outcomes[0], base.outcomes[0], clusters) for method in others]
     if base.has_answers:
-        adjusted = holm([difference.p for difference in found if difference.p is not None])
-        found = [replace(difference, holm=p) for difference, p in zip(found, adjusted, strict=True)]
+        adjusted = iter(holm([difference.p for difference in found if difference.p is not None]))
+        found = [difference if difference.p is None else replace(difference, holm=next(adjusted))
+                 for difference in found]
     return {method.name: replace(difference, points=method.overall - base.overall)
             for method, difference in zip(others, found, strict=True)}
 
@@ -276,10 +279,15 @@ def between_runs(run: np.ndarray, base: np.ndarray, clusters: np.ndarray | None)
 
 
 def between_methods(outcomes: list[np.ndarray], clusters: np.ndarray | None) -> list[Difference]:
-    """The differences to the first method's outcomes. The variance between seeds is that of all methods."""
+    """The differences to the first method's outcomes. The variance between seeds is that of all methods. A difference
+    of which one side has a single seed is not tested: this seed may be a lucky one."""
     between = seed_variance(outcomes, clusters)
     assert between is not None
-    estimates = [contrast([outcomes[0], rows], (-1, 1), clusters, between) for rows in outcomes[1:]]
-    intervals = [estimate.interval() for estimate in estimates]
-    return [Difference(0, 100 * low, 100 * high, estimate.p, detectable=100 * estimate.detectable(len(estimates)))
-            for (low, high), estimate in zip(intervals, estimates, strict=True)]
+    estimates = {i: contrast([outcomes[0], rows], (-1, 1), clusters, between) for i, rows in enumerate(outcomes[1:])
+                 if min(len(outcomes[0]), len(rows)) > 1}
+    differences = [Difference(0)] * len(outcomes[1:])
+    for i, estimate in estimates.items():
+        low, high = estimate.interval()
+        differences[i] = Difference(0, 100 * low, 100 * high, estimate.p,
+                                    detectable=100 * estimate.detectable(len(estimates)))
+    return differences

@@ -148,7 +148,8 @@ def difference_cells(d: Difference | None) -> list[str]:
     """The cells in the columns of DIFFERENCE."""
     if d is None:
         return [NONE] * len(DIFFERENCE)
-    return [points(d.points), verdict(d), f"{points(d.low)} to {points(d.high)}", p_value(d.p), p_value(d.holm),
+    interval = NONE if d.low is None or d.high is None else f"{points(d.low)} to {points(d.high)}"
+    return [points(d.points), verdict(d), interval, p_value(d.p), p_value(d.holm),
             NONE if d.detectable is None else half_width(d.detectable)]
 
 
@@ -176,7 +177,8 @@ def notes(comparison: Comparison) -> list[str]:
     lines = [f"Accuracy in % of {counted(comparison.counts['Avg'], 'question')}. Intervals hold at 95 % each, not all "
              "together."]
     if own:
-        lines += difference_notes(own)
+        lines += difference_notes([difference for difference in own if difference.low is not None])
+        lines += one_seed_notes([method for method in comparison.methods if not method.published])
     elif len(comparison.methods) > 1 and not comparison.differences:
         lines.append(f"No run is the base ({BASE_IN_WORDS}): for differences, choose one with --base.")
     lines += verdicts(comparison)
@@ -185,7 +187,7 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append(cluster_note(comparison, comparison.clusters))
     if any(len(method.runs) > 1 for method in comparison.methods):
         lines.append("±: standard deviation over the seeds; all else is of their mean. The variance between seeds is "
-                     "taken as the same for all methods, so those with one seed have it from the others.")
+                     "taken as the same for all methods: an accuracy of a single seed has it from the others.")
         lines += variance_notes(comparison.methods)
     if (grid := find_grid(comparison)) and not grid.has_effects:
         lines.append("Schedules and dropouts are crossed, but these methods do not have two seeds in common, which the "
@@ -222,6 +224,8 @@ def variance_notes(methods: list[Method]) -> list[str]:
 
 def difference_notes(differences: list[Difference]) -> list[str]:
     """The sentences on the differences of own runs to the base."""
+    if not differences:
+        return []
     n = len(differences)
     adjusted = f"p (Holm) is p adjusted for {counted(n, 'method')}"
     if differences[0].p is None:
@@ -234,6 +238,15 @@ def difference_notes(differences: list[Difference]) -> list[str]:
     return [f"vs. base: on the same questions; interval and p count questions and seeds as samples; {adjusted}. "
             "detectable: the true difference that about four of five such studies would show by p (Holm) below 0.05 (a "
             "power of 80 %; –: none)."]
+
+
+def one_seed_notes(methods: list[Method]) -> list[str]:
+    """The sentence on methods that have one seed, while others have several."""
+    single = [method.name for method in methods if len(method.runs) == 1]
+    if not methods[0].has_answers or len(single) in (0, len(methods)):
+        return []
+    return [f"One seed: {', '.join(single)}. It may be a lucky one, so a difference of such a method, or to such a "
+            "base, has no interval, p or verdict: train it with other seeds, two in all at least, better five."]
 
 
 def verdict(difference: Difference) -> str:
