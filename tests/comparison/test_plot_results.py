@@ -402,6 +402,22 @@ def test_styles_are_distinct():
         assert len({str(style[key]) for style in known}) == len(NAMES)
 
 
+@pytest.mark.parametrize("names", [
+    ["Base", "Base + dropout 0.05"], ["Base", *(f"Base + lr {i}" for i in range(7))],
+    ["Base", "Step Decay", *(f"mine {i}" for i in range(3)), "Dec. Drop. Prob"], [f"mine {i}" for i in range(8)],
+    [*NAMES[1:], "mine"]])
+def test_own_variants_have_colours_that_no_other_method_has(names):
+    drawn = figures.styles([Method(name, []) for name in names])
+    assert [*drawn] == names and len({style["color"] for style in drawn.values()}) == len(names) <= len(COLOURS)
+    known = figures.styles([Method(name, []) for name in NAMES])
+    assert all(drawn[name] == known[name] for name in names if name in NAMES)
+
+
+def test_black_is_the_base_s_alone():
+    drawn = figures.styles([Method(name, []) for name in ("mine", "Base", *map(str, range(15)))])
+    assert [name for name, style in drawn.items() if style["color"] == COLOURS[0]] == ["Base"]
+
+
 def test_published_methods_have_the_same_colour_and_hollow_markers():
     method_styles = figures.styles([Method("Step Decay", []), Method("Step Decay (published)", [], published=True)])
     style, published_style = method_styles.values()

@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from textwrap import fill
 
@@ -53,9 +52,14 @@ RC_PARAMS = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": Fals
 
 
 def styles(methods: list[Method]) -> dict[str, dict]:
-    """Plot styles by method name. Those of scripts/methods.json are fixed; others get the next unused ones."""
-    ordered = dict.fromkeys([*method_names(), *(method.name.removesuffix(" (published)") for method in methods)])
-    style_by_name = dict(zip(ordered, zip(cycle(COLOURS), cycle(MARKERS), cycle(DASHES), strict=False), strict=False))
+    """Plot styles by method name. Those of scripts/methods.json are fixed; others get those that are used least."""
+    names = list(dict.fromkeys(method.name.removesuffix(" (published)") for method in methods))
+    fixed = dict(zip(method_names(), zip(COLOURS, MARKERS, DASHES, strict=False), strict=False))
+    style_by_name = {name: fixed[name] for name in names if name in fixed}
+    black = [] if method_names()[0] in names else COLOURS[:1]  # it is the base's
+    for name in names:
+        if name not in fixed:
+            style_by_name[name] = least_used_style(list(style_by_name.values()), [*COLOURS[1:], *black])
     mixed = len({method.published for method in methods}) > 1
     result = {}
     for method in methods:
@@ -64,6 +68,16 @@ def styles(methods: list[Method]) -> dict[str, dict]:
         hollow = {"markerfacecolor": "white", "alpha": 0.6} if mixed and method.published else {}
         result[method.name] = {"color": colour, "marker": marker, "linestyle": dashes, **hollow}
     return result
+
+
+def least_used_style(used: list[tuple], colours: list[str]) -> tuple:
+    """The colour that is used least, with the marker and the dashes that are used least with it, and then in all."""
+    colour = min(colours, key=[style[0] for style in used].count)
+
+    def least_used(choices: list, part: int):
+        parts = [(style[0] == colour, style[part]) for style in used]
+        return min(choices, key=lambda choice: (parts.count((True, choice)), parts.count((False, choice))))
+    return colour, least_used(MARKERS, 1), least_used(DASHES, 2)
 
 
 def wrap(name: str) -> str:
