@@ -300,6 +300,20 @@ def test_scores_that_belong_together_though_they_differ(tmp_path):
     assert f"Note: {note}." in text_table(comparison).splitlines()
 
 
+def test_scores_that_were_copied_from_another_method_are_excluded(tmp_path):
+    """The checkpoints are not there, as in an archive, so that only the adapters' settings tell the runs apart."""
+    for name, flags in (("a", {}), ("b", INCREASING)):
+        adapter = {flag: {**FLAGS, **flags}[flag] for flag in ("dropout_prob", "dropout_var", "dropout_lim")}
+        write_run(tmp_path / name, scored={**OWN, "adapter": {**adapter, "adapter_dim": 8}}, **flags)
+    assert len(compare([str(tmp_path)]).methods) == 2
+    (tmp_path / "b" / "scores.json").write_bytes((tmp_path / "a" / "scores.json").read_bytes())
+    comparison = compare([str(tmp_path)])
+    assert len(comparison.methods) == 1 and not comparison.notes
+    (line,) = comparison.excluded
+    assert line.startswith(f"{tmp_path / 'b'}: its scores are of adapters with --dropout_var 1.0, and it was trained "
+                           "with 1.01: run eval.py")
+
+
 def test_scores_without_written_answers_are_noted(tmp_path):
     write_run(tmp_path / "a", scored={**OWN, "decode": "score"})
     assert compare([str(tmp_path)]).notes == [

@@ -113,6 +113,7 @@ class Scores(TypedDict):
     decode: NotRequired[str]
     precision: NotRequired[str]
     bits: NotRequired[str]
+    adapter: NotRequired[dict[str, Any] | None]
     data: NotRequired[str]
     pictures: NotRequired[str]
     chance: NotRequired[Annotated[dict[str, Percentage | None], AfterValidator(has_all_columns)]]
@@ -297,6 +298,11 @@ def check_origin(scores: dict, flags: dict, folder: Path, hint: str) -> None:
     known = scores.get("checkpoint_sha256")
     if known and last.is_file() and sha256(last) != known:
         raise UserError(f"its scores are of another {last.name} than the one there: {hint}")
+    adapter = scores.get("adapter") or {}
+    for flag in flags_of(AdapterConfig):
+        if both_tell(flag, flags, adapter) and flags[flag] != adapter[flag]:
+            raise UserError(f"its scores are of adapters with --{flag} {adapter[flag]}, and it was trained with "
+                            f"{flags[flag]}: {hint}")
     for flag in ASKED_WITH:
         if both_tell(flag, flags, scores) and flags[flag] != scores[flag]:
             raise UserError(f"scored with --{flag} {scores[flag]}, trained with {flags[flag]}: "
