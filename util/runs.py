@@ -67,19 +67,30 @@ def last_checkpoint(path: str) -> Path:
 
 # --- Configuration ---
 
-def git_commit() -> str | None:
-    """Returns the commit of the project's code, or None where git does not tell.
+# the files that decide what a run does; other Python files, such as one's own scripts, may lie beside the commands
+CODE = ("lavin/*.py", "util/*.py", "tools/*.py", "scripts/methods.json", "train.py", "eval.py", "eval_mme.py",
+        "search.py", "demo.py", "plot_results.py")
 
-    It ends with `-dirty`, as `git describe` says it, where a Python file differs from that commit. Flags in scripts do
-    not count, since a run records them.
+
+def git_commit() -> str | None:
+    """Returns the commit of the project's code, or None where git does not tell, or tells that of another repository,
+    which the project lies in.
+
+    It ends with `-dirty`, as `git describe` says it, where a file of `CODE` differs from that commit or is not in it.
+    Flags in scripts do not count, since a run records them.
     """
-    def git(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    project = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "--no-optional-locks", *words], cwd=project, capture_output=True, text=True,
+                              check=True).stdout
     try:
-        commit, changes = git("rev-parse", "HEAD"), git("diff", "--quiet", "HEAD", "--", "*.py")
-    except OSError:  # no git
+        repository, commit = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if Path(repository).resolve() != project:
+            return None
+        return commit + "-dirty" * bool(git("status", "--porcelain", "--untracked-files=all", "--", *CODE))
+    except (OSError, ValueError, subprocess.CalledProcessError):  # no git, or no repository or commit
         return None
-    return commit.stdout.strip() + "-dirty" * (changes.returncode == 1) if commit.returncode == 0 else None
 
 
 def short_commit(commit: str) -> str:

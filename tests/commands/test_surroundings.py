@@ -162,7 +162,8 @@ def test_a_run_is_of_the_commit_that_its_process_began_with(tmp_path):
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
 
     git(tmp_path, "init")
-    git(tmp_path, "commit", "--allow-empty", "-m", "old")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "old")
     process = subprocess.Popen([sys.executable, "-c", RECORDED], cwd=tmp_path, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "began\n"
@@ -171,22 +172,42 @@ def test_a_run_is_of_the_commit_that_its_process_began_with(tmp_path):
     assert process.communicate("\n", timeout=120)[0].strip() == old != git(tmp_path, "rev-parse", "HEAD")
 
 
-def test_changed_code_is_told_and_changed_flags_are_not(tmp_path, monkeypatch):
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    """A repository of a few files, with `git_commit` in it."""
     if not shutil.which("git"):
         pytest.skip("no git")
-    (tmp_path / "util").mkdir()
-    code, script = tmp_path / "util" / "runs.py", tmp_path / "train.sh"
-    for path in (code, script):
-        path.write_text("old")
+    for name in ("util/runs.py", "scripts/methods.json", "scripts/train.sh", "train.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
     git(tmp_path, "init")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "old")
-    monkeypatch.setattr(runs, "__file__", str(code))
-    commit = git(tmp_path, "rev-parse", "HEAD")
-    script.write_text("new")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "util" / "runs.py"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, is_code", [
+    ("util/runs.py", True), ("train.py", True), ("scripts/methods.json", True), ("util/new/new.py", True),
+    ("scripts/train.sh", False), ("analysis.py", False), ("runs/a/copy.py", False), ("util/notes.txt", False)])
+def test_changed_code_is_told_and_changed_flags_are_not(repository, name, is_code):
+    commit = git(repository, "rev-parse", "HEAD")
     assert runs.git_commit() == commit
-    code.write_text("new")
-    assert runs.git_commit() == f"{commit}-dirty"
+    (repository / name).parent.mkdir(parents=True, exist_ok=True)
+    (repository / name).write_text("new")
+    assert runs.git_commit() == commit + "-dirty" * is_code
+
+
+def test_a_removed_file_is_told(repository):
+    (repository / "train.py").unlink()
+    assert runs.git_commit() == git(repository, "rev-parse", "HEAD") + "-dirty"
+
+
+def test_the_commit_of_a_repository_around_the_project_is_not_the_projects(repository, monkeypatch):
+    inner = repository / "lavin" / "util" / "runs.py"
+    inner.parent.mkdir(parents=True)
+    monkeypatch.setattr(runs, "__file__", str(inner))
+    assert runs.git_commit() is None
 
 
 # --- A half-made .venv ---
