@@ -26,6 +26,7 @@ from user_errors import error_message
 from util.data.datasets import load_scienceqa
 from util.data.prompts import fit_prompt
 from util.evaluation import answering, evaluate, mme, scienceqa
+from util.evaluation import results as outcomes
 from util.runs import PARTIAL_SUFFIX, lock_folder
 
 RESULTS = ("generations.jsonl", "preds.json", "scores.json")
@@ -162,6 +163,25 @@ def test_the_same_evaluation_again_is_not_repeated(run, monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("scored before") and printed[2].startswith("-----")
     assert printed[-1] == f"scores: {run / 'scores.json'}"
+
+
+def test_scores_by_other_code_are_told(run, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "COMMIT", "a" * 40)
+    monkeypatch.setattr(outcomes, "COMMIT", "a" * 40)
+    run_eval("--adapter_path", run, "--decode", "score")
+    run_eval("--adapter_path", run)
+    scores = scores_of(run)
+    assert scores["git_commit"] == "a" * 40
+    monkeypatch.setattr(evaluate, "load_model", None)
+    for recorded, now, note in (
+            ("a" * 40, "a" * 40, ""), ("a" * 40, None, ""), (None, "a" * 40, ""),
+            (f"{'b' * 40}-dirty", "a" * 40,
+             f" but by the code of commit {12 * 'b'}-dirty (to score again, remove {run / 'scores.json'})")):
+        (run / "scores.json").write_text(json.dumps(scores | {"git_commit": recorded}))
+        monkeypatch.setattr(outcomes, "COMMIT", now)
+        capsys.readouterr()
+        run_eval("--adapter_path", run)
+        assert capsys.readouterr().out.splitlines()[0] == f"scored before, with the same settings{note}:"
 
 
 def test_the_number_of_bad_pictures_is_read_by_its_earlier_name(run, monkeypatch, capsys):

@@ -336,7 +336,7 @@ def test_the_conditions_of_scores_are_all_entries_that_are_no_result_and_not_the
     own = {"checkpoint": "checkpoint-2.pth", "checkpoint_sha256": "1", "adapter": {"adapter_dim": 8}}
     asked = {"precision": "bf16", "bits": "16bit", "base": "2", "vision": "3", "prompt_format": "QCM-ALE",
              "max_seq_len": 512, "decode": "score", "split": "val", "data": "4", "pictures": "5", "anything": "new"}
-    assert conditions({**result, **own, **asked}) == asked
+    assert conditions({**result, **own, **asked, "git_commit": "a"}) == asked
     of_own_questions = {"Plants": 50.0, "Avg": 50.0, "counts": {"Plants": 2, "Avg": 2}}
     assert conditions({**result, **own, **asked, **of_own_questions}) == asked
 

@@ -11,10 +11,10 @@ from lavin.runtime.files import write_json
 from lavin.runtime.flags import Flags
 from util.data.checksums import file_states, require_unchanged
 from util.evaluation.partial_answers import answer_all, drop_partial
-from util.evaluation.results import differing_words, results_folder, scored_before
+from util.evaluation.results import differing_words, note_on_code, results_folder, scored_before
 from util.fingerprint import equal_on_all_nodes, with_fetched
 from util.flags import BaseSettings
-from util.runs import locked
+from util.runs import COMMIT, locked
 from util.shared_base import SharedBase
 from util.trackers import add_scores
 from util.trained_model import Trained, load_model
@@ -74,7 +74,7 @@ def evaluate(task: Task, args: Flags, trained: Trained, folder: Path, shared: Sh
     scores = distributed.from_rank_0(lambda: scored_before(folder / task.scores_file, identity,
                                                            partial(task.rescore, folder)))
     if scores:
-        print_rank0("scored before, with the same settings:")
+        print_rank0(f"scored before, with the same settings{note_on_code(scores, folder / task.scores_file)}:")
         report(task, folder, scores, trained)
         return
     model, tokenizer, _ = load_model(args, trained, shared)
@@ -85,7 +85,7 @@ def evaluate(task: Task, args: Flags, trained: Trained, folder: Path, shared: Sh
                                    partial(task.answer, model, tokenizer))
     if is_main_process():
         found = task.scores(list(answers.values()))
-        scores = {**found, **identity}
+        scores = {**found, **identity, "git_commit": COMMIT}
         (folder / task.scores_file).unlink(missing_ok=True)
         task.write_answers(folder, list(answers.values()))
         write_json(folder / task.scores_file, scores)  # last: where it is, all files are there, and of one evaluation

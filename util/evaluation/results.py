@@ -13,7 +13,7 @@ from lavin.runtime.files import read_json, sha256, write_json
 from lavin.weights.adapters import SHARED_TENSORS
 from util.fingerprint import RECENT, fingerprints, is_comparable, report_unrecorded
 from util.flags import BaseSettings
-from util.runs import CONFIG, RECIPE, checkpoints, user_error_if_malformed
+from util.runs import COMMIT, CONFIG, RECIPE, checkpoints, short_commit, user_error_if_malformed
 from util.trained_model import Trained
 
 # --- The folder ---
@@ -121,4 +121,13 @@ def entries_to_add(scores: dict, identity: dict, rescore: Callable[[dict], dict]
 
 
 def without_recent(record: dict) -> dict:
-    return {name: value for name, value in record.items() if name not in RECENT}
+    """Returns a record without what earlier versions did not record, nor the code, which is told and not compared."""
+    return {name: value for name, value in record.items() if name not in (*RECENT, "git_commit")}
+
+
+def note_on_code(scores: dict, path: Path) -> str:
+    """Returns what to say of scores by the code of another commit; nothing where a commit is not known."""
+    commit = scores.get("git_commit")
+    if not commit or not COMMIT or commit == COMMIT:
+        return ""
+    return f" but by the code of commit {short_commit(str(commit))} (to score again, remove {path})"

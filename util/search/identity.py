@@ -38,7 +38,7 @@ SCORING = {"trials": {"split": "val", "decode": "score"}, "val": {"split": "val"
 FIX = "put back what it began with, or search in another folder with --study"
 
 # entries of scores.json that are the result, or that each run has its own of
-RESULT = {*summarize([], ScienceQA(Path(), {}, {}), 0), "checkpoint", "checkpoint_sha256", "adapter"}
+RESULT = {*summarize([], ScienceQA(Path(), {}, {}), 0), "checkpoint", "checkpoint_sha256", "adapter", "git_commit"}
 
 
 # --- What a study is of ---
