@@ -8,10 +8,11 @@ decodes any five tokens as that sentence, and our sampler chooses those that a t
 eval.py's own code.
 """
 
-from lavin.runtime.startup import prepare_imports
+from lavin.runtime.startup import prepare_cuda, prepare_imports
 
 if __name__ == "__main__":
     prepare_imports()
+    prepare_cuda()
 
 import argparse
 import gc

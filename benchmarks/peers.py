@@ -8,10 +8,11 @@ Theirs train LoRA of rank 8 on the queries' and values' matrices, text only; our
 process of its own. Ratios are to the best row of theirs with the same precision.
 """
 
-from lavin.runtime.startup import prepare_imports
+from lavin.runtime.startup import prepare_cuda, prepare_imports
 
 if __name__ == "__main__":
     prepare_imports()
+    prepare_cuda()
 
 import argparse
 import gc
@@ -26,7 +27,6 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-import train  # noqa: F401, sets CUDA's environment variables
 from benchmarks.random_lavin import SIZES, random_examples, random_lavin, redrawn
 from benchmarks.timing import hardware, matmul_peak, peak_gib, report, start_memory, step_seconds
 from benchmarks.train_throughput import our_trainer

@@ -9,10 +9,11 @@ difference to one process in the first steps. "adapters differ" is the relative 
 after these steps; it is larger, since AdamW takes full-size steps even where a gradient is only rounding error.
 """
 
-from lavin.runtime.startup import prepare_imports
+from lavin.runtime.startup import prepare_cuda, prepare_imports
 
 if __name__ == "__main__":
     prepare_imports()
+    prepare_cuda()
 
 import argparse
 import math
@@ -26,7 +27,6 @@ from pathlib import Path
 
 import torch
 
-import train  # noqa: F401, sets CUDA's environment variables
 from benchmarks.eval_throughput import RandomTokenizer, answer_all, questions
 from benchmarks.random_lavin import SIZES, random_examples, redrawn
 from benchmarks.timing import peak_gib, report, start_memory, step_seconds

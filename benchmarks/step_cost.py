@@ -10,10 +10,11 @@
   and copies.
 """
 
-from lavin.runtime.startup import prepare_imports
+from lavin.runtime.startup import prepare_cuda, prepare_imports
 
 if __name__ == "__main__":
     prepare_imports()
+    prepare_cuda()
 
 import argparse
 import gc
@@ -25,7 +26,6 @@ from functools import partial
 
 import torch
 
-import train  # noqa: F401, sets CUDA's environment variables
 from benchmarks.random_lavin import SIZES, image_generator, random_examples, random_lavin, redrawn
 from benchmarks.timing import hardware, matmul_peak, peak_gib, report, start_memory, step_seconds
 from benchmarks.train_throughput import our_trainer

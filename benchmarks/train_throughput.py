@@ -4,10 +4,11 @@
     python -m benchmarks.train_throughput --size tiny    # a smoke test on a CPU, in seconds
 """
 
-from lavin.runtime.startup import prepare_imports
+from lavin.runtime.startup import prepare_cuda, prepare_imports
 
 if __name__ == "__main__":
     prepare_imports()
+    prepare_cuda()
 
 import argparse
 import gc
@@ -16,7 +17,6 @@ from functools import partial
 
 import torch
 
-import train  # noqa: F401, sets CUDA's environment variables
 from benchmarks.published_recipe import published_loss
 from benchmarks.random_lavin import random_examples, random_lavin, redrawn
 from benchmarks.timing import (

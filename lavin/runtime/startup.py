@@ -17,7 +17,9 @@ def prepare_imports() -> None:
 
 
 def prepare_cuda() -> None:
-    """Settles what CUDA takes from the environment at its first use. Commands whose results are compared do it alike.
+    """Settles what CUDA takes from the environment at its first use.
+
+    Commands whose results are compared do it alike, and so do the benchmarks of these commands.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # tensor sizes change all the time

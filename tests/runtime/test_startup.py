@@ -14,18 +14,24 @@ from tiny import ROOT
 
 PROGRAMS = [path.relative_to(ROOT) for folder in ("*.py", "util/*.py", "tools/*.py", "benchmarks/*.py")
             for path in sorted(ROOT.glob(folder)) if '__name__ == "__main__"' in path.read_text()]
+MEASURED_AS_TRAINING_AND_SCORING = [path for path in PROGRAMS if path.parts[0] == "benchmarks"
+                                    and path.name != "chat_latency.py"]  # which is measured as demo.py is
 COMMANDS = ["demo", "eval", "eval_mme", "plot_results", "search", "train"]
 TORCH = """import os, signal
-print(os.environ["OMP_WAIT_POLICY"], flush=True)
+print(*(os.environ.get(name) for name in {shown}), flush=True)
 signal.raise_signal({number})
 os._exit(7)
 """
 
 
-def start(program, folder, number: int, ignored: bool = False, **environment: str) -> subprocess.CompletedProcess:
-    """The program, which gets a signal while it imports torch; there it ends with status 7, if it goes on."""
+def start(program, folder, number: int, ignored: bool = False, shown: tuple = ("OMP_WAIT_POLICY",),
+          **environment: str) -> subprocess.CompletedProcess:
+    """The program, which gets a signal while it imports torch; there it ends with status 7, if it goes on.
+
+    It prints the variables `shown` of its environment.
+    """
     (folder / "torch").mkdir(exist_ok=True)
-    (folder / "torch" / "__init__.py").write_text(TORCH.format(number=number))
+    (folder / "torch" / "__init__.py").write_text(TORCH.format(number=number, shown=shown))
     environment = {**os.environ, "PYTHONPATH": str(folder), **environment}
     name = ".".join(program.with_suffix("").parts)
     return subprocess.run([sys.executable, "-m", name], cwd=ROOT, env=environment, capture_output=True, text=True,
@@ -43,6 +49,15 @@ def test_ctrl_c_during_the_imports_ends_a_program_in_silence(tmp_path, program, 
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     done = start(program, tmp_path, signal.SIGINT)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "passive\n", "")
+
+
+@pytest.mark.parametrize("program", MEASURED_AS_TRAINING_AND_SCORING, ids=str)
+def test_benchmarks_run_with_the_cuda_settings_of_training_and_scoring(tmp_path, program, monkeypatch):
+    shown = ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in shown:
+        monkeypatch.delenv(name, raising=False)
+    for path in (program, *(path for path in PROGRAMS if path.name in ("train.py", "eval.py"))):
+        assert start(path, tmp_path, signal.SIGINT, shown=shown).stdout == ":4096:8 expandable_segments:True\n", path
 
 
 def test_other_signals_and_what_is_ignored_stay_as_they_are(tmp_path):
