@@ -31,7 +31,7 @@ from benchmarks.timing import hardware, matmul_peak, peak_gib, report, start_mem
 from benchmarks.train_throughput import our_trainer
 from lavin.fast.speed_up import speed_up
 from lavin.runtime.console import summary
-from lavin.runtime.device import copy_to_host, limit_threads
+from lavin.runtime.device import copy_to_host, limit_threads, set_determinism
 from lavin.tokenizer import IMAGE_SLOT, Example
 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
@@ -110,8 +110,7 @@ def main(args) -> None:
     limit_threads(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     print(hardware(device, matmul_peak(device, dtype)), flush=True)
-    torch.use_deterministic_algorithms(True)  # as train.py does
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    set_determinism(True)  # as train.py does
     model = speed_up(random_lavin(args.size, device, dtype).train(), args.bits)
     step = reading_late(our_trainer(model))
     samples_of = random_examples if args.size in ("7B", "13B") else short_examples

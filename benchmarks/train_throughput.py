@@ -30,6 +30,7 @@ from benchmarks.timing import (
 )
 from lavin.fast.speed_up import speed_up
 from lavin.runtime.console import summary
+from lavin.runtime.device import set_determinism
 from util.training.accumulation import accumulate_gradients, count_answer_tokens
 from util.training.optimizer import make_optimizer, make_scaler, optimizer_step
 from util.training.throughput import frozen_weights, step_flops
@@ -122,8 +123,7 @@ def main(args) -> None:
 
     model = bench.model(bench.fp16)
     bench.measure("published recipe, fp16", model, published_trainer(model), 4)
-    torch.use_deterministic_algorithms(True)  # as train.py does, unlike the published code
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    set_determinism(True)  # as train.py does, unlike the published code
     bench.measure("ours, plain, fp16", model, our_trainer(model), 8)
     model = None
     model = bench.model(bench.fp16, "16bit")

@@ -170,3 +170,12 @@ def copy_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     copied = torch.cuda.Event()
     copied.record()
     return lambda: copied.synchronize() or host
+
+
+def set_determinism(on: bool, warn_only: bool = False) -> None:
+    """Makes torch choose algorithms that give the same bits every time, or undoes that.
+
+    warn_only: torch warns where it has no such algorithm, rather than raising an error.
+    """
+    torch.use_deterministic_algorithms(on, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = not on

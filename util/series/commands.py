@@ -24,6 +24,7 @@ import torch
 
 from lavin.runtime import distributed, signals
 from lavin.runtime.console import is_main_process, print_rank0
+from lavin.runtime.device import set_determinism
 from lavin.runtime.flags import Flags, Parser
 from util.data import cache
 from util.evaluation import scienceqa
@@ -90,9 +91,7 @@ def process_of_its_own(program: str) -> Iterator[None]:
     with warnings.catch_warnings():  # also makes Python show again what it has shown once
         yield
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    gc.unfreeze()  # the trainer's gc.freeze
+    set_determinism(False)
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -7,7 +7,7 @@ import torch
 from lavin.fast.speed_up import check_fast_paths
 from lavin.runtime import distributed
 from lavin.runtime.console import counted, is_main_process, print_rank0, working_on
-from lavin.runtime.device import choose_device, choose_dtype
+from lavin.runtime.device import choose_device, choose_dtype, set_determinism
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags
 from lavin.weights.base import base_path, require_base
@@ -91,8 +91,7 @@ def load_model(settings: TrainSettings, device: torch.device, dtype: torch.dtype
     base, execution = settings.base, settings.execution
     check_fast_paths(device, dtype, base.bits, execution.compile, execution.cuda_graphs)
     # with warn_only, the ViT's attention would not be deterministic; bitsandbytes does not guarantee determinism
-    torch.use_deterministic_algorithms(True, warn_only=base.bits in ("4bit", "8bit"))
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    set_determinism(True, warn_only=base.bits in ("4bit", "8bit"))
     torch.manual_seed(settings.optimization.seed)
     model, tokenizer = shared.lend(base, execution, settings.adapter, device, dtype, settings.data.max_seq_len,
                                    settings.optimization.drop_path)

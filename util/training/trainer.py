@@ -76,10 +76,13 @@ class Trainer:
             self.max_tokens = distributed.all_min(probe_max_tokens(self.model, self.examples, self.scaler))
             gc.collect()
             gc.freeze()  # excludes the objects of loading and compiling from later garbage collections
-            self.optimizer.zero_grad()
-            self.last_save = time.monotonic()
-            with signals.deferred():
-                self.train_epochs(record)
+            try:
+                self.optimizer.zero_grad()
+                self.last_save = time.monotonic()
+                with signals.deferred():
+                    self.train_epochs(record)
+            finally:
+                gc.unfreeze()
 
     def train_epochs(self, record: EpochRecord) -> None:
         """Trains and saves epoch by epoch. Raises Stopped between two of them where a process was asked to stop."""
