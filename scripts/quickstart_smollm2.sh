@@ -16,7 +16,7 @@ BASE=weights/smollm2 SIZES=()
 source scripts/smollm2.sh
 
 score_untuned "${CPU[@]}"
-export METHODS="base cyclical drop_dec_v2"
+export METHODS="base cyclical drop_dec_v2" SEEDS=0
 # as in toy.sh; a second thread that waits for a busy core slows the first one down
 export JOBS=2 OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
 status=0
