@@ -1,5 +1,6 @@
 """Gradients and optimizer steps do not depend on micro-batches, splits and processes; runs repeat and resume."""
 
+import gc
 import itertools
 import json
 import math
@@ -274,6 +275,12 @@ def test_two_processes_give_the_same_run(two_processes, base, scienceqa, tmp_pat
     evaluation.main(evaluation.get_args_parser().parse_args(["--adapter_path", str(tmp_path), "--device", "cpu"]))
     for name in ("preds.json", "generations.jsonl", "scores.json"):
         assert (folder / name).read_text() == (tmp_path / name).read_text()
+
+
+def test_training_leaves_no_object_out_of_garbage_collections(base, scienceqa, tmp_path):
+    """Several runs of one process would not free each other's models."""
+    train_run(base, scienceqa, tmp_path / "run")
+    assert gc.get_freeze_count() == 0
 
 
 def test_missing_gradients_become_zeros():
