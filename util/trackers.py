@@ -52,7 +52,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], place: dict[str, Any], first_step: int | None):
         self.place = {"log_dir": place.get("log_dir") or str(folder / "tensorboard")}
-        # steps from purge_step on that it has already are of an interrupted run, and no longer shown
+        # TensorBoard hides steps from purge_step on, which an interrupted run left and this process makes again
         self.events = summary_writer()(self.place["log_dir"], purge_step=None if first_step is None else first_step + 1)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:

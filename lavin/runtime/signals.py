@@ -6,8 +6,7 @@ A signal raises Stopped in the main thread. Inside `deferred()`, as training is,
 waits for the GPU or for a dead process, is ended by a thread. errors.py says which process speaks, and lists the exit
 statuses.
 
-Handlers of signals belong to the process, and a handler gets no argument: so does what they note here. An object that
-is passed would have to be the same one everywhere.
+Signal handlers get no object, so what they note is kept in this module's globals.
 """
 
 import os
