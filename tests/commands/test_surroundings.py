@@ -11,6 +11,7 @@ import pytest
 from test_scripts import Sandbox
 
 import eval_mme
+from lavin.runtime.errors import UsageError
 from tiny import ROOT
 from tiny_runs import write_run
 from util import runs
@@ -288,6 +289,12 @@ def test_flags_of_the_published_mme_script_are_accepted():
     more = "--root_dir_ ../data/mme --options A B C --generation_temperature 0.1 --top_p 0.75 --hidden_proj 128"
     args = eval_mme.get_args_parser().parse_args([*PUBLISHED_MME.split(), *more.split(), "--use_vicuna"])
     assert (args.adapter_path, args.mme_root, args.temperature) == ("./15-eph-pretrain.pth", "../data/mme", 5)
+
+
+def test_flags_that_mean_nothing_to_mme_are_refused():
+    for words in (["--questions", "2"], ["--decode", "score"]):
+        with pytest.raises(UsageError, match=words[0]):
+            eval_mme.get_args_parser().parse_args(words)
 
 
 def test_scripts_take_a_checkpoint_by_its_flag(tmp_path):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from util.data.mme import Pair, is_decided, load_mme, read_answer, score
 from util.data.prompts import instruction_prompt
 from util.evaluation import evaluate
 from util.evaluation.results import model_identity
-from util.evaluation.settings import Answering, take_run
+from util.evaluation.settings import Generation, take_run
 from util.flags import BaseSettings, Execution
 from util.runs import MME_ANSWERS, MME_SCORES
 from util.shared_base import SharedBase
@@ -37,7 +37,7 @@ class MMETask:
     pairs: list[Pair]
     trained: Trained
     base: BaseSettings
-    answering: Answering
+    generation: Generation
     tokenizer_path: str | None
     threads: int  # that decode pictures
     states: States = field(default_factory=dict)  # of the pictures, which are read batch by batch
@@ -49,9 +49,7 @@ class MMETask:
         return [pair.picture for pair in self.pairs]
 
     def identity(self) -> dict[str, Any]:
-        answering = replace(self.answering, decode="generate").identity()  # yes and no are always written
-        del answering["decode"]
-        return {**model_identity(self.base, self.trained, self.tokenizer_path), **answering,
+        return {**model_identity(self.base, self.trained, self.tokenizer_path), **self.generation.identity(),
                 "data": json_sha256([[pair.name, *pair.questions, *pair.answers] for pair in self.pairs]),
                 "pictures": named_files_sha256({pair.name: pair.picture for pair in self.pairs})}
 
@@ -61,7 +59,7 @@ class MMETask:
 
     def answer(self, model, tokenizer, keys: list[str]) -> Iterator[dict[str, Any]]:
         of_pair = {pair.name: pair.picture for pair in self.pairs}
-        for batch in answer_pairs(model, tokenizer, self.pairs, keys, self.answering, self.threads):
+        for batch in answer_pairs(model, tokenizer, self.pairs, keys, self.generation, self.threads):
             require_unchanged({of_pair[name]: self.states[of_pair[name]] for name in batch})
             yield batch
 
@@ -90,16 +88,16 @@ def load_pair_images(pairs: list[Pair], size: int, threads: int) -> list[torch.T
         return list(pool.map(load, pairs))
 
 
-def answer_pairs(model, tokenizer, pairs: list[Pair], names: list[str], answering: Answering, threads: int
+def answer_pairs(model, tokenizer, pairs: list[Pair], names: list[str], generation: Generation, threads: int
                  ) -> Iterator[dict[str, list[dict]]]:
     """Yields the two answers to each of the pairs `names`, by name, batch by batch. A pair's questions share a batch.
     """
-    pair_of, batch_size = {pair.name: pair for pair in pairs}, max(1, answering.max_batch_size // 2)
+    pair_of, batch_size = {pair.name: pair for pair in pairs}, max(1, generation.max_batch_size // 2)
     with progress_bar(None, "pictures", total=len(names), unit="picture") as bar:
         for start in range(0, len(names), batch_size):
             batch = [pair_of[name] for name in names[start:start + batch_size]]
-            seeds = [sampling_seed(answering.seed, f"{pair.name} {i}") for pair in batch for i in range(2)]
-            texts = iter(answer_batch(model, tokenizer, batch, seeds, answering, threads))
+            seeds = [sampling_seed(generation.seed, f"{pair.name} {i}") for pair in batch for i in range(2)]
+            texts = iter(answer_batch(model, tokenizer, batch, seeds, generation, threads))
             yield {pair.name: [
                 {"subtask": pair.subtask, "picture": pair.name, "question": question, "answer": answer,
                  "text": (text := next(texts)), "prediction": read_answer(text)}
@@ -107,7 +105,7 @@ def answer_pairs(model, tokenizer, pairs: list[Pair], names: list[str], answerin
             bar.update(len(batch))
 
 
-def answer_batch(model, tokenizer, batch: list[Pair], seeds: list[int], answering: Answering, threads: int
+def answer_batch(model, tokenizer, batch: list[Pair], seeds: list[int], generation: Generation, threads: int
                  ) -> list[str]:
     """The texts of two answers a pair."""
     images = load_pair_images(batch, model.vision.image_size, threads)
@@ -115,7 +113,7 @@ def answer_batch(model, tokenizer, batch: list[Pair], seeds: list[int], answerin
                 for pair, image in zip(batch, images, strict=True) for question in pair.questions]
     with named_failures([f"picture {pair.name}" for pair in batch for _ in pair.questions]):
         return generate(model, tokenizer, examples, MAX_ANSWER_TOKENS, is_decided,
-                        answering.generation_temperature, answering.top_p, seeds)
+                        generation.generation_temperature, generation.top_p, seeds)
 
 
 def score_table(scores: dict) -> str:
@@ -132,7 +130,7 @@ def main(args: Flags) -> None:
     known = load_mme(args.mme_root) if args.mme_root else None  # reports a wrong folder before the checkpoint is read
     trained = read_trained(args)
     pairs = distributed.from_rank_0(lambda: known or load_mme(f"{args.data_root}/mme"))
-    task = MMETask(pairs, trained, BaseSettings.of(args), Answering.of(args),
+    task = MMETask(pairs, trained, BaseSettings.of(args), Generation.of(args),
                    args.tokenizer_path, Execution.of(args).num_workers)
     evaluate.run(task, args, trained, SharedBase())
     distributed.close()

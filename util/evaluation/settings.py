@@ -40,23 +40,34 @@ SAMPLING = ("generation_temperature", "top_p", "seed")  # flags without effect o
 
 
 @dataclass(frozen=True)
-class Answering(FlagGroup):
-    """The way that answers are chosen."""
+class Generation(FlagGroup):
+    """The way that answers are written out."""
 
     title: ClassVar[str] = "answers"
-    decode: str = flag(
-        "generate", "generate the answer's text, or compare the option letters' probabilities in one pass", Role.RECIPE,
-        choices=("generate", "score"))
     max_batch_size: Count = flag(64, "questions per batch", Role.EXECUTION)
     generation_temperature: NonNegative = flag(0.0, "sampling temperature; 0: greedy decoding", Role.RECIPE)
     top_p: Fraction = flag(0.75, "nucleus of sampling, used when the temperature is not 0", Role.RECIPE)
     seed: Seed = flag(0, "sampling seed", Role.RECIPE)
 
+    def samples(self) -> bool:
+        return self.generation_temperature > 0
+
     def identity(self) -> dict[str, Any]:
         """The flags that determine the answers: all of role RECIPE, but those of sampling where nothing is sampled."""
-        samples = self.decode == "generate" and self.generation_temperature > 0
         return {name: getattr(self, name) for name, declared in flags_of(type(self)).items()
-                if declared.role is Role.RECIPE and (samples or name not in SAMPLING)}
+                if declared.role is Role.RECIPE and (self.samples() or name not in SAMPLING)}
+
+
+@dataclass(frozen=True)
+class Answering(Generation):
+    """The way that answers are chosen: written out, or among the options."""
+
+    decode: str = flag(
+        "generate", "generate the answer's text, or compare the option letters' probabilities in one pass", Role.RECIPE,
+        choices=("generate", "score"))
+
+    def samples(self) -> bool:
+        return self.decode == "generate" and super().samples()
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class MME(FlagGroup):
     mme_root: PathText | None = flag(None, "folder of MME's subtasks (default: mme in --data_root)", Role.DATA,
                                  aliases=("--root_dir_",))
     options: list[str] | None = flag(None, "published flag, without effect", Role.EXECUTION, nargs="+")
+    split: Text | None = flag(None, "published flag, without effect", Role.EXECUTION)
 
 
 def scienceqa_parser() -> Parser:
@@ -74,7 +86,7 @@ def scienceqa_parser() -> Parser:
 
 
 def mme_parser() -> Parser:
-    return Parser("eval_mme.py", "Scores a run on MME.", MME, Scored, Questions, Answering, *SHARED, epilog=INHERITED)
+    return Parser("eval_mme.py", "Scores a run on MME.", MME, Scored, Generation, *SHARED, epilog=INHERITED)
 
 
 def take_run(args: Flags) -> None:
