@@ -311,7 +311,7 @@ def write_partial(folder, rank: int, identity: dict, answers: list[dict], torn: 
 
 def test_answers_of_all_processes_are_used_and_torn_lines_are_not(finished, unscored, monkeypatch):
     scores = scores_of(finished)
-    identity = {name: scores[name] for name in list(scores)[list(scores).index("prompts_cut") + 1:-1]}  # the commit is last
+    identity = {name: scores[name] for name in list(scores)[list(scores).index("prompts_cut") + 1:-1]}  # no commit
     answers = [json.loads(line) for line in (finished / "generations.jsonl").read_text().splitlines()]
     torn = json.dumps([answers[2]["qid"], answers[2]])[:-20]
     write_partial(unscored, 0, identity, answers[:2], torn)
@@ -329,7 +329,7 @@ def test_two_processes_share_the_rest_and_agree(finished, unscored):
                str(ROOT / "eval.py"), "--device", "cpu", "--adapter_path", str(unscored)]
     answers = [json.loads(line) for line in (finished / "generations.jsonl").read_text().splitlines()]
     scores = scores_of(finished)
-    identity = {name: scores[name] for name in list(scores)[list(scores).index("prompts_cut") + 1:-1]}  # the commit is last
+    identity = {name: scores[name] for name in list(scores)[list(scores).index("prompts_cut") + 1:-1]}  # no commit
     write_partial(unscored, 4, identity, answers[1:2])
     for word in ("answered before: 1 of 6;", "scored before"):
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
