@@ -314,6 +314,16 @@ def test_scores_that_were_copied_from_another_method_are_excluded(tmp_path):
                            "with 1.01: run eval.py")
 
 
+@pytest.mark.parametrize("unparsed, noted", [(0, False), (2, False), (3, True), (200, True)])
+def test_answers_that_name_no_option_are_noted(unparsed, noted, tmp_path):
+    lines = [{"qid": str(i), "text": "", "prediction": 0, "parsed": i >= unparsed, "answer": 0} for i in range(200)]
+    write_run(tmp_path / "a", "1" * 200, scored=OWN, files={"generations.jsonl": lines})
+    comparison = compare([str(tmp_path)])
+    note = f"{tmp_path / 'a'}: {unparsed} of 200 answers named no option, so that the most likely one counts"
+    assert [line.partition(":")[0] for line in comparison.notes] == [str(tmp_path / "a")] * noted
+    assert (note in text_table(comparison)) == noted
+
+
 def test_scores_without_written_answers_are_noted(tmp_path):
     write_run(tmp_path / "a", scored={**OWN, "decode": "score"})
     assert compare([str(tmp_path)]).notes == [

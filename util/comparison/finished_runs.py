@@ -25,6 +25,7 @@ from util.runs import CONFIG, GENERATIONS, LOG, METRICS, PREDICTIONS, RECIPE, SC
 from util.training.recipe import INPUTS, other_inputs
 from util.training.settings import EFFECTIVE_BATCH, Optimization
 
+FEW_UNPARSED = 0.01  # share of answers that name no option, above which the table says so
 N_LAYERS = 32  # of LLaMA-7B
 FIX = "train or evaluate again"
 # an entry of flags, by which a method is named: what `Optimization.entries` calls batch_size, which is no flag's value
@@ -182,7 +183,7 @@ def read_run(folder: Path) -> Run:
     return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
                                     for line in log], scores["counts"], scores["correct"], scores["split"], answers,
                predictions, n_layers, scored_with(scores), inputs, by_fraction(losses),
-               notes(scores, inputs, log, losses), scores.get("chance", {}), commits_of(config))
+               notes(scores, answers, inputs, log, losses), scores.get("chance", {}), commits_of(config))
 
 
 def is_untuned(folder: Path) -> bool:
@@ -318,13 +319,18 @@ def scored_with(scores: dict) -> dict[str, str]:
     return {name: shown(name) for name in CONDITIONS if name in scores}
 
 
-def notes(scores: dict, inputs: dict, log: list[dict], losses: dict[tuple[int, int], float | None]) -> list[str]:
+def notes(scores: dict, answers: list[Answer], inputs: dict, log: list[dict],
+          losses: dict[tuple[int, int], float | None]) -> list[str]:
     """The sentences that the table has on a run that it compares. inputs: what it was trained on."""
     lines = []
     if "checkpoint_sha256" not in scores:
         lines.append("scored by an earlier version: which checkpoint, and how, cannot be checked")
     if scores.get("decode") == "score":
         lines.append("scored with --decode score, which compares the options' letters: answers written out may differ")
+    unparsed = sum(not answer.parsed for answer in answers)
+    if unparsed > FEW_UNPARSED * len(answers) and scores.get("decode") != "score":
+        lines.append(f"{unparsed:,} of {counted(len(answers), 'answer')} named no option, so that the most likely one "
+                     "counts: read generations.jsonl")
     others = other_inputs(scores, inputs, (*FROZEN, *FROZEN_SHA256))
     if others:
         lines.append(f"was scored on {', '.join(others)} than it was trained on")
