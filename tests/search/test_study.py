@@ -21,7 +21,7 @@ from user_errors import error_message
 from util.search import study as study_module
 from util.search.folder import Settings, add_rung, add_seconds, read_records, read_settings
 from util.search.locks import claim, waiting_for
-from util.search.pruning import longest_warmup, make_pruner, rungs
+from util.search.pruning import longest_warmup, make_pruner, parameters_of_schedule, rungs
 from util.search.runner import run_command
 from util.search.space import Space
 from util.search.storage import storage_errors
@@ -264,16 +264,18 @@ def test_no_rung_lies_within_a_warm_up_that_is_searched():
     assert longest_warmup({"space": {"parameters": {}}, "flags": {"warmup_epochs": 2.5}}) == 2.5
 
 
+@pytest.mark.parametrize("name", ["lr_schedule", "shape"])
 @pytest.mark.parametrize("pruner", ["asha", "median"])
-def test_a_trial_is_compared_to_those_of_its_schedule(pruner):
+def test_a_trial_is_compared_to_those_of_its_schedule(pruner, name):
     """A schedule that rises late would end at the first rung beside the others."""
     import optuna
-    study = optuna.create_study(direction="maximize", pruner=make_pruner(pruner, 6))
+    study = optuna.create_study(direction="maximize", pruner=make_pruner(pruner, 6, parameters_of_schedule(
+        {"space": {"parameters": {"blr": {}, name: {"flag": "lr_schedule"}}}})))
     pruned = {}
     for number in range(36):
-        study.enqueue_trial({"lr_schedule": ("cosine", "cyclical")[number % 2]})  # a sampler would draw them at random
+        study.enqueue_trial({name: ("cosine", "cyclical")[number % 2]})  # a sampler would draw them at random
         trial = study.ask()
-        schedule = trial.suggest_categorical("lr_schedule", ["cosine", "cyclical"])
+        schedule = trial.suggest_categorical(name, ["cosine", "cyclical"])
         trial.report(80 + number % 7 - 5 * (schedule == "cyclical"), 6)
         pruned.setdefault(schedule, []).append(trial.should_prune())
         study.tell(trial, 80.0)

@@ -21,6 +21,7 @@ from util.comparison.figures import (  # its imports of matplotlib follow its ch
     plt,
     save_figure,
 )
+from util.search.space import flag_of
 from util.search.summary import StudyReport, Trial, importance
 
 FINISHED, PRUNED, BASE, BEST = "#0072B2", "#999999", "#000000", "#D55E00"
@@ -152,7 +153,7 @@ def parameters(report: StudyReport):
 
 def draw_parameter(ax, report: StudyReport, flag: str) -> None:
     used = [(trial, percent) for trial, percent in report.comparable if flag in trial.values]
-    parameter = next(p for name, p in report.settings["space"]["parameters"].items() if p.get("flag", name) == flag)
+    parameter = next(p for name, p in report.settings["space"]["parameters"].items() if flag_of(name, p) == flag)
     is_categorical = parameter["kind"] == "categorical"
     choices = parameter.get("choices", [])
     place = choices.index if is_categorical else float

@@ -22,6 +22,7 @@ from util.fingerprint import both_tell
 from util.runs import RECIPE, SCORES
 from util.search.errors import WorkerError
 from util.search.folder import RUN_FOLDERS, read_settings
+from util.search.space import flag_of
 from util.training.recipe import TRAIN_FLAGS, make_recipe
 from util.training.recipe import differences as recipe_differences
 from util.training.settings import EFFECTIVE_BATCH, TrainSettings
@@ -76,7 +77,7 @@ def run_folders(study: Path) -> list[Path]:
 
 
 def searched_flags(settings: Mapping[str, Any]) -> set[str]:
-    return {parameter.get("flag", name) for name, parameter in settings["space"]["parameters"].items()}
+    return {flag_of(name, parameter) for name, parameter in settings["space"]["parameters"].items()}
 
 
 def said_by_files(folder: Path, searched: set[str]) -> list[tuple[str, dict[str, Any]]]:

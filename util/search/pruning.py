@@ -10,8 +10,10 @@ from typing import Any
 
 import optuna
 
+from util.search.space import flag_of
+
 REDUCTION = 3  # of asha: about one trial of three goes on past a rung
-SCHEDULE = "lr_schedule"
+SCHEDULE = ("lr_schedule",)
 
 
 def rungs(epochs: int, pruner: str, longest_warmup: float = 0) -> list[int]:
@@ -24,37 +26,48 @@ def rungs(epochs: int, pruner: str, longest_warmup: float = 0) -> list[int]:
 def longest_warmup(settings: Mapping[str, Any]) -> float:
     """The most --warmup_epochs of any trial, by the content of study.json."""
     found = [bound for name, parameter in settings["space"]["parameters"].items()
-             if parameter.get("flag", name) == "warmup_epochs"
+             if flag_of(name, parameter) == "warmup_epochs"
              for bound in parameter.get("choices", [parameter.get("high")]) if isinstance(bound, int | float)]
     return max(found, default=settings["flags"].get("warmup_epochs", 0))
 
 
-def make_pruner(name: str, first_rung: int) -> optuna.pruners.BasePruner:
-    if name == "asha":
-        return AmongAlike(optuna.pruners.SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=REDUCTION))
-    return AmongAlike(optuna.pruners.MedianPruner()) if name == "median" else optuna.pruners.NopPruner()
+def parameters_of_schedule(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the parameters that set --lr_schedule, by the content of study.json."""
+    return tuple(name for name, parameter in settings["space"]["parameters"].items()
+                 if flag_of(name, parameter) == "lr_schedule")
+
+
+def make_pruner(name: str, first_rung: int, schedule: tuple[str, ...] = SCHEDULE) -> optuna.pruners.BasePruner:
+    """The pruner of this name; `schedule` has the names of the parameters that set --lr_schedule."""
+    if name == "none":
+        return optuna.pruners.NopPruner()
+    return AmongAlike(optuna.pruners.MedianPruner() if name == "median" else optuna.pruners.SuccessiveHalvingPruner(
+        min_resource=first_rung, reduction_factor=REDUCTION), schedule)
 
 
 class AmongAlike(optuna.pruners.BasePruner):
     """Another pruner, which sees the trials of a trial's schedule alone."""
 
-    def __init__(self, pruner: optuna.pruners.BasePruner):
-        self.pruner = pruner
+    def __init__(self, pruner: optuna.pruners.BasePruner, schedule: tuple[str, ...]):
+        self.pruner, self.schedule = pruner, schedule
 
     def prune(self, study: Any, trial: Any) -> bool:
-        alike: Any = StudyOfAlike(study, trial.params.get(SCHEDULE))
+        alike: Any = StudyOfAlike(study, trial, self.schedule)
         return self.pruner.prune(alike, trial)
 
 
 class StudyOfAlike:
-    """A study of Optuna with the trials of one schedule."""
+    """A study of Optuna with the trials of one trial's schedule."""
 
-    def __init__(self, study: optuna.Study, schedule: Any):
-        self.study, self.schedule = study, schedule
+    def __init__(self, study: optuna.Study, trial: Any, schedule: tuple[str, ...]):
+        self.study, self.trial, self.names = study, trial, schedule
+
+    def schedule(self, trial: Any) -> Any:
+        return next((trial.params[name] for name in self.names if name in trial.params), None)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.study, name)
 
     def get_trials(self, *args: Any, **kwargs: Any) -> list[Any]:
         return [trial for trial in self.study.get_trials(*args, **kwargs)
-                if trial.params.get(SCHEDULE) == self.schedule]
+                if self.schedule(trial) == self.schedule(self.trial)]

@@ -22,7 +22,7 @@ from util.search.errors import WorkerError
 from util.search.folder import RECORD, STUDY, begin_record, change_record, load_record, read_settings, trial_folder
 from util.search.identity import check_settings, runs_of_something_else
 from util.search.locks import claim, waiting_for
-from util.search.pruning import longest_warmup, make_pruner, rungs
+from util.search.pruning import longest_warmup, make_pruner, parameters_of_schedule, rungs
 from util.search.space import Space, Values
 from util.search.storage import open_optuna
 
@@ -68,7 +68,7 @@ class Study:
             name = f"{folder.resolve().name}-{uuid.uuid4().hex[:8]}" if is_new else \
                 check_settings(folder, settings, storage_url)
             self.optuna = open_optuna(folder, name, storage_url, is_new,
-                                      make_pruner(pruner, self.rungs[0]))
+                                      make_pruner(pruner, self.rungs[0], parameters_of_schedule(settings)))
             if is_new:
                 for values in space.first_sets()[:self.n_trials]:
                     self.optuna.enqueue_trial(space.encode(values))
