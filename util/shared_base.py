@@ -49,7 +49,7 @@ class SharedBase:
             self.loaded = load_base(base.llama_model_path, base.llm_model, base.vision_model, adapter, device, dtype,
                                     drop_path, tokenizer_path, base.use_vicuna, base.bits, max_seq_len)
             speed_up(self.loaded[0], base.bits, execution.compile, execution.cuda_graphs)
-            # before they were read, or after that where timm has fetched them meanwhile
+            # the states before reading; files that timm fetched meanwhile have their states after it
             self.key = settings, {**file_states(frozen_files(base, tokenizer_path)), **files}
         self.shape = shape
         return self.loaded

@@ -1,6 +1,6 @@
 """A LLaMA in a GGUF file: its metadata (gguf/) are read as the entries of a config.json (hugging_face.py).
 
-The room gguf/ itself knows nothing of LLaMA, since the tokenizer reads these files too, and the model imports that.
+The folder gguf/ does not import the model: the tokenizer reads GGUF files too, and the model imports the tokenizer.
 """
 
 from dataclasses import replace
