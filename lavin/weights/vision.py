@@ -152,14 +152,15 @@ def open_folder(folder: Path) -> OpenedViT:
 
 
 def create_on_meta(name: str, source: str, **kwargs) -> nn.Module:
-    """Creates a timm model on the meta device. `source` names, in the error message, the file that the arguments were
+    """Creates a timm model on the meta device. `source` says, in the error message, what the arguments were
     read from.
     """
     try:
         with torch.device("meta"):
             return timm.create_model(name, num_classes=0, **kwargs)
     except Exception as error:  # timm raises many types of exception: unknown architecture, sizes that do not fit
-        raise UserError(f"{source} not describe a timm model ({first_line(error)}): fetch or copy it again") from error
+        raise UserError(f"cannot make a timm model of {source} ({first_line(error)}): fetch or copy it again"
+                        ) from error
 
 
 # --- timm ---
@@ -229,7 +230,7 @@ def open_timm_folder(folder: Path, tensors: dict[str, torch.Tensor]) -> OpenedVi
     """Opens a folder with timm's config.json. `tensors` are the ViT's, already read."""
     path = folder / "config.json"
     config = read_validated(path, TimmConfig)
-    vit = create_on_meta(f"local-dir:{folder}", f"{path} does", **native_activation(config))
+    vit = create_on_meta(f"local-dir:{folder}", str(path), **native_activation(config))
     check_vit(vit)
     vit.normalization = normalization(vit)
     parameters = vit.state_dict()
@@ -292,7 +293,7 @@ def describe_clip(patch_embed: torch.Tensor, n_positions: int, depth: int, fc1: 
     patches_per_side = math.isqrt(n_positions - 1)
     if patches_per_side ** 2 != n_positions - 1:
         raise UserError(f"its {n_positions} position embeddings are not a class token and a square: {DOWNLOAD_HINT}")
-    return create_on_meta(CLIP[activation], "its weights do", img_size=patch_size * patches_per_side,
+    return create_on_meta(CLIP[activation], "its weights", img_size=patch_size * patches_per_side,
                           patch_size=patch_size, embed_dim=width, depth=depth, mlp_ratio=fc1.shape[0] / width,
                           num_heads=heads or width // OPENAI_HEAD_DIM,
                           norm_layer=partial(timm.layers.LayerNorm, eps=eps))

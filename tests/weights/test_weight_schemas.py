@@ -207,8 +207,8 @@ def write_vit(folder, vit=None, architecture="vit_tiny_patch16_224", **model_arg
     ({"architecture": ""}, "is empty"), ({"model_args": []}, "model_args: "), ({"pretrained_cfg": None}, "_cfg: "),
     *[({"model_args": {field: value}}, f"model_args.{field}: ") for field, value in faults({
         "depth": (10**9, 0, None), "embed_dim": (10**9, "24"), "num_heads": (0, 1.5), "patch_size": (0, None)})],
-    ({"model_args": {"img_size": "x"}}, "does not describe a timm model"),
-    ({"model_args": {"no_such": 1}}, "does not describe a timm model")])
+    ({"model_args": {"img_size": "x"}}, "cannot make a timm model of"),
+    ({"model_args": {"no_such": 1}}, "cannot make a timm model of")])
 def test_error_names_the_entry_of_a_timm_config(tmp_path, changes, words):
     vit = write_vit(tmp_path / "vit")
     change_json(tmp_path / "vit" / "config.json", changes)
