@@ -152,15 +152,14 @@ def open_folder(folder: Path) -> OpenedViT:
 
 
 def create_on_meta(name: str, source: str, **kwargs) -> nn.Module:
-    """Creates a timm model on the meta device. `source` says, in the error message, what the arguments were
-    read from.
+    """Creates a timm model on the meta device. `source` says, in the error message, what the arguments were read from.
     """
     try:
         with torch.device("meta"):
             return timm.create_model(name, num_classes=0, **kwargs)
     except Exception as error:  # timm raises many types of exception: unknown architecture, sizes that do not fit
-        raise UserError(f"cannot make a timm model of {source} ({first_line(error)}): fetch or copy it again"
-                        ) from error
+        line = first_line(error)
+        raise UserError(f"cannot make a timm model of {source} ({line}): fetch or copy it again") from error
 
 
 # --- timm ---

@@ -264,7 +264,7 @@ def write_clip(folder, **changes):
 
 @pytest.mark.parametrize("changes, words", [
     ({"num_attention_heads": 0}, "num_attention_heads: "), ({"num_attention_heads": "4"}, "num_attention_heads: "),
-    ({"num_attention_heads": 7}, "its weights do not describe"), ({"hidden_act": 7}, "hidden_act: "),
+    ({"num_attention_heads": 7}, "cannot make a timm model of its weights"), ({"hidden_act": 7}, "hidden_act: "),
     ({"image_size": 32}, "image_size 32, but the weights have 16"), ({"vision_config": []}, "a valid dictionary"),
     ({"num_hidden_layers": 5}, "num_hidden_layers 5, but the weights have 6"),
     ({"image_size": None}, "image_size: ")])
