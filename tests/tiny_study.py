@@ -10,7 +10,7 @@ import numpy as np
 
 from util.search.confirm import VERDICT, FreshRun, finish, plan, run_all
 from util.search.folder import add_rung, add_seconds, begin_record, change_record
-from util.search.pruning import make_pruner
+from util.search.pruning import make_pruner, parameters_of_schedule
 from util.search.settings import SPACE
 from util.search.space import read_space
 from util.search.study import Study, run_trial
@@ -37,7 +37,7 @@ def search_study(folder: Path, trials: int, true_quality: Callable[[dict], float
                "space": {"parameters": space.parameters, "enqueue": space.enqueue}, **settings}
     study = Study(folder, space, content, None)
     study.rungs = [2, 6, 20]  # those of a space without a warm-up, where there is more to be pruned
-    study.optuna.pruner = make_pruner(content["pruner"], 2)
+    study.optuna.pruner = make_pruner(content["pruner"], 2, parameters_of_schedule(content))
 
     def reach(trial, epochs: int) -> float:
         add_seconds(trial.folder, 60.0 * (epochs - {2: 0, 6: 2, 20: 6}[epochs]))

@@ -197,7 +197,7 @@ def late_riser_is_among_the_best(rng: np.random.Generator) -> bool:
     from util.search.pruning import longest_warmup, make_pruner, rungs
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     first, *_ = rungs(20, "asha", longest_warmup({"space": read_json(SPACE), "flags": {}}))
-    study = optuna.create_study(direction="maximize", pruner=make_pruner("asha", first),
+    study = optuna.create_study(direction="maximize", pruner=make_pruner("asha", first, ("lr_schedule",)),
                                 sampler=optuna.samplers.RandomSampler(int(rng.integers(2**31))))
     best, finished = int(rng.integers(TRIALS)), {}
     for number in range(TRIALS):

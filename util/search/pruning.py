@@ -13,7 +13,6 @@ import optuna
 from util.search.space import flag_of
 
 REDUCTION = 3  # of asha: about one trial of three goes on past a rung
-SCHEDULE = ("lr_schedule",)
 
 
 def rungs(epochs: int, pruner: str, longest_warmup: float = 0) -> list[int]:
@@ -37,7 +36,7 @@ def parameters_of_schedule(settings: Mapping[str, Any]) -> tuple[str, ...]:
                  if flag_of(name, parameter) == "lr_schedule")
 
 
-def make_pruner(name: str, first_rung: int, schedule: tuple[str, ...] = SCHEDULE) -> optuna.pruners.BasePruner:
+def make_pruner(name: str, first_rung: int, schedule: tuple[str, ...]) -> optuna.pruners.BasePruner:
     """The pruner of this name; `schedule` has the names of the parameters that set --lr_schedule."""
     if name == "none":
         return optuna.pruners.NopPruner()
