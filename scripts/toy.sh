@@ -7,8 +7,9 @@ forward_signals
 trap go_on_later EXIT
 # what is looked for is written last
 [ -f "$DATA_ROOT/problems.json" ] || run python -m tools.make_mini_scienceqa --out "$DATA_ROOT"
+# another number of threads makes another base
 [ -f "$WEIGHTS/$MODEL/consolidated.00.pth" ] ||
-    run python -m tools.make_toy_base --data_root "$DATA_ROOT" --out "$WEIGHTS/$MODEL"
+    OMP_NUM_THREADS=2 run python -m tools.make_toy_base --data_root "$DATA_ROOT" --out "$WEIGHTS/$MODEL"
 FLAGS=(--vision_model "$WEIGHTS/$MODEL/vit" --device cpu --batch_size 8 --accum_iter 1 --epochs 2 --warmup_epochs 0.3)
 # so small a model gains little from a second thread: two runs at once take two thirds of the time
 export JOBS=2 OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
