@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains and scores all methods of scripts/methods.json, and draws the comparison:
-# goes on past a failure and names it at the end; finished runs take a moment.
-# Arguments go to every method. The runs of a slot share a process, and in it
-# their base (util/series), up to one that fails: the next get a new process.
+# Trains and scores all methods of scripts/methods.json, and draws the comparison.
+# Goes on past a failed run and names it at the end; finished runs take a moment.
+# Arguments go to every method. The runs of a slot (one of JOBS) share a process
+# and its base (util/series); after a failed run, the others get a new process.
 #   METHODS                   the methods, by default all: "base step" runs only
 #                             these; "step+drop_dec base+dropout_prob=0.05" the
 #                             script of the first with the flags of the second
@@ -11,7 +11,7 @@
 #   JOBS=1                    runs at once, which share the GPUs and need no
 #                             communication among them (1: each on all GPUs;
 #                             auto: one a GPU, and more where the base is small;
-#                             several nodes have 1)
+#                             on several nodes: 1)
 #   PLOTS=OUTPUT_ROOT/plots   where the table and the figures go
 # Example:
 #   SEEDS="0 1 2" METHODS="base step" JOBS=4 bash scripts/run_all_variants.sh

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Schedules crossed with dropouts: every one with every other, so that
-# plots/effects.png tells main effects and interactions. The entries are methods
-# of scripts/methods.json, or flags such as dropout_prob=0.158; the first of each
-# is the base's. The two constant dropouts are controls: their means over LLaMA's
-# layers are those of the varying ones beside them. SEEDS, JOBS, arguments and
-# the other variables are those of scripts/run_all_variants.sh.
+# Trains every schedule with every dropout, so that plots/effects.png shows main
+# effects and interactions. The entries are methods of scripts/methods.json, or
+# flags such as dropout_prob=0.158; the first of each list is the base's. The two
+# constant dropouts are controls: each is the mean over LLaMA's layers of the
+# varying dropout before it. SEEDS, JOBS, arguments and the other variables are
+# those of scripts/run_all_variants.sh.
 #   SCHEDULES                 by default: base cyclical step exponential
 #   DROPOUTS                  by default: base drop_inc_v2 dropout_prob=0.158
 #                             drop_dec_v2 dropout_prob=0.133

@@ -1,7 +1,7 @@
 # The job files source this file, which is not run by itself, in the project's
 # folder: it runs the script that their arguments name. 120 s before the time
-# limit, Slurm sends SIGUSR1 to the job file alone (#SBATCH --signal); what is
-# saved then goes on in the requeued job.
+# limit, Slurm sends SIGUSR1 to the job file alone (#SBATCH --signal). The script
+# then saves, and goes on in the requeued job.
 [ "${BASH_SOURCE[0]}" != "$0" ] || source "$(dirname "$0")/../scripts/help.sh" --help
 source scripts/signals.sh
 forward_signals
