@@ -1,5 +1,5 @@
 # Every script sources this file first, with its arguments. Where --help or -h is
-# among them, the comment at the script's head is printed, behind it that of the
+# among them, the comment at the script's head is printed, after it that of the
 # file that sources this one (scripts/common.sh has what all experiments read),
 # and nothing else happens. A file that is only sourced prints its head when it
 # is run.

@@ -46,7 +46,7 @@ with one_line_errors():
     get_args_parser().parse_args()
 END
 
-# added_flags METHOD: the flags behind the first +, of methods or as they stand
+# added_flags METHOD: the flags after the first +, of methods or as they stand
 added_flags() {
     python -c 'import json, sys
 methods = json.load(open("scripts/methods.json"))

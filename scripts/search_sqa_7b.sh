@@ -2,7 +2,7 @@
 # Searches hyperparameters on the validation split, and draws the report (with
 # JOBS=1, plot_results.py does). The same command again, on this node or another,
 # adds workers to the same study, and goes on with what was interrupted.
-# Arguments are flags of search.py and, behind --, of train.py for all trials.
+# Arguments are flags of search.py and, after --, of train.py for all trials.
 #   STUDY=./search-7B         the study's folder
 #   JOBS=GPUS                 trials at once on this node, which share its GPUs
 #                             (1: all for one; auto: more where the base is small)
