@@ -1,7 +1,7 @@
 """Chat latency at batch 1, on random weights: time to first token and tokens/s of the published recipe and of ours.
 
 Ours is warmed up as in demo.py. "cold" is the first token without `warmup`, as in a program that calls `generate`
-directly: of a prompt length bucket's first call, which captures it.
+directly: the first call with a prompt of a length bucket captures that bucket.
 
     python -m benchmarks.chat_latency                    # 7B on this GPU
     python -m benchmarks.chat_latency --size tiny        # a smoke test on a CPU, in seconds

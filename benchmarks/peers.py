@@ -200,7 +200,7 @@ def in_process(args, name: str) -> dict[str, float] | str:
 
 
 def with_ratios(rows: dict[str, dict[str, float]]) -> list[dict]:
-    """The table's rows. ratio: to the fastest row of theirs with this precision."""
+    """The table's rows. Their ratio is to the fastest row of theirs with the same precision."""
     best: dict[str, float] = {}
     for name, numbers in rows.items():
         precision = ROWS[name][0]

@@ -72,8 +72,8 @@ def redrawn(model: LaVIN, examples: list[Example], seed: int) -> list[Example]:
 
 def random_examples(model: LaVIN, n: int, seed: int, max_seq_len: int = 512, full: bool = False, answers: bool = True,
                     images: bool = True) -> list[Example]:
-    """n random samples of real lengths; with `full`, each has max_seq_len tokens and an image. images: whether those
-    have one whose problems do."""
+    """n random samples of real lengths; with `full`, each has max_seq_len tokens and an image. images: whether samples
+    of problems with an image have one."""
     rng, vocab, random_image = random.Random(seed), model.llama.config.vocab_size, image_generator(model, seed)
     examples = []
     for prompt, total, has_image in rng.choices(length_rows(), k=n):

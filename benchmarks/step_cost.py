@@ -72,7 +72,8 @@ def host_seconds(step, device, steps: int) -> float:
 
 
 def profiled(run: Callable[[], object], device, show: bool) -> dict:
-    """The GPU's busy milliseconds, its kernels and the host's launches in a call. show: whether to list both."""
+    """The GPU's busy milliseconds, its kernels and the host's launches in a call. show: whether to print the kernels
+    and the launches."""
     if device.type != "cuda":
         return {}
     from torch.profiler import ProfilerActivity, profile

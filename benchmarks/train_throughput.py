@@ -85,7 +85,7 @@ class Benchmark:
         print(hardware(self.device, self.peak), flush=True)
 
     def model(self, dtype, bits: str | None = None):
-        """A new random model. bits: as in `speed_up`; None leaves the model plain."""
+        """A new random model. bits: the argument of `speed_up`; None leaves the model plain."""
         gc.unfreeze()  # so that the previous model is freed
         gc.collect()
         torch.compiler.reset()

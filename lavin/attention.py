@@ -66,8 +66,8 @@ def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int, us
 
 
 def grouped_sdpa(query, key, value, **options):
-    """Attends with query [B, H, T, d], key and value [B, H_kv, S, d], by PyTorch's choice of a kernel; returns [B, H,
-    T, d].
+    """Attends with query [B, H, T, d], key and value [B, H_kv, S, d], by PyTorch's choice of a kernel. Returns
+    [B, H, T, d].
     """
     if query.shape[1] == key.shape[1]:  # two calls, since Dynamo of torch 2.7 takes no symbolic enable_gqa
         return F.scaled_dot_product_attention(query, key, value, **options)

@@ -163,6 +163,8 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
+    """Root mean square normalization (Zhang & Sennrich 2019, arXiv 1910.07467) of x [..., dim], in float32."""
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
@@ -216,6 +218,12 @@ def add_bias(x, bias):
 
 
 class Attention(nn.Module):
+    """Multi-head attention with rotary embeddings, from x [N, D] to [N, D].
+
+    Where there are fewer heads H_kv of key and value than heads H of query, each is shared by H / H_kv of these
+    (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245).
+    """
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
@@ -241,6 +249,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Computes SwiGLU, w2 (silu(w1 x) * w3 x), of x [N, D] (Shazeer 2020, arXiv 2002.05202)."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.w1 = nn.Linear(config.dim, config.hidden_dim, bias="w1" in config.biases)

@@ -22,6 +22,8 @@ def cross_entropy(logits, targets):
 
 
 class AnswerLoss(torch.autograd.Function):
+    """The loss of `answer_loss`, whose forward pass computes the gradient of the hidden states, too."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, loss_weights, cross_entropy):
         loss_weights = loss_weights.float()

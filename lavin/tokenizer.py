@@ -88,7 +88,7 @@ class SentencePiece:
 
 
 class FastTokenizer:
-    """A tokenizer of Hugging Face's library tokenizers. bos_id: None where a model has no BOS."""
+    """A tokenizer of Hugging Face's library tokenizers. bos_id: the id of BOS; None where a model has none."""
 
     n_words: int
     bos_id: int | None
@@ -277,8 +277,11 @@ def open_model(path: Path) -> SentencePiece | FastTokenizer:
 
 
 class Tokenizer:
-    """LLaMA's or Llama 3's `tokenizer.model`, a `tokenizer.json`, or that of a GGUF file. Raises UserError where it is
-    missing or broken. bos_id: None where the model has no BOS, which is then left out of every example.
+    """LLaMA's or Llama 3's `tokenizer.model`, a `tokenizer.json`, or the tokenizer in a GGUF file. Raises UserError
+    where it is missing or broken.
+
+    n_words: the size of the vocabulary. bos_id, eos_id: the ids of BOS and EOS. A model may have no BOS: bos_id is then
+    None, and examples begin without it.
     """
 
     def __init__(self, path: str | Path):

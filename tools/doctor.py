@@ -175,7 +175,7 @@ def is_to_be_fetched(name: str) -> bool:
 
 
 def to_be_fetched(label: str, flag: str, name: str, fix: str) -> Iterator[str]:
-    """A model that a run fetches when it starts. fix: for a machine without a network."""
+    """A model that a run fetches when it starts. fix: what to do on a machine without a network."""
     yield row(label, f"{name}, to be downloaded")
     if is_offline():
         yield f"! {flag} {name}: no network, and it is not in the cache: {fix}"

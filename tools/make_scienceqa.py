@@ -196,8 +196,8 @@ def copy_picture(value: Any, folder: Path, target: Path) -> Path | None:
 
 
 def read_question(row: dict[str, Any], number: int, folder: Path, pictures: Path) -> Question:
-    """The question of a row, with its picture copied to the folder `pictures`. folder: where paths begin. Raises
-    ValueError, KeyError, TypeError or UserError where the row is wrong."""
+    """The question of a row, with its picture copied to the folder `pictures`. folder: relative paths begin there.
+    Raises ValueError, KeyError, TypeError or UserError where the row is wrong."""
     if not isinstance(row, dict):
         raise ValueError("it is no object")
     row = {OTHER_NAMES.get(name, name): value for name, value in row.items() if value is not None}

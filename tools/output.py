@@ -41,7 +41,8 @@ def write_scienceqa(out: Path, problems: dict[str, dict], captions: dict[str, st
     """Writes the pictures first and problems.json last: a folder with problems.json is complete, and not one whose
     older files are being replaced.
 
-    problems: with all 14 fields; captions: of those that have a picture, by id. write_picture(id, path): a PNG.
+    problems: the problems by id, with all 14 fields. captions: the captions of those that have a picture, by id.
+    write_picture(id, path): writes the picture of a problem as a PNG file.
     """
     (out / "problems.json").unlink(missing_ok=True)
     for qid in progress_bar(captions, f"{out}, pictures", unit="picture"):

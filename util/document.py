@@ -137,8 +137,8 @@ def wrapped(cell: str, width: int) -> list[str]:
 # --- A page ---
 
 def to_page(title: str, facts: dict[str, str], parts: Sequence[Part], folder: Path, prefix: str = "") -> str:
-    """The page as HTML. facts: what it is about, by name. folder, prefix: where the pictures are, and what their files'
-    names begin with."""
+    """The page as HTML. facts: the values that stand below the title, by name. folder, prefix: the folder of the
+    pictures, and the beginning of their files' names."""
     rows = "\n".join(f"<dt>{in_html(name)}</dt><dd>{in_html(value)}</dd>" for name, value in facts.items())
     body = "\n".join(part_in_html(part, folder, prefix) for part in parts)
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(title=html.escape(title), facts=rows, body=body)

@@ -169,10 +169,10 @@ def require_trackers(names: str) -> None:
 class Trackers:
     """The trackers of one run. On other ranks than 0 there are none.
 
-    names: of known trackers, with commas between them. folder: the run's, after which it is named. path: of the file
-    that says where the trackers have the run. config: the run's flags. first_step: the steps from the run's start up to
-    this process; those that the trackers have beyond it are made again. None: the process makes no steps. log_dir:
-    TensorBoard's folder, where it is not in the run's.
+    names: the names of known trackers, with commas between them. folder: the run's folder, after which it is named.
+    path: the file that says where the trackers have the run. config: the run's flags. first_step: the steps from the
+    run's start up to this process; those that the trackers have beyond it are made again. None: the process makes no
+    steps. log_dir: TensorBoard's folder, where it is not in the run's.
 
     `with` closes them, also where the run fails. Where it is stopped, they stay as those of a run that goes on, since
     the process must end before its grace period does, and a tracker may wait for its server.

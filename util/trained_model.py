@@ -32,9 +32,9 @@ from util.shared_base import SharedBase
 class Trained:
     """A training run's model, as far as it is known before the base model is loaded.
 
-    path: the checkpoint's; None: the untuned base, with `tensors` of no adapters. image_statistics: those that the
-    checkpoint was trained with, where it says so. tokenization: TOKENIZATION, where it says so. states: those of the
-    files of the model, before any of them was read.
+    path: the checkpoint; None for the untuned base, whose `tensors` are empty. image_statistics: mean and std of the
+    pixels in training, where the checkpoint states them. tokenization: TOKENIZATION, where the checkpoint states it.
+    states: the states of the model's files before any of them was read.
     """
 
     path: Path | None
@@ -68,7 +68,7 @@ def warn_of_other_base(path: Path, checkpoint: dict, found: Mapping[str, Any]) -
 def warn_of_other_tokenization(path: Path, tokenization: str | None, tokenizer: Tokenizer) -> None:
     """Says so where a checkpoint has seen other ids where an answer begins than those that it gets now.
 
-    tokenization: what the checkpoint states.
+    tokenization: the TOKENIZATION that the checkpoint states.
     """
     if tokenization != TOKENIZATION and tokenizer.joins(RESPONSE, answer_text(0)):
         print_rank0(f"warning: {path} was trained by an earlier version, which tokenized prompt and answer together: "
@@ -130,8 +130,8 @@ def load_model(args, trained: Trained | None = None, shared: SharedBase | None =
     """The model with the adapters of --adapter_path, its tokenizer, and the checkpoint's path. Without --adapter_path
     the adapters are fresh, and always the same ones.
 
-    trained: of `read_trained(args)`, where it was called before. shared: lends the base, where the process has one.
-    Raises UserError where a file has changed since `read_trained`.
+    trained: the result of `read_trained(args)`, where it was called before. shared: the process's SharedBase, where it
+    has one. Raises UserError where a file has changed since `read_trained`.
     """
     trained = trained or read_trained(args)
     with torch.random.fork_rng(devices=[]):

@@ -97,6 +97,8 @@ class CapturedLlamaPass(CapturedPass):
 
 
 class CapturedLlama(CapturedModule):
+    """LLaMA with captured passes, whose inputs are those of Llama.forward."""
+
     pass_class = CapturedLlamaPass
 
     def bucket(self, x, attn_metadata, routing):

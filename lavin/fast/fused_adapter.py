@@ -5,6 +5,8 @@ from lavin.mm_adapter import AdaptedBlock
 
 
 class FusedAdaptedBlock(AdaptedBlock):
+    """AdaptedBlock whose norm and adapter are one kernel for a single row."""
+
     @classmethod
     def convert(cls, block: AdaptedBlock) -> None:
         """Converts a block in place."""

@@ -91,6 +91,8 @@ def matmul_backward(scaled_grad: tuple, weights: tuple, dtype):
 
 
 class FrozenLinearFunction(torch.autograd.Function):
+    """Computes x W^T [N, O] for x [N, K] and the `weights` of a frozen W."""
+
     @staticmethod
     def forward(ctx, x, *weights):
         ctx.save_for_backward(*weights)
@@ -165,6 +167,8 @@ def qkv_rope(x, cos, sin, heads, kv_heads, bias, *weights):
 
 
 class FusedAttention(Attention):
+    """Attention whose query, key and value are one matrix product, fused with rotary embeddings."""
+
     @classmethod
     def convert(cls, attention: Attention, fp8: bool) -> None:
         """Converts an attention layer in place: wq, wk and wv become one matrix, wqkv."""
@@ -185,6 +189,8 @@ class FusedAttention(Attention):
 
 
 class FusedFeedForward(FeedForward):
+    """FeedForward whose w1 and w3 are one matrix, fused with SwiGLU."""
+
     @classmethod
     def convert(cls, feed_forward: FeedForward, fp8: bool) -> None:
         """Converts a feed-forward layer in place: w1 (gate) and w3 (up) become one matrix, w13."""

@@ -71,6 +71,8 @@ def join(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor,
 
 
 class JoinedAttention(Attention):
+    """Attention in 4 bits whose query, key and value are one matrix product for a single row."""
+
     @classmethod
     def convert(cls, attention: Attention, qkv: list) -> None:
         """Converts an attention layer in place."""
@@ -85,6 +87,8 @@ class JoinedAttention(Attention):
 
 
 class JoinedFeedForward(FeedForward):
+    """FeedForward in 4 bits whose w1 and w3 are one matrix for a single row."""
+
     @classmethod
     def convert(cls, feed_forward: FeedForward, gate_up: list) -> None:
         """Converts a feed-forward layer in place."""

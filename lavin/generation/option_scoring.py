@@ -61,6 +61,8 @@ def next_token_logits(model: LaVIN, examples: list[Example]) -> torch.Tensor:
 
 
 def option_log_probs(logits: Callable[[], torch.Tensor], questions: list[OptionExample]) -> list[list[float]]:
+    """Returns the log-probabilities of each question's options. `logits()` gives the logits [B, V] of the tokens behind
+    the questions. Raises NotFinite where one of them is not finite."""
     scores = [row[tokens].log_softmax(-1).tolist() for row, (_, tokens) in zip(logits(), questions, strict=True)]
     refuse_not_finite(i for i, of_options in enumerate(scores) if math.isnan(of_options[0]))  # one makes all NaN
     return scores

@@ -31,6 +31,7 @@ def named_failures(names: list[str]) -> Iterator[None]:
 
 
 def refuse_not_finite(indices: Iterable[int]) -> None:
+    """Raises NotFinite where there are `indices`, those of the sequences whose logits are not finite."""
     found = list(indices)
     if found:
         raise NotFinite(found)
@@ -71,5 +72,6 @@ def sampler(temperature: float, top_p: float, seeds: list[int]) -> Callable[[tor
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """Returns the likeliest ids [B] for logits [B, V], with NOT_FINITE as in `sampler`."""
     ids = logits.argmax(-1, keepdim=True)  # of a NaN, where there is one
     return ids.masked_fill(~logits.gather(-1, ids).isfinite(), NOT_FINITE)[:, 0]

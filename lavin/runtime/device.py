@@ -175,7 +175,7 @@ def copy_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 def set_determinism(on: bool, warn_only: bool = False) -> None:
     """Makes torch choose algorithms that give the same bits every time, or undoes that.
 
-    warn_only: torch warns where it has no such algorithm, rather than raising an error.
+    warn_only: whether torch warns where it has no such algorithm, rather than raising an error.
     """
     torch.use_deterministic_algorithms(on, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = not on

@@ -34,8 +34,8 @@ model_parallel_size = 1  # ranks that share one model; set by `init`
 def init(parallel_size: int | None = None) -> tuple[int, int, int]:
     """Joins the process group. Returns the data-parallel rank, the data-parallel world size and the local rank.
 
-    parallel_size: --model_parallel_size; None: as it was set before. Raises UserError where the number of processes is
-    not a multiple of it.
+    parallel_size: the value of --model_parallel_size; None: the value set before. Raises UserError where the number of
+    processes is not a multiple of it.
     """
     global model_parallel_size
     rank, world, local_rank = launched_as()

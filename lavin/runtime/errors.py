@@ -87,7 +87,7 @@ def describe(error: BaseException) -> str | None:
 def one_line_errors(numbers: tuple[signal.Signals, ...] = signals.STOP_SIGNALS) -> Iterator[None]:
     """Turns errors that a user can fix, and stop signals, into one line on stderr and an exit status.
 
-    numbers: of the signals that stop the program; a chat leaves SIGINT out, where Ctrl-C stops an answer.
+    numbers: the signals that stop the program; a chat leaves SIGINT out, since Ctrl-C stops an answer there.
     """
     console.setup()
     signals.install(numbers)

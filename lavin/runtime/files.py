@@ -30,7 +30,7 @@ def atomic_write(path: str | Path, permissions: int = 0o666) -> Iterator[Path]:
     The name is this process's own, and the content is on the disk before the file is renamed, so that neither another
     process nor a machine that loses power can leave half a file under `path`. The file gets a new file's permissions,
     even if its writer sets others: safetensors lets only the owner read, and shutil copies the source's.
-    permissions: of a new file, which the process's umask reduces.
+    permissions: the mode of a new file, which the process's umask reduces.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,8 @@ class Flag:
 def flag(default: Any, help: str, role: Role, *, stated_as: str | None = None, named: bool | None = None,
          reloadable: bool = False, aliases: tuple[str, ...] = (), positional: bool = False,
          choices: tuple[Any, ...] | None = None, **options: Any) -> Any:
-    """A field of a FlagGroup that is a flag; `Flag` says what the arguments are. options: those of argparse."""
+    """A field of a FlagGroup that is a flag; `Flag` says what the arguments are. options: further arguments of
+    `add_argument`."""
     named = role in CHANGES_RESULTS if named is None else named
     return field(default=default, metadata={"flag": dict(
         help=help, role=role, stated_as=stated_as, named=named, reloadable=reloadable, aliases=aliases,
@@ -214,7 +215,7 @@ class Parser(argparse.ArgumentParser):
     """A command's parser: one group of arguments for each FlagGroup, the command's own first.
 
     It takes no abbreviated flags, says which flags were given, and reports mistakes in one line (UsageError). prog: the
-    words behind `python`. defaults: those that differ from what the flags' classes declare.
+    words behind `python`. defaults: the defaults that differ from those in the flags' classes.
     """
 
     def __init__(self, prog: str, doc: str | None, *classes: type[FlagGroup], epilog: str | None = None,

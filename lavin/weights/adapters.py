@@ -28,6 +28,7 @@ SHARED_TENSORS, SHARED_SETTINGS = "lavin_adapters.safetensors", "lavin_adapters.
 
 
 def is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor. Raises ValueError where one of its numbers is not finite."""
     if not tensor.float().isfinite().all():
         raise ValueError("holds numbers that are not finite, so its training diverged")
     return tensor
@@ -133,7 +134,7 @@ def read_adapters(path: Path) -> dict[str, Any]:
 
 
 def read_shared(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint that tools/publish.py has written. path: of its tensors."""
+    """The content of a checkpoint that tools/publish.py has written. path: the file of its tensors."""
     settings = read_validated(path.with_name(SHARED_SETTINGS), dict[str, Any], "copy it beside the tensors")
     return {**settings, "model": read_safetensors(path)}
 

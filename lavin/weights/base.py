@@ -25,7 +25,7 @@ VOCAB_TENSORS = ("tok_embeddings.weight", "output.weight")  # one row for each t
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """A LLaMA on disk. tensors: under our names. source: what error messages call its files."""
+    """A LLaMA on disk. tensors: its tensors by our names. source: the name of its files in error messages."""
 
     config: LlamaConfig
     tensors: Mapping[str, torch.Tensor]
@@ -38,9 +38,11 @@ class BaseWeights:
 class Format:
     """How the base model at a path, a folder or a file, is recognised and read.
 
-    files: all that the weights are read from, and among them those that must be there, even where they are missing;
-    raises UserError where it cannot tell. tokenizers: where a tokenizer of its own may be, the best first.
-    open: path, the tokenizer's vocabulary size -> the fields of BaseWeights; raises UserError for broken files.
+    matches(path): whether the model has this format.
+    files(path): the files that the weights are read from, also a required one that is missing. Raises UserError where
+    it cannot tell.
+    tokenizers(path): the places where the model may have a tokenizer of its own, the best first.
+    open(path, vocab_size): the fields of BaseWeights. Raises UserError for broken files.
     """
 
     matches: Callable[[Path], bool]
@@ -159,6 +161,7 @@ def is_delta(weights: BaseWeights) -> bool:
     """The scales of a norm are far from 0 in full weights, and near 0 in a delta. Missing ones are reported later."""
     norm = weights.tensors.get("norm.weight")
     return norm is not None and norm.numel() > 0 and bool(norm.float().mean().abs() < 0.05)
+
 
 class WeightsWithDelta(Mapping):
     """Maps names to base + delta, added in float32. The delta's extra vocabulary row, v0's [PAD], is dropped."""

@@ -56,7 +56,7 @@ class Repository:
 
 
 class BrokenOff(UserError):
-    """The hub answers, and yet a model cannot be fetched now. reason: in the words of the hub's client."""
+    """The hub answers, and yet a model cannot be fetched now. reason: the message of the hub's client."""
 
     def __init__(self, repository: Repository, reason: str):
         super().__init__(f"{repository} cannot be fetched ({reason}): the same command goes on")

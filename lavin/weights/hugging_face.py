@@ -42,6 +42,8 @@ WholeHead = Annotated[float, Field(ge=1, le=1)]
 
 @declared
 class Rope(TypedDict, total=False):
+    """The entry `rope_scaling` or `rope_parameters` of config.json."""
+
     rope_type: RopeType
     type: RopeType  # rope_type's earlier name
     rope_theta: Positive
@@ -81,7 +83,7 @@ class Config(TypedDict):
     original_max_position_embeddings: NotRequired[Size]
     sliding_window: NotRequired[Size | None]
     use_sliding_window: NotRequired[bool]
-    no_rope_layers: NotRequired[list[Literal[0, 1]] | None]  # 0: has none
+    no_rope_layers: NotRequired[list[Literal[0, 1]] | None]  # 0: the layer has no rotary embeddings
     no_rope_layer_interval: NotRequired[Layers]
     tie_word_embeddings: NotRequired[bool]
     hidden_act: NotRequired[Literal["silu"]]

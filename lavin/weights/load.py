@@ -29,9 +29,9 @@ def load_base(llama_model_path: str, llm_model: str, vision_model: str, adapter:
               max_seq_len: int | None = None) -> tuple[LaVIN, Tokenizer]:
     """The frozen base with freshly initialised adapters, on `device`.
 
-    dtype: the frozen parameters'. bits: those of the linear layers in LLaMA's blocks. max_seq_len: the most tokens that
-    it will be given. Raises UserError for files that are missing, broken, or of another model, and for flags that the
-    base does not support.
+    dtype: the type of the frozen parameters. bits: the precision of the linear layers in LLaMA's blocks (`--bits`).
+    max_seq_len: the most tokens that it will be given. Raises UserError for files that are missing, broken, or of
+    another model, and for flags that the base does not support.
     """
     tokenizer = Tokenizer(tokenizer_path or find_tokenizer(llama_model_path, llm_model))
     base = open_base(base_path(llama_model_path, llm_model), tokenizer.n_words, use_vicuna)
@@ -107,7 +107,7 @@ def load_frozen(module: nn.Module, parameters: dict[str, tuple[str, torch.Size]]
     """Loads all frozen parameters, one tensor at a time. Raises UserError for tensors of another model, and for numbers
     that are not finite.
 
-    parameters: of frozen_parameters. source: names the files in error messages.
+    parameters: the result of `frozen_parameters`. source: the name of the files in error messages.
     """
     check_names(parameters.keys(), tensors.keys(), source)
     extremes = []
@@ -135,7 +135,8 @@ def load_frozen_tensor(module: nn.Module, name: str, tensor: torch.Tensor, devic
 
 
 def check_finite(names: list[str], extremes: list[torch.Tensor], source: str, dtype: torch.dtype) -> None:
-    """Raises UserError for the first tensor with a number that is not finite. extremes: [2] of each, on the device."""
+    """Raises UserError for the first tensor with a number that is not finite. extremes: the least and the greatest
+    number [2] of each tensor, on the device."""
     finite = torch.stack(extremes).isfinite().all(1).tolist()  # the only time that the host waits
     if not all(finite):
         raise UserError(f"{source}: {names[finite.index(False)]} holds numbers that are not finite in {dtype}: fetch "

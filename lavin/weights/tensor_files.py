@@ -35,6 +35,7 @@ WRAPPERS = ("state_dict", "model")  # entries in which training programs store t
 
 
 def is_weight(value: Any) -> Any:
+    """Returns the value. Raises ValueError where it is no dense tensor of floating-point numbers."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"is no tensor but {shown(value)}")
     if value.dtype not in FLOATS or value.layout != torch.strided:
@@ -78,6 +79,7 @@ def read_torch(path: Path) -> dict:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file, memory-mapped. Raises UserError if it is missing or broken."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -139,6 +141,7 @@ def indexed_files(index: Path) -> list[Path]:
 
 
 def read_hf_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """Reads the weights of a Hugging Face folder. Raises UserError if a file is missing or broken."""
     tensors = {}
     for path in hf_weight_files(folder):
         tensors.update(read_tensors(path))
@@ -146,7 +149,7 @@ def read_hf_folder(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def check_names(expected: Set[str], actual: Set[str], source: str) -> None:
-    """Raises UserError listing missing or unexpected tensors. source: names the files in the message."""
+    """Raises UserError listing missing or unexpected tensors. source: the name of the files in the message."""
     for problem, names in (("lacks", expected - actual), ("holds unknown", actual - expected)):
         if names:
             examples = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
@@ -155,6 +158,7 @@ def check_names(expected: Set[str], actual: Set[str], source: str) -> None:
 
 
 def check_shape(name: str, expected: torch.Size, tensor: torch.Tensor, source: str) -> None:
+    """Raises UserError for a tensor of another shape. source: the name of its file in the message."""
     if expected != tensor.shape:
         raise UserError(f"{source}: {name} is {list(tensor.shape)} and the model has {list(expected)}: "
                         "it belongs to another model")

@@ -287,7 +287,8 @@ class Chatbot:
     def probabilities(self, prompt: str, reason: str, question: Question) -> tuple[float, ...]:
         """The probability of each option, by the token in which their answers differ: eval.py goes by the same.
 
-        reason: what the model has written before; without it, they would contradict an answer that follows from it.
+        reason: the text that the model has written before the answer; without it, the scores would contradict an answer
+        that follows from it.
         """
         answers = [reason + answer_text(i) for i in range(len(question.options))]
         scored = option_example(self.tokenizer, prompt, answers, image=question.image,

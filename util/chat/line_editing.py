@@ -11,7 +11,7 @@ ReadLine = Callable[[str, str], str]  # (the prompt, the text that stands there 
 
 
 def line_reader(words: Sequence[str]) -> ReadLine:
-    """Returns the function that reads a line. words: those that Tab completes at the beginning of a line."""
+    """Returns the function that reads a line. words: the words that Tab completes at the beginning of a line."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return lambda prompt, text: input(prompt)
     try:

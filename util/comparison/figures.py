@@ -94,7 +94,7 @@ def others_last(methods: list[Method]) -> list[Method]:
 
 
 def told_apart(methods: list[Method]) -> tuple[list[Method], list[Method]]:
-    """The methods that have colours and names, and the others. methods: of `others_last`."""
+    """The methods that have colours and names, and the others. methods: the result of `others_last`."""
     n = len(methods) if len(methods) <= MANY else 1 + BEST
     return methods[:n], methods[n:]
 

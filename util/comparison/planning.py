@@ -66,8 +66,8 @@ def measure_family(variances: Variances, comparison: Comparison, grid: Grid, eff
     """The variances of the effects of a family, of which seeds are blocks. Where they cannot be measured, they are
     those of differences to the base.
 
-    questions: of a difference between two methods, as in Variances; so the effects' is divided by half the squares of
-    their weights.
+    The variance over questions is that of a difference between two methods, as in Variances; so that of an effect is
+    divided by half the sum of its squared weights.
     """
     if not grid.has_effects:
         return variances

@@ -17,7 +17,7 @@ UNTUNED, CHANCE = "untuned base", "chance"
 class Reference:
     """Accuracies in percent, by column; None where a column has no questions.
 
-    interval: the 95 % interval of Avg; None: the accuracy is exact. note: says what it is, in words.
+    interval: the 95 % interval of Avg; None: the accuracy is exact. note: a description in words.
     """
 
     name: str

@@ -19,9 +19,9 @@ PUBLISHED = "published"
 
 
 def comparison_page(comparison: Comparison, folder: Path, prefix: str, written: list[Path], command: str) -> str:
-    """The page as HTML. folder, prefix: where the figures are, and what their files' names begin with. written: the
-    files of this comparison, beside which the folder may have figures of an earlier one. command: the one that makes
-    all of this."""
+    """The page as HTML. folder, prefix: the folder of the figures, and the beginning of their files' names. written:
+    the files of this comparison, beside which the folder may have figures of an earlier one. command: the one that
+    makes all of this."""
     pictures: list[Part] = [Picture(name, caption) for name, caption in CAPTIONS.items()
                             if folder / f"{prefix}{name}.png" in written]
     return to_page("Comparison of methods", facts(comparison),

@@ -151,8 +151,8 @@ def two_way(questions: float, questions_freedom: float, seeds: float, answers: f
             ) -> tuple[float, float]:
     """The variance of a difference between methods, and its degrees of freedom (Satterthwaite 1946).
 
-    questions, seeds: its variance over the sample of questions, and over that of seeds; answers: what both count.
-    Two-way clustering (Cameron, Gelbach & Miller 2011), no less than either of the two.
+    questions, seeds: its variance over the sample of questions, and over that of seeds. answers: the variance that both
+    of them count. Two-way clustering (Cameron, Gelbach & Miller 2011), no less than either of the two.
     """
     variance = max(questions + seeds - answers, questions, seeds)
     return variance, variance**2 / (questions**2 / questions_freedom + seeds**2 / seeds_freedom)
@@ -163,8 +163,8 @@ def contrast(outcomes: Sequence[np.ndarray], weights: Sequence[float], clusters:
     """The sum of methods' accuracies times weights that add up to 0: (-1, 1) for the difference of two methods.
 
     The interval counts questions, their clusters and seeds as samples. Two imaginary questions, answered in favour of
-    either side, keep it honest where nearly all answers agree (Bonett & Price 2012, for one seed). between: from
-    `seed_variance`, of these methods or more.
+    either side, keep it honest where nearly all answers agree (Bonett & Price 2012, for one seed). between: the result
+    of `seed_variance` for these methods or more.
     """
     differences = sum(weight * rows.mean(0) for weight, rows in zip(weights, outcomes, strict=True))
     largest = sum(weight for weight in weights if weight > 0)
@@ -183,7 +183,7 @@ def accuracy_interval(outcomes: np.ndarray, clusters: np.ndarray | None, between
     """The interval of a method's accuracy: Wilson's, with the number of independent answers that determine it as well
     (Korn & Graubard 1998; Franco et al. 2019), at most the number of questions.
 
-    between: from `seed_variance`; None for one seed a method, whose interval is of this run.
+    between: the result of `seed_variance`; None where methods have one seed, so that the interval is that of this run.
     """
     mean = outcomes.mean(0)
     n, p = len(mean), float(mean.mean())

@@ -53,7 +53,8 @@ def epoch_batches(costs: list[float], effective_batch: int, rank: int, world: in
                   ) -> Iterator[tuple[list[int], list[int]]]:
     """Yields, for each optimizer step, the indices of its samples, and of those that this rank takes.
 
-    costs: of each example. All ranks get parts of nearly the same cost, since in every step the slowest sets the pace.
+    costs: the cost of each example. All ranks get parts of nearly the same cost, since in every step the slowest sets
+    the pace.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(costs), generator=generator).tolist()

@@ -57,8 +57,8 @@ def cache_folder() -> Path | None:
 def cached(what: str, key: Any, make: Callable[[], Arrays], layout: Layout) -> Arrays:
     """The CPU tensors that `make` returns, mapped from the cache; where it cannot be used, `make`'s own.
 
-    what: a word for the entry. key: of JSON's types, all that the tensors are made of: data, settings, and code.
-    layout: of the tensors, which an entry must have to be used.
+    what: a word for the entry. key: all that the tensors are made of (data, settings, and code), as a value of JSON's
+    types. layout: the layout that an entry must have to be used.
     """
     folder = cache_folder()
     if folder is None or not is_usable(folder):
@@ -183,12 +183,12 @@ def remove_unused(path: Path) -> None:
 
 @cache
 def report_no_cache(folder: Path, reason: str) -> None:
-    """Once."""
+    """Says, once, why there is no cache."""
     print_rank0(f"no cache of pictures, token ids and checksums in {folder} ({reason}), so every process prepares its "
                 "own: name another folder in LAVIN_CACHE, or leave it empty")
 
 
 @cache
 def report_distrust(path: Path, fault: str) -> None:
-    """Once."""
+    """Says, once, why an entry is not used."""
     print_rank0(f"{path} of the cache is not used ({fault}), and made anew")

@@ -74,8 +74,8 @@ class Captions(TypedDict):
 
 @dataclass
 class ScienceQA:
-    """One split. problems: of type Problem, by id, in the split's order. captions: by id. bad_pictures: ids of problems
-    that were dropped, since their picture is missing or broken.
+    """One split. problems: the problems, of type Problem, by id, in the split's order. captions: the captions by id.
+    bad_pictures: the ids of problems that were dropped, since their picture is missing or broken.
     """
 
     root: Path

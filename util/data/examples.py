@@ -35,7 +35,7 @@ def load_examples(data: ScienceQA | Instructions, settings: TrainingData, tokeni
                   n_prompt: int, threads: int) -> dict[str, Example]:
     """The tokenized examples by question id or, for instruction tuning, `record N`; ScienceQA's have decoded images.
 
-    n_prompt: the number of image features. threads: how many decode pictures.
+    n_prompt: the number of image features. threads: the number of threads that decode pictures.
     """
     max_seq_len = settings.max_seq_len
     if isinstance(data, Instructions):
@@ -82,7 +82,8 @@ def instruction_examples(data: Instructions, tokenizer: Tokenizer, image_size: i
 
 def tokenized(names: list[str], text: Callable[[str], tuple[str, str]], images: Mapping[str, Any],
               tokenizer: Tokenizer, n_prompt: int, max_seq_len: int, unit: str) -> dict[str, Example]:
-    """Examples by name. text: prompt and answer of a name. images: of those that have one. unit: what they are."""
+    """Examples by name. text(name): prompt and answer. images: the images of examples that have one, by name. unit: a
+    word for the examples, for the progress bar."""
     def tokenize() -> Arrays:
         with progress_bar(names, unit) as bar:  # `with` closes the bar before an error message is printed
             return packed(tokenizer.example(*text(name), images.get(name), n_prompt, max_seq_len) for name in bar)

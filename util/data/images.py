@@ -195,7 +195,7 @@ def require_equal_ranks(checksums: dict[str, str | None], what: str) -> None:
     """Raises UserError where processes have others left, or other pictures: they would take their samples from
     different lists.
 
-    checksums: of the pictures, by what is left; None where there is no picture.
+    checksums: the names of what is left, each with the checksum of its picture; None where it has no picture.
     """
     left = list(checksums.items())
     if len(set(all_gather_object(json_sha256(left)))) == 1:
@@ -211,7 +211,8 @@ def require_equal_ranks(checksums: dict[str, str | None], what: str) -> None:
 
 @dataclass(unsafe_hash=True)
 class LazyImage:
-    """An Example's image that is not decoded yet. sha256: of its pixels, since it was decoded for the first time."""
+    """An Example's image that is not decoded yet. sha256: the checksum of its pixels, known since it was first
+    decoded."""
 
     path: Path
     size: int

@@ -38,7 +38,7 @@ class AllData(TypedDict):
 
 @dataclass(frozen=True)
 class Instructions:
-    """The checked records of all_data.json, in their order. root: --data_root."""
+    """The checked records of all_data.json, in their order. root: the folder of --data_root."""
 
     root: Path
     records: Sequence[Record]

@@ -97,8 +97,8 @@ def is_decided(text: str) -> bool:
 def score(answers: list[dict]) -> dict:
     """The scores of each subtask, and their sums over the perception and the cognition subtasks.
 
-    answers: with `subtask`, `picture`, `answer` and `prediction` (from read_answer); the prediction `other` counts as
-    wrong. A sum is None where one of its subtasks is missing.
+    answers: dicts with `subtask`, `picture`, `answer` and `prediction` (the result of `read_answer`); the prediction
+    `other` counts as wrong. A sum is None where one of its subtasks is missing.
     """
     subtasks = {}
     for subtask in SUBTASKS:

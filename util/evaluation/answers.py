@@ -58,8 +58,8 @@ class Line(TypedDict):
 class Answer:
     """The answer to one question.
 
-    prediction: the index of the option that the model chose. answer: the index of the right one. text: what the model
-    wrote. parsed: whether the text names an option; if not, the prediction is the most likely one. cluster: names the
+    prediction: the index of the option that the model chose. answer: the index of the right one. text: the words of the
+    model. parsed: whether the text names an option; if not, the prediction is the most likely one. cluster: names the
     questions that depend on the same knowledge; None where an earlier version did not save it. cut: whether words in
     the middle of the prompt were left out.
     """

@@ -53,7 +53,7 @@ class Task(Protocol):
     def rescore(self, folder: Path, scores: dict[str, Any]) -> dict[str, Any]:
         """The scores by the answers that lie in the folder. Raises UserError where there are none.
 
-        scores: what the folder's file of scores says.
+        scores: the content of the folder's file of scores.
         """
 
     def report(self, scores: dict[str, Any]) -> list[str]:
@@ -61,8 +61,8 @@ class Task(Protocol):
 
 
 def run(task: Task, args: Flags, trained: Trained, shared: SharedBase) -> None:
-    """Evaluates into the folder that --output_dir names, or that of the run, and prints the scores. shared: lends the
-    base."""
+    """Evaluates into the folder that --output_dir names, or that of the run, and prints the scores. shared: the object
+    that lends the base."""
     folder = distributed.from_rank_0(lambda: results_folder(args.output_dir, trained.path))
     with locked(folder), working_on(folder.name):
         evaluate(task, args, trained, folder, shared)

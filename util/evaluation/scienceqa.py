@@ -115,7 +115,7 @@ def main(args: Flags) -> None:
 
 
 def run(args: Flags, shared: SharedBase) -> None:
-    """The command among others of its process. shared: lends the base to all of them."""
+    """The command among others of its process, which share the base. shared: the object that lends it."""
     take_run(args)
     trained = read_trained(args)
     data, answering = DataSettings.of(args), Answering.of(args)

@@ -157,7 +157,8 @@ class Confirmation:
 
 
 def verdict(found: Confirmation, winner: str | None = None) -> Verdict:
-    """The verdict on the best configuration; winner: on this one, which was named before, where its runs still count.
+    """The verdict on the best configuration, or on `winner`, which an earlier verdict named, where its runs still
+    count.
     """
     if winner not in found.outcomes:
         winner = max((name for name in found.outcomes if name != BASE), key=lambda name: found.outcomes[name].mean())
@@ -177,8 +178,8 @@ def questions_of_trials(study: Path) -> set[str]:
 def fresh_questions(clusters: Mapping[str, str | None], searched: Collection[str]) -> set[str]:
     """The questions of clusters of which none is in `searched`. Where the clusters say nothing, each question is alone.
 
-    clusters: by question. searched: the questions that chose the configurations, which are therefore lucky on them and
-    on what is like them; where they are not known, no question is fresh.
+    clusters: each question's cluster. searched: the questions that chose the configurations, which are therefore lucky
+    on them and on what is like them; where they are not known, no question is fresh.
     """
     known = clusters if clusters_of(list(clusters.values())) is not None else {qid: qid for qid in clusters}
     seen = {known[qid] for qid in searched if qid in known}

@@ -46,7 +46,7 @@ class Rung(TypedDict):
 
 @declared
 class Param(TypedDict):
-    """A parameter as Optuna stores it. distribution: in Optuna's own JSON."""
+    """A parameter as Optuna stores it. distribution: the JSON that Optuna makes of it."""
 
     value: Any
     distribution: str
@@ -56,9 +56,9 @@ class Param(TypedDict):
 class Record(TypedDict):
     """The content of trial.json.
 
-    values: those of the flags that are searched. params: the same by Optuna's names; none in confirm/. seconds: the
-    time of all commands that have ended, on `gpus` GPUs. since: when the one that runs, or was killed, began. message:
-    why a trial failed.
+    values: the values of the flags that are searched. params: the same by Optuna's names; none in confirm/. seconds:
+    the time of all commands that have ended, on `gpus` GPUs. since: the time at which the command that runs, or was
+    killed, began. message: the reason why a trial failed.
     """
 
     state: Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
@@ -82,7 +82,7 @@ class Settings(TypedDict):
 
     identity: the data, models and scoring that all runs have in common (identity.py), which earlier versions did not
     write.
-    flags: those of train.py that change results, and what `Optimization.entries` states of others.
+    flags: the flags of train.py that change results, and what `Optimization.entries` states of others.
     """
 
     name: str
@@ -174,7 +174,8 @@ def read_settings(study: Path) -> Any:
 
 
 def read_records(study: Path, name: str = "trials") -> dict[str, Any]:
-    """The records by their folder, in the order of trials, with the seconds up to now. name: one of RUN_FOLDERS."""
+    """The records by their folder, in the order of trials, with the seconds up to now. name: a folder of
+    RUN_FOLDERS."""
     paths = sorted((study / name).glob(f"*/{RECORD}"), key=lambda path: (len(path.parent.name), path.parent.name))
     records = {path: read_record(path) for path in paths}
     return {path.parent.name: with_killed(path.parent, record) for path, record in records.items()}

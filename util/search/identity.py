@@ -45,8 +45,8 @@ RESULT = {*summarize([], ScienceQA(Path(), {}, {}), 0), "checkpoint", "checkpoin
 # --- What a study is of ---
 
 def study_identity(settings: TrainSettings, data: Mapping[str, ScienceQA], questions: int) -> dict[str, dict[str, Any]]:
-    """The identity of a study that begins. settings: those of any of its trials. data: by split. questions: the number
-    of those that trials are scored on."""
+    """The identity of a study that begins. settings: the settings of any of its trials. data: the data by split.
+    questions: the number of questions that trials are scored on."""
     parts = {"train": data["train"], "trials": data["val"].sample(questions), "val": data["val"], "test": data["test"]}
     return {part: {**checksums(make_recipe(settings, torch.float32, 1, problems)), **SCORING.get(part, {})}
             for part, problems in parts.items()}

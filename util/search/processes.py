@@ -106,6 +106,7 @@ class SharedProcess:
 
 
 def start_server(descriptor: int, log: BinaryIO, environment: dict[str, str]) -> subprocess.Popen:
-    """descriptor: its end of the socket. log: of what it says before its first command."""
+    """Starts a server. descriptor: the server's end of the socket. log: the file for what the server prints before its
+    first command."""
     return subprocess.Popen([sys.executable, "-m", "util.series.serve", str(descriptor), os.getcwd()], cwd=ROOT,
                             stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[descriptor], env=environment)

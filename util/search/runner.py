@@ -39,9 +39,9 @@ class HoursSpent(Exception):
 class Runner:
     """Runs a trial's commands one after another.
 
-    flags: train.py's. machine: those of them that eval.py does not read from the run. gpus: of one trial.
-    seconds_left: until the study's GPU-hours are used up, for one trial. start: of a command. identity: that of the
-    study.
+    flags: the flags of train.py. machine: those of them that eval.py does not read from the run. gpus: the number of
+    GPUs of one trial. seconds_left(): the seconds that one trial may run until the study's GPU-hours are used up.
+    start: starts a command. identity: the identity of the study.
     """
 
     flags: list[str]
@@ -70,8 +70,9 @@ class Runner:
             require_same(path, {"train": checksums(recipe)}, self.identity, fix)
 
     def score(self, folder: Path, epochs: int, out: Path, part: str, lock: int, *more: str) -> dict[str, Any]:
-        """The scores of the checkpoint after this number of epochs, in the folder `out`. part: of the study's
-        identity. Scores of something else that are there are replaced; raises WorkerError where the new ones are, too.
+        """The scores of the checkpoint after this number of epochs, in the folder `out`. part: the part of the study's
+        identity that says what is scored. Scores of something else that are there are replaced; raises WorkerError
+        where the new ones are, too.
         """
         path, checkpoint = out / SCORES, checkpoint_path(folder, epochs - 1)
         if not self.is_scored(path, part, checkpoint):

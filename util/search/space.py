@@ -100,7 +100,8 @@ class Space:
             return False
 
     def walk(self, choose: Callable[[str, Any, Values], Any]) -> Values:
-        """The values by flag. choose(name, parameter, values of earlier flags): for each parameter that is active."""
+        """The values by flag. choose(name, parameter, values of earlier flags) gives the value of each active
+        parameter."""
         values = dict(self.fixed)
         for name, parameter in self.parameters.items():
             if all(values.get(flag) in allowed for flag, allowed in parameter.get("when", {}).items()):

@@ -36,7 +36,7 @@ COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 
 @dataclass
 class Trial:
-    """A trial that this worker holds. values: those of the flags that are searched."""
+    """A trial that this worker holds. values: the values of the flags that are searched."""
 
     number: int
     folder: Path
@@ -53,7 +53,8 @@ class Trial:
 
 
 class Study:
-    """Opens the study in `folder`, or begins it. settings: the content of study.json. gpus: those of a trial here.
+    """Opens the study in `folder`, or begins it. settings: the content of study.json. gpus: the GPUs of a trial of this
+    worker.
 
     Raises UserError where the folder holds a study of other settings, or of something else.
     """

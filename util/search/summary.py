@@ -48,9 +48,9 @@ class Trial:
 class StudyReport:
     """The content of a study's folder. Raises UserError where it does not hold a study with a scored trial.
 
-    records, confirmed: those of all trials, and of all runs with fresh seeds. left_out, left_out_of_confirmed: those of
-    them that cannot be compared to the others, since they are of something else, with what differs. trials: those that
-    have a score and can be compared.
+    records, confirmed: the records of all trials, and of all runs with fresh seeds. left_out, left_out_of_confirmed:
+    the names of those that cannot be compared to the others, since they are of something else, each with what differs.
+    trials: the trials that have a score and can be compared.
     """
 
     def __init__(self, folder: Path):

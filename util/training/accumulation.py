@@ -24,8 +24,8 @@ def count_answer_tokens(examples: list) -> int:
 def loss_weights(groups: list[list[int]], examples: list) -> dict[int, float]:
     """The weight of an answer token in the loss of an optimizer step, by the index of its sample.
 
-    groups: all samples of the step, over all ranks. The loss is the mean over the groups of the mean over a group's
-    answer tokens; a group without any has no mean, and does not count.
+    groups: the indices of all samples of the step, over all ranks, in groups. The loss is the mean over the groups of
+    the mean over a group's answer tokens; a group without any has no mean, and does not count.
     """
     counts = [count_answer_tokens([examples[i] for i in group]) for group in groups]
     n_groups = sum(count > 0 for count in counts)

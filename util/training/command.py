@@ -34,7 +34,7 @@ def main(args: Flags) -> None:
 
 
 def run(args: Flags, shared: SharedBase) -> None:
-    """The command among others of its process. shared: lends the base to all of them."""
+    """The command among others of its process, which share the base. shared: the object that lends it."""
     effective_batch = take_flags_of_run(args, get_args_parser()) if args.resume else None
     rank, world, local_rank = distributed.init(args.model_parallel_size)
     if effective_batch:
@@ -78,7 +78,7 @@ def train(settings: TrainSettings, rank: int, world: int, device: torch.device, 
 
 def require_equal_examples(sha256: str) -> None:
     """Raises UserError where processes have other examples, of the same files: they divide the samples of a step by
-    these. sha256: of this process's examples."""
+    these. sha256: the checksum of this process's examples."""
     of_rank_0, *of_others = distributed.all_gather_object(sha256)
     differing = [str(rank) for rank, other in enumerate(of_others, 1) if other != of_rank_0]
     if differing:
@@ -101,7 +101,7 @@ def load_model(settings: TrainSettings, device: torch.device, dtype: torch.dtype
 
 def begin(run: RunFolder, settings: TrainSettings, device: torch.device, world: int, n_layers: int,
           record: EpochRecord) -> None:
-    """Writes, on rank 0, what the run's folder holds before the first step. record: says where training goes on."""
+    """Writes, on rank 0, what the run's folder holds before the first step. record: the place where training begins."""
     if is_main_process():
         place, base = {"epoch": record.epoch, "step": len(record.steps)}, settings.base
         run.begin(settings.flags)

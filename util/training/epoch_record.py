@@ -17,8 +17,8 @@ class EpochRecord:
     """The numbers of an epoch's steps.
 
     steps: [loss, 1 if the step was made or 0 if it was skipped, gradient norm] of each step; the loss is None where the
-    step's samples have no answer token. rates: their learning rates. skipped: the number of steps up to now, of this
-    epoch and the ones before, that were skipped in a row.
+    step's samples have no answer token. rates: the learning rate of each step. skipped: the number of steps up to now,
+    of this epoch and the ones before, that were skipped in a row.
     """
 
     def __init__(self, epoch: int, skipped: int = 0, steps: list | None = None, rates: list | None = None,

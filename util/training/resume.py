@@ -87,7 +87,7 @@ def restore(model, optimizer, scaler, checkpoint: Checkpoint, examples_sha256: s
             ) -> EpochRecord:
     """Loads a checkpoint; returns the record of the epoch to go on with. Raises UserError if it does not fit.
 
-    any_joined: see util.data.examples.
+    any_joined(): whether earlier versions would have joined tokens (`any_joined` of util/data/examples.py).
     """
     source, content = f"checkpoint {checkpoint.path}", checkpoint.content
     if not {"sha256", "optimizer", "examples"} <= content.keys():

@@ -75,9 +75,10 @@ class Checkpoint:
 class RunFolder:
     """A run's folder, and the place where its training goes on.
 
-    folder: --output_dir. keep_last: the number of checkpoints of whole epochs to keep; None: all. checkpoint: the one
-    that training goes on from, read once; None: training begins. went_back_to: the epoch of the checkpoint that
-    --resume named. staged: whether files go into STAGING, since they are to replace a run or its later part.
+    folder: the folder of --output_dir. keep_last: the number of checkpoints of whole epochs to keep; None: all.
+    checkpoint: the checkpoint from which training goes on, read once; None: training begins. went_back_to: the epoch of
+    the checkpoint that --resume named. staged: whether files go into STAGING, since they are to replace a run or its
+    later part.
     """
 
     folder: Path

@@ -57,7 +57,7 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def restore(self, tokenizer: Tokenizer) -> EpochRecord:
-        """The record of the epoch to begin or to go on with. tokenizer: that of the examples."""
+        """The record of the epoch to begin or to go on with. tokenizer: the tokenizer that made the examples."""
         if not self.run.checkpoint:
             return EpochRecord(0)
         record = restore(self.model, self.optimizer, self.scaler, self.run.checkpoint, self.examples_sha256,

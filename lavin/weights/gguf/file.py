@@ -40,8 +40,8 @@ def open_file(path: Path) -> GGUFFile:
 
 @lru_cache(maxsize=1)
 def read_file(path: Path, size: int, mtime_ns: int) -> GGUFFile:
-    """Kept, since tokenizer and weights need it, and reading 100,000 tokens takes seconds. size, mtime_ns: tell a
-    changed file."""
+    """The result is kept, since tokenizer and weights need it, and reading 100,000 tokens takes seconds. size,
+    mtime_ns: a file that has changed has others, and is read again."""
     try:
         import gguf
     except ImportError as error:

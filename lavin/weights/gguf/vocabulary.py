@@ -83,7 +83,7 @@ def special_ids(vocabulary: Vocabulary) -> set[int]:
 # --- Byte-level BPE ---
 
 def byte_level_bpe(vocabulary: Vocabulary, tokenizers: Any) -> Any:
-    """The `tokenizers.Tokenizer`. tokenizers: the package, which is optional."""
+    """Returns the `tokenizers.Tokenizer` of a vocabulary. tokenizers: the package, which is optional."""
     tokens, special = vocabulary["tokens"], special_ids(vocabulary)
     words = [i for i, kind in enumerate(vocabulary["token_type"]) if kind == USER_DEFINED and i not in special]
     model = tokenizers.Tokenizer(tokenizers.models.BPE(
