@@ -112,7 +112,7 @@ def test_any_split_by_tokens_gives_the_same_step(loss_norm):
         assert_same(one_step(2, loss_norm, max_tokens=max_tokens), unsplit)
 
 
-def test_out_of_memory_halves_the_splits_and_keeps_the_gradients(monkeypatch):
+def test_out_of_memory_halves_the_splits_and_keeps_the_gradients(monkeypatch, capsys):
     """Memory for 45 tokens; if a single sample does not fit, the error is raised."""
     limit, forward = 45, LaVIN.forward
 
@@ -130,6 +130,7 @@ def test_out_of_memory_halves_the_splits_and_keeps_the_gradients(monkeypatch):
     model.zero_grad()
     loss, max_tokens = accumulate_with_oom_retry(model, pairs, math.inf, NO_SCALING)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5) and max_tokens < 60
+    assert f"passes have at most {int(max_tokens)} tokens" in capsys.readouterr().out
     for p, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-4)
     limit = 5

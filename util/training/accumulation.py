@@ -11,6 +11,7 @@ import torch
 from lavin.fast.captured_models import free_graphs
 from lavin.model import pack
 from lavin.runtime import distributed
+from lavin.runtime.console import counted, print_rank0
 from util.data.images import decode_images
 
 PROBE_TOKENS = 2048  # size of the pass that measures the memory per token
@@ -61,9 +62,10 @@ def accumulate_gradients(model, weighted_examples: list[tuple], max_tokens: floa
 
 def accumulate_with_oom_retry(model, weighted_examples: list[tuple], max_tokens: float, scaler
                               ) -> tuple[torch.Tensor, float]:
-    """`accumulate_gradients`; when GPU memory runs out, starts again with half of `max_tokens`.
+    """`accumulate_gradients`; when GPU memory runs out, says so, and starts again with half of `max_tokens`.
 
-    Returns the loss and the `max_tokens` that fit.
+    Returns the loss and the `max_tokens` that fit. They are not saved, since they are this GPU's: a run that goes on
+    finds them anew.
     """
     while True:
         try:
@@ -74,6 +76,8 @@ def accumulate_with_oom_retry(model, weighted_examples: list[tuple], max_tokens:
             if len(split_by_tokens(weighted_examples, max_tokens)) == len(weighted_examples):  # one sample per pass
                 raise
         max_tokens = min(max_tokens, sum(len(example.ids) for example, _ in weighted_examples)) / 2
+        print_rank0("GPU memory ran out: from now on, passes have at most "
+                    f"{counted(int(max_tokens), 'token')}, which is slower")
         model.zero_grad(set_to_none=False)  # they are parts of flat ones
         free_graphs(model.llama, model.vision)
         gc.collect()  # frees what the failed pass held
