@@ -28,7 +28,9 @@ try:  # packages may be missing or broken, and this program says so
     import torch
     from packaging.specifiers import SpecifierSet
 
+    from lavin.attention import select_attention
     from lavin.fast.speed_up import choose_fast_paths
+    from lavin.kernels.fp8 import FP8_CAPABILITY
     from lavin.runtime import console
     from lavin.runtime.console import counted
     from lavin.runtime.device import choose_device, choose_dtype, compute_capability
@@ -51,8 +53,9 @@ except Exception as error:  # of many types: a library of CUDA that is gone, a t
 OPTIONAL = ("torchvision", "triton", "tokenizers", "transformers", "bitsandbytes", "gguf", "tensorboard", "gradio")
 FIX = "bash scripts/quickstart.sh makes .venv with all packages, or pip install -r requirements.txt"
 INSTALLED = {found.name.lower(): found.version for found in metadata.distributions() if found.name}
+LLAMA_HEAD_DIM = 128  # of 7B and 13B
 BITSANDBYTES = ", and bitsandbytes (pip install -r requirements/lite.txt)"
-LEAST = {"fp8": (8, 9), "8bit": (7, 5), "4bit": (6, 0)}  # compute capability: of lavin/kernels/fp8.py, bitsandbytes
+BITSANDBYTES_CAPABILITY = {"8bit": (7, 5), "4bit": (6, 0)}  # the least that it supports
 BUILDS = ("; for older GPUs or drivers: pip install -r requirements.txt -c requirements/constraints/v100.txt (or "
           "cuda12.txt or cuda11.txt of that folder)")
 GPU_QUERY = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
@@ -113,14 +116,14 @@ def run(args) -> Iterator[str]:
     dtype, gpu = choose_dtype(args.precision, device), device.type == "cuda"
     yield row("device", torch.cuda.get_device_name(device) if gpu else "CPU")
     yield row("precision", f"{dtype} (auto: bf16 from compute capability 8.0 on, fp16 on older GPUs, fp32 on a CPU)")
-    for bits, least in LEAST.items():
+    for bits, least in {"fp8": FP8_CAPABILITY, **BITSANDBYTES_CAPABILITY}.items():
         works = (not gpu or compute_capability(device) >= least) and (bits == "fp8" or "bitsandbytes" in INSTALLED)
         needs = f"compute capability {least[0]}.{least[1]} or newer, or a CPU{'' if bits == 'fp8' else BITSANDBYTES}"
         yield row(f"--bits {bits}", "possible" if works else f"needs {needs}")
         if args.bits == bits and not works:
             yield f"! --bits {bits} needs {needs}: leave it at 16bit"
-    paths = choose_fast_paths(device, dtype, 128, args.bits, args.compile, args.cuda_graphs)
-    yield row("attention", paths.attention.__name__)
+    paths = choose_fast_paths(device, dtype, args.bits, args.compile, args.cuda_graphs)
+    yield row("attention", select_attention(device, dtype, LLAMA_HEAD_DIM, use_triton=not paths.note).__name__)
     plain = stays_plain(BaseSettings.of(args), Execution.of(args))
     for label in ("fused", "compiled", "captured"):
         yield row(label, "yes" if getattr(paths, label) and not plain else "no")

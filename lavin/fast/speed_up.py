@@ -112,14 +112,12 @@ def compiler_error(device: torch.device) -> str | None:
 class FastPaths:
     """The faster parts that a model on a device takes.
 
-    - attention: a function of lavin/attention.py.
     - fused: whether matrices are fused with Triton kernels.
     - compiled: whether layers are compiled.
     - captured: whether training passes and decoding are captured in CUDA graphs.
     - note: a line that names a part that does not work here.
     """
 
-    attention: Callable
     fused: bool
     compiled: bool
     captured: bool
@@ -142,8 +140,8 @@ def check_fast_paths(device: torch.device, dtype: torch.dtype, bits: str, compil
     return error
 
 
-def choose_fast_paths(device: torch.device, dtype: torch.dtype, head_dim: int, bits: str = "16bit",
-                      compile: str = "auto", cuda_graphs: str = "auto") -> FastPaths:
+def choose_fast_paths(device: torch.device, dtype: torch.dtype, bits: str = "16bit", compile: str = "auto",
+                      cuda_graphs: str = "auto") -> FastPaths:
     """Chooses the fast parts by device, dtype and flags.
 
     `compile` and `cuda_graphs` are `auto`, `on` or `off`. Raises UserError where `check_fast_paths` does.
@@ -151,8 +149,7 @@ def choose_fast_paths(device: torch.device, dtype: torch.dtype, head_dim: int, b
     error, gpu = check_fast_paths(device, dtype, bits, compile, cuda_graphs), device.type == "cuda"
     note = f"the model runs without torch.compile and Triton, which do not work on this GPU: {error}" if error else ""
     works = gpu and not error
-    return FastPaths(attention.select_attention(device, dtype, head_dim, works), fused=works or bits == "fp8",
-                     compiled=compile == "on" or (compile == "auto" and works),
+    return FastPaths(fused=works or bits == "fp8", compiled=compile == "on" or (compile == "auto" and works),
                      captured=gpu and cuda_graphs != "off", note=note)
 
 
@@ -179,7 +176,7 @@ def speed_up(model: LaVIN, bits: str = "16bit", compile: str = "auto", cuda_grap
     choose_attention(model)
     if not can_speed_up(model.llama.layers[0].attention.wq):
         return model
-    paths = choose_fast_paths(model.device, model.dtype, model.llama.config.head_dim, bits, compile, cuda_graphs)
+    paths = choose_fast_paths(model.device, model.dtype, bits, compile, cuda_graphs)
     if paths.note:
         print_rank0(paths.note)
     if paths.fused:

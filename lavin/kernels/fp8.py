@@ -10,6 +10,7 @@ from lavin.runtime.errors import UserError
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8_DTYPE).max
+FP8_CAPABILITY = (8, 9)  # the first GPUs with fp8 tensor cores: Ada, Hopper
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,6 +29,6 @@ def scaled_matmul(a, a_scale, b, b_scale, dtype: torch.dtype):
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where the GPU has no fp8 tensor cores."""
-    if device.type == "cuda" and (compute_capability(device) < (8, 9) or dtype != torch.bfloat16):
-        raise UserError("--bits fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or newer and --precision bf16: "
-                        "leave it at 16bit")
+    if device.type == "cuda" and (compute_capability(device) < FP8_CAPABILITY or dtype != torch.bfloat16):
+        raise UserError("--bits fp8 needs a GPU of compute capability {}.{} (Ada, Hopper) or newer and --precision "
+                        "bf16: leave it at 16bit".format(*FP8_CAPABILITY))

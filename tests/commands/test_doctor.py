@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lavin.attention import efficient_varlen_attention, padded_attention
 from lavin.fast.speed_up import FastPaths
 from lavin.runtime.errors import UserError
 from tiny import ROOT
@@ -90,18 +89,18 @@ def on_gpu(monkeypatch, capability=(7, 0), paths=None):
     """Lets this machine look like one with a GPU. paths: the answer of choose_fast_paths."""
     monkeypatch.setattr(doctor, "choose_device", lambda name, local_rank: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    for module in ("tools.doctor", "lavin.runtime.device", "lavin.kernels.fp8"):
+    for module in ("tools.doctor", "lavin.attention", "lavin.runtime.device", "lavin.kernels.fp8"):
         monkeypatch.setattr(f"{module}.compute_capability", lambda device: capability)
-    paths = paths or FastPaths(efficient_varlen_attention, fused=True, compiled=True, captured=True)
+    paths = paths or FastPaths(fused=True, compiled=True, captured=True)
     monkeypatch.setattr(doctor, "choose_fast_paths", lambda *args: paths)
 
 
 def test_what_a_run_uses_is_what_speed_up_chooses(check, monkeypatch):
     note = "the model runs without torch.compile, which does not work on this GPU: no C compiler"
-    on_gpu(monkeypatch, paths=FastPaths(efficient_varlen_attention, True, False, True, note=note))
+    on_gpu(monkeypatch, (8, 0), FastPaths(fused=True, compiled=False, captured=True, note=note))
     lines, problems = check()
     assert problems == []
-    assert find(lines, "device") == "Tesla V100" and find(lines, "precision").startswith("torch.float16 (")
+    assert find(lines, "device") == "Tesla V100" and find(lines, "precision").startswith("torch.bfloat16 (")
     assert find(lines, "attention") == "efficient_varlen_attention"
     assert [find(lines, label) for label in ("fused", "compiled", "captured")] == ["yes", "no", "yes"]
     assert find(lines, "") == note
@@ -113,9 +112,9 @@ def test_what_a_run_uses_is_what_speed_up_chooses(check, monkeypatch):
 def test_the_choice_gets_the_flags(check, monkeypatch):
     calls = []
     monkeypatch.setattr(doctor, "choose_fast_paths", lambda *args: calls.append(args) or FastPaths(
-        padded_attention, False, False, False))
+        fused=False, compiled=False, captured=False))
     check("--compile", "off", "--bits", "fp8", "--precision", "bf16")
-    assert calls == [(torch.device("cpu"), torch.bfloat16, 128, "fp8", "off", "auto")]
+    assert calls == [(torch.device("cpu"), torch.bfloat16, "fp8", "off", "auto")]
 
 
 # --- What is missing ---

@@ -176,15 +176,6 @@ def test_varlen_attention_equals_the_reference(implementation, dtype, tolerance)
     assert all(close(actual, expected, tolerance) for actual, expected in zip(*results, strict=True))
 
 
-def test_attention_by_hardware(monkeypatch):
-    device = torch.device("cuda")
-    for capability, dtype, name in (((9, 0), torch.bfloat16, "flash"), ((8, 0), torch.float16, "flash"),
-                                    ((8, 0), torch.float32, "efficient"), ((7, 5), torch.float16, "efficient")):
-        monkeypatch.setattr(attention, "compute_capability", lambda _, capability=capability: capability)
-        assert attention.select_attention(device, dtype, 16, True).__name__ == f"{name}_varlen_attention"
-    assert attention.select_attention(device, torch.bfloat16, 24, True) is attention.efficient_varlen_attention
-
-
 # --bits, the dtype, and whether the compiler works; fp16: as on a V100 or T4
 KINDS = [("16bit", torch.bfloat16, True), pytest.param(("fp8", torch.bfloat16, True), marks=NEEDS_FP8),
          pytest.param(("4bit", torch.bfloat16, True), marks=NEEDS_BITSANDBYTES),

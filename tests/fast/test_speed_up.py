@@ -30,28 +30,41 @@ def hardware(monkeypatch):
 
 
 def summary(paths) -> tuple:
-    return paths.attention.__name__.split("_")[0], paths.fused, paths.compiled, paths.captured
+    return paths.fused, paths.compiled, paths.captured
+
+
+@pytest.mark.parametrize("capability, dtype, head_dim, use_triton, expected", [
+    ((9, 0), BF16, 128, True, attention.flash_varlen_attention),
+    ((8, 0), FP16, 16, True, attention.flash_varlen_attention),
+    ((8, 0), FP32, 128, True, attention.efficient_varlen_attention),
+    ((7, 5), FP16, 128, True, attention.efficient_varlen_attention),
+    ((9, 0), BF16, 24, True, attention.efficient_varlen_attention),
+    ((9, 0), BF16, 128, False, attention.efficient_varlen_attention)])
+def test_attention_by_hardware(hardware, capability, dtype, head_dim, use_triton, expected):
+    hardware(capability)
+    assert attention.select_attention(GPU, dtype, head_dim, use_triton) is expected
+    assert attention.select_attention(CPU, dtype, head_dim, use_triton) is padded_attention
 
 
 @pytest.mark.parametrize("capability, dtype, error, expected", [
-    ((9, 0), BF16, None, ("flash", True, True, True)), ((8, 0), FP32, None, ("efficient", True, True, True)),
-    ((7, 0), FP16, None, ("efficient", True, True, True)),
-    ((7, 0), FP16, "ptxas fatal", ("efficient", False, False, True)),
-    ((8, 0), BF16, "no C compiler", ("efficient", False, False, True))])
+    ((9, 0), BF16, None, (True, True, True)), ((8, 0), FP32, None, (True, True, True)),
+    ((7, 0), FP16, None, (True, True, True)),
+    ((7, 0), FP16, "ptxas fatal", (False, False, True)),
+    ((8, 0), BF16, "no C compiler", (False, False, True))])
 def test_by_gpu_and_compiler(hardware, capability, dtype, error, expected):
     hardware(capability, error)
-    paths = choose_fast_paths(GPU, dtype, 128)
+    paths = choose_fast_paths(GPU, dtype)
     assert summary(paths) == expected
     assert bool(paths.note) == bool(error) and (error or "") in paths.note
 
 
 def test_by_flags(hardware):
     hardware((8, 0))
-    assert summary(choose_fast_paths(GPU, BF16, 128, compile="off")) == ("flash", True, False, True)
-    assert summary(choose_fast_paths(GPU, BF16, 128, cuda_graphs="off")) == ("flash", True, True, False)
-    assert summary(choose_fast_paths(CPU, FP32, 128)) == ("padded", False, False, False)
-    assert summary(choose_fast_paths(CPU, FP32, 128, "fp8")) == ("padded", True, False, False)
-    assert summary(choose_fast_paths(CPU, FP32, 128, compile="on")) == ("padded", False, True, False)
+    assert summary(choose_fast_paths(GPU, BF16, compile="off")) == (True, False, True)
+    assert summary(choose_fast_paths(GPU, BF16, cuda_graphs="off")) == (True, True, False)
+    assert summary(choose_fast_paths(CPU, FP32)) == (False, False, False)
+    assert summary(choose_fast_paths(CPU, FP32, "fp8")) == (True, False, False)
+    assert summary(choose_fast_paths(CPU, FP32, compile="on")) == (False, True, False)
 
 
 def test_our_kernel_in_4_bits_is_for_nvidia_from_ampere_on(hardware, monkeypatch):
@@ -64,17 +77,17 @@ def test_our_kernel_in_4_bits_is_for_nvidia_from_ampere_on(hardware, monkeypatch
 
 
 def test_what_was_asked_for_and_does_not_work_is_refused(hardware):
-    assert "--cuda_graphs on needs a GPU" in error_message(choose_fast_paths, CPU, FP32, 128, cuda_graphs="on")
+    assert "--cuda_graphs on needs a GPU" in error_message(choose_fast_paths, CPU, FP32, cuda_graphs="on")
     hardware((8, 9), "no C compiler")
-    assert "--compile on does not work on this GPU: no C" in error_message(choose_fast_paths, GPU, BF16, 128,
+    assert "--compile on does not work on this GPU: no C" in error_message(choose_fast_paths, GPU, BF16,
                                                                            compile="on")
-    assert "--bits fp8 does not work" in error_message(choose_fast_paths, GPU, BF16, 128, "fp8")
+    assert "--bits fp8 does not work" in error_message(choose_fast_paths, GPU, BF16, "fp8")
 
 
 @pytest.mark.parametrize("bits, dtype", [("16bit", FP32), ("fp8", torch.float8_e4m3fn)])
 def test_matrices_are_fused_in_the_precision_asked_for(monkeypatch, bits, dtype):
     monkeypatch.setattr(speed_up, "choose_fast_paths",
-                        lambda *_: FastPaths(padded_attention, fused=True, compiled=False, captured=False))
+                        lambda *_: FastPaths(fused=True, compiled=False, captured=False))
     block = speed_up.speed_up(tiny_model(), bits).llama.layers[0]
     for matrix in (block.attention.wqkv, block.attention.wo, block.feed_forward.w13, block.feed_forward.w2):
         assert matrix.weight.dtype == dtype

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import eval as evaluation
-from lavin.attention import padded_attention
 from lavin.fast.cuda_graphs import CapturedModule
 from lavin.fast.fused_adapter import FusedAdaptedBlock
 from lavin.fast.speed_up import FastPaths, fuse, speed_up
@@ -177,7 +176,7 @@ def test_only_the_linear_layers_of_llama_are_quantized(quantization, base):
 
 def test_4_bit_models_are_captured(quantization, monkeypatch):
     """Their matrices stay as they are. 8-bit models stay as they are altogether: their matmul waits for the GPU."""
-    paths = FastPaths(padded_attention, fused=True, compiled=False, captured=True)
+    paths = FastPaths(fused=True, compiled=False, captured=True)
     monkeypatch.setattr("lavin.fast.speed_up.choose_fast_paths", lambda *_: paths)
     for bits in BITS:
         plain, fast = (quantized_and_dequantized_model(bits, dropout_prob=0.0)[0].train() for _ in "pf")
