@@ -231,7 +231,7 @@ class Routing:
 class AdaptedBlock(Block):
     """A decoder layer with an adapter before attention and, with --adapter_type block, before the feed-forward."""
 
-    adapter_attn: RepAdapterRouter
+    adapter_attn: RepAdapterRouter  # with every --adapter_type, as published
     adapter_mlp: RepAdapterRouter | None
 
     def attach(self, adapter: AdapterConfig, dropout: float) -> None:
