@@ -57,23 +57,22 @@ def find_source(project: Path, text: str) -> Path:
 
 
 def ordered_tests(project: Path, source: Path, near: bool) -> list[str]:
-    """All test files but the slowest, or those near the changed file, which import it or are named after its part, as
-    their folder may be.
+    """All test files but the slowest, those that are near the changed file first; with `near`, only these, if any.
 
-    Those that have its name, too, come first, then the others that import it, then those of its part.
+    A test is near if it imports the file, or if it or its folder has the name of the file or of its folder.
     """
     parts = source.relative_to(project).with_suffix("").parts
     package, module = re.escape(".".join(parts[:-1])), re.escape(".".join(parts))
     imports = re.compile(rf"^(from|import) {module}\b|^from {package} import .*\b{source.stem}\b", re.MULTILINE)
 
-    def distance(test: Path) -> int:
-        is_named_so = source.stem in (test.stem.removeprefix("test_"), test.parent.name.removesuffix("ing"))
-        if imports.search(test.read_text(encoding="utf-8")):
-            return 0 if is_named_so else 1
-        return 2 if {test.parent.name, test.stem.removeprefix("test_")} & set(parts) else 3
-    tests = sorted((project / "tests").rglob("test_*.py"), key=lambda test: (distance(test), test))
-    nearest = [test for test in tests if distance(test) < 3] if near else []
-    return [name for test in nearest or tests if (name := str(test.relative_to(project))) != SLOWEST]
+    def is_far(test: Path) -> tuple[bool, bool]:
+        """Whether a test does not import the file, and whether it has other names."""
+        return (not imports.search(test.read_text(encoding="utf-8")),
+                {test.parent.name, test.stem.removeprefix("test_")}.isdisjoint(parts))
+
+    tests = sorted((project / "tests").rglob("test_*.py"), key=lambda test: (is_far(test), test))
+    nearest = [test for test in tests if not all(is_far(test))] if near else []
+    return [str(test.relative_to(project)) for test in nearest or tests]
 
 
 def first_failure(project: Path, tests: list[str]) -> str | None:
