@@ -12,7 +12,6 @@ from lavin.runtime.startup import prepare_imports
 if __name__ == "__main__":
     prepare_imports()
 
-import argparse
 import gc
 import statistics
 import time
@@ -23,11 +22,10 @@ import torch
 
 from benchmarks.published_recipe import published_answers
 from benchmarks.random_lavin import random_examples, random_lavin, redrawn
-from benchmarks.timing import hardware, matmul_peak, peak_gib, print_kernels, report, start_memory
+from benchmarks.timing import hardware, make_parser, matmul_peak, peak_gib, print_kernels, report, start_memory
 from lavin.fast.captured_models import free_graphs
 from lavin.fast.speed_up import speed_up
 from lavin.generation.generate import decode, warmup
-from lavin.runtime.console import summary
 
 SKIPPED_TOKENS = 16  # at the start of an answer, excluded from tokens/s
 
@@ -88,9 +86,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=summary(__doc__))
-    parser.add_argument("--size", default="7B")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = make_parser(__doc__)
     parser.add_argument("--tokens", default=144, type=int)
     parser.add_argument("--repeats", default=5, type=int)
     parser.add_argument("--profile", action="store_true", help="list the kernels of an answer of 33 tokens")

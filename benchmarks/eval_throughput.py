@@ -14,7 +14,6 @@ if __name__ == "__main__":
     prepare_imports()
     prepare_cuda()
 
-import argparse
 import gc
 import random
 import time
@@ -34,11 +33,10 @@ from benchmarks.random_lavin import (
     random_examples,
     random_lavin,
 )
-from benchmarks.timing import hardware, matmul_peak, peak_gib, print_kernels, report, start_memory
+from benchmarks.timing import hardware, make_parser, matmul_peak, peak_gib, print_kernels, report, start_memory
 from lavin.fast.speed_up import speed_up
 from lavin.generation import generate
 from lavin.generation.sampling import greedy
-from lavin.runtime.console import summary
 from lavin.tokenizer import IMAGE_SLOT, Example
 from util.data.datasets import ScienceQA
 from util.data.settings import DataSettings
@@ -142,9 +140,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=summary(__doc__))
-    parser.add_argument("--size", default="7B")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = make_parser(__doc__)
     parser.add_argument("--batch", default=64, type=int)
     parser.add_argument("--questions", default=4241, type=int, help="for ours; the published recipe answers one batch")
     parser.add_argument("--profile", action="store_true", help="list the kernels of four batches of each")

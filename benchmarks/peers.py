@@ -14,7 +14,6 @@ if __name__ == "__main__":
     prepare_imports()
     prepare_cuda()
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -28,11 +27,10 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.random_lavin import SIZES, random_examples, random_lavin, redrawn
-from benchmarks.timing import hardware, matmul_peak, peak_gib, report, start_memory, step_seconds
+from benchmarks.timing import hardware, make_parser, matmul_peak, peak_gib, report, start_memory, step_seconds
 from benchmarks.train_throughput import our_trainer
 from lavin.fast.speed_up import speed_up
 from lavin.runtime.arithmetic import round_up
-from lavin.runtime.console import summary
 from lavin.tokenizer import Example
 
 ROOT = Path(__file__).parents[1]
@@ -230,9 +228,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=summary(__doc__))
-    parser.add_argument("--size", default="7B")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = make_parser(__doc__)
     parser.add_argument("--samples", default=32, type=int, help="samples a step")
     parser.add_argument("--steps", default=10, type=int)
     parser.add_argument("--warm_up", default=4, type=int)

@@ -29,12 +29,12 @@ import torch
 
 from benchmarks.eval_throughput import RandomTokenizer, answer_all, questions
 from benchmarks.random_lavin import SIZES, random_examples, redrawn
-from benchmarks.timing import peak_gib, report, start_memory, step_seconds
+from benchmarks.timing import make_parser, peak_gib, report, start_memory, step_seconds
 from lavin.fast.speed_up import speed_up
 from lavin.mm_adapter import AdapterConfig
 from lavin.model import LaVIN
 from lavin.runtime import distributed
-from lavin.runtime.console import is_main_process, summary
+from lavin.runtime.console import is_main_process
 from lavin.runtime.device import choose_device
 from lavin.timm_compat import timm
 from lavin.weights.load import frozen_parameters, load_frozen
@@ -176,9 +176,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=summary(__doc__))
-    parser.add_argument("--size", default="7B", choices=SIZES)
-    parser.add_argument("--device", help="cuda or cpu")
+    parser = make_parser(__doc__)
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--steps", default=20, type=int, help="steps whose losses are compared")
     parser.add_argument("--repeats", default=8, type=int)

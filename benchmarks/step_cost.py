@@ -16,7 +16,6 @@ if __name__ == "__main__":
     prepare_imports()
     prepare_cuda()
 
-import argparse
 import gc
 import random
 import statistics
@@ -26,11 +25,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.random_lavin import SIZES, image_generator, random_examples, random_lavin, redrawn
-from benchmarks.timing import hardware, matmul_peak, peak_gib, report, start_memory, step_seconds
+from benchmarks.random_lavin import image_generator, random_examples, random_lavin, redrawn
+from benchmarks.timing import hardware, make_parser, matmul_peak, peak_gib, report, start_memory, step_seconds
 from benchmarks.train_throughput import our_trainer
 from lavin.fast.speed_up import speed_up
-from lavin.runtime.console import summary
 from lavin.runtime.device import copy_to_host, limit_threads, set_determinism
 from lavin.tokenizer import IMAGE_SLOT, Example
 
@@ -123,10 +121,8 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=summary(__doc__))
-    parser.add_argument("--size", default="SmolLM2", choices=SIZES)
+    parser = make_parser(__doc__, size="SmolLM2")
     parser.add_argument("--bits", default="16bit", choices=("16bit", "fp8"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", default=[8, 16, 32, 64, 128], type=int, nargs="+", help="samples per step")
     parser.add_argument("--steps", default=20, type=int)
     parser.add_argument("--warm_up", default=4, type=int)

@@ -1,5 +1,6 @@
-"""Shared by the benchmarks: timing with CUDA events, peak matmul rate, peak memory, the printed table."""
+"""Shared by the benchmarks: their flags, timing with CUDA events, peak matmul rate, peak memory, the printed table."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -7,7 +8,16 @@ from itertools import pairwise
 
 import torch
 
-from lavin.runtime.console import format_table
+from benchmarks.random_lavin import SIZES
+from lavin.runtime.console import format_table, summary
+
+
+def make_parser(doc: str | None, size: str = "7B") -> argparse.ArgumentParser:
+    """A parser with the flags that all benchmarks have. doc: the module's docstring. size: the default of --size."""
+    parser = argparse.ArgumentParser(description=summary(doc))
+    parser.add_argument("--size", default=size, choices=SIZES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
 
 
 def mark(device):

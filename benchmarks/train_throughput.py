@@ -10,7 +10,6 @@ if __name__ == "__main__":
     prepare_imports()
     prepare_cuda()
 
-import argparse
 import gc
 import math
 from functools import partial
@@ -21,6 +20,7 @@ from benchmarks.published_recipe import published_loss
 from benchmarks.random_lavin import random_examples, random_lavin, redrawn
 from benchmarks.timing import (
     hardware,
+    make_parser,
     matmul_peak,
     peak_gib,
     print_kernels,
@@ -29,7 +29,6 @@ from benchmarks.timing import (
     step_seconds,
 )
 from lavin.fast.speed_up import speed_up
-from lavin.runtime.console import summary
 from lavin.runtime.device import set_determinism
 from util.training.accumulation import accumulate_gradients, count_answer_tokens
 from util.training.optimizer import make_optimizer, make_scaler, optimizer_step
@@ -150,9 +149,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=summary(__doc__))
-    parser.add_argument("--size", default="7B")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = make_parser(__doc__)
     parser.add_argument("--samples", default=32, type=int, help="samples per step, all in one pass")
     parser.add_argument("--steps", default=10, type=int)
     parser.add_argument("--warm_up", default=4, type=int)
