@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from tests.faults.cases import LLAMA, VIT, write_base
+from tests.faults.cases import BASE, LLAMA, VIT, write_base
 from tools.make_mini_scienceqa import write_mini_scienceqa
 from util.runs import checkpoints
 
@@ -63,8 +63,7 @@ class Machine:
 
     @property
     def train(self) -> tuple[str, ...]:
-        return (f"{ROOT}/train.py", "--llama_model_path", "weights", "--llm_model", "tiny", "--vision_model", "vit",
-                "--data_root", "data", "--device", self.device, "--batch_size", "4", "--epochs", str(self.epochs),
+        return (f"{ROOT}/train.py", *BASE, "--device", self.device, "--batch_size", "4", "--epochs", str(self.epochs),
                 "--warmup_epochs", "1", "--lr", "1e-2", "--max_seq_len", "500", "--save_every_minutes", "0.002",
                 "--output_dir", "run")
 

@@ -28,7 +28,8 @@ from lavin.runtime.console import format_table, summary
 from lavin.runtime.errors import one_line_errors
 from lavin.runtime.files import read_json, read_json_lines
 from lavin.weights.adapters import read_adapters
-from tests.faults.cases import write_base
+from tests.faults import machine
+from tests.faults.cases import BASE, write_base
 from tests.simulated_studies import World
 from tools.make_mini_scienceqa import write_mini_scienceqa
 from util.comparison.statistics import mcnemar, tango
@@ -38,10 +39,8 @@ from util.search.folder import accuracy, read_records, read_settings
 from util.search.settings import SPACE
 from util.search.space import command_line
 
-ROOT = Path(__file__).parents[2]
 SIZES = {"train": 64, "val": 200, "test": 6}
-TRAIN = ("--llama_model_path", "weights", "--llm_model", "tiny", "--vision_model", "vit", "--data_root", "data",
-         "--device", "cpu", "--batch_size", "4", "--accum_iter", "8", "--epochs", "9", "--max_seq_len", "500",
+TRAIN = (*BASE, "--batch_size", "4", "--accum_iter", "8", "--epochs", "9", "--max_seq_len", "500",
          "--save_every_minutes", "0.002",
          "--warmup_epochs", "0.5")  # a longer one would leave no early scores, at which trials are ended
 EPOCHS, MOST_STEPS = 9, 0.4  # of an unpruned study
@@ -52,10 +51,9 @@ Checks = list[tuple[str, bool, str]]  # what, whether it holds, the figure
 # --- Kills ---
 
 def start(root: Path, program: str, *flags: str, log: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(log, "ab") as output:
-        return subprocess.Popen([sys.executable, f"{ROOT}/{program}", *flags], cwd=root, env=environment,
-                                stdout=output, stderr=output, start_new_session=True)
+        return machine.start(root, f"{machine.ROOT}/{program}", *flags, stdout=output, stderr=output,
+                             start_new_session=True)
 
 
 def kill(worker: subprocess.Popen, rng: Random) -> str:
