@@ -6,7 +6,7 @@ import shutil
 
 import torch
 
-from lavin.tokenizer import byte_characters
+from lavin.tokenizer_formats import byte_characters
 
 LLAMA_3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 64}

@@ -39,7 +39,8 @@ from lavin.runtime.errors import UserError, one_line_errors
 from lavin.runtime.files import atomic_write, write_json
 from lavin.runtime.flags import FlagGroup, Flags, Parser, Role, flag
 from lavin.runtime.schema import FileName, PathText
-from lavin.tokenizer import Example, FastTokenizer, Tokenizer
+from lavin.tokenizer import Example, Tokenizer
+from lavin.tokenizer_formats import FastTokenizer
 from lavin.weights.hugging_face import HF_NAMES, rope_entry
 from tools.output import make_folder, save_tensors
 from util.data.images import IMAGE_ERRORS, load_image

@@ -12,7 +12,7 @@ from lavin.runtime import distributed
 from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import sampled_sha256
-from lavin.tokenizer import special_id_files
+from lavin.tokenizer_formats import special_id_files
 from lavin.weights.base import base_files
 from lavin.weights.hub import model_path
 from lavin.weights.tensor_files import hf_weight_files

@@ -22,7 +22,7 @@ from huggingface_hub.utils import disable_progress_bars
 from lavin.runtime.console import is_main_process, is_terminal, print_rank0
 from lavin.runtime.errors import UserError, first_line
 from lavin.runtime.files import require_space
-from lavin.tokenizer import SPECIAL_IDS
+from lavin.tokenizer_formats import SPECIAL_IDS
 from lavin.weights.adapters import SHARED_SETTINGS, SHARED_TENSORS
 from lavin.weights.tensor_files import hf_weight_files
 

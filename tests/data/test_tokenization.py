@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from lavin import tokenizer as module
+from lavin import tokenizer_formats as module
 from lavin.generation.option_scoring import option_example
 from lavin.tokenizer import Example, Tokenizer
 from tests.conftest import make_problems

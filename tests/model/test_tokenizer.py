@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tokenizers import Tokenizer as HuggingFace
 
-from lavin import tokenizer as module
+from lavin import tokenizer_formats as module
 from lavin.runtime.errors import UserError
-from lavin.tokenizer import IMAGE_SLOT, Tokenizer, read_ranks
+from lavin.tokenizer import IMAGE_SLOT, Tokenizer
+from lavin.tokenizer_formats import read_ranks
 from lavin.weights.base import find_tokenizer
 from tiny_weights import write_tiktoken
 

@@ -102,7 +102,7 @@ def tokenizer_path(request, base, byte_level, tmp_path, monkeypatch):
         from tokenizers import ByteLevelBPETokenizer
         trained = ByteLevelBPETokenizer()
         trained.train_from_iterator([PROMPT, "Image: N/A"] * 9, vocab_size=380)
-        monkeypatch.setattr("lavin.tokenizer.LLAMA3_TOKENS", trained.get_vocab_size())
+        monkeypatch.setattr("lavin.tokenizer_formats.LLAMA3_TOKENS", trained.get_vocab_size())
         return write_tiktoken(tmp_path / "tokenizer.model", trained)
     shutil.copytree(byte_level.parent, folder)
     path = folder / "tokenizer.json"
