@@ -112,7 +112,7 @@ def png(width: int, height: int, *before: bytes, pixels: bytes = b"\0\x64\x96\xc
 
 
 def tiff(width: int, count: int = 1, strip: int = 122) -> bytes:
-    """A grey TIFF of one row. count: of the strips, which begin at `strip`."""
+    """A grey TIFF of one row. count: the number of strips, which begin at `strip`."""
     tags = [(256, 1, width), (257, 1, 1), (258, 1, 8), (259, 1, 1), (262, 1, 1), (273, count, strip), (277, 1, 1),
             (278, 1, 1), (279, count, 1)]
     return (b"II*\0" + struct.pack("<IH", 8, len(tags))

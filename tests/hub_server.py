@@ -23,8 +23,9 @@ class Server(ThreadingHTTPServer):
     """Serves the models USER/REPO of a folder, and its other files by their paths.
 
     fetched: how often the content of each file was sent. cut: bytes after which the connection ends, once for each
-    entry. gated: models that ask for a consent. commit: that of the branch main, whose models all have these files.
-    broken: a pattern of paths at which the server fails; with `closes`, by a connection that ends without an answer.
+    entry. gated: models that ask for a consent. commit: the commit of the branch main, whose models all have these
+    files. broken: a pattern of paths at which the server fails; with `closes`, by a connection that ends without an
+    answer.
     """
 
     daemon_threads = True

@@ -38,10 +38,10 @@ def checksums(flags, split: str, questions: int | None = None) -> dict[str, str]
 class Machine:
     """Runs one command at a time, on a clock that nothing else moves.
 
-    quality(flags of train.py, epochs): the share of questions that a checkpoint answers. fails(flags): whether
-    training ends with an error. stops: times at which the command that runs is stopped by a signal to itself.
-    kills: times at which it is killed, and saves nothing. full: whether training ends since the disk is full.
-    commands: of all that were started, the program, its parsed flags and its GPUs. gpu_seconds: of all of them.
+    quality(flags of train.py, epochs): the share of questions that a checkpoint answers. fails(flags): whether training
+    ends with an error. stops: times at which the command that runs is stopped by a signal to itself.
+    kills: times at which it is killed, and saves nothing. full: whether training ends since the disk is full. commands:
+    the program, the parsed flags and the GPUs of each that was started. gpu_seconds: the sum over all.
     """
 
     def __init__(self, quality: Callable, fails: Callable = lambda flags: False, stops=(), kills=()):

@@ -10,8 +10,8 @@ Q = gguf.GGMLQuantizationType
 
 def write_gguf(path, model, vocabulary: dict, architecture: str = "llama",
                dtype: gguf.GGMLQuantizationType = Q.F32, **changes):
-    """Writes a model as a GGUF file, and returns its path. vocabulary: the metadata below `tokenizer.ggml`. dtype: that
-    of matrices. changes: those of the metadata below the architecture; `tensor_NAME` adds a tensor."""
+    """Writes a model as a GGUF file, and returns its path. vocabulary: the metadata below `tokenizer.ggml`. dtype: the
+    type of matrices. changes: other metadata below the architecture; `tensor_NAME` adds a tensor."""
     config = model.config
     shape = {"block_count": config.num_hidden_layers, "context_length": 128, "embedding_length": config.hidden_size,
              "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,

@@ -28,7 +28,7 @@ def dequantized_weight(linear: nn.Module, in_features: int, device="cpu", dtype=
 
 
 def quantized_and_dequantized_model(bits: str, device="cpu", dtype=torch.float32, **model) -> tuple[LaVIN, LaVIN]:
-    """A quantized model on `device`, and an unquantized one on the CPU. model: of tiny_model."""
+    """A quantized model on `device`, and an unquantized one on the CPU. model: the arguments of tiny_model."""
     quantized, dequantized = tiny_model(**model), tiny_model(**model)
     exact = dict(quantized.llama.named_parameters())
     quantize_model(quantized, bits)

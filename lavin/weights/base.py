@@ -145,8 +145,8 @@ def base_files(llama_model_path: str, llm_model: str, tokenizer_path: str | None
 
 
 def open_base(path: Path, vocab_size: int, use_vicuna: bool = False) -> BaseWeights:
-    """Opens a base model of any format. vocab_size: the tokenizer's, used where Meta's params.json says -1. Raises
-    UserError for broken files."""
+    """Opens a base model of any format. vocab_size: the size of the tokenizer's vocabulary, used where Meta's
+    params.json says -1. Raises UserError for broken files."""
     base = BaseWeights(*find_format(path).open(path, vocab_size))
     delta = find_delta(path, use_vicuna)
     if is_delta(base):

@@ -252,10 +252,11 @@ COMMANDS: dict[str, tuple[str, tuple, Callable[[str], str]]] = {  # module, flag
 
 @dataclass(frozen=True)
 class Case:
-    """A bad input. change: makes it in the current folder. argv: added to the command's. lines: of standard input.
+    """A bad input. change: makes it in the current folder. argv: flags beside the command's. lines: the lines of
+    standard input.
 
-    cached: whether the command has filled the node's cache before the change. anew: the command whose result, of the
-    changed files alone, is right; REFUSED: none is. told: words that must come with the result.
+    cached: whether the command has filled the node's cache before the change. anew: the command whose result with the
+    changed files is right; REFUSED: no result is right. told: words that must come with the result.
     """
 
     kind: str

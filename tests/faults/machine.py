@@ -45,7 +45,7 @@ GPU_VIT: dict[str, Any] = {**VIT, "img_size": 32, "embed_dim": 128}
 
 @dataclass
 class Machine:
-    """Folders that share data and base. reference: of an unbroken run."""
+    """Folders that share data and base."""
 
     root: Path
     device: str = "cpu"
@@ -142,8 +142,8 @@ def results(folder: Path, names: tuple[str, ...]) -> list[bytes]:
 
 @dataclass
 class Interrupted:
-    """The results of interruptions. endings: those of the processes that were interrupted. repeated: the number of
-    steps that were made twice after each. differences: how each finished run's result differs from the reference's."""
+    """The results of interruptions. endings: the endings of the interrupted processes. repeated: the number of steps
+    that were made twice after each. differences: how each finished run's result differs from the reference's."""
 
     endings: list[Ending] = field(default_factory=list)
     repeated: list[int] = field(default_factory=list)
@@ -229,8 +229,8 @@ def bench_kills(device: str, n: int, jobs: int) -> tuple[list[list], list[str]]:
 
 @dataclass
 class Check:
-    """The end of a fault. right: whether the fault was answered as it should be. difference: that of what the same
-    command then gave."""
+    """The end of a fault. right: whether the fault was answered as it should be. difference: how the result of the same
+    command afterwards differs from the reference."""
 
     right: bool
     difference: str
@@ -279,8 +279,9 @@ def small_disk(folder: Path, options: str) -> Iterator[Callable[[str], Any]]:
 
 @dataclass
 class Writer:
-    """A command that writes to a folder; names: of its results. work: where it starts, beside a run `trained` that is
-    finished and scored. reference: its results without a fault, in files of `size` bytes together."""
+    """A command that writes to a folder. names: the files of its results. work: the folder in which it starts, with a
+    run `trained` that is finished and scored. reference: its results without a fault, in files of `size` bytes
+    together."""
 
     name: str
     command: tuple[str, ...]
@@ -431,7 +432,7 @@ def can_mount() -> bool:
 
 
 def bench_machine(device: str = "cpu", match: str = "") -> tuple[list[list], list[str]]:
-    """Prints a line for each fault as it ends. device: of the runs."""
+    """Prints a line for each fault as it ends. device: the device of the runs."""
     rows, wrong = [], []
     # a shell's background commands ignore SIGINT and those of nohup SIGHUP, and so would the runs
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -102,7 +102,7 @@ class Ended(Exception):
 class Clock:
     """Stands for the event that ends the heartbeat's thread: waiting takes no time, and moves the clock.
 
-    ends: by process, when it beats for the last time, by its last words. until: when this process has finished."""
+    ends: the time of each other process's last beat, and its last words. until: when this process has finished."""
 
     def __init__(self, store: Store, ends: dict[int, tuple[float, bytes]], until: float):
         self.now, self.store, self.ends, self.until = 0.0, store, ends, until

@@ -130,8 +130,8 @@ def outcomes(rng, accuracies, seeds: int = 3, n: int = 400, spread: float = 0.0)
 
 
 def rows_of(*accuracies: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Outcomes on 1,000 questions, of which each run answers the easiest. accuracies: in tenths of a percent, by
-    seed."""
+    """Outcomes on 1,000 questions, of which each run answers the easiest. accuracies: the accuracies by seed, in tenths
+    of a percent."""
     return {f"{i:03d}": np.array([[1] * correct + [0] * (1000 - correct) for correct in seeds])
             for i, seeds in enumerate(accuracies)}
 

@@ -303,8 +303,8 @@ def test_equal_trials_do_not_all_pass(tmp_path, pruner):
 
 
 def expected_lengths(pruner: str, scores: list[list[int]]) -> list[int]:
-    """The number of rungs that each trial reaches by the rules alone, where they run one after another. scores: of each
-    trial after 1, 3 and 9 epochs; of equal ones the earlier counts as better.
+    """The number of rungs that each trial reaches by the rules alone, where they run one after another. scores: the
+    scores of each trial after 1, 3 and 9 epochs; of equal ones the earlier counts as better.
 
     asha goes on with a trial that is among the best third of those that were scored after as many epochs, itself
     included, or the best of them (Li et al. 2020, arXiv 1810.05934). median ends one whose best score so far lies below

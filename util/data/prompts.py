@@ -31,7 +31,7 @@ def tidy(text: str) -> str:
 
 
 def build_prompt(problem: dict, prompt_format: str, caption: str = "") -> tuple[str, str]:
-    """Prompt and answer of one problem. caption: that of its image, where captions are used."""
+    """Prompt and answer of one problem. caption: the caption of its image, where captions are used."""
     order, output = prompt_format.split("-")
     because = f"BECAUSE: {explanation(problem, order)}".strip()
     options = zip(OPTIONS, problem["choices"], strict=False)

@@ -39,9 +39,9 @@ class HoursSpent(Exception):
 class Runner:
     """Runs a trial's commands one after another.
 
-    flags: the flags of train.py. machine: those of them that eval.py does not read from the run. gpus: the number of
-    GPUs of one trial. seconds_left(): the seconds that one trial may run until the study's GPU-hours are used up.
-    start: starts a command. identity: the identity of the study.
+    flags: the flags of train.py. machine: the flags among these that eval.py does not read from the run. gpus: the
+    number of GPUs of one trial. seconds_left(): the seconds that one trial may run until the study's GPU-hours are used
+    up. start: starts a command. identity: the identity of the study.
     """
 
     flags: list[str]
