@@ -50,12 +50,18 @@ if [[ "$*" = *"-m util.series "* ]]; then # its commands are called, with what s
     done
     exit
 fi
+stop() { # at the first signal alone, since bash handles a second one before it exits
+    trap '' TERM USR1
+    echo "$1" >> "$CALLS"
+    exit "${STATUS:-75}"
+}
+if [[ "$name $*" = *"${HANG:-never}"* ]]; then # before the call is logged, since a signal may follow at once
+    for signal in TERM USR1; do trap "stop $signal" $signal; done
+fi
 echo "$name $*" >> "$CALLS"
 case "$name $*" in
     *"${FAIL:-never}"*) exit "${STATUS:-1}" ;;
-    *"${HANG:-never}"*)
-        for signal in TERM USR1; do trap "echo $signal >> '$CALLS'; exit '${STATUS:-75}'" $signal; done
-        while :; do sleep 0.02; done ;;
+    *"${HANG:-never}"*) while :; do sleep 0.02; done ;;
 esac
 case "$name" in
     srun) while [ "$1" != python ]; do shift; done; exec "$@" ;;
@@ -112,7 +118,6 @@ class Sandbox:
         script = self.start(*command, **{"HANG": "train.py", **environment})
         try:
             wait_until(lambda: self.calls.read_text().count(environment.get("HANG", "train.py")) >= n)
-            time.sleep(0.1)  # the stub sets its trap after it logs the call
             for number in signals:
                 kill(script.pid, number)
             start = time.monotonic()
