@@ -70,13 +70,14 @@ def last_checkpoint(path: str) -> Path:
 # the files that decide what a run does; other Python files, such as one's own scripts, may lie beside the commands
 CODE = ("lavin/*.py", "util/*.py", "tools/*.py", "scripts/methods.json", "train.py", "eval.py", "eval_mme.py",
         "search.py", "demo.py", "plot_results.py")
+DIRTY = "-dirty"  # behind the commit of code that was changed since
 
 
 def git_commit() -> str | None:
     """Returns the commit of the project's code, or None where git does not tell, or tells that of another repository,
     which the project lies in.
 
-    It ends with `-dirty`, as `git describe` says it, where a file of `CODE` differs from that commit or is not in it.
+    It ends with DIRTY, as `git describe` says it, where a file of `CODE` differs from that commit or is not in it.
     Flags in scripts do not count, since a run records them.
     """
     project = Path(__file__).resolve().parents[1]
@@ -88,7 +89,7 @@ def git_commit() -> str | None:
         repository, commit = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
         if Path(repository).resolve() != project:
             return None
-        return commit + "-dirty" * bool(git("status", "--porcelain", "--untracked-files=all", "--", *CODE))
+        return commit + DIRTY * bool(git("status", "--porcelain", "--untracked-files=all", "--", *CODE))
     except (OSError, ValueError, subprocess.CalledProcessError):  # no git, or no repository or commit
         return None
 
@@ -102,9 +103,9 @@ def short_commit(commit: str) -> str:
 COMMIT = git_commit()  # when this process read its code: a process of many runs may see the files change
 
 
-def commits_of(config: Mapping[str, Any]) -> list[str]:
-    """The commits of the code that a run was begun and resumed with, by its config.json."""
-    found = (part.get("git_commit") for part in (config, *config.get("resumed", [])))
+def commits_of(config: Mapping[str, Any], scores: Mapping[str, Any] | None = None) -> list[str]:
+    """The commits of the code that a run was begun, resumed and scored with, by its config.json and its scores."""
+    found = (part.get("git_commit") for part in (config, *config.get("resumed", []), scores or {}))
     return list(dict.fromkeys(commit for commit in found if commit))
 
 

@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,9 @@ from test_comparison import FLAGS, STEP, write_run
 
 import plot_results
 from util.comparison import figures
-from util.comparison.comparison import compare
+from util.comparison.comparison import Comparison, compare
 from util.comparison.report import facts
-from util.comparison.tables import rounded_cells
+from util.comparison.tables import rounded_cells, text_table
 from util.document import Bullets, Heading, Picture, Table, fitted, to_markdown, to_page, to_text
 
 WICKED = "<script>alert(1)</script> & \"quoted\" 'single' $title ${body} |"
@@ -116,14 +117,33 @@ def page(tmp_path, monkeypatch) -> str:
     return (tmp_path / "out" / "report.html").read_text()
 
 
-def test_the_commits_that_runs_began_and_went_on_with_are_told(tmp_path):
-    runs = [write_run(tmp_path / name, files={"config.json": {"flags": {**FLAGS, **flags}, "world_size": 1, **commits}})
-            for name, flags, commits in (
-                ("base", {}, {"git_commit": "a" * 40}),
-                ("step", STEP, {"git_commit": "b" * 40,
-                                "resumed": [{"git_commit": "a" * 40}, {"git_commit": f"{'c' * 40}-dirty"}]}),
-                ("early", {"seed": 1}, {}))]
-    assert facts(compare(runs))["Commits of the code"] == "`aaaaaaaaaaaa`, `bbbbbbbbbbbb`, `cccccccccccc-dirty`"
+A, B, DIRTY = "a" * 40, "b" * 40, f"{'a' * 40}-dirty"
+
+
+def compare_code(folder: Path, *configs: dict, scored: dict | None = None) -> Comparison:
+    """Compares runs with these entries of config.json, one seed each."""
+    return compare([write_run(folder / str(seed), scored=scored, files={"config.json": {
+        "flags": {**FLAGS, "seed": seed}, "world_size": 1, **entries}}) for seed, entries in enumerate(configs)])
+
+
+def test_the_commits_that_runs_began_went_on_and_were_scored_with_are_told(tmp_path):
+    comparison = compare_code(tmp_path, {"git_commit": A}, {}, {"git_commit": B, "resumed": [{"git_commit": A}, {}]},
+                              scored={"git_commit": DIRTY})
+    assert facts(comparison)["Commits of the code"] == "`aaaaaaaaaaaa`, `aaaaaaaaaaaa-dirty`, `bbbbbbbbbbbb`"
+    assert "the same code: aaaaaaaaaaaa (2 runs), aaaaaaaaaaaa-dirty (3 runs), bbbbbbbbbbbb (1 run);" in text_table(
+        comparison)
+
+
+@pytest.mark.parametrize("commits, note", [
+    ([A, A, None], ""),
+    ([None], ""),
+    ([A, B, A], "Note: the runs do not all have the same code: aaaaaaaaaaaa (2 runs), bbbbbbbbbbbb (1 run)."),
+    ([DIRTY, DIRTY], "Note: the runs may not all have the same code: aaaaaaaaaaaa-dirty (2 runs); -dirty says that it "
+                     "was changed since the commit, maybe in another way for each run."),
+])
+def test_a_note_tells_runs_of_other_code(tmp_path, commits, note):
+    text = text_table(compare_code(tmp_path, *({"git_commit": commit} for commit in commits)))
+    assert note in text if note else "same code" not in text
 
 
 def test_the_page_has_no_figure_of_an_earlier_comparison(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ Runs that cannot be compared are excluded, with the reason. Differences between 
 one estimate, which counts questions and seeds as samples; those between single runs are of these runs alone.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from util.comparison.statistics import (
     tango,
     wilson,
 )
-from util.runs import run_folders
+from util.runs import DIRTY, run_folders, short_commit
 
 ASSUMED_ICC = (0.01, 0.05, 0.1)  # intraclass correlations of outcomes
 
@@ -151,7 +152,8 @@ def compare(paths: list[str], base_path: str | None = None) -> Comparison:
     clusters = known_clusters(runs)
     references, unfit = find_references(untuned, runs, base or runs[0], clusters)
     return Comparison(with_intervals(methods, clusters), differences_to_first(methods, clusters) if base else {},
-                      unread + incomparable + duplicates + unfit, collect_notes(methods), clusters, references)
+                      unread + incomparable + duplicates + unfit, collect_notes(methods) + note_on_code(methods),
+                      clusters, references)
 
 
 def read_all(paths: list[str], base_path: str | None) -> tuple[list[Run], list[Run], list[str]]:
@@ -248,6 +250,17 @@ def collect_notes(methods: list[Method]) -> list[str]:
             for note in run.notes:
                 folders.setdefault(note, []).append(run.folder)
     return [f"{', '.join(names)}: {note}" for note, names in folders.items()]
+
+
+def note_on_code(methods: list[Method]) -> list[str]:
+    """The note on runs that were not all made by the code of one commit, as far as their commits are known."""
+    n_runs = Counter(commit for method in methods for run in method.runs for commit in run.commits)
+    n_dirty = sum(commit.endswith(DIRTY) for commit in n_runs)
+    if len(n_runs) < 2 and not n_dirty:
+        return []
+    commits = ", ".join(f"{short_commit(commit)} ({counted(n, 'run')})" for commit, n in n_runs.items())
+    return [f"the runs {'do' if len(n_runs) > 1 else 'may'} not all have the same code: {commits}"
+            + f"; {DIRTY} says that it was changed since the commit, maybe in another way for each run" * bool(n_dirty)]
 
 
 def differences_to_first(methods: list[Method], clusters: np.ndarray | None = None) -> dict[str, Difference]:

@@ -118,6 +118,7 @@ class Scores(TypedDict):
     data: NotRequired[str]
     pictures: NotRequired[str]
     chance: NotRequired[Annotated[dict[str, Percentage | None], AfterValidator(has_all_columns)]]
+    git_commit: NotRequired[str | None]
 
 
 @declared
@@ -150,7 +151,7 @@ class Run:
     step_losses: list[tuple[float, float]] = field(default_factory=list)  # (epoch as a fraction, loss)
     notes: list[str] = field(default_factory=list)
     chance: dict[str, float | None] = field(default_factory=dict)  # percentages of guessing, where scores.json has them
-    commits: list[str] = field(default_factory=list)  # of the code that trained it
+    commits: list[str] = field(default_factory=list)  # of the code that trained and scored it
 
     @property
     def questions(self) -> frozenset[str]:
@@ -183,7 +184,7 @@ def read_run(folder: Path) -> Run:
     return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
                                     for line in log], scores["counts"], scores["correct"], scores["split"], answers,
                predictions, n_layers, scored_with(scores), inputs, by_fraction(losses),
-               notes(scores, answers, inputs, log, losses), scores.get("chance", {}), commits_of(config))
+               notes(scores, answers, inputs, log, losses), scores.get("chance", {}), commits_of(config, scores))
 
 
 def is_untuned(folder: Path) -> bool:
