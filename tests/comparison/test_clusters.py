@@ -65,6 +65,25 @@ def test_the_table_states_the_clusters_and_their_design_effects(tmp_path):
     assert f"measured as {np.mean(effects[:2]):.2f} for accuracies, {effects[2]:.2f} for differences" in text
 
 
+@pytest.mark.parametrize("order", [["base", "step"], ["step", "base"]])
+def test_the_fewest_clusters_count_whatever_the_order_of_runs(tmp_path, order):
+    """The names of clusters are no part of the data's checksum where questions have no lecture."""
+    write_clustered(tmp_path / "base", "1111100000", [0, 0, 1, 1, 2, 3, 4, 5, 6, 7])
+    write_clustered(tmp_path / "step", "1111111110", **STEP)
+    comparison = compare([str(tmp_path / name) for name in order])
+    assert comparison.clusters.tolist() == CLUSTERS
+    assert (f"Note: {tmp_path}/base: the questions have other clusters than in {tmp_path}/step, whose clusters, "
+            "the fewest, count for all.") in text_table(comparison)
+
+
+def test_clusters_of_other_names_are_the_same(tmp_path):
+    write_clustered(tmp_path / "base", "1111100000", [9 - name for name in CLUSTERS])
+    write_clustered(tmp_path / "step", "1111111110", **STEP)
+    comparison = compare([str(tmp_path)])
+    assert comparison.clusters.tolist() == CLUSTERS
+    assert not any("have other clusters" in note for note in comparison.notes)
+
+
 @pytest.mark.parametrize("clusters", [[], CLUSTERS[:-1], [0] * 10, range(10)])
 def test_without_clusters_all_questions_are_independent(tmp_path, clusters):
     """The clusters are not saved, saved for some answers, all the same, or all different."""

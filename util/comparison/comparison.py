@@ -149,11 +149,11 @@ def compare(paths: list[str], base_path: str | None = None) -> Comparison:
     runs = [with_note_on_inputs(run, base or runs[0]) for run in runs]
     groups, duplicates = group_by_method(runs, base)
     methods = [Method(name, runs_of_method) for name, runs_of_method in groups.items()]
-    clusters = known_clusters(runs)
+    clusters, notes_on_clusters = find_clusters(runs)
     references, unfit = find_references(untuned, runs, base or runs[0], clusters)
     return Comparison(with_intervals(methods, clusters), differences_to_first(methods, clusters) if base else {},
-                      unread + incomparable + duplicates + unfit, collect_notes(methods) + note_on_code(methods),
-                      clusters, references)
+                      unread + incomparable + duplicates + unfit, [
+                          *collect_notes(methods), *notes_on_clusters, *note_on_code(methods)], clusters, references)
 
 
 def read_all(paths: list[str], base_path: str | None) -> tuple[list[Run], list[Run], list[str]]:
@@ -218,18 +218,32 @@ def with_published(comparison: Comparison) -> Comparison:
                    notes=comparison.notes + reference.notes)
 
 
-def known_clusters(runs: list[Run]) -> np.ndarray | None:
-    """The clusters of the questions, in the order of outcomes; None where no run saved them, or where all questions
-    have the same one or one of their own."""
-    by_run = ([answer.cluster for answer in run.answers] for run in runs)
-    return next((found for names in by_run if (found := clusters_of(names)) is not None), None)
+def find_clusters(runs: list[Run]) -> tuple[np.ndarray | None, list[str]]:
+    """The clusters of the questions, in the order of outcomes, and a note where runs have saved different ones. None
+    where no run saved them, or where all questions have the same one or one of their own.
+
+    The fewest clusters count, whatever the order of the runs: they make intervals longer rather than shorter.
+    """
+    folders: dict[tuple[int, ...], list[str]] = {}
+    for run in runs:
+        found = clusters_of([answer.cluster for answer in run.answers])
+        if found is not None:
+            folders.setdefault(tuple(found.tolist()), []).append(run.folder)
+    if not folders:
+        return None, []
+    fewest = min(folders, key=lambda clusters: (max(clusters), clusters))
+    others = [folder for clusters, with_them in folders.items() if clusters != fewest for folder in with_them]
+    return np.array(fewest), [f"{', '.join(others)}: the questions have other clusters than in {folders[fewest][0]}, "
+                              "whose clusters, the fewest, count for all"] if others else []
 
 
 def clusters_of(names: list[str | None]) -> np.ndarray | None:
-    """The clusters of these names, as numbers; None where one is missing, or where they say nothing."""
-    if None in names or len(set(names)) in (0, 1, len(names)):
+    """The clusters of these names, as numbers in the order of their first questions; None where one is missing, or
+    where they say nothing."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    if None in numbers or len(numbers) in (0, 1, len(names)):
         return None
-    return np.unique(np.array(names), return_inverse=True)[1]
+    return np.array([numbers[name] for name in names])
 
 
 def with_intervals(methods: list[Method], clusters: np.ndarray | None) -> list[Method]:
