@@ -16,7 +16,7 @@ from lavin.runtime.console import counted, format_table
 from lavin.runtime.errors import UserError
 from util.comparison.comparison import Comparison
 from util.comparison.factorial import Grid, Weights, find_grid
-from util.comparison.statistics import Estimate, seed_variance, standard_error, two_way
+from util.comparison.statistics import TAIL, Estimate, seed_variance, standard_error, two_way
 from util.comparison.tables import NONE, half_width
 
 SEEDS = (2, 3, 5, 10, 20, 50)  # the plan's rows
@@ -94,7 +94,7 @@ def between_seeds(comparison: Comparison) -> tuple[float, float, str]:
     found = seed_variance([method.outcomes for method in repeated], comparison.clusters) if (
         repeated[0].has_answers) else None
     noise = 1e4 * found.answers if found else 0.0
-    low, high = np.sqrt(freedom * of_accuracies / chi2.ppf([0.975, 0.025], freedom))
+    low, high = np.sqrt(freedom * of_accuracies / chi2.ppf([1 - TAIL, TAIL], freedom))
     return max(0.0, of_accuracies - noise), noise * comparison.counts["Avg"], (
         f"Measured, on {counted(freedom + len(repeated), 'run')} of {counted(len(repeated), 'method')}: accuracies "
         f"of a method's seeds have a standard deviation of {math.sqrt(of_accuracies):.2f} points (95 % interval "

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import bartlett
+from scipy.stats import bartlett, norm
 from scipy.stats import t as student_t
 
-Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
-LEVEL = 0.05  # of adjusted p-values, below which methods are said to differ
+LEVEL = 0.05  # of adjusted p-values, below which methods are said to differ; an interval misses so often
+TAIL = LEVEL / 2  # of the distribution, beyond either end of an interval
+Z = float(norm.ppf(1 - TAIL))
 POWER = 0.8  # the probability with which a detectable difference is found (Cohen 1988)
 
 
@@ -126,7 +127,7 @@ class Estimate:
 
     def interval(self, tests: int = 1) -> tuple[float, float]:
         """The interval; for several tests, all of them hold their values at 95 % together (Bonferroni)."""
-        half_width = student_t.ppf(1 - 0.025 / tests, self.freedom) * self.standard_error
+        half_width = student_t.ppf(1 - TAIL / tests, self.freedom) * self.standard_error
         return max(-self.largest, self.centre - half_width), min(self.largest, self.centre + half_width)
 
     @property
@@ -142,7 +143,7 @@ class Estimate:
     def detectable(self, tests: int = 1) -> float:
         """The smallest true value that is found with a power of 80 %, at 5 % over several tests (Bonferroni); infinite
         where no possible one is."""
-        quantiles = student_t.ppf([1 - 0.025 / tests, POWER], self.freedom)
+        quantiles = student_t.ppf([1 - TAIL / tests, POWER], self.freedom)
         found = float(quantiles.sum()) * self.standard_error
         return found if found <= self.largest else math.inf
 
@@ -196,7 +197,7 @@ def accuracy_interval(outcomes: np.ndarray, clusters: np.ndarray | None, between
     n_clusters = n if clusters is None else clusters.max() + 1
     questions = max(1e-30, standard_error(mean, clusters) ** 2)  # degrees of freedom divide by it
     variance, freedom = two_way(questions, n_clusters - 1, seeds, answers, freedom)
-    size = n * min(1.0, independent / variance) * (Z / student_t.ppf(0.975, freedom)) ** 2
+    size = n * min(1.0, independent / variance) * (Z / student_t.ppf(1 - TAIL, freedom)) ** 2
     return wilson(size * p, size)
 
 
@@ -225,7 +226,7 @@ def tango(run: np.ndarray, base: np.ndarray, clusters: np.ndarray | None = None)
     With clusters, all counts are divided by the design effect of the answers' differences, if it is above 1, and
     Student's quantile accounts for few clusters (Korn & Graubard 1998).
     """
-    quantile = Z if clusters is None else float(student_t.ppf(0.975, clusters.max()))
+    quantile = Z if clusters is None else float(student_t.ppf(1 - TAIL, clusters.max()))
     differences = run.astype(int) - base.astype(int)
     scale = 1 / max(1.0, design_effect(differences, clusters))
     n, wins, losses = scale * len(differences), scale * (differences > 0).sum(), scale * (differences < 0).sum()
