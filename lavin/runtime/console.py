@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
 
@@ -110,6 +110,12 @@ def counted(n: int, what: str) -> str:
     """`1 answer`, `2,000 answers`, or `0 processes`."""
     plural = f"{what}es" if what.endswith("s") else f"{what}s"
     return f"{n:,} {what if n == 1 else plural}"
+
+
+def listed(items: Iterable[object], last: str = "and") -> str:
+    """`2`, or `2, 6 and 20`. last: the word before the last item."""
+    *most, end = map(str, items)
+    return f"{', '.join(most)} {last} {end}" if most else end
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import PContext
 
 from forked import in_child
 from lavin.runtime import console, errors, signals
-from lavin.runtime.console import counted, duration, print_rank0, progress_bar, working_on
+from lavin.runtime.console import counted, duration, listed, print_rank0, progress_bar, working_on
 from lavin.runtime.errors import UsageError, UserError, one_line_errors
 from lavin.runtime.signals import STOP_SIGNALS, Stopped
 from tiny import ROOT
@@ -269,7 +269,8 @@ def test_progress_names_the_run_which_tells_jobs_side_by_side_apart():
     assert second.startswith("others: 3 of 3, ")
 
 
-def test_counts_and_durations_in_words():
+def test_counts_lists_and_durations_in_words():
+    assert [listed([9]), listed([2, 6, 20]), listed("ab", "or")] == ["9", "2, 6 and 20", "a or b"]
     assert [counted(n, "old turn") for n in (0, 1, 2, 3000)] == ["0 old turns", "1 old turn", "2 old turns",
                                                                  "3,000 old turns"]
     assert [counted(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]

@@ -21,7 +21,7 @@ from util.comparison.statistics import wilson
 from util.search import figures, summary
 from util.search.confirm import VERDICT, sentence
 from util.search.folder import LOG, RECORD, gpu_seconds, read_records
-from util.search.progress import cost_lines, listed, progress_line
+from util.search.progress import cost_lines, progress_line
 from util.search.report import facts, markdown, write_report
 from util.search.summary import StudyReport, importance
 
@@ -254,7 +254,6 @@ def test_the_progress_line(study):
     assert progress_line(study, 40) == (
         f"{TRIALS - 2} of 40 trials: {states.count('COMPLETE')} complete, {states.count('PRUNED')} pruned, 0 failed; "
         f"best {best[0] / 10:.2f} (trial {best[1]}); about {left} left")
-    assert [listed([9]), listed([2, 6, 20])] == ["9", "2, 6 and 20"]
 
 
 def test_the_cost_is_told_before(study, tmp_path):

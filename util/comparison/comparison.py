@@ -5,13 +5,13 @@ one estimate, which counts questions and seeds as samples; those between single 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from lavin.runtime.console import counted
+from lavin.runtime.console import counted, listed
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from util.comparison.comparability import same_questions, with_note_on_inputs
@@ -156,6 +156,12 @@ def compare(paths: list[str], base_path: str | None = None) -> Comparison:
                           *collect_notes(methods), *notes_on_clusters, *note_on_code(methods)], clusters, references)
 
 
+def seeds_in_words(methods: list[Method]) -> str:
+    """How many seeds a method has: `5 seeds`, or `1 or 5 seeds`."""
+    numbers = sorted({len(method.runs) for method in methods})
+    return f"{listed(numbers, 'or')} seed{'s' * (numbers != [1])}"
+
+
 def read_all(paths: list[str], base_path: str | None) -> tuple[list[Run], list[Run], list[str]]:
     """The runs in the folders, the scores of untuned bases, and the reasons why others cannot be read."""
     runs, untuned, unread = [], [], []
@@ -190,17 +196,14 @@ def published() -> Comparison:
 
 def published_clusters(facts: dict) -> str:
     """The note on how clusters would widen the published intervals, by how correlated outcomes may be within them."""
+    def in_words(numbers: Iterable[float], form: str) -> str:
+        return listed((f"{number:{form}}" for number in numbers), "or")
     effects = [expected_design_effect(facts["counts"]["Avg"], facts["same_cluster"], icc) for icc in ASSUMED_ICC]
     return ("ScienceQA's questions share lectures, but intervals of published runs take them as independent. Measured: "
             f"two questions share one with probability {facts['same_cluster']} ({facts['same_cluster_source']}). "
             f"Assumed: an intraclass correlation of {in_words(ASSUMED_ICC, 'g')}. By this, intervals of accuracies are "
             f"{in_words([effect**0.5 for effect in effects], '.1f')} times as wide (design effect "
             f"{in_words(effects, '.1f')})")
-
-
-def in_words(numbers: Sequence[float], form: str) -> str:
-    *first, last = [f"{number:{form}}" for number in numbers]
-    return f"{', '.join(first)} or {last}"
 
 
 def with_published(comparison: Comparison) -> Comparison:

@@ -26,7 +26,7 @@ from matplotlib.transforms import ScaledTranslation
 from lavin.mm_adapter import dropout_schedule
 from lavin.runtime.console import counted
 from lavin.runtime.files import atomic_write
-from util.comparison.comparison import Comparison, Method
+from util.comparison.comparison import Comparison, Method, seeds_in_words
 from util.comparison.factorial import Effect, find_effects
 from util.comparison.methods import method_names
 from util.comparison.references import Reference
@@ -396,10 +396,9 @@ def subtitle(comparison: Comparison) -> str:
     """One line each for published and own runs: base model, number of questions, number of seeds."""
     def line(methods, label):
         models = sorted({str(method.flags.get("llm_model")) for method in methods})
-        seeds = sorted({len(method.runs) for method in methods})
         return (f"{label}: base model {', '.join(models)}, "
                 f"{counted(comparison.counts['Avg'], f'{methods[0].runs[0].split} question')}, "
-                f"{' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} a method")
+                f"{seeds_in_words(methods)} a method")
     groups = [("published runs", [m for m in comparison.methods if m.published]),
               ("these runs", [m for m in comparison.methods if not m.published])]
     return "\n".join(line(methods, label) for label, methods in groups if methods)

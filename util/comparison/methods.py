@@ -19,6 +19,7 @@ from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
+from lavin.runtime.console import listed
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from lavin.runtime.flags import shown
@@ -145,8 +146,8 @@ def find_base(runs: list[Run], path: str | None) -> Run | None:
     candidates = [run for run in candidates if FOLDER_OF_BASE.fullmatch(Path(run.folder).name)] or candidates
     names = {method_name(run.flags, candidates[0].flags): run.folder for run in candidates}
     if len(names) > 1:
-        raise UserError("the base may be " + " or ".join(f"{folder} ({name})" for name, folder in names.items())
-                        + ": choose with --base")
+        raise UserError(f"the base may be {listed((f'{folder} ({name})' for name, folder in names.items()), 'or')}: "
+                        "choose with --base")
     return candidates[0] if candidates else None
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from util.comparison.comparison import Comparison
+from util.comparison.comparison import Comparison, seeds_in_words
 from util.comparison.tables import table_parts
 from util.document import Bullets, Heading, Part, Picture, to_page
 from util.evaluation.scoring import COLUMNS
@@ -15,7 +15,6 @@ CAPTIONS = {"overview": "Overview of the figures",
             "loss": "Training loss by epoch", "losses_by_step": "Training loss by step, with its running mean",
             "learning_rates": "Learning rate within the epochs", "dropout": "Dropout of each layer",
             "effects": "Effects of schedule and dropout, with 95 % intervals"}
-PUBLISHED = "published"
 
 
 def comparison_page(comparison: Comparison, folder: Path, prefix: str, written: list[Path], command: str) -> str:
@@ -34,21 +33,20 @@ def facts(comparison: Comparison) -> dict[str, str]:
     methods = comparison.methods
     own = [run for method in methods if not method.published for run in method.runs]
     runs = own or methods[0].runs
-    seeds = sorted({len(method.runs) for method in methods})
     of_scienceqa = " of ScienceQA" if comparison.counts.keys() == COLUMNS.keys() else ""
     found = {
-        "Methods": f"{len(methods)}, {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} each",
+        "Methods": f"{len(methods)}, {seeds_in_words(methods)} each",
         "Questions": f"{comparison.counts['Avg']:,} of the {runs[0].split} split{of_scienceqa}",
-        "Data": listed(f"{run.flags.get('data_root', '')}{checksum(run.scored_with.get('data'))}" for run in runs),
-        "Base model": listed(f"{run.flags.get('llm_model')}{checksum(run.trained_on.get('base'))}" for run in runs),
-        "Epochs": listed(run.flags["epochs"] for run in runs),
-        "Scored with": listed(f"{name} {value}" for run in runs for name, value in run.scored_with.items()
-                              if name in ("decode", "precision")),
-        "Commits of the code": listed(f"`{short_commit(commit)}`" for run in runs for commit in run.commits)}
+        "Data": distinct(f"{run.flags.get('data_root', '')}{checksum(run.scored_with.get('data'))}" for run in runs),
+        "Base model": distinct(f"{run.flags.get('llm_model')}{checksum(run.trained_on.get('base'))}" for run in runs),
+        "Epochs": distinct(run.flags["epochs"] for run in runs),
+        "Scored with": distinct(f"{name} {value}" for run in runs for name, value in run.scored_with.items()
+                                if name in ("decode", "precision")),
+        "Commits of the code": distinct(f"`{short_commit(commit)}`" for run in runs for commit in run.commits)}
     return {name: value for name, value in found.items() if value}
 
 
-def listed(values: Iterable[object]) -> str:
+def distinct(values: Iterable[object]) -> str:
     """The distinct values in words, in their order."""
     return ", ".join(dict.fromkeys(map(str, values)))
 

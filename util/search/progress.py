@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lavin.runtime.console import counted, duration
+from lavin.runtime.console import counted, duration, listed
 from util.search.folder import accuracy, gpu_seconds, read_records
 
 
@@ -56,9 +56,3 @@ def progress_line(study: Path, n_trials: int, left_out: Collection[str] = ()) ->
         seconds = sum(record["seconds"] for record in ended) / len(ended) * (n_trials - len(ended)) / workers
         parts.append(f"about {duration(seconds)} left")
     return "; ".join(parts)
-
-
-def listed(numbers: list[int]) -> str:
-    """`2, 6 and 20`."""
-    *most, last = map(str, numbers)
-    return f"{', '.join(most)} and {last}" if most else last
