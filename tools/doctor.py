@@ -18,6 +18,8 @@ from contextlib import redirect_stdout
 from importlib import metadata
 from pathlib import Path
 
+from lavin.runtime.packages import OPTIONAL
+
 ROOT = Path(__file__).parents[1]
 HELP = """usage: bash scripts/check.sh [FLAG ...]
 
@@ -50,7 +52,6 @@ try:  # packages may be missing or broken, and this program says so
 except Exception as error:  # of many types: a library of CUDA that is gone, a torchvision of another torch
     import_error = error
 
-OPTIONAL = ("torchvision", "triton", "tokenizers", "transformers", "bitsandbytes", "gguf", "tensorboard", "gradio")
 FIX = "bash scripts/quickstart.sh makes .venv with all packages, or pip install -r requirements.txt"
 INSTALLED = {found.name.lower(): found.version for found in metadata.distributions() if found.name}
 LLAMA_HEAD_DIM = 128  # of 7B and 13B
@@ -97,7 +98,7 @@ def machine() -> Iterator[str]:
 def packages() -> Iterator[str]:
     required = dict(re.findall(r"^([\w-]+)(.*)", (ROOT / "requirements.txt").read_text(), re.M))
     found = INSTALLED if import_error else {**INSTALLED, "torch": torch.__version__}  # which names its CUDA version
-    yield from (row(name, found.get(name, "-")) for name in (*required, *OPTIONAL))
+    yield from (row(name, found.get(name, "-")) for name in (*required, *OPTIONAL, "tensorboard", "gradio"))
     missing = [name for name in required if name not in INSTALLED]
     if missing:
         yield f"! missing: {', '.join(missing)}: {FIX}"

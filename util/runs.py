@@ -11,7 +11,6 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from lavin.runtime.console import is_main_process, print_rank0
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import PART_SUFFIX, read_json, write_json
+from lavin.runtime.packages import installed_versions
 from lavin.weights.adapters import SHARED_TENSORS
 from lavin.weights.hub import model_path
 
@@ -32,7 +32,6 @@ RUN_FILES = (CONFIG, LOG, SCORES, PREDICTIONS)  # a folder with any of them is a
 # what is scored from a checkpoint; a run that is trained on must not keep it
 RESULTS = (PREDICTIONS, GENERATIONS, SCORES, MME_ANSWERS, MME_SCORES)
 PARTIAL_SUFFIX = ".partial.jsonl"  # of files of answers as they come
-PACKAGES = ("timm", "sentencepiece", "numpy", "pillow")
 LOCK, OWNER = ".lock", ".owner.json"  # OWNER: which process has locked the folder
 LAST = "last.pth"  # the checkpoint in the middle of an epoch
 
@@ -112,8 +111,8 @@ def commits_of(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
 def environment(device: torch.device, world: int) -> dict:
     """Returns the machine and the versions that a run is executed with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = {"python": platform.python_version(), "torch": torch.__version__,  # which names its CUDA version, too
-                **{package: version(package) for package in PACKAGES}}
+    versions = {"python": platform.python_version(), **installed_versions(),
+                "torch": torch.__version__}  # which names its CUDA version, too
     return {"versions": versions, "git_commit": COMMIT, "device": f"{device.type}: {name}", "world_size": world,
             "threads": torch.get_num_threads(), "host": socket.gethostname()}
 

@@ -282,7 +282,7 @@ def test_torch_that_cannot_be_imported():
 def project(tmp_path):
     """The project without .venv, and a Python without packages on PATH."""
     for name in ("scripts/check.sh", "scripts/help.sh", "tools/__init__.py", "tools/doctor.py", "requirements.txt",
-                 "lavin/__init__.py", "lavin/runtime/__init__.py", "lavin/runtime/startup.py"):
+                 "lavin/__init__.py", *(f"lavin/runtime/{name}.py" for name in ("__init__", "packages", "startup"))):
         (tmp_path / "a folder" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / "a folder" / name)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
