@@ -119,7 +119,8 @@ def environment(device: torch.device, world: int) -> dict:
 
 def write_config(folder: Path, flags: dict, device: torch.device, world: int, n_layers: int,
                  resumed_at: dict | None, hub_commits: dict[str, str]) -> None:
-    """Writes config.json at a run's start, and adds to it where and with what a run is resumed.
+    """Writes config.json at a run's start, and adds to it where and with what a run is resumed: with which flags, too,
+    as far as they differ from those that it began with.
 
     `n_layers` is the number of LLaMA's layers, needed to recompute the dropout schedule. `resumed_at` is the epoch and
     the step that a run goes on with. `hub_commits` are the commits of models that the flags name as on the hub.
@@ -129,7 +130,8 @@ def write_config(folder: Path, flags: dict, device: torch.device, world: int, n_
         now["hub_commits"] = hub_commits
     if resumed_at and path.is_file():
         config = read_json(path)
-        write_json(path, {**config, "resumed": [*config.get("resumed", []), {**resumed_at, **now}]})
+        changed = {name: value for name, value in flags.items() if config.get("flags", {}).get(name) != value}
+        write_json(path, {**config, "resumed": [*config.get("resumed", []), {**resumed_at, "flags": changed, **now}]})
     else:
         write_json(path, {"flags": flags, **now, "n_layers": n_layers})
 

@@ -221,6 +221,7 @@ def test_every_resumption_is_recorded_beside_the_flags_that_the_run_began_with(f
     config, recipe = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "recipe.json"))
     assert [(place["epoch"], place["step"]) for place in config["resumed"]] == [(0, 3), (0, 6)]
     assert config["flags"] == recipe["flags"] and config["flags"]["num_workers"] != 3
+    assert [place["flags"] for place in config["resumed"]] == [{"num_workers": 3}, {"stop_after_epoch": 1}]
 
 
 # --- TensorBoard ---
