@@ -22,7 +22,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from lavin.runtime.errors import UserError, first_line, one_line_errors
-from lavin.runtime.files import read_json, sha256, value_sha256, write_json, write_text
+from lavin.runtime.files import sha256, value_sha256, write_json, write_text
 from lavin.runtime.flags import Flag, FlagGroup, Flags, Parser, Role, flag, flags_of
 from lavin.runtime.schema import FileName, PathText
 from lavin.weights.adapters import SHARED_SETTINGS, SHARED_TENSORS, Checkpoint, read_adapters
@@ -34,6 +34,7 @@ from util.evaluation.answers import read_answers
 from util.evaluation.results import read_scores
 from util.flags import SHARED
 from util.runs import GENERATIONS, RECIPE, SCORES, last_checkpoint, user_error_if_malformed
+from util.training.recipe import read_recipe
 
 OF_TRAINING = ("optimizer", "scaler", "record", "skipped", "went_back_to")  # entries of no use to others
 CARD = Template("""\
@@ -163,12 +164,12 @@ def publish(run: Path, out: Path, name: str, where: str) -> None:
     if scores.get("checkpoint") != path.name or scores.get("checkpoint_sha256") not in (None, sha256(path)):
         raise UserError(f"{run / SCORES} is of {scores.get('checkpoint')}, not of {path.name} as it is: score it with "
                         "eval.py first")
-    settings, recipe = settings_of(checkpoint), read_json(run / RECIPE)
+    settings, recipe = settings_of(checkpoint), read_recipe(run)
     with user_error_if_malformed(run / SCORES):
-        text = card(name, where, checkpoint, recipe["recipe"], scores, interval(run), settings)
+        text = card(name, where, checkpoint, recipe, scores, interval(run), settings)
     save_tensors(checkpoint["model"], out / SHARED_TENSORS)
     write_json(out / SHARED_SETTINGS, settings)
-    write_json(out / RECIPE, {"recipe": recipe["recipe"]})
+    write_json(out / RECIPE, {"recipe": recipe})
     write_json(out / SCORES, scores)
     write_text(out / "README.md", text)
 

@@ -97,4 +97,8 @@ def test_only_a_run_that_is_scored_is_shared(run, base, scienceqa, tmp_path):
     change_json(tmp_path / "new" / "scores.json", {"checkpoint": "checkpoint-2.pth", "checkpoint_sha256": 64 * "0"})
     assert "is of checkpoint-2.pth, not of checkpoint-2.pth as it is" in error_message(
         publish, tmp_path / "new", tmp_path / "out", "new", "out")
+    change_json(tmp_path / "new" / "scores.json", {"checkpoint_sha256": None})
+    (tmp_path / "new" / "recipe.json").write_text("{}")
+    assert "recipe.json: recipe: is missing: put it back, or train again" in error_message(
+        publish, tmp_path / "new", tmp_path / "out", "new", "out")
     assert not (tmp_path / "out").exists()

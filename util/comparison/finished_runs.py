@@ -22,7 +22,7 @@ from util.evaluation.answers import Answer, read_answers
 from util.fingerprint import FROZEN, FROZEN_SHA256, both_tell
 from util.lr_sched import LearningRate, check_schedule
 from util.runs import CONFIG, GENERATIONS, LOG, METRICS, PREDICTIONS, RECIPE, SCORES, checkpoint_path, commits_of
-from util.training.recipe import INPUTS, other_inputs
+from util.training.recipe import INPUTS, other_inputs, read_recipe
 from util.training.settings import EFFECTIVE_BATCH, Optimization
 
 FEW_UNPARSED = 0.01  # share of answers that name no option, above which the table says so
@@ -121,11 +121,6 @@ class Scores(TypedDict):
     git_commit: NotRequired[str | None]
 
 
-@declared
-class RecipeFile(TypedDict):
-    recipe: dict[str, Any]
-
-
 # --- Runs ---
 
 @dataclass(frozen=True)
@@ -180,7 +175,7 @@ def read_run(folder: Path) -> Run:
     hint = f"run eval.py --adapter_path {folder}"
     scores, answers, predictions = read_results(folder, hint)
     check_origin(scores, flags, folder, hint)
-    inputs, losses = trained_on(folder / RECIPE), read_metrics(folder / METRICS)
+    inputs, losses = trained_on(folder), read_metrics(folder / METRICS)
     return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
                                     for line in log], scores["counts"], scores["correct"], scores["split"], answers,
                predictions, n_layers, scored_with(scores), inputs, by_fraction(losses),
@@ -231,10 +226,10 @@ def read_flags(config: dict, path: Path) -> tuple[dict, int]:
     return flags, n_layers
 
 
-def trained_on(path: Path) -> dict[str, Any]:
+def trained_on(folder: Path) -> dict[str, Any]:
     """The checksums of what the run was trained on; none where there is no recipe.json."""
-    content: Any = read_validated(path, RecipeFile, fix=FIX) if path.is_file() else {"recipe": {}}
-    return {name: content["recipe"][name] for name in INPUTS if name in content["recipe"]}
+    recipe = read_recipe(folder) if (folder / RECIPE).is_file() else {}
+    return {name: recipe[name] for name in INPUTS if name in recipe}
 
 
 def read_log(path: Path, epochs: int) -> list[dict]:

@@ -5,15 +5,19 @@ base's files. `refusal` in util/training/run_folder.py refuses a folder whose re
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from lavin.runtime.console import counted
 from lavin.runtime.device import precision_name
 from lavin.runtime.errors import UserError
 from lavin.runtime.flags import Flags, flags_of
+from lavin.runtime.schema import declared, read_validated
 from util.fingerprint import FROZEN, FROZEN_SHA256, both_tell, fingerprints, is_comparable
+from util.runs import RECIPE
 from util.training.settings import EFFECTIVE_BATCH, GROUPS, Optimization, TrainSettings
 
 TRAIN_FLAGS = flags_of(*GROUPS)
@@ -32,6 +36,20 @@ def make_recipe(settings: TrainSettings, dtype: torch.dtype, world: int, data) -
     return {**recipe, **settings.optimization.entries(world), "precision": precision_name(dtype),
             "data": data.fingerprint, "pictures": data.pictures_sha256,
             **fingerprints(settings.base)}
+
+
+@declared
+class RecipeFile(TypedDict):
+    """The content of recipe.json, but for the flags of the command, which `take_flags_of_run` (resume.py) checks."""
+
+    recipe: dict[str, Any]
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe of the run in a folder. Raises UserError where recipe.json is missing or broken."""
+    content: Any = read_validated(folder / RECIPE, RecipeFile, "name the folder of a run of train.py, which writes it",
+                                  "put it back, or train again")
+    return content["recipe"]
 
 
 def differences(recipe: dict, other: dict) -> list[str]:

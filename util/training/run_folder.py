@@ -15,7 +15,7 @@ from typing import Any
 
 from lavin.runtime.console import print_rank0
 from lavin.runtime.errors import UserError, first_line
-from lavin.runtime.files import atomic_write, read_json, read_json_lines, write_json, write_json_lines
+from lavin.runtime.files import atomic_write, read_json_lines, write_json, write_json_lines
 from lavin.runtime.flags import check_flags
 from lavin.weights.adapters import read_adapters
 from util.fingerprint import report_unrecorded
@@ -33,7 +33,7 @@ from util.runs import (
     checkpoints,
     user_error_if_malformed,
 )
-from util.training.recipe import INPUTS, TRAIN_FLAGS, differences
+from util.training.recipe import INPUTS, TRAIN_FLAGS, differences, read_recipe
 from util.training.settings import RunSettings
 
 COPIED = (RECIPE, CONFIG, LOG, METRICS, TRACKERS)  # into STAGING, where a run goes back to a checkpoint
@@ -158,19 +158,17 @@ def open_run(settings: RunSettings, recipe: dict, epochs: int) -> RunFolder:
 
 def refusal(folder: Path, recipe: dict) -> str | None:
     """The reason why a run of this recipe may not be written to the folder; None where it may."""
-    path = folder / RECIPE
     trained = [name for name in (*RESULTS, LAST) if (folder / name).exists()]
     trained += [checkpoint.name for checkpoint in checkpoints(folder).values()]
-    if not path.is_file():
+    if not (folder / RECIPE).is_file():
         found = trained + [name for name in RUN_FILES if (folder / name).exists()]
         return f"holds {found[0]} of something else (it has no recipe.json)" if found else None
     if not trained:
         return None
-    with user_error_if_malformed(path):
-        recorded = read_json(path)["recipe"]
-        other = differences(recipe, recorded)
+    recorded = read_recipe(folder)
+    other = differences(recipe, recorded)
     if not other:
-        report_unrecorded(path, recorded)
+        report_unrecorded(folder / RECIPE, recorded)
     return f"belongs to another recipe ({'; '.join(other)})" if other else None
 
 
