@@ -674,6 +674,14 @@ def test_csv_has_one_number_per_cell(tmp_path):
     assert step["difference_detectable"] == f"{difference.detectable:.4f}" and base["difference_detectable"] == ""
 
 
+@pytest.mark.parametrize("first, percentage", [({"parse_failures": 0}, "25.0000"), ({}, "")])
+def test_csv_has_the_percentage_of_parse_failures_where_all_seeds_tell_it(tmp_path, first, percentage):
+    write_run(tmp_path / "0", scored=first)
+    write_run(tmp_path / "1", scored={"parse_failures": 5}, seed=1)
+    (row,) = csv.DictReader(io.StringIO(csv_table(compare([str(tmp_path)]))))
+    assert row["parse_failures"] == percentage
+
+
 def test_csv_has_p_and_the_adjusted_p(tmp_path):
     write_run(tmp_path / "base", "1111100000")
     write_run(tmp_path / "step", "1111111110", **STEP)

@@ -55,12 +55,13 @@ def test_untuned_base_and_chance_are_rows_and_change_no_number_of_a_method(tmp_p
 
 def test_in_csv_they_have_no_seeds_and_no_differences(tmp_path):
     write_study(tmp_path / "runs", 2)
-    write_untuned(tmp_path / "runs" / "untuned")
+    write_untuned(tmp_path / "runs" / "untuned", parse_failures=3)
     rows = list(csv.DictReader(io.StringIO(csv_table(compare([str(tmp_path / "runs")])))))
     assert [row["method"] for row in rows if row["seeds"] == "0"] == ["untuned base", "chance"]
     untuned, chance = rows[-2:]
     assert (untuned["Avg"], chance["Avg"], chance["NAT"], chance["IMG"]) == ("40.0000", "40.2500", "40.2500", "")
     assert untuned["Avg_low"] and not chance["Avg_low"]
+    assert (untuned["parse_failures"], chance["parse_failures"]) == ("30.0000", "")
     for row in (untuned, chance):
         assert None not in row.values() and not any(row[name] for name in ("difference", "p", "p_holm", "Avg_sd"))
 

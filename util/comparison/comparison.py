@@ -83,6 +83,13 @@ class Method:
         return 100 * low, 100 * high
 
     @property
+    def parse_failures(self) -> float | None:
+        """The percentage of answers that named no option, so that the most likely one counts; None where it is not
+        known of all seeds."""
+        found = [run.parse_failures for run in self.runs if run.parse_failures is not None]
+        return 100 * sum(found) / (len(found) * self.counts["Avg"]) if len(found) == len(self.runs) else None
+
+    @property
     def has_answers(self) -> bool:
         """Whether it is known which questions were answered correctly, and not only how many."""
         return bool(self.runs[0].answers)

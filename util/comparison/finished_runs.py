@@ -118,6 +118,7 @@ class Scores(TypedDict):
     data: NotRequired[str]
     pictures: NotRequired[str]
     chance: NotRequired[Annotated[dict[str, Percentage | None], AfterValidator(has_all_columns)]]
+    parse_failures: NotRequired[NonNegativeInt]
     git_commit: NotRequired[str | None]
 
 
@@ -147,6 +148,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     chance: dict[str, float | None] = field(default_factory=dict)  # percentages of guessing, where scores.json has them
     commits: list[str] = field(default_factory=list)  # of the code that trained and scored it
+    parse_failures: int | None = None  # answers that named no option, where scores.json counts them
 
     @property
     def questions(self) -> frozenset[str]:
@@ -179,7 +181,8 @@ def read_run(folder: Path) -> Run:
     return Run(str(folder), flags, [float("nan") if line["train_closs"] is None else line["train_closs"]
                                     for line in log], scores["counts"], scores["correct"], scores["split"], answers,
                predictions, n_layers, scored_with(scores), inputs, by_fraction(losses),
-               notes(scores, answers, inputs, log, losses), scores.get("chance", {}), commits_of(config, scores))
+               notes(scores, answers, inputs, log, losses), scores.get("chance", {}), commits_of(config, scores),
+               scores.get("parse_failures"))
 
 
 def is_untuned(folder: Path) -> bool:
@@ -194,7 +197,8 @@ def read_untuned(folder: Path) -> Run:
     flags = {flag: scores[flag] for flag in ASKED_WITH if flag in scores}
     models = {name: scores[name] for name in (*FROZEN, *FROZEN_SHA256) if name in scores}
     return Run(str(folder), flags, [], scores["counts"], scores["correct"], scores["split"], answers, predictions,
-               scored_with=scored_with(scores), trained_on=models, chance=scores.get("chance", {}))
+               scored_with=scored_with(scores), trained_on=models, chance=scores.get("chance", {}),
+               parse_failures=scores.get("parse_failures"))
 
 
 def read_results(folder: Path, hint: str) -> tuple[dict[str, Any], list[Answer], dict[str, int]]:

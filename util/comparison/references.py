@@ -17,13 +17,15 @@ UNTUNED, CHANCE = "untuned base", "chance"
 class Reference:
     """Accuracies in percent, by column; None where a column has no questions.
 
-    interval: the 95 % interval of Avg; None: the accuracy is exact. note: a description in words.
+    interval: the 95 % interval of Avg; None: the accuracy is exact. note: a description in words. parse_failures: the
+    percentage of answers that named no option, where it is known.
     """
 
     name: str
     accuracies: dict[str, float | None]
     interval: tuple[float, float] | None
     note: str
+    parse_failures: float | None = None
 
     @property
     def overall(self) -> float:
@@ -69,4 +71,5 @@ def of_untuned(run: Run, clusters: np.ndarray | None) -> Reference:
     low, high = accuracy_interval(outcomes, clusters, None) if run.answers else \
         wilson(run.correct["Avg"], run.counts["Avg"])
     accuracies = {column: 100 * run.correct[column] / n if n else None for column, n in run.counts.items()}
-    return Reference(UNTUNED, accuracies, (100 * low, 100 * high), f"without adapters, in {run.folder}")
+    unparsed = None if run.parse_failures is None else 100 * run.parse_failures / run.counts["Avg"]
+    return Reference(UNTUNED, accuracies, (100 * low, 100 * high), f"without adapters, in {run.folder}", unparsed)

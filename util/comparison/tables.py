@@ -76,18 +76,19 @@ def csv_table(comparison: Comparison) -> str:
     out = io.StringIO()
     write, columns = csv.writer(out, lineterminator="\n").writerow, list(comparison.counts)
     write(["method", "published", "seeds", "n", *columns, "Avg_low", "Avg_high",
-           *(f"{column}_sd" for column in columns), "difference", "difference_low", "difference_high", "p", "p_holm",
-           "difference_detectable"])
+           *(f"{column}_sd" for column in columns), "parse_failures", "difference", "difference_low", "difference_high",
+           "p", "p_holm", "difference_detectable"])
     for method in comparison.methods:
         d = comparison.differences.get(method.name)
         write([method.name, int(method.published), len(method.runs), method.counts["Avg"],
-               *fixed([*map(method.accuracy, columns), *method.interval("Avg"), *map(method.deviation, columns)]),
+               *fixed([*map(method.accuracy, columns), *method.interval("Avg"), *map(method.deviation, columns),
+                       method.parse_failures]),
                *fixed((d.points, d.low, d.high) if d else (None,) * 3), *p_values(d),
                *fixed([d.detectable if d else None])])
     for reference in comparison.references:
         write([reference.name, 0, 0, comparison.counts["Avg"],
                *fixed([*(reference.accuracies[column] for column in columns), *(reference.interval or (None, None)),
-                       *[None] * (len(columns) + 3)]), "", "", ""])
+                       *[None] * len(columns), reference.parse_failures]), *[""] * 6])
     return out.getvalue()
 
 
