@@ -14,7 +14,7 @@ import eval_mme
 from lavin.runtime.errors import UsageError
 from tiny import ROOT
 from tiny_runs import write_run
-from util import runs
+from util import provenance
 
 NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 HOMELESS = {"HOME": "/dev/null", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
@@ -126,7 +126,7 @@ def test_the_chat_needs_no_network(run):
     assert "answers." in chat(run, "Why?", prefix=offline, **HOMELESS)
 
 
-COMMIT = ("-c", "from util.runs import git_commit; print(git_commit())")
+COMMIT = ("-c", "from util.provenance import git_commit; print(git_commit())")
 
 
 def test_the_commit_is_known_where_git_tells_it():
@@ -147,7 +147,7 @@ def git(folder: Path, *words: str) -> str:
 
 RECORDED = """import torch
 import util.series.serve
-from util.runs import environment
+from util.provenance import environment
 print("began", flush=True)
 input()
 print(environment(torch.device("cpu"), 1)["git_commit"])
@@ -178,37 +178,37 @@ def repository(tmp_path, monkeypatch) -> Path:
     """A repository of a few files, with `git_commit` in it."""
     if not shutil.which("git"):
         pytest.skip("no git")
-    for name in ("util/runs.py", "scripts/methods.json", "scripts/train.sh", "train.py"):
+    for name in ("util/provenance.py", "scripts/methods.json", "scripts/train.sh", "train.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("old")
     git(tmp_path, "init")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "old")
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "util" / "runs.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "util" / "provenance.py"))
     return tmp_path
 
 
 @pytest.mark.parametrize("name, is_code", [
-    ("util/runs.py", True), ("train.py", True), ("scripts/methods.json", True), ("util/new/new.py", True),
+    ("util/provenance.py", True), ("train.py", True), ("scripts/methods.json", True), ("util/new/new.py", True),
     ("scripts/train.sh", False), ("analysis.py", False), ("runs/a/copy.py", False), ("util/notes.txt", False)])
 def test_changed_code_is_told_and_changed_flags_are_not(repository, name, is_code):
     commit = git(repository, "rev-parse", "HEAD")
-    assert runs.git_commit() == commit
+    assert provenance.git_commit() == commit
     (repository / name).parent.mkdir(parents=True, exist_ok=True)
     (repository / name).write_text("new")
-    assert runs.git_commit() == commit + "-dirty" * is_code
+    assert provenance.git_commit() == commit + "-dirty" * is_code
 
 
 def test_a_removed_file_is_told(repository):
     (repository / "train.py").unlink()
-    assert runs.git_commit() == git(repository, "rev-parse", "HEAD") + "-dirty"
+    assert provenance.git_commit() == git(repository, "rev-parse", "HEAD") + "-dirty"
 
 
 def test_the_commit_of_a_repository_around_the_project_is_not_the_projects(repository, monkeypatch):
-    inner = repository / "lavin" / "util" / "runs.py"
+    inner = repository / "lavin" / "util" / "provenance.py"
     inner.parent.mkdir(parents=True)
-    monkeypatch.setattr(runs, "__file__", str(inner))
-    assert runs.git_commit() is None
+    monkeypatch.setattr(provenance, "__file__", str(inner))
+    assert provenance.git_commit() is None
 
 
 # --- A half-made .venv ---

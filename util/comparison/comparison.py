@@ -29,7 +29,8 @@ from util.comparison.statistics import (
     tango,
     wilson,
 )
-from util.runs import DIRTY, run_folders, short_commit
+from util.provenance import DIRTY, short_commit
+from util.runs import run_folders
 
 ASSUMED_ICC = (0.01, 0.05, 0.1)  # intraclass correlations of outcomes
 

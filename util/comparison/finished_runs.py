@@ -21,7 +21,8 @@ from lavin.runtime.schema import declared, read_validated, shown, validate
 from util.evaluation.answers import Answer, read_answers
 from util.fingerprint import FROZEN, FROZEN_SHA256, both_tell
 from util.lr_sched import LearningRate, check_schedule
-from util.runs import CONFIG, GENERATIONS, LOG, METRICS, PREDICTIONS, RECIPE, SCORES, checkpoint_path, commits_of
+from util.provenance import commits_of
+from util.runs import CONFIG, GENERATIONS, LOG, METRICS, PREDICTIONS, RECIPE, SCORES, checkpoint_path
 from util.training.recipe import INPUTS, other_inputs, read_recipe
 from util.training.settings import EFFECTIVE_BATCH, Optimization
 

@@ -7,7 +7,7 @@ from util.comparison.comparison import Comparison, seeds_in_words
 from util.comparison.tables import table_parts
 from util.document import Bullets, Heading, Part, Picture, to_page
 from util.evaluation.scoring import COLUMNS
-from util.runs import short_commit
+from util.provenance import short_commit
 
 CAPTIONS = {"overview": "Overview of the figures",
             "accuracy": "Overall accuracy of each method, with 95 % intervals",

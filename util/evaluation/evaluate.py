@@ -14,7 +14,8 @@ from util.evaluation.partial_answers import answer_all, drop_partial
 from util.evaluation.results import differing_words, note_on_code, results_folder, scored_before
 from util.fingerprint import equal_on_all_nodes, with_fetched
 from util.flags import BaseSettings
-from util.runs import COMMIT, locked
+from util.provenance import COMMIT
+from util.runs import locked
 from util.shared_base import SharedBase
 from util.trackers import add_scores
 from util.trained_model import Trained, load_model

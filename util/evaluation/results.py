@@ -13,7 +13,8 @@ from lavin.runtime.files import read_json, sha256, write_json
 from lavin.weights.adapters import SHARED_TENSORS
 from util.fingerprint import RECENT, fingerprints, is_comparable, report_unrecorded
 from util.flags import BaseSettings
-from util.runs import COMMIT, CONFIG, RECIPE, checkpoints, short_commit, user_error_if_malformed
+from util.provenance import COMMIT, short_commit
+from util.runs import CONFIG, RECIPE, checkpoints, user_error_if_malformed
 from util.trained_model import Trained
 
 # --- The folder ---

@@ -13,7 +13,7 @@ from lavin.runtime.files import write_text
 from util.comparison.comparison import compare
 from util.comparison.tables import NONE, points, table_parts
 from util.document import Bullets, Heading, Part, Picture, Table, to_markdown, to_page, to_text
-from util.runs import short_commit
+from util.provenance import short_commit
 from util.search.confirm import (
     VERDICT,
     Confirmation,

@@ -16,7 +16,8 @@ import numpy as np
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json
 from util.comparison.statistics import wilson
-from util.runs import CONFIG, commits_of
+from util.provenance import commits_of
+from util.runs import CONFIG
 from util.search.folder import BASE, RUN_FOLDERS, accuracy, base_values, read_records, read_settings, trial_folder
 from util.search.identity import runs_of_something_else
 

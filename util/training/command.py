@@ -15,7 +15,8 @@ from lavin.weights.hub import commits, model_path
 from util.data.checksums import file_states, require_unchanged
 from util.data.examples import load_examples, load_training_data
 from util.fingerprint import equal_on_all_nodes, frozen_files, with_fetched
-from util.runs import locked, write_config
+from util.provenance import write_config
+from util.runs import locked
 from util.shared_base import SharedBase
 from util.trackers import require_trackers
 from util.training.epoch_record import EpochRecord
