@@ -148,6 +148,11 @@ class Comparison:
         """The number of questions by column, in the order of columns."""
         return self.methods[0].counts
 
+    @property
+    def own(self) -> list[Method]:
+        """The methods of the user's runs; the others were published."""
+        return [method for method in self.methods if not method.published]
+
 
 def compare(paths: list[str], base_path: str | None = None) -> Comparison:
     """Compares the runs in the folders. Raises UserError where no run can be used or the base is ambiguous."""

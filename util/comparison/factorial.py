@@ -106,8 +106,7 @@ def find_grid(comparison: Comparison) -> Grid | None:
     base = comparison.methods[0]
     if not comparison.differences or not base.has_answers:
         return None
-    cells = {levels(method, base): method for method in comparison.methods
-             if not method.published and differs_in_factors_alone(method, base)}
+    cells = {levels(method, base): method for method in comparison.own if differs_in_factors_alone(method, base)}
     first_schedule, first_dropout = levels(base, base)
     by_schedule = {schedule: [dropout for level, dropout in cells if level == first_schedule
                               and (schedule, dropout) in cells] for schedule, _ in cells}

@@ -400,7 +400,7 @@ def subtitle(comparison: Comparison) -> str:
                 f"{counted(comparison.counts['Avg'], f'{methods[0].runs[0].split} question')}, "
                 f"{seeds_in_words(methods)} a method")
     groups = [("published runs", [m for m in comparison.methods if m.published]),
-              ("these runs", [m for m in comparison.methods if not m.published])]
+              ("these runs", comparison.own)]
     return "\n".join(line(methods, label) for label, methods in groups if methods)
 
 

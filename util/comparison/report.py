@@ -31,7 +31,7 @@ def comparison_page(comparison: Comparison, folder: Path, prefix: str, written: 
 def facts(comparison: Comparison) -> dict[str, str]:
     """The facts on what was compared, by their names."""
     methods = comparison.methods
-    own = [run for method in methods if not method.published for run in method.runs]
+    own = [run for method in comparison.own for run in method.runs]
     runs = own or methods[0].runs
     of_scienceqa = " of ScienceQA" if comparison.counts.keys() == COLUMNS.keys() else ""
     found = {
@@ -56,7 +56,7 @@ def checksum(value: str | None) -> str:
 
 
 def how_again(comparison: Comparison, command: str) -> list[Part]:
-    own = [run for method in comparison.methods if not method.published for run in method.runs]
+    own = [run for method in comparison.own for run in method.runs]
     folders = [Bullets([f"`{run.folder}`" for run in own])] if own else []
     words = ("The table and the figures are made of these folders, each of which has its run's flags (config.json), "
              "checksums of its data and models (recipe.json) and every answer (generations.jsonl). The command: " if own

@@ -173,13 +173,12 @@ def p_value(p: float | None) -> str:
 
 def notes(comparison: Comparison) -> list[str]:
     """The sentences on how the numbers were computed, what they do not cover, and which runs are excluded."""
-    own = [comparison.differences[method.name] for method in comparison.methods
-           if not method.published and method.name in comparison.differences]
+    own = [comparison.differences[method.name] for method in comparison.own if method.name in comparison.differences]
     lines = [f"Accuracy in % of {counted(comparison.counts['Avg'], 'question')}. Intervals hold at 95 % each, not all "
              "together."]
     if own:
         lines += difference_notes([difference for difference in own if difference.low is not None])
-        lines += one_seed_notes([method for method in comparison.methods if not method.published])
+        lines += one_seed_notes(comparison.own)
     elif len(comparison.methods) > 1 and not comparison.differences:
         lines.append(f"No run is the base ({BASE_IN_WORDS}): for differences, choose one with --base.")
     lines += verdicts(comparison)
@@ -205,8 +204,7 @@ def reference_notes(comparison: Comparison) -> list[str]:
     """The sentences on the rows that are no methods."""
     words = [f"{reference.name} ({reference.note})" for reference in comparison.references]
     lines = [f"Shown beside the methods, and not tested: {'; '.join(words)}."] if words else []
-    own = any(not method.published for method in comparison.methods)
-    if own and CHANCE not in [reference.name for reference in comparison.references]:
+    if comparison.own and CHANCE not in [reference.name for reference in comparison.references]:
         lines.append("Chance is not known, since an earlier version scored these runs: eval.py --adapter_path RUN adds "
                      "it, and computes nothing again.")
     return lines
@@ -279,7 +277,7 @@ def verdicts(comparison: Comparison) -> list[str]:
 def cluster_note(comparison: Comparison, clusters: np.ndarray) -> str:
     """The sentences on the clusters, with the design effects measured on them."""
     sizes = np.bincount(clusters)
-    means = [method.outcomes.mean(0) for method in comparison.methods if not method.published]
+    means = [method.outcomes.mean(0) for method in comparison.own]
     effects = [design_effect(mean, clusters) for mean in means]
     of_differences = [design_effect(mean - means[0], clusters) for mean in means[1:]]
     of_pairs = f", {np.mean(of_differences):.2f} for differences" if of_differences and comparison.differences else ""
