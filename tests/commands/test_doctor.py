@@ -289,9 +289,9 @@ def project(tmp_path):
     return tmp_path / "a folder"
 
 
-def run_script(project, **environment: str) -> subprocess.CompletedProcess:
+def run_script(project, *flags: str, **environment: str) -> subprocess.CompletedProcess:
     env = {"PATH": f"{project.parent}/bare/bin:/usr/bin:/bin", **environment}
-    return subprocess.run(["bash", project / "scripts" / "check.sh"], env=env, capture_output=True, text=True,
+    return subprocess.run(["bash", project / "scripts" / "check.sh", *flags], env=env, capture_output=True, text=True,
                           timeout=60)
 
 
@@ -314,6 +314,18 @@ def test_the_script_refuses_an_old_python(project):
     old.chmod(0o755)
     done = run_script(project, PYTHON=str(old))
     assert done.returncode == 1 and done.stdout == ""
+
+
+def test_the_script_reads_the_variables_of_the_experiment_scripts(project):
+    """Only those that are set and not empty; the flags behind them win."""
+    stub = project.parent / "bare" / "bin" / "stub"
+    stub.write_text('#!/usr/bin/env bash\n[ "$1" = -c ] || printf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    said = run_script(project, "--data_root", "mine", PYTHON=str(stub), DATA_ROOT="my data", WEIGHTS="w", MODEL="13B",
+                      OUTPUT_ROOT="runs").stdout
+    assert said.splitlines() == ["-m", "tools.doctor", "--data_root", "my data", "--llama_model_path", "w",
+                                 "--llm_model", "13B", "--output_dir", "runs", "--data_root", "mine"]
+    assert run_script(project, PYTHON=str(stub), MODEL="").stdout.splitlines() == ["-m", "tools.doctor"]
 
 
 def test_flags_that_train_py_refuses_are_told(check):
