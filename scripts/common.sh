@@ -18,9 +18,18 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
 
+fail() {
+    echo "$(basename "$0"): $1" >&2
+    exit 1
+}
+
 source scripts/gpus.sh
 VISIBLE=0
-[ -n "${LISTED:-}" ] || VISIBLE=$(visible_gpus) # else whoever lists many runs has asked, since it takes a second
+if [ -z "${LISTED:-}" ]; then # else whoever lists many runs has asked, since it takes a second
+    python -c 'from importlib.util import find_spec; exit(not find_spec("torch"))' 2> /dev/null ||
+        fail "no python with PyTorch here: bash scripts/environment.sh requirements.txt makes .venv with all packages"
+    VISIBLE=$(visible_gpus)
+fi
 if [ "$VISIBLE" -eq 0 ]; then GPUS=${GPUS:-1}; fi
 export GPUS=${GPUS:-4}
 DATA_ROOT=${DATA_ROOT:-../data}
@@ -28,11 +37,6 @@ WEIGHTS=${WEIGHTS:-../data/weights}
 MODEL=${MODEL:-7B}
 OUTPUT_ROOT=${OUTPUT_ROOT:-.}
 NODES=${SLURM_NNODES:-1}
-
-fail() {
-    echo "$(basename "$0"): $1" >&2
-    exit 1
-}
 
 WORLD=0
 if [[ $GPUS =~ ^[1-9][0-9]?$ ]]; then WORLD=$((GPUS * NODES)); fi

@@ -23,10 +23,13 @@ MODEL=${MODEL:-toy}
 if [ "$MODEL" = toy ]; then
     DATA_ROOT=${DATA_ROOT:-data/mini} WEIGHTS=${WEIGHTS:-weights} OUTPUT_ROOT=${OUTPUT_ROOT:-runs/quickstart}
 fi
-source scripts/common.sh
-if [ -z "$named" ] && ! has_runs "$OUTPUT_ROOT"; then
-    echo "no finished runs in $OUTPUT_ROOT: run 'bash scripts/quickstart.sh' first, or name others with OUTPUT_ROOT and MODEL" >&2
+if [ -z "$named" ] && ! has_runs "${OUTPUT_ROOT:-.}"; then
+    echo "no finished runs in ${OUTPUT_ROOT:-.}: run 'bash scripts/quickstart.sh' first, or name others with OUTPUT_ROOT and MODEL" >&2
     exit 1
 fi
-source scripts/environment.sh requirements/demo.txt
+REQUIREMENTS=requirements/demo.txt
+[[ " $* " != *" --cli "* ]] || REQUIREMENTS=requirements.txt # Gradio is for the page alone
+source scripts/environment.sh "$REQUIREMENTS"
+GPUS=1 # whatever the machine has: one process answers
+source scripts/common.sh
 exec python demo.py --runs "$OUTPUT_ROOT" --llama_model_path "$WEIGHTS" --llm_model "$MODEL" --data_root "$DATA_ROOT" "$@"

@@ -1,6 +1,6 @@
 """What this machine has, what a run would use, and what would fail (lines with `!`): bash scripts/check.sh [flags]."""
 
-from lavin.runtime.startup import prepare_imports
+from lavin.runtime.startup import INSTALL, prepare_imports
 
 if __name__ == "__main__":
     prepare_imports()
@@ -52,7 +52,6 @@ try:  # packages may be missing or broken, and this program says so
 except Exception as error:  # of many types: a library of CUDA that is gone, a torchvision of another torch
     import_error = error
 
-FIX = "bash scripts/quickstart.sh makes .venv with all packages, or pip install -r requirements.txt"
 INSTALLED = {found.name.lower(): found.version for found in metadata.distributions() if found.name}
 LLAMA_HEAD_DIM = 128  # of 7B and 13B
 BITSANDBYTES = ", and bitsandbytes (pip install -r requirements/lite.txt)"
@@ -101,11 +100,11 @@ def packages() -> Iterator[str]:
     yield from (row(name, found.get(name, "-")) for name in (*required, *OPTIONAL, "tensorboard", "gradio"))
     missing = [name for name in required if name not in INSTALLED]
     if missing:
-        yield f"! missing: {', '.join(missing)}: {FIX}"
+        yield f"! missing: {', '.join(missing)}: {INSTALL}"
     elif import_error:
-        yield f"! a package does not work ({repr(import_error)[:300]}): remove .venv (rm -r .venv); {FIX}"
+        yield f"! a package does not work ({repr(import_error)[:300]}): remove .venv (rm -r .venv); {INSTALL}"
     else:
-        yield from (f"! {name} {INSTALLED[name]} is not {wanted}, which requirements.txt asks for: {FIX}"
+        yield from (f"! {name} {INSTALLED[name]} is not {wanted}, which requirements.txt asks for: {INSTALL}"
                     for name, wanted in required.items() if not SpecifierSet(wanted).contains(INSTALLED[name], True))
 
 

@@ -12,6 +12,7 @@ import torch
 
 from lavin.fast.speed_up import FastPaths
 from lavin.runtime.errors import UserError
+from lavin.runtime.startup import INSTALL
 from tiny import ROOT
 from tools import doctor
 
@@ -300,7 +301,7 @@ def test_the_script_needs_no_venv_and_no_packages(project):
     assert done.returncode == 1 and done.stderr == ""
     lines = done.stdout.splitlines()
     assert find(lines, "Python").endswith(f"{project.parent}/bare/bin/python3") and find(lines, "torch") == "-"
-    assert lines[-1].startswith("! missing: torch, fairscale, ") and "bash scripts/quickstart.sh" in lines[-1]
+    assert lines[-1].startswith("! missing: torch, fairscale, ") and INSTALL in lines[-1]
 
 
 def test_the_script_takes_venv_where_there_is_one(project):

@@ -25,6 +25,7 @@ BASE = "--lr_schedule cosine --min_lr 0 --dropout_prob 0.1 --dropout_var 1 --dro
 STUB = """#!/usr/bin/env bash
 name=$(basename "$0")
 [[ "$*" != "-c "*scripts/methods.json* ]] || exec "$PYTHON" "$@"
+[[ "$*" != "-c "*torch* ]] || exit "${NO_TORCH:-0}"
 if [ "$name" = nvidia-smi ]; then
     echo "$*" >> "$CALLS.gpus"
     for ((i = 0; i < ${HERE:-16}; i++)); do echo "GPU $i: NVIDIA"; done
@@ -665,6 +666,27 @@ def test_mme_evaluates_the_given_run(sandbox):
                      "--mme_root d/mme --max_batch_size 16 --seed 1")
     sandbox.run("scripts/eval_mme_benchmark.sh", code=1)
     assert "name a run" in sandbox.errors
+
+
+def test_a_python_without_packages_is_told_in_one_line_before_any_run(sandbox):
+    line = ("{}: no python with PyTorch here: bash scripts/environment.sh requirements.txt makes .venv with all "
+            "packages\n")
+    for name in ("finetuning_sqa_7b_step.sh", "run_all_variants.sh", "search_sqa_7b.sh"):
+        assert sandbox.run(f"scripts/{name}", code=1, NO_TORCH="1") == [] and sandbox.errors == line.format(name)
+    (sandbox.folder / "bin" / "python").unlink()
+    for name in ("bash", "dirname", "basename"):
+        (sandbox.folder / "bin" / name).symlink_to(shutil.which(name))
+    assert sandbox.run("scripts/finetuning_sqa_7b.sh", code=1, PATH=f"{sandbox.folder}/bin") == []
+    assert sandbox.errors == line.format("finetuning_sqa_7b.sh")
+
+
+def test_the_demo_installs_gradio_for_the_page_alone_and_runs_on_any_number_of_gpus(sandbox):
+    sandbox.install()
+    (sandbox.folder / "run").mkdir()
+    (sandbox.folder / "run" / "checkpoint-0.pth").touch()
+    for arguments, requirements in ((["--cli"], "requirements.txt"), ([], "requirements/demo.txt")):
+        *_, install, demo = sandbox.run("scripts/demo.sh", *arguments, MODEL="7B", OUTPUT_ROOT="run", HERE="1")
+        assert install.endswith(f"-r {requirements}") and "demo.py --runs run" in demo
 
 
 def test_demo_uses_runs_of_smollm2_or_of_quickstart_or_of_the_environment(sandbox):

@@ -9,7 +9,7 @@ import pytest
 
 from forked import in_child
 from lavin.runtime.errors import one_line_errors
-from lavin.runtime.startup import prepare_imports
+from lavin.runtime.startup import INSTALL, prepare_imports
 from tiny import ROOT
 
 PROGRAMS = [path.relative_to(ROOT) for folder in ("*.py", "util/*.py", "tools/*.py", "benchmarks/*.py")
@@ -81,8 +81,19 @@ def test_ctrl_c_is_handled_once_the_imports_are_done(numbers, status):
     assert in_child(work)[:2] == (status, "")
 
 
+@pytest.mark.parametrize("statement, said", [
+    ("import no_such_package", f"a_program.py: error: the package no_such_package is missing: {INSTALL}\n"),
+    ("import lavin.no_such_file", "Traceback "), ("1 / 0", "Traceback ")])
+def test_a_missing_package_is_told_in_one_line_and_a_bug_keeps_its_traceback(tmp_path, statement, said):
+    program = tmp_path / "a_program.py"
+    program.write_text(f"from lavin.runtime.startup import prepare_imports\nprepare_imports()\n{statement}\n")
+    done = subprocess.run([sys.executable, program], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith(said) and (done.stderr == said) == ("package" in statement)
+
+
 def test_an_import_of_a_program_changes_nothing():
     """Another program, or a test, may import its parser."""
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT), sys.excepthook
     import train  # noqa: F401
-    assert signal.getsignal(signal.SIGINT) == before
+    assert (signal.getsignal(signal.SIGINT), sys.excepthook) == before
