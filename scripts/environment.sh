@@ -1,5 +1,5 @@
-# Makes .venv with the packages of a requirements file, once. Scripts source it,
-# which also puts .venv first on PATH.
+# Makes .venv with the packages of a requirements file (requirements.txt, unless
+# another is named), once. Scripts source it, which also puts .venv first on PATH.
 #   PYTHON=python3            the Python that .venv is made with, 3.10 or newer
 #   TORCH_CONSTRAINTS         the PyTorch to install: a file of
 #                             requirements/constraints (each says what for), or
@@ -11,6 +11,8 @@
 #   TORCH_CONSTRAINTS=requirements/constraints/v100.txt \
 #       bash scripts/environment.sh requirements/demo.txt
 [ "${BASH_SOURCE[0]}" != "$0" ] || source "$(dirname "$0")/help.sh"
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_WAIT_POLICY=passive # else threads spin while they wait: two trainings on two cores take 2.6 times as long
 has_pip() { .venv/bin/python -c 'import pip._internal.cli.main' 2> /dev/null; }
 
@@ -96,4 +98,4 @@ install_environment() {
     fi
     export PATH="$PWD/.venv/bin:$PATH"
 }
-install_environment "$1"
+install_environment "${1:-requirements.txt}"

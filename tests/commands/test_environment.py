@@ -32,7 +32,8 @@ class Project:
         self.folder, self.calls, self.bin = folder, folder / "calls", folder / "bin"
         for name in ("scripts", ".venv/bin", "bin"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "scripts" / "environment.sh", folder / "scripts")
+        for name in ("environment.sh", "help.sh"):
+            shutil.copy(ROOT / "scripts" / name, folder / "scripts")
         shutil.copy(ROOT / "requirements.txt", folder)
         shutil.copytree(ROOT / "requirements", folder / "requirements", dirs_exist_ok=True)
         if python:
@@ -152,6 +153,19 @@ def test_a_failed_installation_is_tried_again_and_names_the_way_out(project):
     project.stub(project.folder / ".venv" / "bin" / "python", f'{STUB}[ "$2" != pip ]\n')
     assert len(project.install(code=1)) == len(project.install(code=1)) == 1
     assert project.errors.endswith(f"no network here? Start it where there is one, with TORCH_CONSTRAINTS={V100}\n")
+
+
+def test_the_script_by_itself_works_from_any_folder_and_stops_at_an_old_python(project, tmp_path):
+    def start(**environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", project.folder / "scripts" / "environment.sh"], cwd=tmp_path, timeout=60,
+                              env={"PATH": "/usr/bin:/bin", "CALLS": str(project.calls), **environment},
+                              capture_output=True, text=True)
+    assert start().returncode == 0 and project.calls.read_text().endswith("-r requirements.txt\n")
+    assert (project.folder / ".venv" / "requirements.txt.installed").is_file()
+    shutil.rmtree(project.folder / ".venv")
+    project.stub(project.bin / "old", "#!/usr/bin/env bash\necho 'Python 3.10 or newer is needed' >&2\nexit 1\n")
+    done = start(PYTHON=str(project.bin / "old"))
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "Python 3.10 or newer is needed\n")
 
 
 # --- With pip itself ---

@@ -40,7 +40,8 @@ def files(folder: Path) -> dict[Path, bytes]:
 def test_help_is_printed_and_nothing_else_happens(folder, name):
     before, folders = files(folder), sorted(folder.rglob("*"))
     text = help_of(folder, f"scripts/{name}", "--help")
-    assert text and max(map(len, text.splitlines())) <= 80 and "#" not in text
+    assert max(map(len, text.splitlines())) <= 80 and "#" not in text
+    assert text.endswith("\n\nRelative paths begin at the project's folder, wherever a script is started.\n")
     for arguments in (["-h"], ["--epochs", "5", "--help"], ["--", "-h", "x"]):
         assert help_of(folder, f"scripts/{name}", *arguments) == text
     assert help_of(folder, name, "-h", cwd=folder / "scripts") == text
