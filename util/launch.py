@@ -1,7 +1,8 @@
-"""torchrun without its own traceback: `python -m util.launch --nproc_per_node 4 train.py ...`, flags as torchrun's.
+"""torchrun with one line in place of its summary: `python -m util.launch --nproc_per_node 4 train.py ...`, flags as
+torchrun's.
 
-What ended the processes stands last in the log, in torchrun's summary. Exit status 75 means, as that of a single
-process, that they were stopped and the same command goes on.
+The line stands last in the log, and says what ended the processes. Exit status 75 means, as that of a single process,
+that they were stopped and the same command goes on.
 """
 
 from lavin.runtime.startup import prepare_imports
@@ -10,6 +11,7 @@ if __name__ == "__main__":
     prepare_imports()
 
 import signal
+import socket
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -31,10 +33,22 @@ def launch() -> int:
     except ChildFailedError as error:
         status = error.get_first_failure()[1].exitcode
         if status != UNFINISHED:
-            print(error, file=sys.stderr)
+            print(describe(error), file=sys.stderr)
         return status if status > 0 else 1
     finally:
         finish(signal.SIG_IGN)
+
+
+def describe(error: ChildFailedError) -> str:
+    """The process of this node that failed first and what it said, or the signal that ended it."""
+    rank, failure = error.get_first_failure()
+    if isinstance(failure.message, dict):  # of report_to_torchrun (lavin/runtime/errors.py)
+        said = failure.message["message"]
+    elif failure.exitcode < 0:
+        said = failure.message
+    else:
+        said = f"exit status {failure.exitcode}, for the reason above"
+    return f"rank {rank} on {socket.gethostname()} failed first: {said}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ Of several processes, one speaks. All that meet the same error, or the same sign
   stop signal by that of signals.py, where rank 0 speaks; where another process is frozen by that of heartbeat.py, where
   the first of the processes that still answer speaks.
 - torchrun quotes the message of the process that failed first in its last lines (report_to_torchrun); util/launch.py
-  leaves these out where all were only stopped.
+  makes one line of these, and leaves it out where all were only stopped.
 
 Whoever starts programs tells 75 from the others, and passes a request to stop on as SIGTERM:
 - util/launch.py, torchrun for a run on several GPUs: its status is 75 where the process that ended first had 75, or

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -269,16 +271,20 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
         pass
 
 
-@pytest.mark.parametrize("code, status, words", [
-    ("raise UserError('no file x')", 1, "main.py: error: no file x"), ("os._exit(75)", 75, ""),
-    ("os.kill(os.getpid(), 9)", 1, "Signal 9 (SIGKILL)")])
-def test_the_launcher_says_last_what_failed(tmp_path, code, status, words):
+@pytest.mark.parametrize("code, status, last", [
+    ("raise UserError('no file x')", 1, "failed first: main.py: error: no file x"), ("os._exit(75)", 75, None),
+    ("os.kill(os.getpid(), 9)", 1, r"failed first: Signal 9 \(SIGKILL\) received by PID \d+"),
+    ("os._exit(3)", 3, "failed first: exit status 3, for the reason above")])
+def test_the_launcher_says_last_what_failed(tmp_path, code, status, last):
+    """In one line, and nothing where the processes were only stopped."""
     code = f"from lavin.runtime.errors import UserError; {code}"
     (tmp_path / "main.py").write_text(WAITING.format(path=sys.path, code=code))
     with start("-m", "util.launch", *TORCHRUN[2:], tmp_path / "main.py") as process:
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == status and "Traceback" not in errors
-    assert words in "".join(errors.splitlines()[-6:]) and ("Root Cause" in errors) == bool(words)
+    assert process.returncode == status and "Traceback" not in errors and "Root Cause" not in errors
+    if last:
+        assert re.fullmatch(rf"rank [01] on {re.escape(socket.gethostname())} {last}", errors.splitlines()[-1])
+    assert ("failed first" in errors) == bool(last)
 
 
 def test_the_launcher_stops_its_processes_at_the_signal_that_srun_passes_on(tmp_path):
