@@ -135,7 +135,8 @@ SCORES = {**dict.fromkeys(COLUMNS, 50.0), "counts": dict.fromkeys(COLUMNS, 10),
           "correct": dict.fromkeys(COLUMNS, 5), "split": "test"}
 BROKEN = {
     "unfinished, 1 of 2 epochs": {"log.txt": [{"epoch": 1, "train_closs": 1.0}]},
-    "unfinished, 0 of 2 epochs": {"log.txt": None},
+    "unfinished, 0 of 2 epochs": {"log.txt": []},
+    "log.txt is missing: if the run is unfinished, train.py --resume ": {"log.txt": None},
     "log.txt, line 1: train_closs: is missing": {"log.txt": [{"epoch": 1}]},
     "scores.json (No such file or directory): run eval.py": {"scores.json": None},
     "preds.json (No such file or directory): run eval.py": {"preds.json": None, "generations.jsonl": None},

@@ -239,8 +239,10 @@ def trained_on(folder: Path) -> dict[str, Any]:
 
 def read_log(path: Path, epochs: int) -> list[dict]:
     """The line of every epoch. A resumed run may have logged an epoch twice: the last line counts."""
-    lines: Any = [validate(line, LogLine, f"{path}, line {i}", FIX)
-                  for i, line in enumerate(read_json_lines(path) if path.is_file() else [], 1)]
+    if not path.is_file():  # it is written with the first epoch's checkpoint
+        raise UserError(f"{path} is missing: if the run is unfinished, train.py --resume {path.parent} goes on; if the "
+                        "file was lost, put it back, or train again")
+    lines: Any = [validate(line, LogLine, f"{path}, line {i}", FIX) for i, line in enumerate(read_json_lines(path), 1)]
     by_epoch = {line["epoch"]: line for line in lines}
     done = sum(epoch in by_epoch for epoch in range(epochs))
     if done < epochs:
