@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # From a clone to a comparison of the eight methods, on a CPU: mini ScienceQA, a
 # toy base, and the experiment scripts as they run on a cluster. What exists is
-# used again; results go to runs/quickstart. Installs what is missing as
-# scripts/environment.sh does, whose variables hold.
+# used again; results go to runs/quickstart. Arguments are flags of train.py, for
+# all methods. Installs what is missing as scripts/environment.sh does, whose
+# variables hold.
 #   METHODS                   the methods, as in run_all_variants.sh
 #   SEEDS=0                   the seeds of each
 # Example:
@@ -17,4 +18,4 @@ source scripts/toy.sh
 echo "== the untuned base"
 run python eval.py --ckpt_dir "$WEIGHTS" --llm_model "$MODEL" --vision_model "$WEIGHTS/$MODEL/vit" --device cpu \
     --data_root "$DATA_ROOT" --output_dir "$OUTPUT_ROOT/untuned"
-exec bash scripts/run_all_variants.sh "${FLAGS[@]}" --blr 0.16
+exec bash scripts/run_all_variants.sh "${FLAGS[@]}" --blr 0.16 "$@"

@@ -4,8 +4,8 @@
 # little ViT is pretrained. Three methods are fine-tuned, and scored on the test
 # split and on the same questions with exchanged pictures. What exists is used
 # again; results go to runs/smollm2. Goes on past a failed run and names it at the
-# end. Installs what is missing as scripts/environment.sh does, whose variables
-# hold.
+# end. Arguments are flags of train.py, for all methods. Installs what is missing
+# as scripts/environment.sh does, whose variables hold.
 # Example:
 #   bash scripts/quickstart_smollm2.sh
 source "$(dirname "$0")/help.sh"
@@ -20,8 +20,8 @@ export METHODS="base cyclical drop_dec_v2" SEEDS=0
 # as in toy.sh; a second thread that waits for a busy core slows the first one down
 export JOBS=2 OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
 status=0
-run bash scripts/run_all_variants.sh "${FLAGS[@]}" "${CPU[@]}" --batch_size 8 --epochs 2 --warmup_epochs 0.2 --blr 0.12 ||
-    status=$?
+run bash scripts/run_all_variants.sh "${FLAGS[@]}" "${CPU[@]}" --batch_size 8 --epochs 2 --warmup_epochs 0.2 --blr 0.12 \
+    "$@" || status=$?
 [ "$status" -le 1 ] || exit "$status" # 1: a run has failed, which keeps no other from being scored
 
 results=("$OUTPUT_ROOT/untuned") failed=()

@@ -740,6 +740,20 @@ def test_quickstart_smollm2_scores_untuned_tuned_and_with_exchanged_pictures(san
     assert all(run in calls[-1] for run in RUNS_OF_SMOLLM2)
 
 
+@pytest.mark.parametrize("script", ["quickstart.sh", "quickstart_smollm2.sh"])
+def test_the_flags_of_a_quickstart_go_to_every_run(sandbox, script):
+    sandbox.install()
+    score(sandbox, *RUNS_OF_SMOLLM2)
+    trained = [call for call in sandbox.run(f"scripts/{script}", "--epochs", "1") if " train.py " in call]
+    assert len(trained) >= 3 and all(call.endswith(" --epochs 1") for call in trained)
+
+
+def test_a_job_that_bash_starts_is_told_to_go_to_slurm(sandbox):
+    for path in sorted(ROOT.glob("slurm/*.sbatch")):
+        assert sandbox.run(f"slurm/{path.name}", "scripts/finetuning_sqa_7b.sh", code=1) == []
+        assert sandbox.errors.endswith("start this file with sbatch\n") and sandbox.errors.count("\n") == 1
+
+
 def test_quickstart_smollm2_goes_on_past_a_failure_but_not_past_a_stop(sandbox):
     sandbox.install()
     base, cyclical, decreasing = RUNS_OF_SMOLLM2
