@@ -9,7 +9,7 @@ import argparse
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import Enum
 from functools import cache, partial
@@ -184,6 +184,12 @@ def interval(kind: Any) -> str | None:
 
 def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).removeprefix(f"{ROOT}/")
+
+
+def command_line(flags: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that gives these flags. One that takes no value is among them where it is True."""
+    return [word for name, value in flags.items() if value is not False
+            for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
 
 def check_flags(flags: dict[str, Any], declared: dict[str, Flag], source: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lavin.fast.captured_models import capture_passes
 from lavin.generation.generate import generate, stream
 from lavin.model import pack
 from lavin.runtime.errors import UserError
-from lavin.runtime.flags import flags_of
+from lavin.runtime.flags import command_line, flags_of
 from tests.conftest import write_scienceqa
 from tiny import tiny_example, tiny_model
 from tiny_runs import load_checkpoint, write_run
@@ -435,9 +435,8 @@ def test_published_adapters_answer_by_the_flags_that_they_were_trained_with(bot,
     """A published checkpoint holds no configuration, and the run `scaled` another scale than the default."""
     content = load_checkpoint(runs / "scaled" / "checkpoint-3.pth")
     torch.save({"model": content["model"]}, tmp_path / "published.pth")
-    flags = [item for name, value in {**content["flags"], **content["adapter_config"]}.items()
-             if name in flags_of(*SHARED) and value not in (None, False)
-             for item in (f"--{name}", str(value))]
+    flags = command_line({name: value for name, value in {**content["flags"], **content["adapter_config"]}.items()
+                          if name in flags_of(*SHARED) and value is not None})
     published = load_chatbot(demo.get_args_parser().parse_args(
         ["--adapter_path", str(tmp_path / "published.pth"), "--device", "cpu", *flags]))
     name, = published.runs

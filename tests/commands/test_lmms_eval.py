@@ -33,7 +33,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 datasets = pytest.importorskip("datasets")
 Instance = pytest.importorskip("lmms_eval.api.instance").Instance
 plugin = importlib.import_module("tools.lmms_eval_plugin.model")
-LaVINModel, command_line = plugin.LaVINModel, plugin.command_line
+LaVINModel = plugin.LaVINModel
 
 PLUGIN = ROOT / "tools" / "lmms_eval_plugin"
 OF_LMMS_EVAL = Path(sys.modules["lmms_eval"].__path__[0]) / "tasks" / "scienceqa" / "scienceqa.yaml"
@@ -208,12 +208,6 @@ def test_likelihoods_are_losses_of_what_follows_the_prompt(model):
 ])
 def test_sampling(options, expected):
     assert plugin.sampling_of(options) == expected
-
-
-def test_flags_reach_the_parser_as_they_were_written():
-    flags = command_line({"adapter_path": "run", "bits": "4bit", "use_caption": True, "use_vicuna": False,
-                          "max_seq_len": 200})
-    assert flags == ["--adapter_path", "run", "--bits", "4bit", "--use_caption", "--max_seq_len", "200"]
 
 
 def test_what_the_model_cannot_do_is_refused_in_one_line(model, run, base):

@@ -27,6 +27,7 @@ import torch
 from lavin.runtime.console import format_table, summary
 from lavin.runtime.errors import one_line_errors
 from lavin.runtime.files import read_json, read_json_lines
+from lavin.runtime.flags import command_line
 from lavin.weights.adapters import read_adapters
 from tests.faults import machine
 from tests.faults.cases import BASE, write_base
@@ -37,7 +38,6 @@ from util.runs import last_checkpoint
 from util.search.confirm import Confirmation, verdict
 from util.search.folder import accuracy, read_records, read_settings
 from util.search.settings import SPACE
-from util.search.space import command_line
 
 SIZES = {"train": 64, "val": 200, "test": 6}
 TRAIN = (*BASE, "--batch_size", "4", "--accum_iter", "8", "--epochs", "9", "--max_seq_len", "500",

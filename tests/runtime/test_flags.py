@@ -16,7 +16,7 @@ import plot_results
 import search
 import train
 from lavin.runtime.errors import UsageError
-from lavin.runtime.flags import FlagGroup, Parser, Role, check_flags, flag, flags_of
+from lavin.runtime.flags import FlagGroup, Parser, Role, check_flags, command_line, flag, flags_of
 from lavin.runtime.schema import PathText
 from tiny import ROOT
 from tools import (
@@ -126,6 +126,14 @@ def test_flags_are_parsed_and_those_that_were_given_are_known():
     flags = parse("--number", "3", "--fast")
     assert Group.of(flags) == Group(0.5, 3, "a", True, "") and flags.given == {"count", "fast"}
     assert parse("--share", "0.5").given == {"share"}  # also where it is the default
+
+
+@pytest.mark.parametrize("words", [
+    (), ("--fast",), ("--share", "0.25", "--count", "3", "--kind", "b", "--fast", "--place", "my run")])
+def test_flags_as_words_are_what_was_given(words):
+    flags = parse(*words)
+    assert command_line({name: getattr(flags, name) for name in vars(flags) if name in flags.given}) == [*words]
+    assert vars(parse(*command_line({**vars(flags), "count": 3}))) == {**vars(flags), "count": 3}  # --fast may be False
 
 
 @pytest.mark.parametrize("words, message", [

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
+from lavin.runtime.flags import command_line
 from tiny import ROOT
 from user_errors import error_message
 from util.comparison.methods import named_methods
 from util.lr_sched import SCHEDULES, schedules_with
 from util.search import command
 from util.search.settings import SPACE
-from util.search.space import command_line, read_space
+from util.search.space import read_space
 
 EFFECTIVE_32 = ["--batch_size", "2", "--accum_iter", "16"]
 FLOAT = {"kind": "float", "low": 0, "high": 0.3, "default": 0.1}
@@ -200,4 +201,3 @@ def test_a_space_that_train_refuses_is_refused_before_anything_is_trained(parame
 def test_whole_numbers_are_sampled():
     space = make({"hidden_proj": {"kind": "int", "low": 8, "high": 10, "default": 8}})
     assert {space.suggest(Draws(i))["hidden_proj"] for i in range(50)} == {8, 9, 10}
-    assert command_line({"hidden_proj": 9}) == ["--hidden_proj", "9"]

@@ -22,7 +22,7 @@ from lavin.generation.option_scoring import answer_losses
 from lavin.generation.sampling import named_failures, sampling_seed
 from lavin.runtime.console import counted, progress_bar
 from lavin.runtime.errors import UserError
-from lavin.runtime.flags import Parser
+from lavin.runtime.flags import Parser, command_line
 from lavin.tokenizer import Example
 from util.data.images import image_to_tensor, to_rgb
 from util.data.prompts import RESPONSE, fit_prompt, instruction_prompt
@@ -50,12 +50,6 @@ def get_args_parser() -> Parser:
     parser.add_argument("--adapter_path", help="a checkpoint, or a run's folder (without it: the untuned base)")
     parser.add_argument("--tokenizer_path", help="tokenizer.model or tokenizer.json (the base model's)")
     return parser
-
-
-def command_line(flags: dict[str, Any]) -> list[str]:
-    """The flags of --model_args, in which lmms-eval has made numbers and booleans of texts, as words again."""
-    return [word for name, value in flags.items() if value is not False
-            for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
 
 def sampling_of(options: dict[str, Any]) -> tuple[float, float]:
@@ -119,7 +113,7 @@ class LaVINModel(lmms):
         super().__init__()
         if not str(batch_size).isdecimal():
             raise UserError(f"--batch_size {batch_size} is no number: give the number of questions per batch")
-        args = get_args_parser().parse_args(command_line(flags))
+        args = get_args_parser().parse_args(command_line(flags))  # lmms-eval made numbers and booleans of words
         if args.model_parallel_size > 1:
             raise UserError("--model_parallel_size is for eval.py: lmms-eval gives each process questions of its own")
         self.model, self.tokenizer, _ = load_model(args)

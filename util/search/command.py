@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lavin.runtime.console import counted, print_rank0
 from lavin.runtime.errors import UserError
-from lavin.runtime.flags import CHANGES_RESULTS, Flags, Role, flags_of
+from lavin.runtime.flags import CHANGES_RESULTS, Flags, Role, command_line, flags_of
 from lavin.weights.base import require_base
 from util.data.batches import steps_per_epoch
 from util.data.datasets import DISJOINT_SPLITS, load_scienceqa
@@ -24,7 +24,7 @@ from util.search.processes import starting
 from util.search.progress import cost_lines, progress_line, unit_of_hours
 from util.search.runner import HoursSpent, Runner
 from util.search.settings import Search
-from util.search.space import Space, Values, command_line, flag_of, read_space
+from util.search.space import Space, Values, flag_of, read_space
 from util.training.recipe import TRAIN_FLAGS
 from util.training.settings import EFFECTIVE_BATCH, Optimization, TrainingData, TrainSettings
 from util.training.settings import get_args_parser as train_parser
@@ -72,9 +72,7 @@ def describe_study(search: Search, space: Space, trained: Flags) -> dict:
 
 def machine_flags(trained: Flags) -> list[str]:
     """The words of the flags that eval.py does not take from the run."""
-    given = {name: getattr(trained, name) for name in flags_of(Execution) if name in trained.given}
-    return [word for name, value in given.items()
-            for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    return command_line({name: getattr(trained, name) for name in flags_of(Execution) if name in trained.given})
 
 
 def check_precision(study: Path, precision: str, trained: Flags, here: str) -> None:

@@ -17,13 +17,14 @@ from typing import Any
 from lavin.runtime import signals
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, sha256
+from lavin.runtime.flags import command_line
 from util.evaluation.results import read_scores
 from util.runs import SCORES, checkpoint_path, checkpoints
 from util.search.errors import CommandFailed, WorkerError, is_of_machine
 from util.search.folder import LOG, add_seconds, change_record, sign_of_life
 from util.search.identity import FILES, SCORING, Identity, checksums, differences, require_same
 from util.search.processes import Start
-from util.search.space import Values, command_line
+from util.search.space import Values
 
 POLL_SECONDS = 0.5
 ENDED_BY_SIGNAL = (signals.UNFINISHED, *(-number for number in signals.STOP_SIGNALS))  # before or after saving

@@ -296,7 +296,3 @@ def check_references(space: Space) -> None:
             if other not in seen:
                 raise UserError(f"{source} depends on {other}, which comes later or is not there: {FIX}")
         seen.add(flag)
-
-
-def command_line(values: Values) -> list[str]:
-    return [word for flag, value in values.items() for word in (f"--{flag}", str(value))]
