@@ -252,7 +252,7 @@ def test_the_progress_line(study):
     seconds = np.mean([record["seconds"] for record in records.values() if record["state"] != "RUNNING"])
     left = duration(seconds * (40 - TRIALS + 2) / 2)  # by two workers
     assert progress_line(study, 40) == (
-        f"{TRIALS - 2} of 40 trials: {states.count('COMPLETE')} complete, {states.count('PRUNED')} pruned, 0 failed; "
+        f"{TRIALS - 2} of 40 trials: {states.count('COMPLETE')} finished, {states.count('PRUNED')} pruned, 0 failed; "
         f"best {best[0] / 10:.2f} (trial {best[1]}); about {left} left")
 
 

@@ -167,7 +167,7 @@ def test_a_killed_commands_seconds_last_to_its_last_sign_of_life_and_are_never_n
 def test_progress_names_the_best_finished_trial_and_counts_what_has_ended(study):
     """Better trials that were pruned, or that run still, are not named. Nine have ended in 9,600 s, and one runs."""
     seconds = sum(trial[3] for trial in TRIALS if trial[0] != "RUNNING") / 9 * 3
-    assert progress_line(study, 12) == ("9 of 12 trials: 4 complete, 4 pruned, 1 failed; best 80.00 (trial 001); about "
+    assert progress_line(study, 12) == ("9 of 12 trials: 4 finished, 4 pruned, 1 failed; best 80.00 (trial 001); about "
                                         f"{round(seconds / 60)} min left")
 
 
@@ -252,7 +252,23 @@ def test_the_history_has_each_trials_last_score_and_the_best_of_the_finished_one
     assert found["finished"] == [(0, 76), (1, 80), (4, 78), (9, 77)]
     assert found["best finished so far"] == [(0, 76), (1, 80), (4, 80), (9, 80), (9, 80)]
     assert found["pruned after 2 epochs"] == [(2, 50), (8, 40)]
+    assert found["pruned after 6 epochs"] == [(3, 85), (5, 66)] and found["unfinished after 6 epochs"] == [(7, 90)]
     assert {y for _, y in found["the base"]} == {76}
+
+
+def test_pictures_tell_trials_that_have_failed_or_run_still_from_pruned_ones(study):
+    write_run(study / "trials" / "010", "FAIL", values_of(0), (510, 520), 60, 1)
+    report = StudyReport(study)
+    words = {"finished", "pruned", "unfinished", "failed"}
+    for draw in (figures.history, figures.learning_curves, figures.parameters):
+        figure = draw(report)
+        labels = {text.get_text().split(" after ")[0] for text in figure.legends[0].get_texts()}
+        assert words <= labels <= words | {"the base", "the best", "best finished so far", "the base's value"}
+        colours = {line.get_label(): line.get_color() for ax in figure.axes for line in ax.lines}
+        of_word = {word: {colour for label, colour in colours.items() if label.split(" after ")[0] == word}
+                   for word in words}
+        assert all(len(found) == 1 for found in of_word.values()) and len(set.union(*of_word.values())) == 4
+        plt.close(figure)
 
 
 def test_the_learning_curves_are_those_of_the_trials_and_mark_the_best_finished_one(drawn):

@@ -16,7 +16,7 @@ from util.data.datasets import DISJOINT_SPLITS, load_scienceqa
 from util.evaluation.answering import answers_first
 from util.flags import Execution
 from util.search import confirm
-from util.search.folder import LOG, add_rung, all_records, gpu_seconds, longest_unended
+from util.search.folder import LOG, STATES, add_rung, all_records, gpu_seconds, longest_unended
 from util.search.identity import study_identity
 from util.search.locks import WAIT_SECONDS
 from util.search.machine import is_cpu, resolve_precision
@@ -115,7 +115,7 @@ def work(study, runner: Runner, questions: int, check_values) -> None:
             continue
         print_rank0(f"trial {trial.number:03d}{' goes on' * trial.resumed}: {' '.join(command_line(trial.values))}")
         state, message = run_trial(study, trial, reach)
-        print_rank0(f"trial {trial.number:03d} {state.name.lower()}{message and f': {message}'} | "
+        print_rank0(f"trial {trial.number:03d} {STATES[state.name]}{message and f': {message}'} | "
                     + progress_line(study.folder, study.n_trials, study.left_out))
         ended = [each.state for each in study.trials() if each.state.is_finished()]  # of all workers
         if set(ended) == {FAIL} and len(ended) >= min(MAX_FAILURES, study.n_trials):

@@ -1,8 +1,10 @@
 """The pictures of a study (PNG and SVG), in the style of a comparison's.
 
-Markers of finished trials are filled, those of others hollow; pale bars are 95 % intervals, from the questions alone.
+A trial's colour tells its state, and its marker is filled if the trial has finished. Pale bars are 95 % intervals, from
+the questions alone.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,19 @@ from util.comparison.figures import (  # its imports of matplotlib follow its ch
     plt,
     save_figure,
 )
+from util.search.folder import BASE, STATES
 from util.search.space import flag_of
 from util.search.summary import StudyReport, Trial, importance
 
-FINISHED, PRUNED, BASE, BEST = "#0072B2", "#999999", "#000000", "#D55E00"
+BLUE, GREY, BLACK, ORANGE, PINK, GREEN = "#0072B2", "#999999", "#000000", "#D55E00", "#CC79A7", "#009E73"
+COLOUR_OF = {"COMPLETE": BLUE, "PRUNED": GREY, "FAIL": PINK, "RUNNING": GREEN}  # by a trial's state
 UNFINISHED_MARKERS = ["v", "s", "D", "^"]  # by the epochs that trials reached
 COLUMNS = 4  # of panels
 
 
 def style(trial: Trial, colour: str | None = None) -> dict[str, Any]:
-    is_finished = trial.state == "COMPLETE"
-    colour = colour or (FINISHED if is_finished else PRUNED)
-    return {"color": colour, "markerfacecolor": colour if is_finished else "white"}
+    colour = colour or COLOUR_OF[trial.state]
+    return {"color": colour, "markerfacecolor": colour if trial.is_finished else "white"}
 
 
 def score_label(report: StudyReport, epoch: int | None = None) -> str:
@@ -41,7 +44,7 @@ def score_label(report: StudyReport, epoch: int | None = None) -> str:
 
 
 def legend_below(figure, ncols: int = 5) -> None:
-    """One legend of what all panels hold."""
+    """Draws one legend for all panels, with an entry for each label."""
     labelled = {label: handle for ax in figure.axes
                 for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=ncols, fontsize=8)
@@ -53,46 +56,45 @@ def draw_interval(ax, x: float, trial: Trial, percent: float, colour: str) -> No
 
 def history(report: StudyReport):
     figure, ax = plt.subplots(figsize=(7.5, 4.4))
-    epochs = sorted({trial.last[0] for trial in report.trials if trial.state != "COMPLETE"})
-    for epoch, marker in zip(epochs, UNFINISHED_MARKERS, strict=False):
-        ended = [trial for trial in report.trials if trial.state != "COMPLETE" and trial.last[0] == epoch]
-        ax.plot([int(trial.name) for trial in ended], [trial.last[1] for trial in ended], marker, color=PRUNED,
-                markerfacecolor="white", label=f"pruned after {counted(epoch, 'epoch')}")
-    finished = [(int(trial.name), trial.last[1]) for trial in report.trials if trial.state == "COMPLETE"]
+    others = [trial for trial in report.trials if not trial.is_finished]
+    marker_of = dict(zip(sorted({trial.last[0] for trial in others}), UNFINISHED_MARKERS, strict=False))
+    for state, epoch in itertools.product(STATES, marker_of):
+        alike = [trial for trial in others if (trial.state, trial.last[0]) == (state, epoch)]
+        if alike:
+            ax.plot([int(trial.name) for trial in alike], [trial.last[1] for trial in alike], marker_of[epoch],
+                    label=f"{STATES[state]} after {counted(epoch, 'epoch')}", **style(alike[0]))
+    finished = [(int(trial.name), trial.last[1]) for trial in report.trials if trial.is_finished]
     if finished:
         numbers, values = map(list, zip(*finished, strict=True))
-        ax.plot(numbers, values, "o", color=FINISHED, label="finished")
+        ax.plot(numbers, values, "o", color=COLOUR_OF["COMPLETE"], label=STATES["COMPLETE"])
         best = list(np.maximum.accumulate(values))
-        ax.step([*numbers, int(report.trials[-1].name)], [*best, best[-1]], where="post", color=BEST, zorder=1,
+        ax.step([*numbers, int(report.trials[-1].name)], [*best, best[-1]], where="post", color=ORANGE, zorder=1,
                 label="best finished so far")
     for trial in report.trials:
         draw_interval(ax, int(trial.name), trial, trial.last[1], style(trial)["color"])
     base = report.base_trial
-    if base and base.state == "COMPLETE":
-        ax.axhline(base.last[1], color=BASE, linestyle="--", linewidth=0.8, label="the base", zorder=0)
+    if base and base.is_finished:
+        ax.axhline(base.last[1], color=BLACK, linestyle="--", linewidth=0.8, label="the base", zorder=0)
     ax.set(title="Trials in their order", xlabel="trial", ylabel=score_label(report))
     ax.xaxis.set_major_locator(integer_ticks())
-    legend_below(figure)
+    legend_below(figure, ncols=4)
     return figure
 
 
 def learning_curves(report: StudyReport):
     figure, ax = plt.subplots(figsize=(7.5, 4.8))
-    finished = [trial for trial in report.ranked if trial.state == "COMPLETE"]
-    best = (finished or report.ranked)[0]
-    seen = set()
+    best = next((trial for trial in report.ranked if trial.is_finished), report.ranked[0])
+    named = {BASE: ("the base", BLACK), best.name: ("the best", ORANGE)}
+    if best.name == BASE:
+        named = {BASE: ("the base, and the best", BLACK)}
     for trial in reversed(report.ranked):
-        label = "the base, and the best" if trial is best is report.base_trial else \
-            "the best" if trial is best else "the base" if trial is report.base_trial else \
-            "finished" if trial.state == "COMPLETE" else "pruned"
-        colour = {"the best": BEST, "finished": FINISHED, "pruned": PRUNED}.get(label, BASE)
-        special = label.startswith("the")
-        ax.plot(*zip(*trial.curve, strict=True), marker="o" if trial.state == "COMPLETE" else "v",
+        special = trial.name in named
+        label, colour = named.get(trial.name, (STATES[trial.state], COLOUR_OF[trial.state]))
+        ax.plot(*zip(*trial.curve, strict=True), marker="o" if trial.is_finished else "v", label=label,
                 linewidth=2 if special else 0.8, zorder=3 if special else 2, alpha=1 if special else 0.75,
-                label=None if label in seen else label, **style(trial, colour))
+                **style(trial, colour))
         for epoch, percent in trial.curve if special else []:
             draw_interval(ax, epoch, trial, percent, colour)
-        seen.add(label)
     ax.set(title="Accuracy within the full schedule", xlabel="epoch", ylabel=score_label(report))
     ax.xaxis.set_major_locator(integer_ticks())
     legend_below(figure)
@@ -107,12 +109,11 @@ def rates(report: StudyReport):
     figure, ax = plt.subplots(figsize=(7.5, 4.8))
     schedules = sorted({str(trial.values.get("lr_schedule", "")) for trial, _ in report.comparable})
     for schedule, colour, marker in zip(schedules, COLOURS[1:], MARKERS, strict=False):
-        label = schedule or "trials"
         for trial, percent in report.comparable:
             if str(trial.values.get("lr_schedule", "")) == schedule:
-                ax.plot(trial.values[flag], percent, marker, linestyle="none", label=label, **style(trial, colour))
+                ax.plot(trial.values[flag], percent, marker, linestyle="none", label=schedule or "trials",
+                        **style(trial, colour))
                 draw_interval(ax, trial.values[flag], trial, percent, colour)
-                label = "_"
     mark_base(ax, report.base[flag])
     ax.set(title="Learning rate (filled: finished trials)", xlabel=f"--{flag} (log scale)", xscale="log",
            ylabel=score_label(report, report.shared_epoch))
@@ -122,7 +123,7 @@ def rates(report: StudyReport):
 
 
 def mark_base(ax, x: float) -> None:
-    ax.axvline(x, color=BASE, linestyle="--", linewidth=0.8, label="the base's value", zorder=0)
+    ax.axvline(x, color=BLACK, linestyle="--", linewidth=0.8, label="the base's value", zorder=0)
 
 
 def plain_log_ticks(ax) -> None:
@@ -157,10 +158,8 @@ def draw_parameter(ax, report: StudyReport, flag: str) -> None:
     is_categorical = parameter["kind"] == "categorical"
     choices = parameter.get("choices", [])
     place = choices.index if is_categorical else float
-    labels = {True: "finished", False: "pruned"}
     for trial, percent in used:
-        is_finished = trial.state == "COMPLETE"
-        ax.plot(place(trial.values[flag]), percent, "o" if is_finished else "v", label=labels.pop(is_finished, None),
+        ax.plot(place(trial.values[flag]), percent, "o" if trial.is_finished else "v", label=STATES[trial.state],
                 **style(trial))
         draw_interval(ax, place(trial.values[flag]), trial, percent, style(trial)["color"])
     if flag in report.base:
@@ -185,8 +184,8 @@ def draw_importance(report: StudyReport):
         return None
     figure, ax = plt.subplots(figsize=(6.4, 1.6 + 0.28 * len(shares)))
     ys, (found, chance) = np.arange(len(shares)), np.array(list(shares.values())).T * 100
-    ax.barh(ys, found, color=[FINISHED if a > b else PRUNED for a, b in shares.values()], height=0.65)
-    ax.plot(chance, ys, "|", color=BASE, markersize=11, markeredgewidth=1.5, label="less than this by chance, 95 %")
+    ax.barh(ys, found, color=[BLUE if a > b else GREY for a, b in shares.values()], height=0.65)
+    ax.plot(chance, ys, "|", color=BLACK, markersize=11, markeredgewidth=1.5, label="less than this by chance, 95 %")
     ax.set(title=f"Importance for accuracy after {report.shared_epoch} of {counted(report.epochs, 'epoch')}",
            xlabel="share of the parameter (%), PED-ANOVA", yticks=ys, yticklabels=list(shares),
            ylim=(len(shares) - 0.4, -0.6))

@@ -23,6 +23,8 @@ from util.search.errors import WorkerError
 from util.training.settings import EFFECTIVE_BATCH
 
 STUDY, RECORD = "study.json", "trial.json"
+# the states of a trial, as trial.json has them, in the words that people read
+STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "unfinished"}
 LOG = "search.log"  # what the commands of a trial say; touched while they run
 RUN_FOLDERS = ("trials", "confirm")
 CLOCKS_DIFFER = 600.0  # seconds, at most, between a machine and its file server

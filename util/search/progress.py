@@ -1,11 +1,12 @@
 """The cost and the progress of a search, from the files in its folder."""
 
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from lavin.runtime.console import counted, duration, listed
-from util.search.folder import accuracy, gpu_seconds, read_records
+from util.search.folder import STATES, accuracy, gpu_seconds, read_records
 
 
 def unit_of_hours(on_cpu: bool) -> str:
@@ -38,21 +39,21 @@ def seconds_per_epoch(study: Path) -> float | None:
 
 
 def progress_line(study: Path, n_trials: int, left_out: Collection[str] = ()) -> str:
-    """A line such as `13 of 64 trials: 5 complete, 7 pruned, 1 failed; best 84.20 (trial 007); 2 h 05 min left`.
+    """A line such as `13 of 64 trials: 5 finished, 7 pruned, 1 failed; best 84.20 (trial 007); 2 h 05 min left`.
 
     left_out: names of trials that cannot be the best, since they cannot be compared to the others.
     """
     records = read_records(study)
-    by_state = {state: [name for name, record in records.items() if record["state"] == state]
-                for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING")}
     ended = [record for record in records.values() if record["state"] != "RUNNING"]
-    finished = {name: accuracy(records[name]["rungs"][-1]) for name in by_state["COMPLETE"] if name not in left_out}
+    n_of_state = Counter(record["state"] for record in records.values())
+    states = ", ".join(f"{n_of_state[state]} {word}" for state, word in STATES.items() if state != "RUNNING")
+    finished = {name: accuracy(record["rungs"][-1]) for name, record in records.items()
+                if record["state"] == "COMPLETE" and name not in left_out}
     best = max(finished, key=lambda name: finished[name], default=None)
-    parts = [f"{len(ended)} of {counted(n_trials, 'trial')}: {len(by_state['COMPLETE'])} complete, "
-             f"{len(by_state['PRUNED'])} pruned, {len(by_state['FAIL'])} failed"]
+    parts = [f"{len(ended)} of {counted(n_trials, 'trial')}: {states}"]
     parts += [f"best {finished[best]:.2f} (trial {best})"] if best else []
     if 0 < len(ended) < n_trials:
-        workers = max(1, len(by_state["RUNNING"]))
+        workers = max(1, n_of_state["RUNNING"])
         seconds = sum(record["seconds"] for record in ended) / len(ended) * (n_trials - len(ended)) / workers
         parts.append(f"about {duration(seconds)} left")
     return "; ".join(parts)

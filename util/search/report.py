@@ -25,13 +25,12 @@ from util.search.confirm import (
     sentence,
 )
 from util.search.figures import write_figures
-from util.search.folder import BASE, gpu_seconds
+from util.search.folder import BASE, STATES, gpu_seconds
 from util.search.identity import FILES
 from util.search.progress import unit_of_hours
 from util.search.summary import MIN_TRIALS, StudyReport
 
 N_BEST = 10  # rows of the table of trials
-MARKS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "unfinished"}
 
 
 # --- Parts ---
@@ -41,7 +40,7 @@ def trial_table(report: StudyReport) -> Table:
     for trial in report.ranked[:N_BEST]:
         epoch, percent = trial.last
         low, high = trial.interval(percent)
-        rows.append([trial.name, MARKS[trial.state], str(epoch), f"{percent:.2f}", f"{low:.2f} to {high:.2f}",
+        rows.append([trial.name, STATES[trial.state], str(epoch), f"{percent:.2f}", f"{low:.2f} to {high:.2f}",
                      f"`{report.changes(trial.values)}`"])
     return Table(["trial", "state", "epochs", "accuracy", "95 %", "flags"], rows,
                  ["trial", "accuracy", "95 %", "epochs", "state"])
@@ -102,7 +101,7 @@ def left_out(what: str, reasons: dict[str, str], and_so: str) -> list[Part]:
 def budget(report: StudyReport) -> list[str]:
     """The sentences on what the study has cost so far."""
     states = [record["state"] for record in report.records.values()]
-    counts = ", ".join(f"{states.count(state)} {word}" for state, word in MARKS.items() if state in states)
+    counts = ", ".join(f"{states.count(state)} {word}" for state, word in STATES.items() if state in states)
     steps, confirmed = report.steps(report.records), report.steps(report.confirmed)
     unpruned = len(states) * report.epochs * report.settings["steps_per_epoch"]
     hours = [f"{gpu_seconds(list(records.values())) / 3600:.2f} {unit_of_hours(report.on_cpu)}"

@@ -37,6 +37,11 @@ class Trial:
     record: Any
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the trial has come to the end of the schedule: it was not pruned, has not failed and does not run."""
+        return self.state == "COMPLETE"
+
+    @property
     def last(self) -> tuple[int, float]:
         return self.curve[-1]
 
