@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util.search.confirm import VERDICT, FreshRun, finish, plan, run_all
+from util.search.confirm import FreshRun, finish, plan, run_all
 from util.search.folder import add_rung, add_seconds, begin_record, change_record
 from util.search.pruning import make_pruner, parameters_of_schedule
 from util.search.settings import SPACE
@@ -76,5 +76,4 @@ def confirm_study(folder: Path, true_quality: Callable[[dict], float] = quality,
 
     runs = plan(folder, k, seeds, 1)
     run_all(folder, runs, execute)
-    finish(folder, NoRunner(), runs, 20)
-    return json.loads((folder / VERDICT).read_text())
+    return finish(folder, NoRunner(), runs, 20)

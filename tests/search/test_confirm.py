@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lavin.runtime.errors import UserError
-from lavin.runtime.files import write_json
+from lavin.runtime.files import read_json, write_json
 from util.comparison.statistics import contrast, mcnemar, seed_variance
 from util.data.datasets import ScienceQA, cluster
 from util.search import confirm
@@ -28,7 +28,7 @@ from util.search.confirm import (
     sentence,
     verdict,
 )
-from util.search.folder import begin_record, change_record
+from util.search.folder import VERDICT, begin_record, change_record
 from util.search.locks import claim
 
 
@@ -97,14 +97,15 @@ def test_workers_share_the_runs_and_none_is_done_twice(study, monkeypatch):
 def test_all_workers_end_with_the_verdict(study):
     """A worker that comes while another one computes the verdict ends with it, too."""
     lock = claim(study / ".locks" / "verdict")
-    other = threading.Thread(target=confirm.finish, args=(study, None, [], 20))
+    written, returned = {"winner": "001", "p": 0.5}, []
+    other = threading.Thread(target=lambda: returned.append(confirm.finish(study, None, [], 20)))
     other.start()
     other.join(0.2)
     assert other.is_alive()
-    write_json(study / confirm.VERDICT, {"winner": "001", "p": 0.5})
+    write_json(study / VERDICT, written)
     os.close(lock)
     other.join(20)
-    assert not other.is_alive()
+    assert returned == [written] and read_json(study / VERDICT) == written
 
 
 def test_a_run_whose_worker_was_killed_is_taken_up(study):

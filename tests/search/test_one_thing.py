@@ -74,7 +74,7 @@ def test_a_study_of_other_data_is_refused_by_what_differs_and_goes_on_with_its_o
     original = (data / "problems.json").read_bytes()
     correct_a_question(data, split)
     before, machine = read_records(begun), Machine(quality)
-    assert error_message(started, machine) == f"{begun} is a study of something else ({words}): {PUT_BACK}"
+    assert error_message(started, machine) == f"{begun} holds a study with {words}: {PUT_BACK}"
     assert not machine.commands and read_records(begun) == before
     (data / "problems.json").write_bytes(original)
     assert (started(machine) / "verdict.json").exists()
@@ -91,7 +91,7 @@ def test_a_question_that_no_trial_was_asked_is_told_apart(started, data, tmp_pat
         problems = json.loads(original)
         problems[qid]["hint"] += "?"
         (data / "problems.json").write_text(json.dumps(problems))
-        found.add(error_message(started, machine, *asked).split("(")[1].split(")")[0])
+        found.add(error_message(started, machine, *asked).split(" a study with ")[1].split(": ")[0])
     assert found == {"other data in the scores on validation",
                      "other data in the scores of trials and the scores on validation"}
 
@@ -100,7 +100,7 @@ def test_a_study_of_another_base_is_refused(begun, started):
     change_json(begun / STUDY, {"identity": {part: {**entries, "base": "0" * 64} for part, entries in read_json(
         begun / STUDY)["identity"].items()}})
     message = error_message(started, Machine(quality))
-    assert message.startswith(f"{begun} is a study of something else (other base in ") and message.endswith(PUT_BACK)
+    assert message.startswith(f"{begun} holds a study with other base in ") and message.endswith(PUT_BACK)
 
 
 def test_a_study_goes_on_where_its_data_has_moved(begun, started, data, tmp_path):
@@ -133,7 +133,7 @@ def test_a_search_that_leaves_no_lecture_to_name_a_winner_on_says_so_when_it_beg
         problems[qid]["lecture"] = first if i < n_of_first_lecture else second
     (data / "problems.json").write_text(json.dumps(problems))
     error_message(started, Machine(quality, kills=[1.0]), "--questions", str(questions))
-    assert ("so none is left to name a winner on" in capsys.readouterr().out) == warns
+    assert ("no other question is left on which a winner could be named" in capsys.readouterr().out) == warns
 
 
 # --- Data that changes while the search runs ---
@@ -150,8 +150,8 @@ def test_data_that_changes_while_a_search_runs_ends_it_and_no_trial(started, dat
 
     message = error_message(started, Machine(changing))
     trial = tmp_path / "S" / "trials" / ("000" if split == "val" else "001")
-    assert message.startswith(f"{trial}/") and f"is of something else than its study ({words})" in message
-    fix = PUT_BACK if split == "val" else f"put back what it began with, and remove {trial}, which begins anew"
+    assert message.startswith(f"{trial}/") and f"does not fit its study, since it has {words}: " in message
+    fix = PUT_BACK if split == "val" else f"put back what it began with, and remove {trial} to begin the run anew"
     assert message.endswith(fix) and read_records(tmp_path / "S")[trial.name]["state"] == "RUNNING"
     (data / "problems.json").write_bytes(original)
     if split == "train":
@@ -174,7 +174,7 @@ def test_scores_that_are_torn_are_made_again(begun, started, content):
 def test_a_torn_recipe_ends_no_trial(begun, started):
     path = begun / "trials" / "001" / "recipe.json"
     path.write_text('{"recipe": {')
-    assert error_message(started, Machine(quality)) == (f"{path} is broken: remove {path.parent}, which begins anew")
+    assert error_message(started, Machine(quality)) == f"{path} is broken: remove {path.parent} to begin the run anew"
     shutil.rmtree(path.parent)
     assert {record["state"] for record in read_records(started(Machine(quality))).values()} == {"COMPLETE"}
 
@@ -211,14 +211,14 @@ def test_trials_of_other_data_are_not_ranked_and_it_is_said(mixed, started, caps
     assert report.left_out == {best: "other data in the scores of trials"}
     assert best not in [trial.name for trial in report.ranked] and len(report.ranked) == 3
     text = markdown(report, [])
-    assert ("Trials that are of something else than the study are not ranked with the others "
+    assert ("Trials with other data, models or scoring than the study's are not ranked with the others "
             f"({best}: other data in the scores of trials).") in text
     assert f"| {best} |" not in text.split("## Trials")[1].split("## Budget")[0]
     assert "4 of 4 trials" in text  # of which all have cost something
     shutil.rmtree(study / "confirm")
     (study / "verdict.json").unlink()
     started(Machine(quality))
-    assert (f"trial {best} is not ranked with the others: it is of something else (other data in the scores of trials)"
+    assert (f"trial {best} is not ranked with the others, since it has other data in the scores of trials"
             in capsys.readouterr().out)
     assert best not in {record["configuration"] for record in read_records(study, "confirm").values()}
     assert len(read_records(study, "confirm")) == 4
@@ -245,7 +245,7 @@ def test_an_old_study_is_resumed_on_the_data_of_most_of_its_trials_alone(mixed, 
     study, _ = mixed
     correct_a_question(data, "val")
     assert error_message(started, Machine(quality)) == (
-        f"{study} is a study of something else (other data in the scores of trials and the scores on validation): "
+        f"{study} holds a study with other data in the scores of trials and the scores on validation: "
         f"{PUT_BACK}")
 
 
@@ -305,15 +305,15 @@ def test_what_is_searched_is_no_difference(mixed):
 def test_fresh_runs_that_are_of_something_else_are_in_no_table_and_it_is_said(started):
     study = started(Machine(quality))
     text = markdown(StudyReport(study), [])
-    assert "Runs that are of something else" not in text
+    assert "Runs with other data" not in text
     change_json(study / "confirm" / "000-seed2" / "scores.json", {"split": "val"})
     change_json(study / "confirm" / "000-seed1" / "val" / "scores.json", {"data": "other"})
     report = StudyReport(study)
     assert report.left_out_of_confirmed == {"000-seed1": "other data in the scores on validation",
                                             "000-seed2": "other split in the scores on test"}
     text = markdown(report, [])
-    assert ("Runs that are of something else than the study are not compared to the others (000-seed1: other data in "
-            "the scores on validation; 000-seed2: other split in the scores on test).") in text
+    assert ("Runs with other data, models or scoring than the study's are not compared to the others (000-seed1: other "
+            "data in the scores on validation; 000-seed2: other split in the scores on test).") in text
     assert "on the test split" not in text and "mean over" not in text  # without the base, nothing is compared
 
 

@@ -19,8 +19,8 @@ from tiny_study import confirm_study, quality, search_study
 from user_errors import error_message
 from util.comparison.statistics import wilson
 from util.search import figures, summary
-from util.search.confirm import VERDICT, sentence
-from util.search.folder import LOG, RECORD, gpu_seconds, read_records
+from util.search.confirm import sentence
+from util.search.folder import LOG, RECORD, VERDICT, gpu_seconds, read_records
 from util.search.progress import cost_lines, progress_line
 from util.search.report import facts, markdown, write_report
 from util.search.summary import StudyReport, importance

@@ -33,7 +33,16 @@ from util.search import command as search_command
 from util.search import confirm, locks, machine, runner
 from util.search import folder as folder_module
 from util.search.errors import CommandFailed, WorkerError
-from util.search.folder import LOG, RECORD, all_records, begin_record, change_record, gpu_seconds, read_records
+from util.search.folder import (
+    LOG,
+    RECORD,
+    VERDICT,
+    all_records,
+    begin_record,
+    change_record,
+    gpu_seconds,
+    read_records,
+)
 from util.search.locks import claim, waiting_for
 from util.search.processes import starting
 from util.search.runner import HoursSpent, Runner, run_command
@@ -102,7 +111,7 @@ def test_a_study_from_its_first_trial_to_its_report(flags, commands, tmp_path, c
     assert len(tested) == 4 and commands[-4:] == tested
     seeds = {json.loads((run / "config.json").read_text())["flags"]["seed"] for run in (study / "confirm").iterdir()}
     assert seeds == {1, 2}
-    verdict = json.loads((study / confirm.VERDICT).read_text())
+    verdict = json.loads((study / VERDICT).read_text())
     assert confirm.sentence(verdict) in said
 
     before = len(commands)
@@ -251,7 +260,7 @@ def test_a_worker_that_cannot_train_fails_no_trial(flags, commands, tmp_path, mo
     use_gpu(monkeypatch, (8, 0))
     assert error_message(run_search, [*flags, "--bits", "fp8"]).startswith("--bits fp8 needs")
     message = error_message(run_search, flags, "--gpus", "2")
-    assert message == "--gpus 2, and 1 GPU can be seen here: give at most that many"
+    assert message == "--gpus 2 is more than the 1 GPU that can be seen here: give at most that many"
     assert not (tmp_path / "S" / "study.json").exists() and not commands
 
 

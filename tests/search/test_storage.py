@@ -278,5 +278,5 @@ def test_a_lock_that_is_a_link_is_refused_and_its_file_stays(tmp_path):
     (tmp_path / "mine").write_text("precious")
     for target in ("mine", "nothing"):
         (tmp_path / f"{target}.lock").symlink_to(tmp_path / target)
-        assert error_message(claim, tmp_path / f"{target}.lock").endswith("and no lock: remove it")
+        assert error_message(claim, tmp_path / f"{target}.lock").endswith("must be a file of its own: remove it")
     assert (tmp_path / "mine").read_text() == "precious" and not (tmp_path / "nothing").exists()

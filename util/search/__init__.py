@@ -1,1 +1,1 @@
-"""Hyperparameter search: space, study folder and storage, trials in rungs, confirmation with fresh seeds, report."""
+"""A hyperparameter search draws, trains, scores and prunes trials, and confirms the best ones with fresh seeds."""

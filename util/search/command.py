@@ -1,4 +1,4 @@
-"""The command search.py: it checks the study's flags, works on its trials, and confirms the best ones."""
+"""The command search.py checks a study's flags, works on its trials, and runs the best ones again with fresh seeds."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from util.data.datasets import DISJOINT_SPLITS, load_scienceqa
 from util.evaluation.answering import answers_first
 from util.flags import Execution
 from util.search import confirm
-from util.search.folder import LOG, STATES, add_rung, all_records, gpu_seconds, longest_unended
+from util.search.folder import LOG, RUNGS, STATES, add_rung, all_records, gpu_seconds, longest_unended
 from util.search.identity import study_identity
 from util.search.locks import WAIT_SECONDS
 from util.search.machine import is_cpu, resolve_precision
@@ -29,13 +29,16 @@ from util.training.recipe import TRAIN_FLAGS
 from util.training.settings import EFFECTIVE_BATCH, Optimization, TrainingData, TrainSettings
 from util.training.settings import get_args_parser as train_parser
 
-MAX_FAILURES = 3  # of a study's first trials: then something is wrong with all of them
+MAX_FAILURES = 3  # if so many of a study's first trials fail, something is wrong with all of them
 
 
 # --- What is searched ---
 
 def check_trial(words: list[str], gpus: int, values: Values) -> TrainSettings:
-    """The settings of a trial. Raises UserError where train.py would refuse its flags, or eval.py its scoring."""
+    """Returns the settings of a trial with these values. `words` are the flags of all trials.
+
+    Raises UserError if train.py refuses the flags, or if a search cannot score such a trial.
+    """
     settings = TrainSettings.of(train_parser().parse_args([*words, *command_line(values)]), gpus)
     prompt_format = settings.data.prompt_format
     if not answers_first(prompt_format):
@@ -45,20 +48,21 @@ def check_trial(words: list[str], gpus: int, values: Values) -> TrainSettings:
 
 
 def fixed_values(trained: Flags) -> Values:
-    """The flags that were given, which are not searched; where --lr was, --blr has no effect."""
+    """Returns the flags that the command gives, which are therefore not searched. If --lr is given, --blr has no effect
+    and is among them."""
     names = trained.given | {name for name, declared in TRAIN_FLAGS.items() if declared.stated_as in trained.given}
     return {name: getattr(trained, name) for name in names}
 
 
 def describe_study(search: Search, space: Space, trained: Flags) -> dict:
-    """The content of study.json: the settings that all workers must share, and the meaning of --precision here."""
+    """Returns the content of study.json: the settings that all workers share. Its precision is the one that --precision
+    means on this machine."""
     of_batch, files = Optimization.of(trained).entries(search.gpus), TrainingData.of(trained)
     data = {split: load_scienceqa(files.data_root, split, files.captions) for split in DISJOINT_SPLITS}
     searched = data["val"].sample(search.questions).problems
     if search.confirm and not confirm.fresh_questions(data["val"].clusters, searched):
-        print_rank0(f"warning: trials are scored on {len(searched)} of "
-                    f"{counted(len(data['val'].problems), 'question')} of val, on all lectures, so none is left to "
-                    "name a winner on: give fewer with --questions")
+        print_rank0(f"warning: the trials' {counted(len(searched), 'question')} are from all lectures of val, so no "
+                    "other question is left on which a winner could be named: give fewer with --questions")
     flags = {name: value for name, value in vars(trained).items()
              if TRAIN_FLAGS[name].role in CHANGES_RESULTS and TRAIN_FLAGS[name].stated_as != EFFECTIVE_BATCH}
     return {**{name: getattr(search, name) for name in ("trials", "pruner", "questions", "confirm", "seeds")},
@@ -71,12 +75,13 @@ def describe_study(search: Search, space: Space, trained: Flags) -> dict:
 
 
 def machine_flags(trained: Flags) -> list[str]:
-    """The words of the flags that eval.py does not take from the run."""
+    """Returns those of the given flags that eval.py does not take from the run, as words of a command line."""
     return command_line({name: getattr(trained, name) for name in flags_of(Execution) if name in trained.given})
 
 
 def check_precision(study: Path, precision: str, trained: Flags, here: str) -> None:
-    """Raises UserError where this worker cannot join a study of that precision. here: the one it would begin with."""
+    """Raises UserError if this worker cannot join a study in this precision. `here` is the precision in which the same
+    command would begin a study on this machine."""
     if trained.precision not in ("auto", precision):
         raise UserError(f"{study} is a study in {precision}: leave --precision {trained.precision} out, or name "
                         "another folder with --study")
@@ -91,14 +96,14 @@ def check_precision(study: Path, precision: str, trained: Flags, here: str) -> N
 # --- A worker ---
 
 def work(study, runner: Runner, questions: int, check_values) -> None:
-    """Works on trials until all have ended, by this worker or another. Raises UserError where all fail."""
+    """Works on trials until all have ended, including those of other workers. Raises UserError if all of them fail."""
     from util.search.study import FAIL, run_trial
 
     def reach(trial, epochs: int) -> float:
         check_values(trial.values)
         more = ("--stop_after_epoch", str(epochs)) if epochs < study.rungs[-1] else ()
         runner.train(trial.folder, trial.values, epochs, trial.lock, *more)
-        scores = runner.score(trial.folder, epochs, trial.folder / "rungs" / str(epochs), "trials", trial.lock,
+        scores = runner.score(trial.folder, epochs, trial.folder / RUNGS / str(epochs), "trials", trial.lock,
                               "--questions", str(questions))
         return add_rung(trial.folder, epochs, scores)
 
@@ -109,7 +114,7 @@ def work(study, runner: Runner, questions: int, check_values) -> None:
         trial = study.take()
         if trial is None:
             if not waits:
-                print_rank0("no trial is left to begin: waiting for those of other workers")
+                print_rank0("no trial is left to begin, so this worker waits for those of the others")
             waits = True
             time.sleep(WAIT_SECONDS)
             continue
@@ -123,6 +128,7 @@ def work(study, runner: Runner, questions: int, check_values) -> None:
 
 
 def confirm_best(search: Search, runner: Runner, epochs: int, seed: int, left_out: Collection[str]) -> None:
+    """Runs the best configurations and the base again with fresh seeds, and prints which one is the winner."""
     runs = confirm.plan(search.study, search.confirm, search.seeds, seed + 1, left_out)
     if not runs:
         print_rank0("all trials beside the base have failed: there is nothing to confirm")
@@ -130,13 +136,12 @@ def confirm_best(search: Search, runner: Runner, epochs: int, seed: int, left_ou
     print_rank0(f"{counted(len(runs), 'run')} with fresh seeds: trials "
                 f"{', '.join(sorted({run.configuration for run in runs}))}")
     confirm.run_all(search.study, runs, partial(confirm.train_and_score, runner, epochs))
-    confirm.finish(search.study, runner, runs, epochs)
-    print_rank0(confirm.sentence(confirm.read_verdict(search.study)))
+    print_rank0(confirm.sentence(confirm.finish(search.study, runner, runs, epochs)))
 
 
 def seconds_left(search: Search) -> float:
-    """The seconds that the next command of this worker may take. All trials that run now share evenly what is left of
-    --gpu_hours."""
+    """Returns how many seconds the next command of this worker may take. All trials that run now share evenly what is
+    left of --gpu_hours."""
     if search.gpu_hours is None:
         return math.inf
     records = all_records(search.study)
@@ -145,7 +150,11 @@ def seconds_left(search: Search) -> float:
 
 
 def hours_spent(study: Path, gpu_hours: float, on_cpu: bool) -> str:
-    """The words for hours that are spent. A command would have been stopped before it alone had taken all of them."""
+    """Returns a clause that says that the hours of --gpu_hours are spent.
+
+    If a single command that was killed seems to have taken more than all of them, the clause names its log: a worker
+    stops a command earlier than that, so a clock was wrong.
+    """
     folder, seconds = longest_unended(study)
     where = (f" ({seconds / 3600:,.0f} of them by a command in {folder} that was killed: if a clock was wrong, remove "
              f"{folder / LOG})") if seconds > 3600 * gpu_hours else ""
@@ -174,7 +183,7 @@ def main(args: Flags) -> None:
     settings = describe_study(search, space, trained)
     study = Study(search.study, space, settings, search.storage, search.gpus)
     for name, reason in study.left_out.items():
-        print_rank0(f"trial {name} is not ranked with the others: it is of something else ({reason})")
+        print_rank0(f"trial {name} is not ranked with the others, since it has {reason}")
     check_precision(search.study, study.precision, trained, here=settings["precision"])
     if os.environ.get("LAVIN_WORKER", "0") == "0":  # the first of a node's (scripts/search_sqa_7b.sh)
         print_rank0("\n".join(cost_lines(search.study, settings, study.rungs, is_cpu(trained.device))))

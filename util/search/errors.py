@@ -1,4 +1,4 @@
-"""Errors of a search: one of a trial ends the trial, and one of its worker leaves the trial to be resumed."""
+"""The errors of a search. An error of a trial ends the trial; an error of its worker leaves the trial to be resumed."""
 
 import errno
 import os
@@ -6,13 +6,13 @@ import os
 from lavin.runtime.errors import OUT_OF_MEMORY, UserError
 from util.data.checksums import CHANGES
 
-# words of the errors of a machine that lacks memory, or whose disk takes no more
+# a message with one of these words says that a machine lacks memory, or that its disk takes no more
 SHORTAGES = (*OUT_OF_MEMORY, "not enough GPU memory",
              *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)))
 
 
 class CommandFailed(UserError):
-    """A command of a trial has failed. The message is the command's own line."""
+    """A trial's command has failed, and the message is the command's own error line."""
 
 
 class WorkerError(UserError):
@@ -20,6 +20,6 @@ class WorkerError(UserError):
 
 
 def is_of_machine(line: str) -> bool:
-    """Whether a command's error is that its machine is short of memory or of space on a disk, or that somebody changed
-    a file while the command read it."""
+    """Returns whether this error line of a command says that the machine is short of memory or disk space, or that a
+    file changed while the command read it."""
     return any(words in line for words in (*SHORTAGES, CHANGES))

@@ -1,7 +1,7 @@
-"""The pictures of a study (PNG and SVG), in the style of a comparison's.
+"""The figures of a study are drawn as PNG and SVG, in the style of a comparison's figures.
 
-A trial's colour tells its state, and its marker is filled if the trial has finished. Pale bars are 95 % intervals, from
-the questions alone.
+A trial's colour tells its state, and its marker is filled if the trial has finished. Pale bars are 95 % intervals,
+which account for the questions alone.
 """
 
 import itertools
@@ -102,7 +102,8 @@ def learning_curves(report: StudyReport):
 
 
 def rates(report: StudyReport):
-    """The scores by learning rate; None where no learning rate is searched, or all trials have the same."""
+    """Draws the scores by learning rate. Returns None if no learning rate is searched, or if all trials have the same.
+    """
     flag = next((flag for flag in ("blr", "lr") if flag in report.base), None)
     if flag is None or flag in report.flags_with_one_value:
         return None
@@ -134,8 +135,8 @@ def plain_log_ticks(ax) -> None:
 
 
 def parameters(report: StudyReport):
-    """The scores by each flag that is searched, one panel a flag, with the trials that use it; None where no flag has
-    two values."""
+    """Draws a panel for each searched flag, with the scores of the trials that use it. Returns None if no flag has two
+    values."""
     flags = [flag for flag in dict.fromkeys(flag for trial, _ in report.comparable for flag in trial.values)
              if flag not in report.flags_with_one_value]
     if not flags:
@@ -178,7 +179,7 @@ def draw_parameter(ax, report: StudyReport, flag: str) -> None:
 
 
 def draw_importance(report: StudyReport):
-    """The importance of the parameters; None where it is not known."""
+    """Draws the importance of the parameters. Returns None if it is not known."""
     shares = importance(report)
     if not shares:
         return None

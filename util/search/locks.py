@@ -1,4 +1,4 @@
-"""Locks of the operating system on work that several workers share: a worker that is killed leaves none behind."""
+"""Workers share work by locks of the operating system, which a worker that is killed does not leave behind."""
 
 import errno
 import fcntl
@@ -10,23 +10,24 @@ from pathlib import Path
 
 from lavin.runtime.errors import UserError
 
-POLL_SECONDS, MOST_POLL_SECONDS = 0.05, 1.0  # between two looks at a lock, which may lie on a network's file system
-WAIT_SECONDS = 2.0  # of a worker, for the trials and runs of others, before it looks again
+POLL_SECONDS, MOST_POLL_SECONDS = 0.05, 1.0  # pass between two looks at a lock, which may lie on a network's disk
+WAIT_SECONDS = 2.0  # pass before a worker that waits for others looks again at their trials and runs
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 def claim(path: Path) -> int | None:
-    """A descriptor that holds the lock until `os.close`; None where somebody else holds it.
+    """Returns a descriptor that holds the lock until `os.close`, or None if somebody else holds the lock. Raises
+    UserError if the path is a link, or lies on a file system without locks.
 
-    A command that gets the descriptor (processes.py) holds the lock too: what a killed worker had started is not
-    started a second time before it has ended.
+    A command that gets the descriptor (processes.py) holds the lock too. So a command that a killed worker has started
+    is not started again before it has ended.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UserError(f"{path} is a link, which leads to somebody else's file, and no lock: remove it") from error
+            raise UserError(f"{path} is a link, and a lock must be a file of its own: remove it") from error
         raise
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,7 +45,7 @@ def claim(path: Path) -> int | None:
 
 @contextmanager
 def waiting_for(path: Path) -> Iterator[int]:
-    """Holds the lock, once others have released it; gives its descriptor."""
+    """Waits until others have released the lock, and holds it. Yields its descriptor."""
     seconds = POLL_SECONDS
     while (descriptor := claim(path)) is None:
         time.sleep(seconds)

@@ -1,7 +1,7 @@
-"""The processes in which a worker's commands run.
+"""A worker runs its commands in other processes.
 
-Where a trial has one GPU, a worker's commands run one after another in one process, which keeps their base. Where it
-has several, torchrun starts the processes of each command.
+If a trial has one GPU, or a CPU, all commands of a worker run in one process, one after another, and the process keeps
+their base model. If a trial has several GPUs, torchrun starts new processes for each command.
 """
 
 import json
@@ -21,22 +21,25 @@ ROOT = Path(__file__).parents[2]
 
 
 class Process(Protocol):
-    """A command that runs: a subprocess.Popen, or what is like it."""
+    """A command that runs. It is a subprocess.Popen, or an object with the same methods."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit status. Raises subprocess.TimeoutExpired where the command still runs after so many seconds."""
+        """Waits for the command and returns its exit status. Raises subprocess.TimeoutExpired if the command still runs
+        after `timeout` seconds."""
 
     def terminate(self) -> None:
         """Asks the command to stop."""
 
 
-# starts a command by its words (train.py or eval.py, then flags); it writes to the log and holds the lock until it ends
+# a function that starts a command. Its arguments are the command's words (train.py or eval.py, then flags), the file to
+# which the command writes, and the descriptor of a lock, which the command holds until it ends
 Start = Callable[[list[str], BinaryIO, int], Process]
 
 
 @contextmanager
 def starting(study: Path, gpus: int) -> Iterator[Start]:
-    """How a worker starts the commands of a study. An idle process of theirs ends with it."""
+    """Yields the function with which a worker starts the commands of a study. If their process is idle in the end, it
+    ends too."""
     environment = {GROUP: study.name, **os.environ}
     if gpus > 1:
         yield partial(start_torchrun, gpus, environment)
@@ -57,9 +60,9 @@ def start_torchrun(gpus: int, environment: dict[str, str], words: list[str], log
 
 
 class SharedProcess:
-    """Runs commands one after another in one process (util/series/serve.py), and is the Process of the one that runs.
+    """Runs commands one after another in one process (util/series/serve.py), and is the `Process` of the running one.
 
-    The process begins with the first command, and anew with the next one after a command has ended it.
+    The first command starts the process. If a command has ended the process, the next command starts another one.
     """
 
     def __init__(self, environment: dict[str, str]):
@@ -74,7 +77,7 @@ class SharedProcess:
                 self.process = start_server(other.fileno(), log, self.environment)
         self.is_busy, line = True, json.dumps(words).encode() + b"\n"
         self.connection.settimeout(None)
-        with suppress(ConnectionError):  # it was ended while it was idle: `wait` says how
+        with suppress(ConnectionError):  # the process was ended while it was idle, and `wait` says how
             socket.send_fds(self.connection, [line[:1]], [log.fileno(), lock])
             self.connection.sendall(line[1:])
         return self
@@ -86,7 +89,7 @@ class SharedProcess:
             is_done = self.connection.recv(1)
         except TimeoutError as error:
             raise subprocess.TimeoutExpired(self.process.args, timeout or 0.0) from error
-        except ConnectionError:  # it has ended before it read the command
+        except ConnectionError:  # the process has ended before it read the command
             is_done = b""
         status = 0 if is_done else self.process.wait(timeout)
         self.is_busy = False
@@ -97,7 +100,7 @@ class SharedProcess:
         self.process.terminate()
 
     def close(self) -> None:
-        """Ends the process; one that is busy ends after its command, as where its worker is killed."""
+        """Ends the process. A busy process ends after its command, as it does if its worker is killed."""
         if self.process:
             self.connection.close()
             if not self.is_busy:
@@ -106,7 +109,7 @@ class SharedProcess:
 
 
 def start_server(descriptor: int, log: BinaryIO, environment: dict[str, str]) -> subprocess.Popen:
-    """Starts a server. descriptor: the server's end of the socket. log: the file for what the server prints before its
-    first command."""
+    """Starts the process that runs commands. `descriptor` is its end of the socket. It writes to `log` until its first
+    command."""
     return subprocess.Popen([sys.executable, "-m", "util.series.serve", str(descriptor), os.getcwd()], cwd=ROOT,
                             stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[descriptor], env=environment)

@@ -1,4 +1,4 @@
-"""The cost and the progress of a search, from the files in its folder."""
+"""A search tells its cost and its progress, which are computed from the files in its folder."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -14,7 +14,7 @@ def unit_of_hours(on_cpu: bool) -> str:
 
 
 def cost_lines(study: Path, settings: Any, rungs: list[int], on_cpu: bool) -> list[str]:
-    """The lines on what the search will cost at most, for when it begins, or goes on."""
+    """Returns the lines that tell, when a search begins or goes on, what it will cost at most."""
     trials, epochs, per_epoch = settings["trials"], settings["flags"]["epochs"], settings["steps_per_epoch"]
     n_fresh = settings["seeds"] * (settings["confirm"] + 1) if settings["confirm"] else 0
     pruned = f", scored after epochs {listed(rungs)}, where {settings['pruner']} ends the worse ones" \
@@ -31,17 +31,18 @@ def cost_lines(study: Path, settings: Any, rungs: list[int], on_cpu: bool) -> li
 
 
 def seconds_per_epoch(study: Path) -> float | None:
-    """The GPU-seconds of an epoch, loading and scoring included, over all trials that have a score; None without
-    one."""
+    """Returns the mean GPU-seconds of an epoch, with loading and scoring, of all trials that have a score. Returns None
+    if no trial has one."""
     scored = [record for record in read_records(study).values() if record["rungs"]]
     n_epochs = sum(record["rungs"][-1]["epoch"] for record in scored)
     return gpu_seconds(scored) / n_epochs if scored else None
 
 
 def progress_line(study: Path, n_trials: int, left_out: Collection[str] = ()) -> str:
-    """A line such as `13 of 64 trials: 5 finished, 7 pruned, 1 failed; best 84.20 (trial 007); 2 h 05 min left`.
+    """Returns a line such as `13 of 64 trials: 5 finished, 7 pruned, 1 failed; best 84.20 (trial 007); about 2 h 05 min
+    left`.
 
-    left_out: names of trials that cannot be the best, since they cannot be compared to the others.
+    `left_out` has the names of trials that cannot be compared to the others, so that none of them can be the best.
     """
     records = read_records(study)
     ended = [record for record in records.values() if record["state"] != "RUNNING"]

@@ -1,8 +1,8 @@
-"""Pruning: which trials are ended early, and when: in rungs behind the warm-up, each trial among those of its schedule.
+"""Pruning ends trials early, after the number of epochs of a rung, if trials of the same schedule are better.
 
-Within the epochs, accuracies say little across schedules: after two of 20 epochs, an exponential rate may be at a third
-of its peak, another one still near it, and a cyclical one on its way up. So a trial is compared to trials of its own
-schedule, and not before the longest warm-up that is searched has ended.
+In the middle of training, accuracies cannot be compared across schedules: after two of 20 epochs, an exponential rate
+may be at a third of its peak, another one still near its peak, and a cyclical one on its way up. So a trial is compared
+to trials of its own schedule, and not before the longest warm-up that is searched has ended.
 """
 
 from collections.abc import Mapping
@@ -12,18 +12,18 @@ import optuna
 
 from util.search.space import flag_of
 
-REDUCTION = 3  # of asha: about one trial of three goes on past a rung
+REDUCTION = 3  # asha lets about one trial of three go on past a rung
 
 
 def rungs(epochs: int, pruner: str, longest_warmup: float = 0) -> list[int]:
-    """Numbers of epochs after which a trial is scored; the last is the whole schedule."""
+    """Returns the numbers of epochs after which a trial is scored. The last one is the whole schedule."""
     first = max(1, epochs // REDUCTION**2)
     inner = [rung for rung in (first, REDUCTION * first) if longest_warmup < rung < epochs]
     return [*(inner if pruner != "none" else []), epochs]
 
 
 def longest_warmup(settings: Mapping[str, Any]) -> float:
-    """The most --warmup_epochs of any trial, by the content of study.json."""
+    """Returns the largest --warmup_epochs that a trial can have, by the content of study.json."""
     found = [bound for name, parameter in settings["space"]["parameters"].items()
              if flag_of(name, parameter) == "warmup_epochs"
              for bound in parameter.get("choices", [parameter.get("high")]) if isinstance(bound, int | float)]
@@ -31,13 +31,13 @@ def longest_warmup(settings: Mapping[str, Any]) -> float:
 
 
 def parameters_of_schedule(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the parameters that set --lr_schedule, by the content of study.json."""
+    """Returns the names of the parameters that set --lr_schedule, by the content of study.json."""
     return tuple(name for name, parameter in settings["space"]["parameters"].items()
                  if flag_of(name, parameter) == "lr_schedule")
 
 
 def make_pruner(name: str, first_rung: int, schedule: tuple[str, ...]) -> optuna.pruners.BasePruner:
-    """The pruner of this name; `schedule` has the names of the parameters that set --lr_schedule."""
+    """Returns the pruner of this name. `schedule` has the names of the parameters that set --lr_schedule."""
     if name == "none":
         return optuna.pruners.NopPruner()
     return AmongAlike(optuna.pruners.MedianPruner() if name == "median" else optuna.pruners.SuccessiveHalvingPruner(
@@ -45,7 +45,7 @@ def make_pruner(name: str, first_rung: int, schedule: tuple[str, ...]) -> optuna
 
 
 class AmongAlike(optuna.pruners.BasePruner):
-    """Another pruner, which sees the trials of a trial's schedule alone."""
+    """A pruner that lets another one decide, which sees only the trials of the same schedule."""
 
     def __init__(self, pruner: optuna.pruners.BasePruner, schedule: tuple[str, ...]):
         self.pruner, self.schedule = pruner, schedule
@@ -56,7 +56,7 @@ class AmongAlike(optuna.pruners.BasePruner):
 
 
 class StudyOfAlike:
-    """A study of Optuna with the trials of one trial's schedule."""
+    """A study of Optuna that has only the trials of the schedule of `trial`."""
 
     def __init__(self, study: optuna.Study, trial: Any, schedule: tuple[str, ...]):
         self.study, self.trial, self.names = study, trial, schedule

@@ -1,7 +1,7 @@
-"""The report of a study, from the files in its folder alone: what was found, the best trials, the budget, pictures. It
-is written as Markdown and as a page, and printed in a terminal.
+"""The report of a study tells what was found, the best trials and the budget, and shows the figures.
 
-The importance of parameters is missing where Optuna is not installed.
+It is made from the files in the study's folder alone, written as Markdown and as a page, and printed in a terminal. It
+lacks the importance of parameters if Optuna is not installed.
 """
 
 import shlex
@@ -15,7 +15,6 @@ from util.comparison.tables import NONE, points, table_parts
 from util.document import Bullets, Heading, Part, Picture, Table, to_markdown, to_page, to_text
 from util.provenance import short_commit
 from util.search.confirm import (
-    VERDICT,
     Confirmation,
     is_current,
     questions_of_trials,
@@ -25,17 +24,18 @@ from util.search.confirm import (
     sentence,
 )
 from util.search.figures import write_figures
-from util.search.folder import BASE, STATES, gpu_seconds
+from util.search.folder import BASE, CONFIRM, STATES, gpu_seconds
 from util.search.identity import FILES
 from util.search.progress import unit_of_hours
 from util.search.summary import MIN_TRIALS, StudyReport
 
-N_BEST = 10  # rows of the table of trials
+N_BEST = 10  # the table of trials has so many rows
 
 
 # --- Parts ---
 
 def trial_table(report: StudyReport) -> Table:
+    """Returns the table of the best trials."""
     rows = []
     for trial in report.ranked[:N_BEST]:
         epoch, percent = trial.last
@@ -47,7 +47,7 @@ def trial_table(report: StudyReport) -> Table:
 
 
 def confirmation_table(report: StudyReport, found: Confirmation) -> Table:
-    """The table of the runs with fresh seeds, scored on all of the validation split."""
+    """Returns the table of the runs with fresh seeds, with the outcomes in `found`."""
     rows, values = [], {record["configuration"]: record["values"] for record in report.confirmed.values()}
     for name, outcomes in sorted(found.outcomes.items(), key=lambda item: -item[1].mean()):
         means, difference = 100 * outcomes.mean(1), [NONE, NONE]
@@ -62,16 +62,16 @@ def confirmation_table(report: StudyReport, found: Confirmation) -> Table:
 
 
 def confirmation(report: StudyReport) -> list[Part]:
-    """The paragraphs on the verdict, with the tables that it rests on."""
-    if not (report.folder / VERDICT).is_file():
+    """Returns the paragraphs on the verdict, with the tables that it rests on."""
+    verdict, left_out_runs = read_verdict(report.folder), report.left_out_of_confirmed
+    if verdict is None:
         return ["No configuration has been confirmed with fresh seeds yet, so there is no winner: the best of many "
                 "trials is lucky, and its own accuracy promises too much."]
-    verdict, left_out_runs = read_verdict(report.folder), report.left_out_of_confirmed
     runs = {name: record for name, record in report.confirmed.items() if name not in left_out_runs}
     text: list[Part] = left_out("Runs", left_out_runs, "are not compared to the others")
     if not {BASE, verdict["winner"]} <= {record["configuration"] for record in runs.values()}:
         return [sentence(verdict), *text] if is_current(verdict) else text
-    found = read_confirmation([(record["configuration"], report.folder / "confirm" / name)
+    found = read_confirmation([(record["configuration"], report.folder / CONFIRM / name)
                                for name, record in runs.items()], questions_of_trials(report.folder))
     verdict = retested(verdict, found)
     kind = "validation questions that trials were not scored on" if found.fresh else "validation questions"
@@ -82,9 +82,10 @@ def confirmation(report: StudyReport) -> list[Part]:
 
 
 def on_test(study: Path, winner: str, runs: dict[str, Any]) -> list[Part]:
-    """The paragraphs on the test split, of the winner's and the base's runs; none where the base was not scored."""
-    scored = {name: str(study / "confirm" / name) for name, record in runs.items()
-              if record["configuration"] in (BASE, winner) and (study / "confirm" / name / FILES["test"]).is_file()}
+    """Returns the paragraphs on the winner's and the base's scores on the test split. There are none if the base was
+    not scored on it."""
+    scored = {name: str(study / CONFIRM / name) for name, record in runs.items()
+              if record["configuration"] in (BASE, winner) and (study / CONFIRM / name / FILES["test"]).is_file()}
     base = next((folder for name, folder in scored.items() if runs[name]["configuration"] == BASE), None)
     if base is None:
         return []
@@ -93,13 +94,16 @@ def on_test(study: Path, winner: str, runs: dict[str, Any]) -> list[Part]:
 
 
 def left_out(what: str, reasons: dict[str, str], and_so: str) -> list[Part]:
-    """The paragraph on runs that are of something else than the study."""
+    """Returns the paragraph on runs that have another identity than the study (identity.py); there may be none.
+
+    `what` names the runs, `reasons` says of each what differs, and `and_so` says how the report treats them.
+    """
     names = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    return [f"{what} that are of something else than the study {and_so} ({names})."] if reasons else []
+    return [f"{what} with other data, models or scoring than the study's {and_so} ({names})."] if reasons else []
 
 
 def budget(report: StudyReport) -> list[str]:
-    """The sentences on what the study has cost so far."""
+    """Returns the sentences on what the study has cost so far."""
     states = [record["state"] for record in report.records.values()]
     counts = ", ".join(f"{states.count(state)} {word}" for state, word in STATES.items() if state in states)
     steps, confirmed = report.steps(report.records), report.steps(report.confirmed)
@@ -133,7 +137,7 @@ PICTURES = {"history": "Every trial's accuracy at its last score with its 95 % i
 
 
 def findings(report: StudyReport) -> list[Part]:
-    """All but the pictures."""
+    """Returns the report without its pictures."""
     return [*confirmation(report), Heading("Trials"),
             f"Accuracy in % of the same {counted(report.trials[0].questions, 'validation question')} for all trials, "
             "one seed each (Wilson's intervals, from the questions alone). The best of many is lucky: the runs with "
@@ -143,7 +147,7 @@ def findings(report: StudyReport) -> list[Part]:
 
 
 def pictures(report: StudyReport, drawn: list[str]) -> list[Part]:
-    """The pictures of these names, and what they leave out."""
+    """Returns the part with the pictures of these names, and with the reasons why others are missing."""
     found: list[Part] = [Heading("Pictures"), *(Picture(name, PICTURES[name]) for name in PICTURES if name in drawn)]
     if report.flags_with_one_value:
         found.append("All trials that can be compared have the same value of "
@@ -163,13 +167,13 @@ def markdown(report: StudyReport, drawn: list[str]) -> str:
 
 
 def report_text(folder: Path, width: int) -> str:
-    """The report without its pictures, in lines of at most `width` characters."""
+    """Returns the report without its pictures, in lines of at most `width` characters."""
     report = StudyReport(folder)
     return f"{title(report)}\n\n{to_text(findings(report), width, 'report.md')}\n"
 
 
 def facts(report: StudyReport) -> dict[str, str]:
-    """The facts on what was searched, by their names."""
+    """Returns the facts on what was searched, by their names."""
     settings, config = report.settings, report.base_config
     identity = settings.get("identity", {})
     data = identity.get("trials", {}).get("data")
@@ -187,7 +191,7 @@ def facts(report: StudyReport) -> dict[str, str]:
 
 
 def write_report(folder: Path, out: Path) -> list[Path]:
-    """Writes report.md, report.html and the pictures; returns their paths."""
+    """Writes report.md, report.html and the pictures, and returns their paths."""
     report = StudyReport(folder)
     files = write_figures(report, out)
     drawn = [path.stem for path in files]

@@ -1,7 +1,7 @@
-"""Runs train.py and eval.py for a trial, in processes of their own (processes.py), and keeps account in trial.json.
+"""A worker runs train.py and eval.py for a trial in other processes (processes.py), and notes their time in trial.json.
 
-The commands hold the worker's lock on the trial too. They are stopped as a user would stop them: they save, and go on
-later.
+Like the worker, the commands hold the lock on the trial. They are stopped as a user would stop them, so that they save
+and can go on later.
 """
 
 import re
@@ -27,22 +27,23 @@ from util.search.processes import Start
 from util.search.space import Values
 
 POLL_SECONDS = 0.5
-ENDED_BY_SIGNAL = (signals.UNFINISHED, *(-number for number in signals.STOP_SIGNALS))  # before or after saving
-KILLED_PROCESS = "Signal 9 (SIGKILL) received"  # torchrun's words, for one of its processes
+# the exit status of a command that was stopped: the first one after it has saved, the others before
+ENDED_BY_SIGNAL = (signals.UNFINISHED, *(-number for number in signals.STOP_SIGNALS))
+KILLED_PROCESS = "Signal 9 (SIGKILL) received"  # torchrun says so of one of its processes
 PROBE_BYTES = 2**20
 
 
 class HoursSpent(Exception):
-    """--gpu_hours are used up."""
+    """The hours of --gpu_hours are used up."""
 
 
 @dataclass(frozen=True)
 class Runner:
     """Runs a trial's commands one after another.
 
-    flags: the flags of train.py. machine: the flags among these that eval.py does not read from the run. gpus: the
-    number of GPUs of one trial. seconds_left(): the seconds that one trial may run until the study's GPU-hours are used
-    up. start: starts a command. identity: the identity of the study.
+    `flags` are the flags of train.py for all trials, as words, and `machine` those of them that eval.py does not read
+    from the run. `gpus` is the number of GPUs of one trial. `seconds_left` returns how many seconds one trial has until
+    the study's GPU-hours are used up. `start` starts a command. `identity` is that of the study.
     """
 
     flags: list[str]
@@ -53,8 +54,8 @@ class Runner:
     identity: Identity = field(default_factory=dict)
 
     def train(self, folder: Path, values: Values, epochs: int, lock: int, *more: str) -> None:
-        """Trains up to this number of epochs, unless they are there. Raises WorkerError where it is another study's
-        data that the run is trained on."""
+        """Trains a run up to so many epochs, unless it has them. Raises WorkerError if the run has another identity
+        than the study."""
         self.check_recipe(folder)
         if max(checkpoints(folder), default=-1) + 1 < epochs:
             self.run(folder, lock, "train.py", "--keep_last", "1", *self.flags, *command_line(values), *more,
@@ -62,18 +63,21 @@ class Runner:
             self.check_recipe(folder)
 
     def check_recipe(self, folder: Path) -> None:
-        path, fix = folder / FILES["train"], f"put back what it began with, and remove {folder}, which begins anew"
+        """Raises WorkerError if the run's recipe is broken, or tells another identity than the study's."""
+        path, fix = folder / FILES["train"], f"put back what it began with, and remove {folder} to begin the run anew"
         if path.is_file():
             try:
                 recipe = read_json(path)["recipe"]
             except (UserError, KeyError) as error:
-                raise WorkerError(f"{path} is broken: remove {folder}, which begins anew") from error
+                raise WorkerError(f"{path} is broken: remove {folder} to begin the run anew") from error
             require_same(path, {"train": checksums(recipe)}, self.identity, fix)
 
     def score(self, folder: Path, epochs: int, out: Path, part: str, lock: int, *more: str) -> dict[str, Any]:
-        """The scores of the checkpoint after this number of epochs, in the folder `out`. part: the part of the study's
-        identity that says what is scored. Scores of something else that are there are replaced; raises WorkerError
-        where the new ones are, too.
+        """Returns the scores of the checkpoint after so many epochs, which lie in the folder `out`. `part` is the part
+        of the study's identity to which they belong.
+
+        Scores of another checkpoint or of another identity are replaced. Raises WorkerError if the new scores have
+        another identity, too.
         """
         path, checkpoint = out / SCORES, checkpoint_path(folder, epochs - 1)
         if not self.is_scored(path, part, checkpoint):
@@ -84,7 +88,8 @@ class Runner:
         return scores
 
     def is_scored(self, path: Path, part: str, checkpoint: Path) -> bool:
-        """Whether there are scores of this checkpoint, which is no longer there where the trial has gone on."""
+        """Returns whether the file at `path` has scores of this checkpoint. If the trial has gone on, the checkpoint is
+        no longer there, and its scores count."""
         try:
             scores = read_scores(path)
         except UserError:  # the file is not there, or broken
@@ -95,7 +100,7 @@ class Runner:
 
     def run(self, folder: Path, lock: int, program: str, *arguments: str) -> None:
         begin = time.monotonic()
-        change_record(folder, since=sign_of_life(folder / LOG))  # should this worker be killed
+        change_record(folder, since=sign_of_life(folder / LOG))  # for a worker that finds this one killed
         try:
             run_command(self.start, [program, *arguments], folder / LOG, lock, self.seconds_left())
         finally:
@@ -105,8 +110,8 @@ class Runner:
 def run_command(start: Start, words: list[str], log: Path, lock: int, seconds: float) -> None:
     """Runs a command, whose output goes to `log` in the folder of a trial.
 
-    Raises CommandFailed where the command fails, WorkerError or OSError where its machine lets it fail, HoursSpent
-    after `seconds`, and Stopped at a signal to either.
+    Raises CommandFailed if the command fails, WorkerError or OSError if it fails since its machine lacks memory or disk
+    space, HoursSpent after `seconds`, and Stopped if this process or the command got a stop signal.
     """
     end = time.monotonic() + seconds
     if seconds <= 0:
@@ -142,7 +147,7 @@ def run_command(start: Start, words: list[str], log: Path, lock: int, seconds: f
 
 
 def write_probe(folder: Path) -> None:
-    """Raises OSError where the disk is full: a command cannot say so, if its log is on the same disk."""
+    """Raises OSError if the disk is full. A command cannot say so if its log is on the same disk."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(PROBE_BYTES))
@@ -157,7 +162,7 @@ def read_from(log: Path, begin: int) -> str:
 
 
 def error_line(said: str) -> str:
-    """The line of an error of ours among what a command said, or else the last line."""
+    """Returns the error line of train.py or eval.py among what a command said or, if there is none, the last line."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", said) if line.strip()]
     errors = [match[1] for line in lines if (match := re.match(r"\w+\.py: error: (.*)", line))]
     return (errors or lines or [""])[-1][:500]

@@ -1,4 +1,4 @@
-"""The flags of search.py: the study, its trials, and what they may cost."""
+"""The flags of search.py name the study and say how its trials are made, and what they may cost."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class Search(FlagGroup):
     questions: Count = flag(1000, "questions of the validation split that trials are scored on", Role.DATA)
     confirm: Annotated[int, Field(ge=0, le=1000)] = flag(
         3, "best configurations to run again with fresh seeds, beside the base; 0: none, and no winner", Role.RECIPE)
-    seeds: Count = flag(3, "fresh seeds of each", Role.RECIPE)
+    seeds: Count = flag(3, "fresh seeds of each of these configurations", Role.RECIPE)
     gpus: Count = flag(1, "GPUs of one trial, by torchrun", Role.EXECUTION)
     gpu_hours: Positive | None = flag(None, "stop when all workers together have used them", Role.EXECUTION)
     train: list[str] | None = flag(None, "flags of train.py for all trials", Role.RECIPE, positional=True, nargs="*",

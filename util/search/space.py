@@ -1,8 +1,8 @@
-"""The space of a search: a JSON file of train.py's flags, each with its range, and the flag sets that are tried first.
+"""The space of a search is a JSON file with flags of train.py, their ranges, and the flag sets that are tried first.
 
 - A parameter may depend on others: `when` names the values of earlier flags with which it is searched at all, and a
-  bound may be the value of an earlier flag. Such a parameter is sampled by its place between its bounds, 0 to 1, so
-  that its distribution is always the same and no suggestion breaks the bound.
+  bound may be the value of an earlier flag. A parameter with such a bound is sampled by its place between its bounds,
+  from 0 to 1, so that its distribution is always the same and no suggestion breaks the bound.
 - `"when": {"lr_schedule": "uses it"}` names the schedules that use the flag, as `util/lr_sched.py` says.
 - `flag` is the parameter's name unless it is given: two parameters may set one flag under different conditions.
 - A categorical parameter without `choices` has all those of its flag.
@@ -26,20 +26,21 @@ from util.comparison.methods import METHODS, named_methods
 from util.lr_sched import schedules_with
 from util.training.recipe import TRAIN_FLAGS
 
-DIGITS = 4  # significant ones of a sampled number
+DIGITS = 4  # a sampled number has so many significant digits
 FIX = "correct it, or leave --space out"
-USES_IT, ALL_METHODS = "uses it", "methods"  # words of a file that stand for lists
+USES_IT, ALL_METHODS = "uses it", "methods"  # these words stand for lists in a file
 
 Value = str | int | float
 Values = dict[str, Any]  # by flag
 
 
 def schedules(value: Any, check: Callable[[Any], Any]) -> Any:
+    """Checks the values of a condition, but lets the words for a list of schedules pass."""
     return value if value == USES_IT else check(value)
 
 
 def flag_sets(value: Any, check: Callable[[Any], Any]) -> Any:
-    """Puts the flags of methods in place of their keys."""
+    """Checks the sets that are tried first, with the flags of methods in place of their keys."""
     if value == ALL_METHODS:
         return value
     methods = {method.key: method.flags for method in named_methods()}
@@ -52,7 +53,7 @@ def flag_sets(value: Any, check: Callable[[Any], Any]) -> Any:
 
 @strictly_declared
 class Parameter(TypedDict):
-    """An entry of a space file. low, high: numbers, or the name of an earlier flag."""
+    """An entry of a space file. `low` and `high` are numbers, or the name of an earlier flag."""
 
     kind: Literal["float", "int", "categorical"]
     default: Value
@@ -66,15 +67,18 @@ class Parameter(TypedDict):
 
 @strictly_declared
 class SpaceFile(TypedDict):
+    """The content of a space file."""
+
     parameters: Annotated[dict[NonBlankText, Parameter], Field(min_length=1)]
     enqueue: Annotated[list[dict[str, Value]], Field(min_length=1), WrapValidator(flag_sets)]
 
 
 @dataclass(frozen=True)
 class Space:
-    """The flags that are searched, and the sets that are tried first.
+    """The parameters that are searched, by their names, and the flag sets that are tried first.
 
-    fixed: values of flags that are not searched, for conditions and bounds. source: the name of the file in messages.
+    `fixed` has the values of flags that are not searched, on which conditions and bounds may depend. `source` is the
+    name of the file in messages.
     """
 
     parameters: dict[str, Any]  # of type Parameter, by name
@@ -83,7 +87,8 @@ class Space:
     fixed: Values = field(default_factory=dict)
 
     def fix(self, values: Values) -> "Space":
-        """The space without the parameters of these flags, and without the sets that need other values of them."""
+        """Returns the space without the parameters of these flags, and without the sets that need other values of these
+        flags. Raises UserError if nothing is left to search."""
         kept = {name: p for name, p in self.parameters.items() if flag_of(name, p) not in values}
         if not kept:
             raise UserError(f"{self.source}: all of its flags are given after --, so nothing is left to search")
@@ -93,6 +98,7 @@ class Space:
         return replace(fixed, enqueue=sets or [{}])
 
     def is_possible(self, changes: Values) -> bool:
+        """Returns whether a set with these changes of the defaults lies in the space."""
         try:
             self.complete(changes)
             return True
@@ -100,8 +106,8 @@ class Space:
             return False
 
     def walk(self, choose: Callable[[str, Any, Values], Any]) -> Values:
-        """The values by flag. choose(name, parameter, values of earlier flags) gives the value of each active
-        parameter."""
+        """Returns a value for each flag whose parameter is active. `choose` gives it; its arguments are the parameter's
+        name, the parameter, and the values of earlier flags."""
         values = dict(self.fixed)
         for name, parameter in self.parameters.items():
             if all(values.get(flag) in allowed for flag, allowed in parameter.get("when", {}).items()):
@@ -109,11 +115,11 @@ class Space:
         return {flag: value for flag, value in values.items() if flag not in self.fixed}
 
     def suggest(self, trial) -> Values:
-        """The flags of an Optuna trial: the same ones each time."""
+        """Returns the flags of an Optuna trial. They are the same each time."""
         return self.walk(lambda name, parameter, values: suggest(trial, name, parameter, values))
 
     def complete(self, changes: Values) -> Values:
-        """The defaults, with the changes of some flags. Raises UserError for a change that is not in the space."""
+        """Returns the defaults with the changes of some flags. Raises UserError if a change is not in the space."""
         def choose(name, parameter, values):
             flag = flag_of(name, parameter)
             if flag in changes and not contains(parameter, changes[flag], values):
@@ -127,7 +133,7 @@ class Space:
         return values
 
     def first_sets(self) -> list[Values]:
-        """The enqueued sets, complete and without repeats."""
+        """Returns the sets that are tried first, complete and without repeats."""
         sets = []
         for values in map(self.complete, self.enqueue):
             if values not in sets:
@@ -135,7 +141,7 @@ class Space:
         return sets
 
     def encode(self, values: Values) -> Values:
-        """The parameters by name, as Optuna stores them, of values by flag."""
+        """Returns values by flag as parameters by name, in the form in which Optuna stores them."""
         params = {}
 
         def choose(name, parameter, earlier):
@@ -159,7 +165,7 @@ class Space:
                 yield name, self.walk(choose)
 
     def check(self, check_flags: Callable[[Values], object]) -> None:
-        """Raises UserError for ends and choices that train.py refuses, as `check_flags` does for its flags."""
+        """Raises UserError if train.py refuses an end of a range, or a choice. `check_flags` raises it for flags."""
         for name, values in self.extremes():
             try:
                 check_flags(values)
@@ -169,7 +175,7 @@ class Space:
 
 
 def read_space(path: str | Path) -> Space:
-    """The space that a file declares."""
+    """Returns the space that a file declares. Raises UserError if the file is missing or broken."""
     content: Any = read_validated(path, SpaceFile, "name it with --space", FIX)
     parameters = {name: fill_in(name, parameter, str(path)) for name, parameter in content["parameters"].items()}
     for name, parameter in parameters.items():
@@ -182,7 +188,8 @@ def read_space(path: str | Path) -> Space:
 
 
 def sets_to_try(enqueue: Any, space: Space) -> list[Values]:
-    """The sets of `enqueue`, or all methods that lie in the space."""
+    """Returns the sets of `enqueue`, or all methods that lie in the space. Raises UserError if a flag is none of
+    train.py."""
     if enqueue == ALL_METHODS:
         return [method.flags for method in named_methods() if space.is_possible(method.flags)]
     unknown = {flag for values in enqueue for flag in values} - TRAIN_FLAGS.keys()
@@ -192,7 +199,7 @@ def sets_to_try(enqueue: Any, space: Space) -> list[Values]:
 
 
 def fill_in(name: str, parameter: Any, source: str) -> Any:
-    """The parameter with what the flag's declaration says of it: its choices, and the schedules that use it."""
+    """Returns the parameter, to which the choices of its flag and the schedules that use the flag are added."""
     flag = flag_of(name, parameter)
     filled = dict(parameter)
     if parameter["kind"] == "categorical" and flag in TRAIN_FLAGS and TRAIN_FLAGS[flag].choices:
@@ -212,7 +219,7 @@ def flag_of(name: str, parameter: Any) -> str:
 
 
 def is_relative(parameter: Any) -> bool:
-    """Whether a bound is another flag's value."""
+    """Returns whether a bound is another flag's value."""
     return any(isinstance(parameter.get(bound), str) for bound in ("low", "high"))
 
 
@@ -236,7 +243,7 @@ def contains(parameter: Any, value: Any, values: Values) -> bool:
 
 
 def place(value: float, parameter: Any, values: Values) -> float:
-    """The place of a value between its bounds, from 0 to 1."""
+    """Returns the place of a value between its bounds, from 0 to 1."""
     low, high = bounds(parameter, values)
     return (value - low) / (high - low) if high > low else 0.0
 
@@ -255,7 +262,7 @@ def suggest(trial, name: str, parameter: Any, values: Values) -> Any:
 
 
 def check_parameter(parameter: Any, source: str) -> None:
-    """Raises UserError where the entries do not belong together."""
+    """Raises UserError if the entries of a parameter contradict one another."""
     numbers, choices = {"low", "high"} & parameter.keys(), "choices" in parameter
     if parameter["kind"] == "categorical":
         problem = "needs choices, and no low, high or log" if not choices or numbers or "log" in parameter else \
@@ -283,7 +290,8 @@ def check_range(parameter: Any) -> str | None:
 
 
 def check_references(space: Space) -> None:
-    """Raises UserError for flags that train.py does not know, and for conditions and bounds that are not known yet."""
+    """Raises UserError if a flag is none of train.py or changes no result, or if a condition or a bound names a flag
+    that does not come earlier."""
     seen: set[str] = set()
     for name, parameter in space.parameters.items():
         flag, source = flag_of(name, parameter), f"{space.source}: {name}"

@@ -1,4 +1,4 @@
-"""The places where Optuna keeps the trials of a study: a journal in the study's folder, or a database."""
+"""Optuna keeps the trials of a study in a journal in the study's folder, or in a database."""
 
 import json
 import os
@@ -24,10 +24,10 @@ BLOCK_BYTES = 4096
 
 
 class Journal(JournalFileBackend):
-    """Optuna's journal, a line for each record. The operating system keeps its lock: Optuna's own locks stay for half a
-    minute where their owner is killed.
+    """Optuna's journal, which has a line for each record, under a lock of the operating system. Optuna's own locks stay
+    for half a minute if their owner is killed.
 
-    The last record may be torn, where a disk was full or the power failed. It is cut off before another one is written,
+    The last record may be torn, if a disk was full or the power failed. It is cut off before another one is written,
     since the two would become one broken line.
     """
 
@@ -56,7 +56,7 @@ class Journal(JournalFileBackend):
             raise WorkerError(f"{self.path} is damaged after record {number} ({first_line(error)}): {FIX}") from error
 
     def drop_torn_record(self) -> None:
-        """Cuts the last line off, where it is not whole. The journal must be locked."""
+        """Cuts the last line off if it is not whole. The journal must be locked."""
         with open(self.path, "rb+") as file:
             start, line = last_line(file)
             if line and not is_whole(line):
@@ -71,7 +71,7 @@ def is_record(value: Any) -> bool:
 
 
 def is_whole(line: bytes) -> bool:
-    """Whether a line of the journal is a record that was written to its end."""
+    """Returns whether a line of the journal is a record that was written to its end."""
     try:
         return line.endswith(b"\n") and is_record(json.loads(line))
     except (ValueError, RecursionError):
@@ -79,7 +79,7 @@ def is_whole(line: bytes) -> bool:
 
 
 def last_line(file) -> tuple[int, bytes]:
-    """The place at which the last line of a binary file begins, and its content."""
+    """Returns the offset at which the last line of a binary file begins, and the line."""
     end, size = file.seek(0, os.SEEK_END), BLOCK_BYTES
     while True:
         start = max(0, end - size)
@@ -95,7 +95,7 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
     if url is not None:
         return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     path = folder / JOURNAL
-    if path.exists() and not path.is_file():  # a named pipe would be waited for
+    if path.exists() and not path.is_file():  # reading a named pipe would never end
         raise UserError(f"{path} is no file: {FIX}")
     try:
         return JournalStorage(Journal(folder))

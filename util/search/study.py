@@ -1,6 +1,6 @@
-"""A study and its trials in Optuna's storage: any number of workers take, resume and end them.
+"""Any number of workers take, resume and end the trials of a study, which are in Optuna's storage and in its folder.
 
-folder.py has the files of a study, and identity.py decides whether a folder's study is the one that a command means.
+folder.py has the files of a study, and identity.py decides whether a command may go on with the study in a folder.
 """
 
 import os
@@ -19,7 +19,17 @@ from optuna.trial import TrialState
 from lavin.runtime.errors import UserError
 from lavin.runtime.files import read_json, write_json
 from util.search.errors import WorkerError
-from util.search.folder import RECORD, STUDY, begin_record, change_record, load_record, read_settings, trial_folder
+from util.search.folder import (
+    RECORD,
+    STUDY,
+    TRIALS,
+    begin_record,
+    change_record,
+    load_record,
+    lock_path,
+    read_settings,
+    trial_folder,
+)
 from util.search.identity import check_settings, runs_of_something_else
 from util.search.locks import claim, waiting_for
 from util.search.pruning import longest_warmup, make_pruner, parameters_of_schedule, rungs
@@ -30,13 +40,13 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
 warnings.filterwarnings("ignore", "The reported value is ignored")  # a trial that is resumed reports its rungs again
 
-TIE = 1e-6  # less than a question of any data set, for any number of trials
+TIE = 1e-6  # times a trial's number, it is less than one question's share of any data set in percent
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 
 
 @dataclass
 class Trial:
-    """A trial that this worker holds. values: the values of the flags that are searched."""
+    """A trial that this worker holds. `values` are those of the searched flags, and `lock` is its lock's descriptor."""
 
     number: int
     folder: Path
@@ -46,17 +56,17 @@ class Trial:
     resumed: bool
 
     def report(self, accuracy: float, epoch: int) -> bool:
-        """Whether to stop here. Accuracies are often equal, and a pruner lets all that are equal to a good one pass: of
-        these, the earlier trial counts as better."""
+        """Tells Optuna an accuracy in percent, and returns whether to prune the trial. Accuracies are often equal, and
+        a pruner lets all that equal a good one pass. So of equal trials, the earlier one counts as better."""
         self.optuna.report(accuracy - TIE * self.number, epoch)
         return self.optuna.should_prune()
 
 
 class Study:
-    """Opens the study in `folder`, or begins it. settings: the content of study.json. gpus: the GPUs of a trial of this
-    worker.
+    """Opens the study in `folder`, or begins it there. `settings` are the content of study.json, `storage_url` is the
+    address of a database (None: a journal in the folder), and `gpus` is the number of GPUs of a trial of this worker.
 
-    Raises UserError where the folder holds a study of other settings, or of something else.
+    Raises UserError if the folder's study has other settings or another identity.
     """
 
     def __init__(self, folder: Path, space: Space, settings: dict[str, Any], storage_url: str | None, gpus: int = 1):
@@ -78,20 +88,21 @@ class Study:
 
     @property
     def precision(self) -> str:
-        """The precision of all trials: the one that --precision meant on the machine of the first worker."""
+        """The precision of all trials, which is what --precision meant on the machine of the first worker."""
         return read_json(self.folder / STUDY)["precision"]
 
     @property
     def left_out(self) -> dict[str, str]:
-        """The trials that cannot be compared to the others, with what differs, by name: an earlier version let them in,
-        or their worker ended when its data had changed, and they will be scored again."""
-        return runs_of_something_else(self.folder, read_settings(self.folder), "trials")
+        """The names of the trials that cannot be compared to the others, with what differs. An earlier version let them
+        in, or their worker ended since its data had changed, so that they will be scored again."""
+        return runs_of_something_else(self.folder, read_settings(self.folder), TRIALS)
 
     def take(self) -> Trial | None:
-        """A trial that a killed worker left, else the next one; None: other workers hold all that are left."""
+        """Returns a trial that a killed worker has left or, if there is none, a new one. Returns None if other workers
+        hold all trials that are left."""
         with waiting_for(self.folder / ".lock"):
             for left in self.trials(TrialState.RUNNING):
-                lock = claim(self.lock_path(left.number))
+                lock = self.claim(left.number)
                 if lock is None:
                     continue
                 if self.is_running(left.number):
@@ -100,18 +111,19 @@ class Study:
             if len(self.trials()) >= self.n_trials and not self.trials(TrialState.WAITING):
                 return None
             trial = self.optuna.ask()
-            lock = claim(self.lock_path(trial.number))
+            lock = self.claim(trial.number)
             assert lock is not None  # nobody else takes a trial meanwhile
             return self.hold(trial, lock, resumed=False)
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """A sampler seeded by the trial's number: no two workers draw the same, and a study of one worker can be
-        repeated. After the sets that are tried first, which have much in common, some are drawn at random."""
+        """Returns a sampler that is seeded by the trial's number, so that no two workers draw the same and a study of
+        one worker can be repeated. The sets that are tried first have much in common, so some random ones follow."""
         n_first = len(self.space.first_sets()) + min(10, self.n_trials // 4)
         return optuna.samplers.TPESampler(n_startup_trials=n_first, multivariate=True, group=True, constant_liar=True,
                                           seed=number)
 
     def hold(self, trial: optuna.trial.Trial, lock: int, resumed: bool) -> Trial:
+        """Draws the values of a trial, or draws them again, and writes them to its trial.json."""
         self.optuna.sampler = self.sampler(trial.number)
         folder = trial_folder(self.folder, trial.number)
         trial = self.with_known_params(trial, folder)
@@ -122,7 +134,7 @@ class Study:
         return Trial(trial.number, folder, values, lock, trial, resumed)
 
     def with_known_params(self, trial: optuna.trial.Trial, folder: Path) -> optuna.trial.Trial:
-        """The trial, which is given the parameters of its folder again, should the journal have lost them."""
+        """Returns the trial with the parameters that its trial.json has, even if the journal has lost them."""
         known = load_record(folder).get("params", {}) if (folder / RECORD).is_file() else {}
         if known.keys() <= trial.params.keys():
             return trial
@@ -131,8 +143,8 @@ class Study:
         return optuna.trial.Trial(self.optuna, trial._trial_id)
 
     def end(self, trial: Trial, state: TrialState, accuracy: float | None = None, **message: str) -> None:
-        """Ends a trial, first in its folder and then in the storage: a worker that is killed in between does it
-        again."""
+        """Ends a trial, first in its folder and then in the storage. If the worker is killed in between, the next
+        worker does both again."""
         change_record(trial.folder, state=state.name, **message)
         self.optuna.tell(trial.number, accuracy, state)
 
@@ -145,16 +157,17 @@ class Study:
     def is_running(self, number: int) -> bool:
         return any(trial.number == number for trial in self.trials(TrialState.RUNNING))
 
-    def lock_path(self, number: int) -> Path:
-        return self.folder / ".locks" / f"{number:03d}"
+    def claim(self, number: int) -> int | None:
+        """Returns a descriptor that holds the lock on a trial, or None if another worker holds it."""
+        return claim(lock_path(self.folder, trial_folder(self.folder, number).name))
 
 
 def run_trial(study: Study, trial: Trial, reach: Callable[[Trial, int], float]) -> tuple[TrialState, str]:
-    """Takes a trial from rung to rung, up to the last epoch or until the pruner ends it. Returns its state, and why it
-    failed.
+    """Trains and scores a trial from rung to rung, up to the last epoch or until it is pruned. Returns its state, and
+    the message of its failure or "".
 
-    reach(trial, epochs): trains up to there, unless it is there already, and returns the accuracy in percent. Where it
-    raises UserError, the trial has failed; WorkerError, and anything else, leaves the trial to be resumed.
+    `reach` trains a trial up to a number of epochs, unless it has them, and returns the accuracy in percent. If it
+    raises UserError, the trial has failed. A WorkerError, or any other error, leaves the trial to be resumed.
     """
     try:
         for epochs in study.rungs:

@@ -1,7 +1,8 @@
-"""A study as its folder describes it: its trials, where they can be compared, and which parameters matter.
+"""A summary of a study's folder has the trials, the epoch at which they can be compared, and what matters among their
+parameters.
 
-The report (report.py) and its pictures (figures.py) are made from it. Neither needs the storage, and Optuna is needed
-for the importance of parameters alone.
+The report (report.py) and its pictures (figures.py) are made from it. Neither needs the storage, and only the
+importance of parameters needs Optuna.
 """
 
 import warnings
@@ -18,16 +19,25 @@ from lavin.runtime.files import read_json
 from util.comparison.statistics import wilson
 from util.provenance import commits_of
 from util.runs import CONFIG
-from util.search.folder import BASE, RUN_FOLDERS, accuracy, base_values, read_records, read_settings, trial_folder
+from util.search.folder import (
+    BASE,
+    CONFIRM,
+    RUN_FOLDERS,
+    accuracy,
+    base_values,
+    read_records,
+    read_settings,
+    trial_folder,
+)
 from util.search.identity import runs_of_something_else
 
-MIN_TRIALS = 10  # for the importance of parameters
-SHUFFLES = 100  # of the accuracies, for what chance alone gives
+MIN_TRIALS = 10  # the importance of parameters is not computed from fewer trials
+SHUFFLES = 100  # the accuracies are shuffled so often, to see which importance chance alone gives
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial that has a score. curve: (epoch, accuracy in percent) at each rung."""
+    """A trial that has a score. `curve` has a pair of epoch and accuracy in percent for each rung."""
 
     name: str
     state: str
@@ -46,22 +56,22 @@ class Trial:
         return self.curve[-1]
 
     def interval(self, percent: float) -> tuple[float, float]:
-        """Wilson's 95 % interval of an accuracy on the trial's questions."""
+        """Returns Wilson's 95 % interval of an accuracy on the trial's questions, in percent like the accuracy."""
         low, high = wilson(percent * self.questions / 100, self.questions)
         return 100 * low, 100 * high
 
 
 class StudyReport:
-    """The content of a study's folder. Raises UserError where it does not hold a study with a scored trial.
+    """The content of a study's folder. Raises UserError if the folder holds no study with a scored trial.
 
-    records, confirmed: the records of all trials, and of all runs with fresh seeds. left_out, left_out_of_confirmed:
-    the names of those that cannot be compared to the others, since they are of something else, each with what differs.
-    trials: the trials that have a score and can be compared.
+    `records` has the records of all trials, and `confirmed` those of all runs with fresh seeds. `left_out` and
+    `left_out_of_confirmed` say which of them cannot be compared to the others, and why. `trials` are those that have a
+    score and can be compared.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.settings, self.records = folder, read_settings(folder), read_records(folder)
-        self.confirmed = read_records(folder, "confirm")
+        self.confirmed = read_records(folder, CONFIRM)
         self.left_out, self.left_out_of_confirmed = (runs_of_something_else(folder, self.settings, name)
                                                      for name in RUN_FOLDERS)
         self.trials = [Trial(name, record["state"], record["values"],
@@ -82,12 +92,12 @@ class StudyReport:
 
     @cached_property
     def ranked(self) -> list[Trial]:
-        """All trials with a score: those that came farthest come first, and of these the best."""
+        """The trials, in an order in which those that came farthest are first, and of these the best."""
         return sorted(self.trials, key=lambda trial: trial.last, reverse=True)
 
     @cached_property
     def shared_epoch(self) -> int:
-        """The last epoch after which three quarters of the trials were scored: there they can be compared."""
+        """The last epoch after which three quarters of the trials were scored, and at which they are compared."""
         n_scored = Counter(epoch for trial in self.trials for epoch, _ in trial.curve)
         return max(epoch for epoch, n in n_scored.items() if 4 * n >= 3 * len(self.trials))
 
@@ -99,14 +109,14 @@ class StudyReport:
 
     @property
     def flags_with_one_value(self) -> list[str]:
-        """The flags that are searched, and of which all comparable trials that use them have one value."""
+        """The searched flags that have the same value in all comparable trials that use them."""
         values = {flag: {trial.values[flag] for trial, _ in self.comparable if flag in trial.values}
                   for flag in dict.fromkeys(flag for trial, _ in self.comparable for flag in trial.values)}
         return [flag for flag, different in values.items() if len(different) == 1]
 
     @cached_property
     def base_config(self) -> dict[str, Any]:
-        """The content of config.json of the base's trial; empty where training has not begun."""
+        """The content of config.json of the base's trial. It is empty if training has not begun."""
         path = trial_folder(self.folder, int(BASE)) / CONFIG
         return read_json(path) if path.is_file() else {}
 
@@ -119,17 +129,17 @@ class StudyReport:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the trials are trained on a CPU, whose hours are no GPU's."""
+        """Whether the trials are trained on a CPU, so that their hours are no GPU-hours."""
         return str(self.base_config.get("device", "")).startswith("cpu")
 
     def changes(self, values: dict[str, Any]) -> str:
-        """The values that differ from the base's, as words of a command line."""
+        """Returns the values that differ from the base's, as words of a command line."""
         changed = [f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}"
                    for flag, value in values.items() if value != self.base.get(flag)]
         return " ".join(changed) or "the base"
 
     def steps(self, records: dict[str, Any]) -> int:
-        """The optimizer steps that all runs of these records made."""
+        """Returns the number of optimizer steps that all runs of these records have made."""
         return self.settings["steps_per_epoch"] * sum(record["rungs"][-1]["epoch"] for record in records.values()
                                                       if record["rungs"])
 
@@ -137,10 +147,12 @@ class StudyReport:
 # --- Importance ---
 
 def importance(report: StudyReport) -> dict[str, tuple[float, float]]:
-    """Each parameter's share in reaching the better half of the trials (PED-ANOVA; Watanabe et al. 2023, arXiv
-    2304.10255), largest first, and the share that it stays below in 95 % of shuffles of the accuracies: by chance.
+    """Returns two numbers for each parameter, by its name, the most important one first.
 
-    The result is empty where Optuna is not installed, and where there are too few trials.
+    The first is the parameter's share in reaching the better half of the trials (PED-ANOVA; Watanabe et al. 2023, arXiv
+    2304.10255). The second is a share that chance alone rarely gives: 95 % of shuffles of the accuracies stay below it.
+
+    The result is empty if Optuna is not installed, or if there are too few trials.
     """
     if len(report.comparable) < MIN_TRIALS:
         return {}

@@ -1,1 +1,1 @@
-"""Several runs one after another in one process, which reads their base model once."""
+"""A series is several runs, made one after another by one process, which reads their base model once."""

@@ -1,6 +1,6 @@
-"""Makes the runs of some files one after another: `python -m util.series FILE...`, also under util.launch.
+"""`python -m util.series FILE...` makes the runs that these files describe, one after another, also under util.launch.
 
-scripts/run_all_variants.sh writes these files and calls it. commands.py says what they hold.
+scripts/run_all_variants.sh writes the files and starts this program. commands.py says what they hold.
 """
 
 from lavin.runtime.startup import prepare_cuda, prepare_imports

@@ -1,14 +1,15 @@
-"""The commands of several runs in one process: each does and says what it would in a process of its own.
+"""One process makes several runs. Each of their commands does and says what it would in a process of its own.
 
-A run is a file: its title behind `# `, then its commands, a line each, as in a shell: `train.py FLAG...`, `eval.py
-FLAG...`. The file is removed when the run is done.
+A file describes a run: its first line is `# ` and the run's title, and each other line is a command as in a shell, such
+as `train.py FLAG...` or `eval.py FLAG...`. The file is removed when the run is done.
 
-- Files, scores and answers are the same, bit for bit on a CPU: every command sets the random state before it draws,
-  gets fresh adapters, and finds what it may change in the process as it was (`process_of_its_own`).
-- A command that fails or is stopped ends the process, as it would end its own, whatever state that is then in. The
-  first file that is left is its run's; whoever started the process decides on the others.
-- A signal to one process is meant for all: where a file `stopped` lies beside that of a run, none of its commands
-  begins.
+- A run's files, scores and answers are the same as those of single commands, bit for bit on a CPU: each command sets
+  the random state before it draws, gets fresh adapters, and finds the process as the first one did
+  (`process_of_its_own`).
+- A command that fails or is stopped ends the process with its exit status, and later runs do not begin. The first
+  remaining file is that of the run that failed. Whoever started the process decides what happens to the others.
+- A stop signal to one of several processes is meant for all of them: a run does not begin a command if a file `stopped`
+  lies beside the run's file.
 """
 
 import gc
@@ -42,7 +43,8 @@ PROGRAMS: dict[str, tuple[Callable[[], Parser], Callable[[Flags, SharedBase], No
 
 
 def make_runs(paths: list[Path]) -> None:
-    shared, runs = SharedBase(), [read_run(path) for path in paths]  # at once: rank 0 removes them one by one
+    """Makes the runs that these files describe, and removes the file of each run that is done."""
+    shared, runs = SharedBase(), [read_run(path) for path in paths]  # read at once, since rank 0 removes the files
     for path, (title, commands) in zip(paths, runs, strict=True):
         require_not_stopped(path)
         print_rank0(f"== {title}")
@@ -55,15 +57,16 @@ def make_runs(paths: list[Path]) -> None:
 
 
 def read_run(path: Path) -> tuple[str, list[list[str]]]:
-    """The title of a run, and the words of each of its commands."""
+    """Returns the title of a run, and the words of each of its commands."""
     title, *lines = os.fsdecode(path.read_bytes()).strip("\n").split("\n")  # as Python decodes a command line
     return title.removeprefix("# "), [shlex.split(line) for line in lines]
 
 
 def require_not_stopped(path: Path) -> None:
-    """Raises Stopped, on all ranks, where one was asked to stop while it did its last step, or another of the runs was.
+    """Raises Stopped on all ranks if one of them got a stop signal in the last step of its command, or if another run
+    was stopped.
 
-    The ranks wait for one another here: the next command reads what rank 0 writes at the end of the one before it.
+    The ranks wait for one another here, since the next command reads what rank 0 writes at the end of the last one.
     """
     found = distributed.all_gather_object((signals.requested, path.with_name(STOPPED).exists()))
     if requested := next((name for name, _ in found if name), None):
@@ -81,8 +84,8 @@ def run_command(words: list[str], shared: SharedBase) -> None:
 
 @contextmanager
 def process_of_its_own(program: str) -> Iterator[None]:
-    """Puts back, when a command has ended well, all that it has changed in its process. program: the command's name in
-    messages."""
+    """Lets a command run as in a process of its own, and puts back what it has changed in this process if it ends well.
+    `program` is the command's name in messages."""
     sys.argv[0] = program
     threads = torch.get_num_threads()
     restart_peak_memory()

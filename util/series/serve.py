@@ -1,10 +1,11 @@
-"""The process in which a worker of a search runs its commands: `python -m util.series.serve SOCKET FOLDER`.
+"""A worker of a search runs its commands in this process: `python -m util.series.serve SOCKET FOLDER`.
 
 util/search/processes.py starts it, and has the other end of the socket. FOLDER is the worker's working directory.
 
-- A command comes as a line of JSON, its words, with two descriptors: its log, to which the process writes from then on,
-  and the lock on its trial. The process holds both until the command is done, and answers with a byte then.
-- A command that fails or is stopped ends the process with the exit status and the message that it has alone.
+- A command arrives as a line of JSON with its words, and with two file descriptors. One is its log, to which the
+  process writes from then on; the other one is the lock on its trial. The process holds both until the command is done,
+  and then answers with a byte.
+- A command that fails or is stopped ends the process, with the exit status and the message of a single command.
 - When the worker ends, the process ends too, but not before its command: the lock keeps others from beginning it again.
 - Between two commands the process holds no log and no lock, and a stop signal ends it in silence.
 """
@@ -36,7 +37,8 @@ def main(descriptor: str, folder: str) -> None:
 
 
 def serve(worker: socket.socket) -> None:
-    """Runs the worker's commands until it has ended, or this process was asked to stop in the last step of one."""
+    """Runs the worker's commands until the worker has ended, or until this process gets a stop signal in the last step
+    of a command."""
     shared = SharedBase()
     while not signals.requested and (command := receive(worker)):
         words, log, lock = command
@@ -50,7 +52,7 @@ def serve(worker: socket.socket) -> None:
 
 
 def receive(worker: socket.socket) -> tuple[list[str], int, int] | None:
-    """The words of the next command, its log and its lock; None where the worker has ended."""
+    """Returns the words of the next command, its log and its lock. Returns None if the worker has ended."""
     with suppress(ConnectionError):
         first, descriptors, *_ = socket.recv_fds(worker, 1, 2)
         with worker.makefile("rb") as rest:
@@ -62,7 +64,7 @@ def receive(worker: socket.socket) -> tuple[list[str], int, int] | None:
 
 
 def write_to(descriptor: int) -> None:
-    """Makes this file the output of the process, of Python as of libraries in C."""
+    """Makes this file the output of the process, for Python and for libraries in C."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     ctypes.CDLL(None).fflush(None)
