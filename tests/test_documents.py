@@ -146,7 +146,8 @@ def published_numbers() -> dict[str, set[float]]:
     """The numbers of each published method: its accuracies, their intervals, and the differences to the base."""
     with open(ROOT / "assets" / "published_table.csv", newline="") as file:
         rows = {row[0]: documents.numbers(" ".join(row[1:])) for row in csv.reader(file)}
-    return {method.key: {round(number, 2) for number in rows[method.name]} for method in named_methods()}
+    return {method.key: {round(number, 2) for number in rows[method.name]} for method in named_methods()
+            if method.name in rows}
 
 
 def method_named_in(cell: str) -> str | None:

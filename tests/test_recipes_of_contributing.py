@@ -77,6 +77,8 @@ def follow(copy) -> None:
     insert(schedules, entry, before="}\n\n\ndef schedule_of(")
     insert(methods, f",\n{method.rstrip()}", before="\n}\n")
     (copy / "scripts" / "finetuning_sqa_7b_linear.sh").write_text(script)
+    factorial = copy / "scripts" / "run_factorial.sh"
+    factorial.write_text(factorial.read_text().replace("step exponential", "step exponential linear"))
     insert(copy / "util" / "training" / "settings.py", flag, before="\n    def effective_batch(")
 
 

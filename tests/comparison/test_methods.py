@@ -50,6 +50,13 @@ def test_a_script_shows_the_flags_of_its_method(method):
     assert shown == {flag: method.flags.get(flag, DEFAULTS[flag]) for flag in {*shown, *method.flags}}
 
 
+def test_the_factorial_crosses_every_method_that_only_chooses_a_schedule():
+    text = (ROOT / "scripts" / "run_factorial.sh").read_text()
+    default = re.search(r"^SCHEDULES=\$\{SCHEDULES:-(.*)\}$", text, re.M)[1]
+    assert default.split() == [method.key for method in named_methods()
+                               if method.flags.keys() <= {"lr_schedule", "min_lr"}]
+
+
 def test_the_published_figures_are_those_of_the_first_methods():
     facts = json.loads(PUBLISHED.read_text())
     assert list(facts["methods"]) == [method.key for method in named_methods()][:8]
