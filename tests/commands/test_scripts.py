@@ -11,12 +11,13 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tiny import ROOT
 from train import get_args_parser
-from util.comparison.methods import named_methods
+from util.comparison.methods import named_methods, published_value
 from util.lr_sched import check_schedule, derive_learning_rate
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("slurm/*")])
@@ -194,7 +195,7 @@ def test_other_base_models_use_the_base_method(sandbox, script, model, method, f
     assert f"train.py --llm_model {model} " in train and train.endswith(f"{flags} {BASE} --seed 1")
     assert f"--output_dir ./LaVIN-{model}-{method} " in score
     flags = get_args_parser().parse_args(train.split("train.py ")[1].split())
-    assert flags.temperature == (5 if model == "13B" else 10)
+    assert flags.temperature == published_value("temperature", SimpleNamespace(flags=vars(flags)))
 
 
 @pytest.mark.parametrize("gpus, accum", [(1, 16), (2, 8), (8, 2), (16, 1)])
