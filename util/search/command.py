@@ -47,11 +47,27 @@ def check_trial(words: list[str], gpus: int, values: Values) -> TrainSettings:
     return settings
 
 
+def refuse_flags_of_one_run(trained: Flags) -> None:
+    """Raises UserError if the command gives a flag that the search sets for each run, such as --output_dir."""
+    of_run = [name for name, declared in TRAIN_FLAGS.items() if declared.role is Role.RUN]
+    refused = [name for name in (*of_run, "do_pretrain") if name in trained.given]
+    if refused:
+        raise UserError(f"--{refused[0]} does not go with a search, which names the folders of its runs of ScienceQA: "
+                        "leave it out")
+
+
 def fixed_values(trained: Flags) -> Values:
     """Returns the flags that the command gives, which are therefore not searched. If --lr is given, --blr has no effect
     and is among them."""
     names = trained.given | {name for name, declared in TRAIN_FLAGS.items() if declared.stated_as in trained.given}
     return {name: getattr(trained, name) for name in names}
+
+
+def print_fixed_flags(whole: Space, space: Space) -> None:
+    """Prints which flags of the whole space are not in `space`, since the command gives them."""
+    fixed = sorted({flag_of(name, whole.parameters[name]) for name in whole.parameters.keys() - space.parameters})
+    if fixed:
+        print_rank0(f"not searched, since the command gives them: {', '.join(f'--{flag}' for flag in fixed)}")
 
 
 def describe_study(search: Search, space: Space, trained: Flags) -> dict:
@@ -162,6 +178,7 @@ def hours_spent(study: Path, gpu_hours: float, on_cpu: bool) -> str:
 
 
 def main(args: Flags) -> None:
+    """Works on the study that the flags of search.py describe, until it has ended or its hours are spent."""
     try:
         from util.search.storage import storage_errors
         from util.search.study import Study
@@ -170,11 +187,7 @@ def main(args: Flags) -> None:
     search = Search.of(args)
     given = search.train or []
     trained = train_parser().parse_args(given)
-    of_run = [name for name, declared in TRAIN_FLAGS.items() if declared.role is Role.RUN]  # which the search sets
-    refused = [name for name in (*of_run, "do_pretrain") if name in trained.given]
-    if refused:
-        raise UserError(f"--{refused[0]} does not go with a search, which names the folders of its runs of ScienceQA: "
-                        "leave it out")
+    refuse_flags_of_one_run(trained)
     require_base(trained.llama_model_path, trained.llm_model, use_vicuna=trained.use_vicuna)
     whole = read_space(search.space)
     space = whole.fix(fixed_values(trained))
@@ -185,11 +198,9 @@ def main(args: Flags) -> None:
     for name, reason in study.left_out.items():
         print_rank0(f"trial {name} is not ranked with the others, since it has {reason}")
     check_precision(search.study, study.precision, trained, here=settings["precision"])
-    if os.environ.get("LAVIN_WORKER", "0") == "0":  # the first of a node's (scripts/search_sqa_7b.sh)
+    if os.environ.get("LAVIN_WORKER", "0") == "0":  # the first worker of a node speaks for all (search_sqa_7b.sh)
         print_rank0("\n".join(cost_lines(search.study, settings, study.rungs, is_cpu(trained.device))))
-        fixed = sorted({flag_of(name, whole.parameters[name]) for name in whole.parameters.keys() - space.parameters})
-        if fixed:
-            print_rank0(f"not searched, since the command gives them: {', '.join(f'--{flag}' for flag in fixed)}")
+        print_fixed_flags(whole, space)
     words = [*given, "--precision", study.precision]
     try:
         with starting(search.study, search.gpus) as start:
