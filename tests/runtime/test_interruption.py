@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import train
 from lavin.runtime import heartbeat
@@ -20,6 +21,7 @@ from lavin.runtime.distributed import LAUNCHER_VARIABLES, launched_as
 from lavin.runtime.errors import UserError, one_line_errors
 from tiny import ROOT
 from tiny_runs import load_checkpoint, run_flags
+from util.launch import describe
 from util.runs import locked
 
 EPOCHS = 20  # most of which are yet to come when a run is stopped in its second one
@@ -273,8 +275,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
 
 @pytest.mark.parametrize("code, status, last", [
     ("raise UserError('no file x')", 1, "failed first: main.py: error: no file x"), ("os._exit(75)", 75, None),
-    ("os.kill(os.getpid(), 9)", 1, r"failed first: Signal 9 \(SIGKILL\) received by PID \d+"),
-    ("os._exit(3)", 3, "failed first: exit status 3, for the reason above")])
+    ("os.kill(os.getpid(), 9)", 1, r"failed first: Signal 9 \(SIGKILL\) received by PID \d+")])
 def test_the_launcher_says_last_what_failed(tmp_path, code, status, last):
     """In one line, and nothing where the processes were only stopped."""
     code = f"from lavin.runtime.errors import UserError; {code}"
@@ -285,6 +286,12 @@ def test_the_launcher_says_last_what_failed(tmp_path, code, status, last):
     if last:
         assert re.fullmatch(rf"rank [01] on {re.escape(socket.gethostname())} {last}", errors.splitlines()[-1])
     assert ("failed first" in errors) == bool(last)
+
+
+def test_the_launcher_names_a_process_that_ended_without_a_word():
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=3, error_file="")
+    assert describe(ChildFailedError("main.py", {1: failure})) == (
+        f"rank 1 on {socket.gethostname()} failed first: exit status 3, for the reason above")
 
 
 def test_the_launcher_stops_its_processes_at_the_signal_that_srun_passes_on(tmp_path):
