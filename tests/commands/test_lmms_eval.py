@@ -214,7 +214,7 @@ def test_what_the_model_cannot_do_is_refused_in_one_line(model, run, base):
     red = Image.new("RGB", (9, 7), "red")
     message = error_message(ask, model, ["Which pond?"], [red, red])
     assert message == "question ponds 0 has 2 inputs of type Image, and LaVIN sees one picture: choose other tasks"
-    assert "has 1 inputs of type str" in error_message(ask, model, ["Which pond?"], ["film.mp4"])
+    assert "has 1 input of type str" in error_message(ask, model, ["Which pond?"], ["film.mp4"])
     assert "in several rounds" in error_message(model.generate_until_multi_round, [])
     assert "--model_parallel_size is for eval.py" in error_message(load, run, base, model_parallel_size=2)
     assert "--batch_size auto is no number" in error_message(load, run, base, batch_size="auto")
