@@ -23,7 +23,7 @@ give_up() {
 
 # list_gpus: a line "7.0, 535.54.03" (compute capability, driver) for each, oldest first; none where nvidia-smi fails
 list_gpus() {
-    local gpus ask=(timeout 30 nvidia-smi --format=csv,noheader)
+    local gpus ask=(timeout 30 nvidia-smi "--format=csv,noheader")
     # old drivers do not tell the capability; the file for them serves all GPUs from 5.0 on
     gpus=$("${ask[@]}" --query-gpu=compute_cap,driver_version 2> /dev/null) ||
         gpus=$("${ask[@]}" --query-gpu=driver_version 2> /dev/null | sed 's/^/5.0, /') || return 0

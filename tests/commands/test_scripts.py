@@ -150,7 +150,8 @@ def sandbox(tmp_path):
 def test_scripts_have_valid_syntax(script):
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "-x", "-e", "SC1091", "-s", "bash", script], cwd=ROOT, check=True)
+        # files that are sourced are not given here, and set variables for others
+        subprocess.run(["shellcheck", "-x", "-e", "SC1091,SC2034", "-s", "bash", script], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("epochs, warmup", [("20", 2), ("1", 0.1)])
