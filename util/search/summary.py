@@ -1,5 +1,5 @@
-"""A summary of a study's folder has the trials, the epoch at which they can be compared, and what matters among their
-parameters.
+"""This file summarizes a study's folder: its trials, the epoch at which they can be compared, and which parameters
+matter.
 
 The report (report.py) and its pictures (figures.py) are made from it. Neither needs the storage, and only the
 importance of parameters needs Optuna.
