@@ -10,6 +10,7 @@ from lavin.fast.captured_models import MAX_CAPTURED_TOKENS, PREFILL_BUCKET, free
 from lavin.generation.sampling import NOT_FINITE, refuse_not_finite, sampler
 from lavin.generation.session import WARMUP_STEPS, Session
 from lavin.model import LaVIN
+from lavin.runtime.device import copy_to_host
 from lavin.tokenizer import IMAGE_SLOT, Example, Tokenizer
 
 INCOMPLETE = "\ufffd"  # how SentencePiece decodes bytes that are not yet a complete UTF-8 character
@@ -41,23 +42,29 @@ def session_for(model: LaVIN, examples: list[Example], new_tokens: int) -> Itera
 @torch.no_grad()
 def decode(model: LaVIN, examples: list[Example], max_new_tokens: int,
            choose: Callable[[torch.Tensor], torch.Tensor], draft: Sequence[int] = ()) -> Iterator[torch.Tensor]:
-    """Yields the next token ids [B] of all sequences, `max_new_tokens` times; the caller may stop earlier.
+    """Yields the next token ids [B] of all sequences, on the host, `max_new_tokens` times; the caller may stop earlier.
 
     `choose` maps logits [B, V] float32 to ids [B]. `draft` holds tokens with which answers probably begin: the prefill
     has them behind every prompt, so that as many as all sequences choose take no steps. The ids are the same without a
     draft (speculative decoding, Leviathan et al. 2023, arXiv 2211.17192, for greedy choices).
     """
-    draft = draft[:max_new_tokens - 1]
+    draft = list(draft[:max_new_tokens - 1])
+    # A captured step of a single sequence is launched before the ids that it continues are read: it is so short that
+    # the GPU would wait for the host. The last one is for nothing, which would cost a large batch more.
+    is_ahead = model.use_cuda_graphs and len(examples) == 1
     with session_for(model, examples, len(draft) + max_new_tokens) as session:
         logits = list(session.prefill(examples, draft))  # [B, V] each: of the next tokens, as far as they are known
         for i in range(max_new_tokens):
             ids = choose(logits.pop(0))
-            yield ids
-            if logits and not (ids == draft[i]).all():
+            read_ids, is_last = copy_to_host(ids), i + 1 == max_new_tokens
+            if is_ahead and not logits and not is_last:
+                logits = [session.step(ids)]
+            yield (ids_on_host := read_ids())
+            if i < len(draft) and not (ids_on_host == draft[i]).all():
                 session.rewind(len(logits))
-                logits = []
-            if not logits and i + 1 < max_new_tokens:
-                logits = [session.step(ids.clamp_min(0))]  # NOT_FINITE, of a sequence that is complete, is no token
+                logits, draft = [], []
+            if not logits and not is_last:
+                logits = [session.step(ids)]
 
 
 def warmup(model: LaVIN, max_tokens: int) -> None:

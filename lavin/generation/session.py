@@ -86,8 +86,11 @@ class Session:
         self.logits.copy_(self.model.llama.output(self.model.llama(x, attn_metadata, routing)))
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Adds a token [B] to every sequence; returns the logits [B, V] float32 of the next one."""
-        self.ids[:len(ids)].copy_(ids)
+        """Adds a token [B] to every sequence; returns the logits [B, V] float32 of the next one.
+
+        A sequence that has no token, but NOT_FINITE, is complete: it goes on with any.
+        """
+        self.ids[:len(ids)].copy_(ids.clamp_min(0))
         if self.num_steps == WARMUP_STEPS and self.model.use_cuda_graphs:
             self.replay_step = capture(self.run_step, self.model.device, self.pool)
         self.num_steps += 1

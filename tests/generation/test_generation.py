@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import reference
+from lavin.fast.captured_models import capture_passes
 from lavin.generation.generate import decode, generate, stream
 from lavin.generation.option_scoring import answer_losses, option_example, score_options
 from lavin.generation.sampling import NOT_FINITE, NotFinite, sampler
@@ -49,13 +50,22 @@ def test_each_step_has_the_logits_of_the_full_forward_pass(adapter_type, visual_
         torch.testing.assert_close(stepwise, reference_logits, **CLOSE)
 
 
-@pytest.mark.parametrize("n_right", range(5))
-def test_a_draft_changes_nothing_but_the_number_of_steps(n_right, monkeypatch):
-    """The second example's own first tokens, then other ones; in a batch, the draft is right for one sequence only."""
-    model, steps, new_tokens = tiny_model(), [], 6
-    step = Session.step
+@pytest.fixture
+def steps(monkeypatch):
+    """A list that gets an entry for each decoding step."""
+    steps, step = [], Session.step
     monkeypatch.setattr(Session, "step", lambda *args: steps.append(args) or step(*args))
-    for examples, n_accepted in ((2 * prompts()[1:2], n_right), (prompts(), 0)):
+    return steps
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("n_right", range(5))
+def test_a_draft_changes_nothing_but_the_number_of_steps(n_right, captured, steps):
+    """The second example's own first tokens, then other ones; in a batch, the draft is right for one sequence only."""
+    model, new_tokens = tiny_model(), 6
+    if captured:
+        capture_passes(model)
+    for examples, n_accepted in ((2 * prompts()[1:2], n_right), (prompts()[1:2], n_right), (prompts(), 0)):
         logits, ids = greedy_logits(model, examples, new_tokens), list(decode(model, examples, new_tokens, greedy))
         own = torch.stack(list(decode(model, prompts()[1:2], 4, greedy)))[:, 0].tolist()
         draft = own[:n_right] + [(token + 1) % VOCAB_SIZE for token in own[n_right:]]
@@ -65,6 +75,15 @@ def test_a_draft_changes_nothing_but_the_number_of_steps(n_right, monkeypatch):
         drafted_logits = greedy_logits(model, examples, new_tokens, draft)
         torch.testing.assert_close(drafted_logits, logits, **CLOSE)
         assert list(decode(model, examples, 1, greedy, draft))[0].tolist() == ids[0].tolist()
+
+
+@pytest.mark.parametrize("n_examples, captured, n_ahead", [(1, True, 1), (2, True, 0), (1, False, 0)])
+def test_a_captured_step_of_one_sequence_is_launched_before_its_ids_are_read(n_examples, captured, n_ahead, steps):
+    model = tiny_model()
+    if captured:
+        capture_passes(model)
+    for i, _ in enumerate(decode(model, prompts()[:n_examples], 4, greedy)):
+        assert len(steps) == min(i + n_ahead, 3)
 
 
 def test_sampling_is_the_same_with_a_draft(tokenizer):
