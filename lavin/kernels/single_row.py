@@ -11,10 +11,6 @@ from lavin.kernels.nf4 import dequantized_nf4
 from lavin.runtime.arithmetic import ceil_div, next_power_of_2
 from lavin.runtime.device import pdl_options
 
-# rows of the weight a program, entries of each that it reads at once, and warps: the fastest for a layer of 7B on an
-# H200 (docs/engineering-log.md has those for each of its matrices)
-GEMV_SHAPE, SWIGLU_SHAPE, FP8_SHAPE = (4, 2048, 8), (2, 2048, 4), (4, 4096, 4)
-
 
 def uses_gemv(x) -> bool:
     """Says whether x is one row on a GPU. torch.compile makes a program of its own for these anyway."""
@@ -32,12 +28,22 @@ def biased_swiglu(gate_up: torch.Tensor, bias: torch.Tensor | None) -> torch.Ten
     return swiglu(gate_up if bias is None else gate_up + bias, False)[0]
 
 
-def launch_gemv(x, weight, scale, bias, n_out: int, shape: tuple[int, int, int], paired: bool) -> torch.Tensor:
-    """Returns what `gemv_fwd` writes: [1, n_out]. `shape` is one of the above."""
+def gemv_shape(K: int, fp8: bool, paired: bool) -> tuple[int, int, int]:
+    """Returns how many of the weight's rows of K entries a program of `gemv_fwd` has, how many entries of each it reads
+    at once, and its warps: the fastest for the matrices of a layer of 7B on an H200 (docs/engineering-log.md)."""
+    is_long = K > 4096
+    if fp8:
+        return 4, 4096, 8 if is_long else 4
+    return (2, 2048, 4) if paired else (4, 2048, 4 if is_long else 8)
+
+
+def launch_gemv(x, weight, scale, bias, n_out: int, paired: bool) -> torch.Tensor:
+    """Returns what `gemv_fwd` writes: [1, n_out]."""
     from lavin.kernels.single_row_triton import gemv_fwd
-    out, (BLOCK_O, BLOCK_K, num_warps) = x.new_empty(1, n_out), shape
+    out, K = x.new_empty(1, n_out), x.shape[1]
+    BLOCK_O, BLOCK_K, num_warps = gemv_shape(K, scale is not None, paired)
     gemv_fwd[(ceil_div(len(weight), BLOCK_O),)](
-        x, weight, out if scale is None else scale, out if bias is None else bias, out, n_out, x.shape[1],
+        x, weight, out if scale is None else scale, out if bias is None else bias, out, n_out, K,
         BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K, SCALED=scale is not None, PAIRED=paired, BIASED=bias is not None,
         num_warps=num_warps, **pdl_options(x.device))
     return out
@@ -52,7 +58,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> t
     if not x.is_cuda:
         out = x.float() @ weight.float().t()
         return (out if scale is None else out * scale.t()).to(x.dtype)
-    return launch_gemv(x, weight, scale, None, len(weight), GEMV_SHAPE if scale is None else FP8_SHAPE, False)
+    return launch_gemv(x, weight, scale, None, len(weight), False)
 
 
 @gemv.register_fake
@@ -67,7 +73,7 @@ def gemv_swiglu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | Non
     `gemv`."""
     if not x.is_cuda:
         return biased_swiglu(gemv(x, weight, scale), bias)
-    return launch_gemv(x, weight, scale, bias, len(weight) // 2, SWIGLU_SHAPE if scale is None else FP8_SHAPE, True)
+    return launch_gemv(x, weight, scale, bias, len(weight) // 2, True)
 
 
 @gemv_swiglu.register_fake
