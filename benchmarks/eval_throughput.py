@@ -5,7 +5,8 @@
 
 Random weights never generate `The answer is X.`, which has five tokens in LLaMA's vocabulary. So RandomTokenizer
 decodes any five tokens as that sentence, and our sampler chooses those that a trained model would. Everything else is
-eval.py's own code.
+eval.py's own code. If transformers is installed, its `generate` with a static cache writes five tokens for each of some
+prompts, without pictures.
 """
 
 from lavin.runtime.startup import prepare_cuda, prepare_imports
@@ -19,6 +20,7 @@ import random
 import time
 import zlib
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -34,6 +36,8 @@ from benchmarks.random_lavin import (
     random_lavin,
 )
 from benchmarks.timing import hardware, make_parser, matmul_peak, peak_gib, print_kernels, report, start_memory
+from benchmarks.transformers_llama import generate as transformers_generate
+from benchmarks.transformers_llama import transformers_llama
 from lavin.fast.speed_up import speed_up
 from lavin.generation import generate
 from lavin.generation.sampling import greedy
@@ -97,6 +101,21 @@ def answer_all(model, tokenizer, test_set: TestSet, answering: Answering, rank: 
     return [answer for batch in batches for answer in batch]
 
 
+def transformers_seconds(args, model, n_batches: int) -> float:
+    """Seconds for batches of prompts of similar lengths. Compiling and capturing come before."""
+    with torch.device("meta"):
+        lengths_of = random_lavin(args.size, "meta", torch.float32)  # samples depend on the vocabulary alone
+    prompts = random_examples(lengths_of, n_batches * args.batch, 1, answers=False)
+    prompts.sort(key=lambda prompt: -len(prompt.ids))  # the longest first, since it sets the size of the cache
+    batches = [prompts[start:start + args.batch] for start in range(0, len(prompts), args.batch)]
+    for batch in batches[:2]:
+        transformers_generate(model, batch, len(ANSWER))
+    start = time.perf_counter()
+    for batch in batches:
+        transformers_generate(model, batch, len(ANSWER)).tolist()
+    return time.perf_counter() - start
+
+
 def main(args) -> None:
     device = torch.device(args.device)
     cuda = device.type == "cuda"
@@ -116,6 +135,15 @@ def main(args) -> None:
     start = time.perf_counter()
     published_answers(model, random_examples(model, args.batch, 1, answers=False), 64).cpu()
     add(f"published, fp16, batch {args.batch}, 64 tokens", args.batch, time.perf_counter() - start)
+
+    if find_spec("transformers"):
+        model = None
+        gc.collect()
+        model = transformers_llama(args.size, device, bf16)
+        start_memory(device)
+        n_batches = 8
+        add("transformers, static cache, bf16, 5 tokens", n_batches * args.batch,
+            transformers_seconds(args, model, n_batches))
 
     with patch.object(generate, "sampler", trained_sampler):
         for bits in ("16bit", "fp8"):

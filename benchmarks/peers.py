@@ -26,9 +26,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from benchmarks.random_lavin import SIZES, random_examples, random_lavin, redrawn
+from benchmarks.random_lavin import random_examples, random_lavin, redrawn
 from benchmarks.timing import hardware, make_parser, matmul_peak, peak_gib, report, start_memory, step_seconds
 from benchmarks.train_throughput import our_trainer
+from benchmarks.transformers_llama import transformers_llama
 from lavin.fast.speed_up import speed_up
 from lavin.runtime.arithmetic import round_up
 from lavin.tokenizer import Example
@@ -48,20 +49,11 @@ def ours(args, bits: str) -> Callable:
 def peers_model(args, liger: bool, fp8: bool, compiled: bool, attention: str):
     """LLaMA of transformers with LoRA of peft."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-    config, _ = SIZES[args.size]
-    with torch.device(args.device):
-        torch.set_default_dtype(args.dtype)
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim,
-            num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, max_position_embeddings=2048,
-            attn_implementation=attention))
-        torch.set_default_dtype(torch.float32)
+    model = transformers_llama(args.size, args.device, args.dtype, attention)
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
         # Liger's loss alone where layers are compiled: Inductor fuses the rest
         apply_liger_kernel_to_llama(rope=not compiled, rms_norm=not compiled, swiglu=not compiled, model=model)
-    model.requires_grad_(False)
     if fp8:
         from torchao.float8 import convert_to_float8_training
         convert_to_float8_training(model.model)

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import chat_latency, eval_throughput, peers, scaling, train_throughput
 from benchmarks.published_recipe import published_answers, published_loss
+from benchmarks.transformers_llama import generate, transformers_llama
 from lavin.generation.generate import decode
 from lavin.model import pack
 from tiny import VARIANTS, greedy, mixed_examples, tiny_model
@@ -72,14 +73,37 @@ def test_peers_measures_our_rows(name):
 
 def test_eval_throughput(capsys):
     rows = printed_table(eval_throughput, capsys, profile=True, batch=4, questions=8)
-    assert list(rows) == ["published, fp16, batch 4, 64 tokens", *(f"ours, {bits}, --decode {decode}"
+    assert list(rows) == ["published, fp16, batch 4, 64 tokens", "transformers, static cache, bf16, 5 tokens",
+                          *(f"ours, {bits}, --decode {decode}"
                           for bits in ("bf16", "fp8") for decode in ("generate", "score"))]
 
 
 def test_chat_latency(capsys):
     rows = printed_table(chat_latency, capsys, profile=True, tokens=20, repeats=1)
     bits = ["bf16", "fp8", *["4bit"] * bool(find_spec("bitsandbytes"))]
-    assert list(rows) == ["published, fp16", *(f"ours, {name}" for name in bits)]
+    assert list(rows) == ["published, fp16", "transformers, static cache, bf16", *(f"ours, {name}" for name in bits)]
+
+
+def test_generate_of_transformers_answers_padded_prompts_as_it_answers_each_alone():
+    model = transformers_llama("tiny", torch.device("cpu"), torch.float32)
+    torch.nn.init.normal_(model.lm_head.weight)  # so that answers differ
+    examples = mixed_examples(answer=0)
+    alone = [generate(model, [example], 6)[0].tolist() for example in examples]
+    assert generate(model, examples, 6).tolist() == alone
+    assert len(set(map(tuple, alone))) == len(examples)
+
+
+def test_the_times_of_an_answer_are_those_of_its_new_tokens(monkeypatch):
+    def times_of_answer(times):
+        assert len(times) == 1 + 5 and times == sorted(times)  # of the start and of each token
+    with monkeypatch.context() as patched:
+        patched.setattr(chat_latency, "first_and_rate", times_of_answer)
+        model = transformers_llama("tiny", torch.device("cpu"), torch.float32)
+        chat_latency.transformers_answer(model, mixed_examples()[0], 5)
+    skipped = chat_latency.SKIPPED_TOKENS
+    times = [10.0, *(10.5 + 0.1 * i for i in range(skipped)), *(20.0 + 0.25 * (1 + i) for i in range(8))]
+    times[skipped] = 20.0  # the last of the tokens that are not counted
+    assert chat_latency.first_and_rate(times) == (0.5, 4.0)
 
 
 def test_scaling(capsys, monkeypatch, tmp_path):
