@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from importlib import metadata
 from pathlib import Path
 
@@ -33,10 +33,9 @@ try:  # packages may be missing or broken, and this program says so
     from lavin.attention import select_attention
     from lavin.fast.speed_up import choose_fast_paths
     from lavin.kernels.fp8 import FP8_CAPABILITY
-    from lavin.runtime import console
     from lavin.runtime.console import counted
     from lavin.runtime.device import choose_device, choose_dtype, compute_capability
-    from lavin.runtime.errors import describe
+    from lavin.runtime.errors import describe, one_line_errors
     from lavin.timm_compat import import_timm
     from lavin.tokenizer import Tokenizer
     from lavin.weights.base import base_files, base_path, open_base, require_base
@@ -233,8 +232,6 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(HELP)
         return 0
-    if not import_error:
-        console.setup()
     problems: dict[str, None] = {}  # in their order, without repeats
     home = rf"(?<![\w.~-]){re.escape(os.path.expanduser('~'))}(?![\w.-])"  # names a user
     for section in (machine(), packages(), checked(of_train_py(argv))):
@@ -249,4 +246,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with nullcontext() if import_error else one_line_errors():
+        sys.exit(main(sys.argv[1:]))

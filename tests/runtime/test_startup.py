@@ -43,6 +43,13 @@ def test_all_programs_are_known():
                                                "tools/export_hf.py", "benchmarks/scaling.py"}
 
 
+@pytest.mark.parametrize("program", [path for path in PROGRAMS if path.parts[0] != "benchmarks"
+                                     and path.name != "launch.py"], ids=str)  # which speaks for torchrun
+def test_a_program_ends_with_one_line_where_nobody_reads_its_output(program):
+    """`| head` and a full disk are no bugs."""
+    assert "one_line_errors(" in (ROOT / program).read_text().rpartition('if __name__ == "__main__":')[2]
+
+
 @pytest.mark.parametrize("program", PROGRAMS, ids=str)
 def test_ctrl_c_during_the_imports_ends_a_program_in_silence(tmp_path, program, monkeypatch):
     """It ends by the signal itself, for a shell's script to see. Threads that wait are passive from the start."""
