@@ -1,5 +1,6 @@
 """Session-wide fixtures: a tokenizer, tiny base weights in the real file formats, and a small ScienceQA."""
 
+import gc
 import json
 import random
 import signal
@@ -42,6 +43,17 @@ def data_cache(tmp_path_factory):
     """Tests, and the commands that they start, do not write into the user's home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAVIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_heap():
+    """Garbage collections do not visit the many objects of all tests and packages. Training, which freezes and thaws
+    its own, would thaw these, too."""
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "unfreeze", lambda: None)
         yield
 
 

@@ -1,14 +1,20 @@
-"""A function in a process of its own, forked from this one: Python and torch need not be started again."""
+"""A function in processes of its own, forked from this one: Python and torch need not be started again."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+
+import torch
+
+from lavin.runtime import distributed
 
 SECONDS = 30  # after which a child is killed, and the test fails
 
@@ -26,6 +32,35 @@ def in_child(function: Callable[[], object], **environment: str) -> Ended:
         status = Child(function, out.fileno(), errors.fileno(), environment).wait()
         said = [file.seek(0) or file.read().decode() for file in (out, errors)]
     return Ended(status, *said)
+
+
+def in_processes(function: Callable[[], object], n: int) -> list:
+    """Calls the function in n forked children with the environment of torchrun's; returns what it returned in each."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
+        children = [Child(lambda: torch.save(function(), f"{folder}/{os.environ['RANK']}"), said.fileno(),
+                          said.fileno(), {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
+                                          "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}) for rank in range(n)]
+        try:
+            statuses = [child.wait(180) for child in children]
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.kill()
+        said.seek(0)
+        assert not any(statuses), said.read().decode()
+        return [torch.load(f"{folder}/{rank}") for rank in range(n)]
+
+
+@contextmanager
+def joined(parallel_size: int = 1) -> Iterator[tuple[int, int]]:
+    """Joins the processes' group, which several commands then have in common. Returns the rank and their number."""
+    distributed.init(parallel_size)
+    close, distributed.close = distributed.close, lambda: None
+    yield torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.distributed.barrier()  # a process that ends earlier would break the connections of the other
+    close()
 
 
 class Child:

@@ -1,9 +1,6 @@
 """Runs on the tiny base weights: trained by train.py in this process, or written with random adapters."""
 
 import json
-import os
-import subprocess
-import sys
 
 import torch
 
@@ -52,18 +49,3 @@ def write_run(folder, base, seed: int, **adapter) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"flags": flags}))
     save_adapters(model, folder / "checkpoint-3.pth", epoch=3, flags=flags)
-
-
-def run_workers(script: str, n: int, out) -> list:
-    """Run a Python script in n processes of torchrun; returns what each process saved as out/RANK.pt."""
-    (out / "worker.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-    with subprocess.Popen([*command, str(out / "worker.py")], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as workers:
-        try:
-            errors = workers.communicate(timeout=180)[1]
-        except subprocess.TimeoutExpired:
-            workers.terminate()  # SIGTERM lets torchrun stop its workers; SIGKILL would orphan them
-            raise
-    assert workers.returncode == 0, errors
-    return [torch.load(out / f"{rank}.pt") for rank in range(n)]

@@ -54,6 +54,7 @@ HF_CLIP_SIZES = {"embeddings.patch_embedding.weight": 4, "embeddings.position_em
 TIMM_CLIP_SIZES = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
 OPENAI_SIZES = {"visual.conv1.weight": 4, "visual.positional_embedding": 2,
                 "visual.transformer.resblocks.0.mlp.c_fc.weight": 2}
+NO_INIT = {"weight_init": "skip"}  # for timm's VisionTransformer: drawing values takes time even on the meta device
 RESAMPLED = ("pos_embed", "patch_embed.proj.weight")  # timm would resample them to other image and patch sizes
 
 
@@ -151,7 +152,7 @@ def open_folder(folder: Path) -> OpenedViT:
     return open_timm_folder(folder, read_hf_folder(folder))
 
 
-def create_on_meta(name: str, source: str, **kwargs) -> nn.Module:
+def create_on_meta(name: str, source: str, **kwargs: Any) -> nn.Module:
     """Creates a timm model on the meta device. `source` says, in the error message, what the arguments were read from.
     """
     try:
@@ -229,7 +230,8 @@ def open_timm_folder(folder: Path, tensors: dict[str, torch.Tensor]) -> OpenedVi
     """Opens a folder with timm's config.json. `tensors` are the ViT's, already read."""
     path = folder / "config.json"
     config = read_validated(path, TimmConfig)
-    vit = create_on_meta(f"local-dir:{folder}", str(path), **native_activation(config))
+    is_vit = timm.models.is_model_in_modules(config["architecture"], ["vision_transformer"])
+    vit = create_on_meta(f"local-dir:{folder}", str(path), **native_activation(config), **(NO_INIT if is_vit else {}))
     check_vit(vit)
     vit.normalization = normalization(vit)
     parameters = vit.state_dict()
@@ -295,7 +297,7 @@ def describe_clip(patch_embed: torch.Tensor, n_positions: int, depth: int, fc1: 
     return create_on_meta(CLIP[activation], "its weights", img_size=patch_size * patches_per_side,
                           patch_size=patch_size, embed_dim=width, depth=depth, mlp_ratio=fc1.shape[0] / width,
                           num_heads=heads or width // OPENAI_HEAD_DIM,
-                          norm_layer=partial(timm.layers.LayerNorm, eps=eps))
+                          norm_layer=partial(timm.layers.LayerNorm, eps=eps), **NO_INIT)
 
 
 def depth_of(tensors: Mapping[str, torch.Tensor], blocks: str) -> int:

@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 import warnings
 from pathlib import Path
 
@@ -15,19 +16,20 @@ import torch
 import eval as evaluation
 import forked
 import train
-from forked import Ended, in_child
+from forked import Ended, in_child, in_processes
 from killed import contents
 from lavin.mm_adapter import AdapterConfig
 from lavin.runtime.errors import one_line_errors
 from tiny import ROOT
 from tiny_base import write_base
-from tiny_runs import load_checkpoint, run_flags, run_workers
+from tiny_runs import load_checkpoint, run_flags
 from util import shared_base
 from util.data import cache
 from util.evaluation.scienceqa import ScienceQATask
 from util.flags import BaseSettings, Execution
 from util.series.commands import make_runs, process_of_its_own, read_run
 from util.training.command import run
+from util.training.run_folder import RunFolder
 from util.training.throughput import peak_memory_gib
 from util.training.trainer import Trainer
 
@@ -319,21 +321,6 @@ def test_memory_is_counted_from_the_beginning_of_a_run():
         assert peak_memory_gib(torch.device("cpu")) < before + 0.2
 
 
-PROCESSES = """
-import os, sys, time
-from pathlib import Path
-import torch
-sys.path[:0] = {path!r}
-from util.series.commands import make_runs
-from util.training.run_folder import RunFolder
-save = RunFolder.save  # of rank 0, for which the other must wait before it reads what is saved
-RunFolder.save = lambda *args: (time.sleep(0.3), save(*args))[1]
-os.chdir({folder!r})
-make_runs([Path(path) for path in {files!r}])
-torch.save(0, Path({out!r}) / f"{{os.environ['RANK']}}.pt")
-"""
-
-
 def test_processes_that_train_together_share_their_bases(base, scienceqa, tmp_path):
     """One run splits the model among them, and the next one does not; its evaluation never does."""
     def runs(*names):
@@ -343,8 +330,13 @@ def test_processes_that_train_together_share_their_bases(base, scienceqa, tmp_pa
     def launch(folder: str, **chosen):
         (tmp_path / folder).mkdir()
         files = write_files(tmp_path / folder / "files", chosen)
-        run_workers(PROCESSES.format(path=[str(Path(__file__).parents[2])], folder=str(tmp_path / folder), out=str(
-            tmp_path / folder), files=list(map(str, files))), 2, tmp_path / folder)
+
+        def make():
+            save = RunFolder.save  # of rank 0, for which the other must wait before it reads what is saved
+            RunFolder.save = lambda *args: (time.sleep(0.3), save(*args))[1]
+            os.chdir(tmp_path / folder)
+            make_runs(files)
+        in_processes(make, 2)
         assert not any(path.exists() for path in files)
 
     launch("together", **runs("base", "seed"))

@@ -2,30 +2,15 @@
 
 import json
 import shutil
-import sys
 
 import pytest
+import torch
 
-from tiny_runs import run_flags, run_workers
-
-WORKER = """
-import sys, torch
-sys.path[:0] = {path!r}
 import train
-from lavin.runtime import distributed
+from forked import in_processes, joined
+from tiny_runs import run_flags
 from watched import watched
-torch.set_num_threads(1)
-rank, world_size, _ = distributed.init()
-close, distributed.close = distributed.close, lambda: None  # keep the process group for all runs
-made = {{}}
-for name, flags in {runs!r}.items():
-    with watched() as passes:
-        train.main(train.get_args_parser().parse_args(flags))
-    made[name] = [vars(one) for one in passes]
-    torch.distributed.barrier()  # rank 0 writes the checkpoint
-torch.save(made, f"{out}/{{rank}}.pt")
-close()
-"""
+
 DROPOUT = ("--dropout_prob", "0.3", "--dropout_lim", "0.3", "--batch_size", "2")
 UNEVEN = ("--batch_size", "5", "--accum_iter", "2")  # 20 samples a step on two processes, of which eleven are there
 
@@ -58,7 +43,17 @@ def runs(base, scienceqa, eleven, tmp_path_factory):
                                 "2", "--lr_schedule", "step", "--blr", "0.512")
     position = commands["blr"].index("--lr")
     del commands["blr"][position:position + 2]
-    by_rank = run_workers(WORKER.format(path=sys.path, runs=commands, out=str(out)), 2, out)
+
+    def train_all():
+        made = {}
+        with joined():
+            for name, flags in commands.items():
+                with watched() as passes:
+                    train.main(train.get_args_parser().parse_args(flags))
+                made[name] = [vars(one) for one in passes]
+                torch.distributed.barrier()  # rank 0 writes the checkpoint
+        return made
+    by_rank = in_processes(train_all, 2)
     return {name: (out / name, [made[name] for made in by_rank]) for name in commands}
 
 

@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from forked import in_processes, joined
 from lavin.fast.captured_models import capture_passes
 from lavin.fast.speed_up import compile_model, fuse
 from lavin.generation.generate import decode
@@ -20,7 +20,6 @@ from lavin.tokenizer import Example
 from lavin.weights.hugging_face import Config, HuggingFaceLlama, llama_config
 from lavin.weights.load import frozen_parameters, load_base
 from tiny import loss_and_gradients, mixed_examples, randomise_adapters, save_adapters, tiny_model
-from tiny_runs import run_workers
 from tools import export_hf
 from user_errors import error_message
 
@@ -167,19 +166,6 @@ def test_compiled_and_captured_layers(differences, monkeypatch):
 
 # --- Tensor parallelism ---
 
-WORKER = """
-import sys, torch
-sys.path[:0] = {path!r}
-from lavin.runtime import distributed
-from pathlib import Path
-from test_families import sharded_results
-torch.set_num_threads(1)
-distributed.init(2)
-rank = torch.distributed.get_rank()
-torch.save([sharded_results(Path(folder), {vision!r}) for folder in {folders!r}], "{out}/" + str(rank) + ".pt")
-torch.distributed.barrier()  # a process that ends earlier would break the connections of the other
-distributed.close()
-"""
 SHARDED = ["llama with biases", "qwen2", "qwen3 with biases", "mistral", "smollm3 with a list", "yarn"]
 
 
@@ -191,11 +177,14 @@ def sharded_results(folder, vision):
     return loss_and_gradients(model, examples).detach(), torch.cat(logits(model, ROWS)).detach()
 
 
-def test_two_processes_equal_one(base, folders, tmp_path):
+def test_two_processes_equal_one(base, folders):
     pytest.importorskip("lavin.weights.tensor_parallel")
-    paths = [str(folders[name][0]) for name in SHARDED]
-    script = WORKER.format(path=sys.path, vision=str(base.vision), folders=paths, out=tmp_path)
-    two = run_workers(script, 2, tmp_path)
+    paths = [folders[name][0] for name in SHARDED]
+
+    def work():
+        with joined(2):
+            return [sharded_results(path, str(base.vision)) for path in paths]
+    two = in_processes(work, 2)
     for i, path in enumerate(paths):
         one = sharded_results(path, str(base.vision))
         for results in two:

@@ -14,6 +14,7 @@ import torch
 import demo
 import eval as evaluation
 import train
+from forked import in_processes, joined
 from lavin.fast.speed_up import speed_up
 from lavin.generation.generate import decode
 from lavin.generation.kv_cache import KVCache
@@ -25,9 +26,9 @@ from lavin.runtime.errors import UserError
 from lavin.weights.base import open_base
 from lavin.weights.load import load_base
 from lavin.weights.meta import MetaShards
-from tests.conftest import write_base
 from tiny import mixed_examples, randomise_adapters, tiny_config, tiny_vit
-from tiny_runs import NO_SCALING, load_checkpoint, read_log, run_flags, run_workers, train_run, write_run
+from tiny_base import write_base
+from tiny_runs import NO_SCALING, load_checkpoint, read_log, run_flags, train_run, write_run
 from tiny_weights import write_shards
 from util.flags import check_shared
 from util.training.accumulation import accumulate_with_oom_retry
@@ -51,35 +52,19 @@ def losses_gradients_answers(base, llm_model: str) -> dict:
             "shapes": {name: list(p.shape) for name, p in model.llama.named_parameters() if "adapter" not in name}}
 
 
-WORKER = """
-import sys, torch
-sys.path[:0] = {path!r}
-import eval, train
-from tests.conftest import Base
-from lavin.runtime import distributed
-from pathlib import Path
-from test_tensor_parallel import losses_gradients_answers
-torch.set_num_threads(1)
-distributed.init(2)
-base = Base(Path({weights!r}), Path({vision!r}))
-rank = torch.distributed.get_rank()
-results = [losses_gradients_answers(base, name) for name in {models!r}]
-gathered = distributed.gather_data_parallel(rank)
-torch.save([*results, gathered, distributed.all_min(rank + 3)], "{out}/" + str(rank) + ".pt")
-close, distributed.close = distributed.close, lambda: None  # keep the process group for both commands
-train.main(train.get_args_parser().parse_args({flags!r}))
-torch.distributed.barrier()  # rank 0 writes the checkpoint
-eval.main(eval.get_args_parser().parse_args(["--adapter_path", {folder!r}, "--device", "cpu", "--model_parallel_size",
-                                             "2"]))
-close()
-"""
-
-
 def run_two_per_model(n: int, out: Path, base, models: list[str], flags: list[str]) -> list:
-    """Run WORKER in n processes with model parallel size 2; returns what each saved. They train the run in out/run."""
-    script = WORKER.format(path=sys.path, weights=str(base.weights), vision=str(base.vision), models=models, out=out,
-                           flags=[*flags, "--model_parallel_size", "2"], folder=str(out / "run"))
-    return run_workers(script, n, out)
+    """Results of each of n processes, two of which share a model: those of each base, then what they have gathered.
+    They train the run in out/run."""
+    def work():
+        with joined(2) as (rank, _):
+            results = [losses_gradients_answers(base, name) for name in models]
+            results += [distributed.gather_data_parallel(rank), distributed.all_min(rank + 3)]
+            train.main(train.get_args_parser().parse_args([*flags, "--model_parallel_size", "2"]))
+            torch.distributed.barrier()  # rank 0 writes the checkpoint
+            evaluation.main(evaluation.get_args_parser().parse_args([
+                "--adapter_path", str(out / "run"), "--device", "cpu", "--model_parallel_size", "2"]))
+        return results
+    return in_processes(work, n)
 
 
 def add_shards(base, counts) -> list[str]:
