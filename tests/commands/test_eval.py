@@ -1,6 +1,7 @@
 """eval.py: scores name what was scored and land where it belongs, no answer is lost, and a failing model is named."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import demo
 import eval as evaluation
 import eval_mme
 import train
+from forked import in_processes
 from lavin.runtime.errors import UsageError
 from lavin.runtime.files import read_whole_lines
 from lavin.tokenizer import Tokenizer
@@ -325,18 +328,19 @@ def test_answers_of_all_processes_are_used_and_torn_lines_are_not(finished, unsc
 
 
 def test_two_processes_share_the_rest_and_agree(finished, unscored):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "eval.py"), "--device", "cpu", "--adapter_path", str(unscored)]
     answers = [json.loads(line) for line in (finished / "generations.jsonl").read_text().splitlines()]
     scores = scores_of(finished)
     identity = {name: scores[name] for name in list(scores)[list(scores).index("prompts_cut") + 1:-1]}  # no commit
     write_partial(unscored, 4, identity, answers[1:2])
+
+    def evaluate() -> tuple[str, str]:
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+            run_eval("--adapter_path", unscored)
+        return out.getvalue(), errors.getvalue()
     for word in ("answered before: 1 of 6;", "scored before"):
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                              timeout=180)
-        assert done.returncode == 0, done.stderr
-        assert word in done.stdout and done.stdout.count("scores: ") == 1
-        assert ("3 of 3" in done.stderr) == (word != "scored before")  # rank 0's part of five questions
+        (out, errors), (nothing, _) = in_processes(evaluate, 2)
+        assert word in out and out.count("scores: ") == 1 and nothing == ""
+        assert ("3 of 3" in errors) == (word != "scored before")  # rank 0's part of five questions
         assert results(unscored) == results(finished) and partial_files(unscored) == []
 
 

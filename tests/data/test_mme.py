@@ -1,9 +1,6 @@
 """MME: reading folders and answers, scores computed by hand, and eval_mme.py in one and in two processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,8 @@ from hypothesis import example, given, strategies
 from PIL import Image
 
 import eval_mme
+from forked import in_processes
 from lavin.runtime.errors import UserError
-from tiny import ROOT
 from tiny_runs import write_run
 from util.data.mme import COGNITION, PERCEPTION, is_decided, load_mme, read_answer, score
 
@@ -150,9 +147,13 @@ def test_batch_size_zero_is_refused(tmp_path):
 
 def test_one_and_two_processes_give_the_same_scores(base, tmp_path):
     write_run(tmp_path / "run", base, 1)
-    command = ["eval_mme.py", "--adapter_path", str(tmp_path / "run"), "--device", "cpu",
-               "--mme_root", str(write_mme(tmp_path / "mme"))]
-    eval_mme.main(eval_mme.get_args_parser().parse_args([*command[1:], "--max_batch_size", "64"]))
+    write_mme(tmp_path / "mme")
+
+    def evaluate(max_batch_size: str) -> None:
+        eval_mme.main(eval_mme.get_args_parser().parse_args([
+            "--adapter_path", str(tmp_path / "run"), "--device", "cpu", "--mme_root", str(tmp_path / "mme"),
+            "--max_batch_size", max_batch_size]))
+    evaluate("64")
     one_process = [(tmp_path / "run" / name).read_text() for name in ("mme_answers.jsonl", "mme_scores.json")]
     lines = [json.loads(line) for line in one_process[0].splitlines()]
     assert [line["picture"] for line in lines[::2]] == ["color/a.jpg", "color/b.png", "color/c.png", "artwork/d.jpg",
@@ -163,9 +164,6 @@ def test_one_and_two_processes_give_the_same_scores(base, tmp_path):
     (tmp_path / "run" / "mme_scores.json").unlink()  # else it was scored before
     scores = json.loads(one_process[1])
     assert scores["subtasks"] == score(lines)["subtasks"] and scores["subtasks"]["color"]["questions"] == 6
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           *command, "--max_batch_size", "2"], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    in_processes(lambda: evaluate("2"), 2)
     two_processes = [(tmp_path / "run" / name).read_text() for name in ("mme_answers.jsonl", "mme_scores.json")]
     assert two_processes == one_process

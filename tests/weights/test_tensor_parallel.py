@@ -1,11 +1,12 @@
 """Tensor parallelism: loss, gradients, runs and answers equal those of one process; each rank loads its shard."""
 
+import io
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -160,16 +161,17 @@ def test_a_conversation_equals_that_of_one_process(base, tmp_path):
         write_run(tmp_path / name, base, seed)
     lines = ["Which pond is warm?", "why " * 300, "And the river?", "/options north | south", "Which pond?",
              "/compare 1 2", "/run 2", "Which lizard?"]
-    arguments = [str(Path(demo.__file__)), "--runs", str(tmp_path), "--cli", "--device", "cpu", "--max_new_tokens", "9",
-                 "--max_seq_len", "120"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    one_process, two_processes = (
-        subprocess.run([sys.executable, *command], input="\n".join(lines), capture_output=True, text=True, timeout=120,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
-        for command in (arguments, [*launch, *arguments, "--model_parallel_size", "2"]))
-    assert two_processes.returncode == 0, two_processes.stderr
-    assert two_processes.stdout == one_process.stdout
-    assert "tokens too many" in one_process.stdout and one_process.stdout.count("(A) north") == 3
+
+    def chat(n: int) -> str:
+        sys.stdin = io.StringIO("\n".join(lines))
+        with redirect_stdout(io.StringIO()) as said:
+            demo.main(demo.get_args_parser().parse_args([
+                "--runs", str(tmp_path), "--cli", "--device", "cpu", "--max_new_tokens", "9", "--max_seq_len", "120",
+                "--model_parallel_size", str(n)]))
+        return said.getvalue()
+    one_process, = in_processes(partial(chat, 1), 1)
+    assert in_processes(partial(chat, 2), 2) == [one_process, ""]
+    assert "tokens too many" in one_process and one_process.count("(A) north") == 3
 
 
 # --- In this process, with a mocked rank ---
