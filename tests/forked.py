@@ -39,9 +39,9 @@ def in_processes(function: Callable[[], object], n: int) -> list:
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
-        children = [Child(lambda: torch.save(function(), f"{folder}/{os.environ['RANK']}"), said.fileno(),
-                          said.fileno(), {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
-                                          "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}) for rank in range(n)]
+        children = [Child(lambda rank=rank: torch.save(function(), f"{folder}/{rank}"), said.fileno(), said.fileno(), {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port)}) for rank in range(n)]
         try:
             statuses = [child.wait(180) for child in children]
         finally:

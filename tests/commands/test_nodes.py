@@ -4,38 +4,20 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
+import eval as evaluation
+import train
+from forked import in_processes, joined
 from lavin.runtime import distributed
+from lavin.runtime.errors import UserError
 from tiny_runs import run_flags, write_run
 from user_errors import error_message
 from util.data import checksums
 from util.data.instructions import Instructions, load_pictures
 from util.training.command import require_equal_examples
-
-NODE = """
-import json, sys
-sys.path[:0] = {path!r}
-import eval as evaluation
-import train
-from lavin.runtime import distributed
-from lavin.runtime.errors import UserError
-distributed.init()
-close, distributed.close = distributed.close, lambda: None  # keep the process group for all commands
-said = {{}}
-for name, (program, flags) in json.loads({commands!r}).items():
-    module = dict(train=train, eval=evaluation)[program]
-    try:
-        said[name] = module.main(module.get_args_parser().parse_args(flags))
-    except UserError as error:
-        said[name] = str(error)
-json.dump(said, open("said.json", "w"))
-close()
-"""
 
 
 def flip_a_bit(path) -> None:
@@ -47,6 +29,15 @@ def flip_a_bit(path) -> None:
 def other_answers(path) -> None:
     problems = json.loads(path.read_text())
     path.write_text(json.dumps({qid: {**problem, "answer": 0} for qid, problem in problems.items()}))
+
+
+def run(command, flags: list[str]) -> str | None:
+    """Returns what a user error says, if there is one."""
+    try:
+        command.main(command.get_args_parser().parse_args(flags))
+        return None
+    except UserError as error:
+        return str(error)
 
 
 @pytest.fixture(scope="module")
@@ -69,30 +60,24 @@ def said(base, scienceqa, tmp_path_factory):
     Image.new("RGB", (9, 9)).save(second / "other_data" / "images" / "test" / "113" / "image.png")
     other_answers(second / "other_problems" / "problems.json")
     models = type(base)("weights", "vit")
-    commands = {name: ("train", run_flags(models, "data", root / name, "--epochs", "1", "--warmup_epochs", "0", *more))
+    commands = {name: (train, run_flags(models, "data", root / name, "--epochs", "1", "--warmup_epochs", "0", *more))
                 for name, more in {"other_weights": ("--llama_model_path", "other_weights"),
                                    "other_vit": ("--vision_model", "other_vit"),
                                    "other_data": ("--data_root", "other_data"),
                                    "other_problems": ("--data_root", "other_problems"), "same": ()}.items()}
     scored = ["--llama_model_path", "weights", "--vision_model", "vit", "--device", "cpu", "--decode", "score",
               "--data_root"]
-    commands |= {"scored_data": ("eval", [*scored, "other_data", "--adapter_path", "run"]),
-                 "scored": ("eval", [*scored, "data", "--adapter_path", "run", "--output_dir", str(root / "scored")]),
-                 "scored_run": ("eval", [*scored, "data", "--adapter_path", "other_run"])}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = NODE.format(path=sys.path, commands=json.dumps(commands))
-    nodes = [subprocess.Popen([sys.executable, "-c", script], cwd=root / str(rank), stdout=subprocess.DEVNULL,
-                              env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
-                                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
-             for rank in range(2)]
-    try:
-        assert [node.wait(timeout=120) for node in nodes] == [0, 0]
-    finally:
-        for node in nodes:
-            node.kill()
-    return root, *(json.loads((root / str(rank) / "said.json").read_text()) for rank in range(2))
+    commands |= {"scored_data": (evaluation, [*scored, "other_data", "--adapter_path", "run"]),
+                 "scored": (evaluation, [*scored, "data", "--adapter_path", "run", "--output_dir",
+                                         str(root / "scored")]),
+                 "scored_run": (evaluation, [*scored, "data", "--adapter_path", "other_run"])}
+
+    def run_all() -> dict:
+        os.chdir(root / os.environ["RANK"])
+        os.environ["LOCAL_RANK"] = "0"
+        with joined():
+            return {name: run(command, flags) for name, (command, flags) in commands.items()}
+    return root, *in_processes(run_all, 2)
 
 
 @pytest.mark.parametrize("name, words", [

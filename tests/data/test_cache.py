@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -16,9 +14,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from forked import in_processes
+from lavin.runtime.distributed import LAUNCHER_VARIABLES
 from lavin.tokenizer import Example, Tokenizer
 from poisoned_entries import LAYOUTS, is_a_link_to_an_entry, is_a_named_pipe, replace
-from tiny import ROOT
 from tools.make_toy_base import train_tokenizer
 from user_errors import change_json, error_message
 from util.data import cache, images
@@ -539,34 +538,21 @@ def test_where_the_cache_is(monkeypatch, variables, expected):
 
 # --- Several processes ---
 
-LOADER = """
-import json, sys, time, zlib
-from util.data import images
-from util.data.datasets import load_scienceqa
-load_image = images.load_image
-def slow(path, size):
-    with open(sys.argv[2], "a") as file:
-        file.write(f"{path}\\n")
-    time.sleep(0.3)
-    return load_image(path, size)
-images.load_image = slow
-print("ready", flush=True)
-sys.stdin.readline()
-loaded = images.load_images(load_scienceqa(sys.argv[1], "train"), 8, 1, False)
-print(json.dumps({qid: zlib.crc32(image.numpy()) for qid, image in loaded.items()}))
-"""
-
-
 def test_of_two_processes_one_decodes(folder, scienceqa, tmp_path, monkeypatch):
-    log = tmp_path / "decoded"
-    processes = [subprocess.Popen([sys.executable, "-c", LOADER, str(scienceqa), str(log)], text=True, cwd=ROOT,
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    checksums = [json.loads(process.communicate(timeout=60)[0].splitlines()[-1]) for process in processes]
+    log, load_image = tmp_path / "decoded", images.load_image
+
+    def slow(path, size):
+        with open(log, "a") as file:
+            file.write(f"{path}\n")
+        time.sleep(0.3)
+        return load_image(path, size)
+
+    def load_alone() -> dict:
+        for name in LAUNCHER_VARIABLES:  # the processes do not know each other
+            del os.environ[name]
+        images.load_image = slow
+        return {qid: zlib.crc32(image.numpy()) for qid, image in load(scienceqa, split="train")[0].items()}
+    checksums = in_processes(load_alone, 2)
     expected = without_cache(monkeypatch, scienceqa, split="train")[0]
     assert checksums == [{qid: zlib.crc32(image.numpy()) for qid, image in expected.items()}] * 2
     assert len(log.read_text().splitlines()) == len(set(log.read_text().splitlines())) == 6

@@ -3,8 +3,6 @@
 import os
 import socket
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps, features
 
+from forked import in_processes, joined
 from lavin.runtime.errors import UserError
-from tiny import ROOT
 from util.chat.uploads import open_image
 from util.data import images as pictures
 from util.data.datasets import load_scienceqa
@@ -408,21 +406,6 @@ def test_both_kinds_of_data_compare(monkeypatch, scienceqa, tmp_path):
         load_pictures(data, 8, 1, skip_bad=True)
 
 
-TWO_RANKS = """
-import sys
-from lavin.runtime import distributed
-from lavin.runtime.errors import UserError
-from util.data.datasets import load_scienceqa
-from util.data.images import load_images
-rank, *_ = distributed.init()
-try:
-    print(len(load_images(load_scienceqa(sys.argv[1 + rank], "test"), 8, 2, skip_bad=True)))
-except UserError as error:
-    print(error)
-distributed.close()
-"""
-
-
 def missing(path) -> None:
     path.unlink()
 
@@ -438,12 +421,12 @@ def test_two_nodes(scienceqa, scienceqa_copy, change, words):
     """A picture is missing on the second, or another one."""
     if change:
         change(scienceqa_copy / "images" / "test" / "113" / "image.png")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = [subprocess.Popen(
-        [sys.executable, "-c", TWO_RANKS, scienceqa, scienceqa_copy], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}) for rank in range(2)]
-    for node in nodes:
-        assert node.communicate(timeout=60)[0].startswith(words) and node.returncode == 0
+
+    def load() -> str:
+        with joined() as (rank, _):
+            try:
+                scienceqa_of_node = load_scienceqa((scienceqa, scienceqa_copy)[rank], "test")
+                return str(len(pictures.load_images(scienceqa_of_node, 8, 2, skip_bad=True)))
+            except UserError as error:
+                return str(error)
+    assert all(said.startswith(words) for said in in_processes(load, 2))
