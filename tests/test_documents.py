@@ -91,6 +91,13 @@ def test_names_of_the_code_in_the_text_exist(page: Page):
     assert [name for name in dotted if not is_importable(name)] == []
 
 
+def test_each_input_has_the_test_that_its_table_names():
+    named = re.findall(r"(\w+/test_\w+\.py)::(test_\w+) \|", (ROOT / "tests" / "INPUTS.md").read_text())
+    assert len(named) > 50
+    assert [(file, name) for file, name in named
+            if not re.search(rf"^ *(async )?def {name}\b", (ROOT / "tests" / file).read_text(), re.M)] == []
+
+
 def is_importable(name: str) -> bool:
     try:
         pkgutil.resolve_name(name)
