@@ -101,13 +101,10 @@ def answer_all(model, tokenizer, test_set: TestSet, answering: Answering, rank: 
     return [answer for batch in batches for answer in batch]
 
 
-def transformers_seconds(args, model, n_batches: int) -> float:
-    """Seconds for batches of prompts of similar lengths. Compiling and capturing come before."""
-    with torch.device("meta"):
-        lengths_of = random_lavin(args.size, "meta", torch.float32)  # samples depend on the vocabulary alone
-    prompts = random_examples(lengths_of, n_batches * args.batch, 1, answers=False)
-    prompts.sort(key=lambda prompt: -len(prompt.ids))  # the longest first, since it sets the size of the cache
-    batches = [prompts[start:start + args.batch] for start in range(0, len(prompts), args.batch)]
+def transformers_seconds(model, prompts: list[Example], batch_size: int) -> float:
+    """Seconds for all prompts, in batches of similar lengths. Compiling and capturing come before."""
+    prompts = sorted(prompts, key=lambda prompt: -len(prompt.ids))  # the longest sets the size of the cache
+    batches = [prompts[start:start + batch_size] for start in range(0, len(prompts), batch_size)]
     for batch in batches[:2]:
         transformers_generate(model, batch, len(ANSWER))
     start = time.perf_counter()
@@ -137,13 +134,13 @@ def main(args) -> None:
     add(f"published, fp16, batch {args.batch}, 64 tokens", args.batch, time.perf_counter() - start)
 
     if find_spec("transformers"):
+        prompts = random_examples(model, 8 * args.batch, 1, answers=False)
         model = None
         gc.collect()
         model = transformers_llama(args.size, device, bf16)
         start_memory(device)
-        n_batches = 8
-        add("transformers, static cache, bf16, 5 tokens", n_batches * args.batch,
-            transformers_seconds(args, model, n_batches))
+        add("transformers, static cache, bf16, 5 tokens", len(prompts),
+            transformers_seconds(model, prompts, args.batch))
 
     with patch.object(generate, "sampler", trained_sampler):
         for bits in ("16bit", "fp8"):

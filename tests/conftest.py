@@ -48,13 +48,14 @@ def data_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def frozen_heap():
-    """Garbage collections do not visit the many objects of all tests and packages. Training, which freezes and thaws
-    its own, would thaw these, too."""
+    """Garbage collections do not visit the many objects of all tests and packages. When a training thaws its own, it
+    would thaw these, too, so nothing is thawed. Returns the function that thaws all of them."""
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
+        thaw = gc.unfreeze
         patch.setattr(gc, "unfreeze", lambda: None)
-        yield
+        yield thaw
 
 
 @pytest.fixture(autouse=True)

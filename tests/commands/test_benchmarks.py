@@ -85,6 +85,7 @@ def test_chat_latency(capsys):
 
 
 def test_generate_of_transformers_answers_padded_prompts_as_it_answers_each_alone():
+    torch.manual_seed(0)
     model = transformers_llama("tiny", torch.device("cpu"), torch.float32)
     torch.nn.init.normal_(model.lm_head.weight)  # so that answers differ
     examples = mixed_examples(answer=0)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import train
-from forked import in_processes, joined
+from forked import in_child, in_processes, joined
 from lavin.model import LaVIN, pack
 from lavin.runtime import distributed
 from lavin.tokenizer import Example
@@ -270,13 +270,14 @@ def test_two_processes_give_the_same_run(two_processes, base, scienceqa, tmp_pat
         assert (folder / name).read_text() == (tmp_path / name).read_text()
 
 
-def test_training_leaves_no_object_out_of_garbage_collections(base, scienceqa, tmp_path, monkeypatch):
+def test_training_leaves_no_object_out_of_garbage_collections(base, scienceqa, tmp_path, frozen_heap):
     """Several runs of one process would not free each other's models."""
-    calls = []
-    for name in ("freeze", "unfreeze"):
-        monkeypatch.setattr(gc, name, lambda name=name: calls.append(name))
-    train_run(base, scienceqa, tmp_path / "run")
-    assert calls == ["freeze", "unfreeze"]
+    def work():
+        gc.unfreeze = frozen_heap
+        train_run(base, scienceqa, tmp_path / "run")
+        assert gc.get_freeze_count() == 0
+    ended = in_child(work)
+    assert ended.status == 0, ended.errors
 
 
 def test_missing_gradients_become_zeros():
